@@ -1,0 +1,1 @@
+"""The training engine: configuration, DeepSpeed, the training loop, checkpoints, metrics, inference and reports."""

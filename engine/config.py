@@ -1,0 +1,265 @@
+"""The one configuration of a run, and how it is read.
+
+Every group of options is a dataclass; every field carries its help. Precedence: the defaults here, then the YAML file
+of `--config`, then the command line. The defaults are the right recipe for BraTS (as `launch/configs/brats.yaml`);
+with neither `--config` nor `--data.root` the demo (`launch/configs/demo.yaml`) is meant, so that `launch/train.py`
+alone does something to look at. Units stand in the names (`spacing_mm`, `crop_size_voxels`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+from jsonargparse import ArgumentParser
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
+
+
+def cache_dir() -> Path:
+    """Where prepared volumes and synthetic scans go: `GLIOFORGE_CACHE`, else `$XDG_CACHE_HOME/glioforge`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("GLIOFORGE_CACHE") or Path(base) / "glioforge")
+
+
+@dataclass
+class PhantomConfig:
+    """Synthetic scans, made where no `--data.root` is given."""
+
+    cases: int = 20
+    """Number of synthetic cases."""
+    size_voxels: tuple[int, int, int] = (240, 240, 155)
+    """Voxels along each axis; the head always fills the field of view."""
+    seed: int = 0
+    """Seed of anatomy, tumours, contrast and noise."""
+
+
+@dataclass
+class DataConfig:
+    """Which scans, which regions, and how they are cropped."""
+
+    root: Path | None = None
+    """A Decathlon task folder, a folder of BraTS cases, or a JSON or CSV list. None: synthetic scans."""
+    download: bool = False
+    """Fetch Decathlon Task01_BrainTumour (7.1 GB) into `root` first; resumable, checked."""
+    release: Literal["decathlon", "brats2013", "brats2018", "brats2023"] | None = None
+    """Label coding of the scans, where file names leave it open."""
+    regions: Literal["release", "tutorial"] = "release"
+    """TC, WT, ET from the release's coding, or with the published tutorial's swapped one (Decathlon only)."""
+    modalities: list[str] | None = None
+    """Channels of the network, of flair, t1, t1c, t2, in this order. None: all that the scans have."""
+    val_fraction: float = 0.2
+    """Share of the cases held out, by the rule of MONAI's DecathlonDataset."""
+    split_seed: int = 0
+    """Seed of that split."""
+    train_cases: list[str] | None = None
+    """Names of the training cases, in place of the split."""
+    val_cases: list[str] | None = None
+    """Names of the validation cases, in place of the split."""
+    spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0)
+    """Voxel size of the prepared volumes, along R, A and S."""
+    crop_size_voxels: tuple[int, int, int] = (128, 128, 64)
+    """Training crop; also the network's input size."""
+    crops_per_case: int = 1
+    """Crops drawn from each case in an epoch."""
+    foreground_prob: float = 0.0
+    """Share of the crops centred on a tumour voxel; 0 is the uniform cropping of the tutorial."""
+    pad: bool = False
+    """Pad volumes smaller than the crop with zeros, instead of refusing them."""
+    store_dir: Path | None = None
+    """Folder of the prepared volumes. None: below `$GLIOFORGE_CACHE`, else `~/.cache/glioforge`."""
+    workers: int | None = None
+    """Processes that prepare volumes. None: one for each core."""
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    """Synthetic scans."""
+
+
+@dataclass
+class ModelConfig:
+    """The network; a width of None is that of the reference."""
+
+    name: Literal["unetr", "unetr_monai", "unet"] = "unetr"
+    """UNETR as in self-attention-cv, UNETR as in MONAI, or MONAI's residual UNet."""
+    feature_size: int | None = None
+    """Channels at full resolution (16)."""
+    hidden_size: int | None = None
+    """Width of the transformer (512; MONAI 768)."""
+    mlp_dim: int | None = None
+    """Hidden width of the transformer's MLP (2048; MONAI 3072)."""
+    num_heads: int | None = None
+    """Attention heads (10; MONAI 12)."""
+
+
+@dataclass
+class LossConfig:
+    """Sigmoid Dice over the regions plus cross-entropy."""
+
+    ce: Literal["multihot", "argmax", "bce"] = "bce"
+    """multihot: softmax against the multi-hot target (MONAI today); argmax: against its argmax (MONAI before October
+    2022, and so the tutorial); bce: binary, which is what overlapping regions call for."""
+    dice_weight: float = 1.0
+    """Weight of the Dice term."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy term."""
+    squared_pred: bool = False
+    """Squared predictions and targets in the Dice denominator."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 1e-4
+    """Learning rate."""
+    weight_decay: float = 1e-5
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or a cosine to zero at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, precision and validation."""
+
+    epochs: int = 180
+    """Passes over the training cases."""
+    batch_size: int = 2
+    """Crops per rank and step."""
+    val_every_epochs: int = 5
+    """Validate after this many epochs, and after the last."""
+    validation: Literal["center_crop", "full_volume"] = "center_crop"
+    """Dice on the centre crop of the tutorial, or by sliding window on the full prepared volume."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: torch autocast; weights, losses and Dice stay in float32."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed ZeRO stage."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    seed: int = 0
+    """Seed of the weights and of every random draw of the pipelines."""
+
+
+@dataclass
+class Config:
+    """Everything that defines a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run_dir: Path | None = None
+    """Folder of logs, checkpoints and pictures. None: `runs/<config>-<model>-<time>`."""
+    resume: str | None = None
+    """Continue a run: its folder; alone or `auto`: `run_dir`, or the newest folder in `runs/`."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can be known to be wrong before any work is done."""
+        at_least = {
+            "data.crops_per_case": 1,
+            "data.phantom.cases": 2,
+            "optim.lr": 0,
+            "optim.weight_decay": 0,
+            "optim.warmup_steps": 0,
+            "train.epochs": 1,
+            "train.batch_size": 1,
+            "train.val_every_epochs": 1,
+        }
+        for name, least in at_least.items():
+            value: Any = self
+            for part in name.split("."):
+                value = getattr(value, part)
+            if value < least:
+                raise ValueError(f"--{name} {value} must be at least {least}")
+        for name, value in (("val_fraction", self.data.val_fraction), ("foreground_prob", self.data.foreground_prob)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"--data.{name} {value} must lie between 0 and 1")
+        if min(self.data.crop_size_voxels) < 1 or min(self.data.spacing_mm) <= 0:
+            raise ValueError(
+                f"--data.crop_size_voxels {self.data.crop_size_voxels} and --data.spacing_mm {self.data.spacing_mm} "
+                "must be positive on every axis"
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain values that JSON, YAML and `torch.load(weights_only=True)` take."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def make_parser(description: str) -> ArgumentParser:
+    """The parser that every command of `launch/` starts from: the fields of `Config`, `--config`, `--print_config`."""
+    usage = "%(prog)s [--config FILE] [--group.option VALUE ...]"
+    # A shortened option would be guessed at; here it is refused, as any typo.
+    parser = ArgumentParser(description=description, usage=usage, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of options; the command line goes before it.")
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def parse_config(parser: ArgumentParser, args: list[str] | None = None) -> tuple[Config, jsonargparse.Namespace]:
+    """Read a configuration.
+
+    Args:
+        parser: what `make_parser` gave, with the options that a command adds.
+        args: command line; None takes the process's own.
+
+    Returns:
+        The configuration, and the parser's namespace for a command's own options. An unknown option or a value that
+        its type refuses ends the process with a message, as command lines do.
+
+    Raises:
+        ValueError: values that contradict a rule; `--resume` without a run to resume.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--resume", nargs="?", const="auto")
+    first.add_argument("--local_rank", type=int)  # the DeepSpeed launcher passes it; the environment says the same
+    known, rest = first.parse_known_args(sys.argv[1:] if args is None else args)
+    named = {arg.split("=")[0] for arg in rest}
+    if known.resume:
+        run_dir = find_run(known.resume, rest)
+        rest = ["--config", str(run_dir / "config.yaml"), *rest, "--run_dir", str(run_dir)]
+    elif not named & {"--config", "--data.root", "--help", "-h"}:
+        rest = ["--config", str(CONFIGS / "demo.yaml"), *rest]
+    namespace = parser.parse_args(rest)
+    values = parser.instantiate(namespace)
+    fields = {item.name: values[item.name] for item in dataclasses.fields(Config)}
+    config = Config(**fields | {"resume": known.resume})
+    if config.run_dir is None:
+        source = Path(str(namespace.config[0])).stem if namespace.config else "run"
+        config.run_dir = Path("runs") / f"{source}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return config, namespace
+
+
+def find_run(resume: str, args: list[str]) -> Path:
+    """The run folder that `--resume` means: named itself, by `--run_dir`, or the newest in `runs/`."""
+    if resume != "auto":
+        run_dir = Path(resume)
+    else:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--run_dir", type=Path)
+        run_dir = parser.parse_known_args(args)[0].run_dir
+        if run_dir is None:
+            runs = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+            run_dir = runs[-1].parent if runs else Path("runs")
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"--resume: no run in {run_dir} (no config.yaml); give the folder that a run wrote")
+    return run_dir

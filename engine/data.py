@@ -1,0 +1,60 @@
+"""From `--data.*` to prepared volumes: synthetic scans or a download where asked for, cases, split, store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import DataConfig, cache_dir
+from engine.distributed import Ranks, first_on_node
+from pipelines.cases import CaseSet, find_cases, split_cases
+from pipelines.decathlon import download_task01
+from pipelines.phantom import make_phantoms
+from pipelines.store import Store, prepare
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prepared volumes, and the names of those to train on and to validate on."""
+
+    store: Store
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+
+
+def obtain_root(config: DataConfig) -> Path:
+    """Folder or list of the scans; downloads or synthesises them first where the configuration says so."""
+    if config.root is None:
+        phantom = config.phantom
+        size = "x".join(map(str, phantom.size_voxels))
+        folder = cache_dir() / "phantoms" / f"{phantom.cases}-cases-{size}-seed-{phantom.seed}"
+        return make_phantoms(folder, phantom.cases, phantom.size_voxels, phantom.seed)
+    if config.download:
+        return download_task01(config.root.parent if config.root.name == "Task01_BrainTumour" else config.root)
+    return config.root
+
+
+def list_cases(config: DataConfig, root: Path) -> CaseSet:
+    """The cases below `root` that the configuration asks for."""
+    return find_cases(root, config.release, config.modalities, config.regions)
+
+
+def prepared(config: DataConfig, cases: CaseSet) -> Store:
+    """The store of these cases; what it lacks is prepared."""
+    return prepare(cases, config.store_dir or cache_dir() / "store", config.spacing_mm, config.workers)
+
+
+def load_data(config: DataConfig, ranks: Ranks) -> Data:
+    """Everything up to prepared volumes, done by one rank of each node.
+
+    Raises:
+        ValueError: whatever is wrong with the scans, the same on every rank.
+    """
+    return first_on_node(lambda: _build(config), ranks)
+
+
+def _build(config: DataConfig) -> Data:
+    cases = list_cases(config, obtain_root(config))
+    train, val = split_cases(cases, config.val_fraction, config.split_seed, config.train_cases, config.val_cases)
+    used = cases.select([name for name in cases.names if name in {*train, *val}])
+    return Data(prepared(config, used), train, val)

@@ -1,0 +1,90 @@
+"""What a run shows while it works: a progress bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from pipelines.labels import REGIONS
+
+log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 60.0
+
+
+def percent(dice: float | None) -> str:
+    """A Dice between 0 and 1 as people of the field write it."""
+    return "n/a" if dice is None else f"{100 * dice:.1f}"
+
+
+class TrainingProgress:
+    """Steps, loss, samples/s and time left; a context manager.
+
+    Args:
+        total_steps: of the whole run. done_steps: before this process began. is_shown: False on all ranks but one.
+    """
+
+    def __init__(self, total_steps: int, done_steps: int, is_shown: bool) -> None:
+        console = Console()
+        self.is_live = is_shown and console.is_terminal
+        self.is_shown = is_shown
+        self.total, self.done = total_steps, done_steps
+        self.bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"), TimeRemainingColumn(), console=console, disable=not self.is_live,
+        )  # fmt: skip
+        self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, detail="")
+        self.times: deque[float] = deque(maxlen=50)
+        self.loss: torch.Tensor | None = None
+        self.last_line = time.perf_counter()
+
+    def __enter__(self) -> TrainingProgress:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self.bar.__exit__(*failure)
+
+    def step(self, loss: torch.Tensor, samples: int) -> None:
+        """After a step over `samples` crops of all ranks; the loss shown is the one before, so nothing waits for it."""
+        shown, self.loss = self.loss, loss
+        self.done += 1
+        now = time.perf_counter()
+        self.times.append(now)
+        if not self.is_shown or shown is None or len(self.times) < 2:
+            return
+        rate = (len(self.times) - 1) / (self.times[-1] - self.times[0])
+        if self.is_live:
+            detail = f"loss {shown.item():.3f}  {rate * samples:.2f} samples/s"
+            self.bar.update(self.task, description="training", completed=self.done, detail=detail)
+        elif now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            left = (self.total - self.done) / rate
+            log.info("step %d/%d  loss %.3f  %.2f samples/s  %.0f min left", self.done, self.total, shown.item(),
+                     rate * samples, left / 60)  # fmt: skip
+
+    def validating(self, done: int, total: int) -> None:
+        """After a validation case; the pause must not count as slow steps."""
+        self.times.clear()
+        if self.is_live:
+            self.bar.update(self.task, description=f"validating {done}/{total}")
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """After an epoch: one line where it was validated."""
+        if not self.is_shown or "val_mean" not in row:
+            return
+        dice = "  ".join(f"{region} {percent(row[f'val_{region}'])}" for region in REGIONS)
+        line = (
+            f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}  Dice {percent(row['val_mean'])}  ({dice})  "
+            f"{row['samples_per_s']:.2f} samples/s"
+        )
+        self.last_line = time.perf_counter()
+        if self.is_live:
+            self.bar.console.print(line, highlight=False)
+        else:
+            log.info(line)

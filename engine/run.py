@@ -1,0 +1,154 @@
+"""A training run from configuration to report, and how its failures are told."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from engine import checkpoint, metrics, report
+from engine.config import Config, to_dict
+from engine.data import Data, load_data
+from engine.distributed import gather, init_ranks
+from engine.progress import percent
+from engine.trainer import Trainer
+from models import build_model, check_img_size, parameter_count
+from pipelines.labels import REGIONS
+
+log = logging.getLogger(__name__)
+
+
+def start_run(read: Callable[[], Config]) -> int:
+    """Run a command's work; returns the exit status.
+
+    A user's mistake (`ValueError`: a bad value, a faulty scan) becomes one line on standard error and status 2; the
+    traceback goes to the run's log. Ctrl-C says how to go on.
+    """
+    config: Config | None = None
+    try:
+        config = read()
+        run(config)
+    except ValueError as error:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        log.debug("traceback", exc_info=True)
+        return 2
+    except KeyboardInterrupt:
+        where = config.run_dir if config else ""
+        print(f"\ninterrupted; continue with: python launch/train.py --resume {where}", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def run(config: Config) -> None:
+    """Train as `config` says and write the run folder: logs, checkpoints, tables, pictures, report.
+
+    Raises:
+        ValueError: a value or a scan that can't be used, before training starts where it can be known by then.
+    """
+    check_img_size(config.data.crop_size_voxels)
+    ranks = init_ranks(config.train.device)
+    config.run_dir = gather(config.run_dir, ranks)[0]  # its default holds the time, which differs between ranks
+    assert config.run_dir is not None
+    if ranks.is_first:
+        _start_log(config.run_dir)
+        _write_config(config, config.run_dir)
+    else:
+        warnings.simplefilter("ignore")  # the first rank shows them
+    torch.manual_seed(config.train.seed)
+    data = load_data(config.data, ranks)
+    model = build_model(
+        config.model.name,
+        in_channels=len(data.store.modalities),
+        out_channels=len(REGIONS),
+        img_size=config.data.crop_size_voxels,
+        feature_size=config.model.feature_size,
+        hidden_size=config.model.hidden_size,
+        mlp_dim=config.model.mlp_dim,
+        num_heads=config.model.num_heads,
+    )
+    log.info(
+        "%s, %s parameters; %d training and %d validation cases of %s; %d rank(s) on %s",
+        config.model.name, f"{parameter_count(model):,}", len(data.train), len(data.val),
+        ", ".join(data.store.modalities), ranks.world_size, ranks.device.type,
+    )  # fmt: skip
+    trainer = Trainer(config, ranks, data, model)
+    if ranks.is_first:
+        _draw_sample(trainer, data, config.run_dir / "samples.png")
+    trainer.fit()
+    if ranks.is_first:
+        finish(trainer, config.run_dir)
+
+
+def finish(trainer: Trainer, run_dir: Path) -> None:
+    """Pictures, page and the closing table, from the best weights."""
+    best = run_dir / "checkpoints" / "best.pt"
+    if best.is_file():
+        trainer.model.load_state_dict(checkpoint.load_weights(best)["weights"])
+    name, image, labels = next(iter(trainer.val_loader))
+    prediction, truth = trainer.predict(image), trainer.truth(labels)
+    dice = metrics.case_dice(name, prediction, truth).dice()
+    report.draw_prediction(
+        name, report.as_numpy(image[0, 0]), report.as_numpy(truth), report.as_numpy(prediction), dice,
+        run_dir / "prediction.png",
+    )  # fmt: skip
+    report.draw_curves(trainer.history, run_dir / "curves.png")
+    summary = trainer.summary()
+    pictures = ["curves.png", "prediction.png", "samples.png"]
+    page = report.write_html(run_dir, to_dict(trainer.config), summary, pictures)
+    _print_table(summary)
+    print(f"pictures, logs and checkpoints: {run_dir}\nopen {page}")
+
+
+def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:
+    """The first crop of the run that holds tumour, as the network sees it."""
+    for batch in islice(trainer.train_loader.epoch(0), 20):
+        image = batch[0]
+        masks = metrics.region_masks(batch[1], data.store.coding.regions)
+        holds_tumour = masks.flatten(1).any(dim=1)
+        if holds_tumour.any():
+            break
+    index = int(holds_tumour.int().argmax())
+    report.draw_sample(report.as_numpy(image[index]), report.as_numpy(masks[index]), data.store.modalities, path)
+
+
+def _print_table(summary: dict) -> None:
+    table = Table(title=f"validation Dice (%), {summary['validated_on'].replace('_', ' ')}")
+    for column in ("", "epoch", "mean", *REGIONS, "cases"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in ("best", "last"):
+        scores = summary[row]
+        dice = [percent(scores.get(name)) for name in ("mean", *REGIONS)]
+        table.add_row(row, str(scores["epoch"]), *dice, str(scores.get("cases", 0)))
+    Console().print(table)
+
+
+def _start_log(run_dir: Path) -> None:
+    """Lines on the terminal, everything in `run.log`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    logging.captureWarnings(True)
+    terminal, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "run.log")
+    terminal.setLevel(logging.INFO)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("engine", "models", "pipelines", "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.DEBUG)
+        logger.handlers = [terminal, file]
+
+
+def _write_config(config: Config, run_dir: Path) -> None:
+    """`config.yaml`, from which `--resume` continues and anyone can start the same run again."""
+    values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))

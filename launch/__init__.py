@@ -1,0 +1,1 @@
+"""The commands, each a thin `main` over `engine` and `pipelines`."""

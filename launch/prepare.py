@@ -1,0 +1,98 @@
+"""Prepare scans for training, or check them.
+
+python launch/prepare.py --config launch/configs/brats.yaml --data.root BraTS2023     prepare: resample, orient, store
+python launch/prepare.py --data.root BraTS2023 --check                                report every faulty case
+
+It takes the options of `launch/train.py`, of which those of `--data` matter, so that the same YAML file serves both;
+training prepares what is missing by itself. `--check` writes nothing and ends with status 1 where a case is faulty.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from engine.config import DataConfig, make_parser, parse_config
+from engine.data import list_cases, obtain_root, prepared
+from pipelines.nifti import CaseError
+from pipelines.store import Store, check_cases
+
+PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
+
+
+def main(args: list[str] | None = None) -> int:
+    """Parse the command line, then prepare or check.
+
+    Returns:
+        exit status: 0, 1 where `--check` finds a fault, 2 for a user's mistake, 130 when interrupted.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = make_parser("Prepare scans for training (resample, orient, store), or check them.")
+    parser.add_argument("--check", action="store_true", help="Report every faulty case and write nothing.")
+    try:
+        config, options = parse_config(parser, args)
+        return check(config.data) if options.check else prepare(config.data)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def check(config: DataConfig) -> int:
+    """Print a table of all faulty cases; 1 where there are any."""
+    if config.root is None or config.download:
+        raise ValueError("--check reads scans that are there and writes nothing: give --data.root, no --data.download")
+    cases = list_cases(config, config.root)
+    crop_size = None if config.pad else config.crop_size_voxels
+    faults = check_cases(cases, config.workers, config.spacing_mm, crop_size)
+    if faults:
+        print_faults(faults, config.root)
+    print(
+        f"{len(faults)} of {len(cases.cases)} cases are faulty ({', '.join(cases.modalities)}; {cases.coding.release})"
+    )
+    return 1 if faults else 0
+
+
+def print_faults(faults: list[CaseError], root: Path) -> None:
+    """A row per fault: file (below `root` where it is), what is wrong, what to do."""
+    table = Table(show_lines=True)
+    for column in ("file", "fault", "remedy"):
+        table.add_column(column, overflow="fold")
+    for fault in faults:
+        path = fault.path.relative_to(root) if fault.path.is_relative_to(root) else fault.path
+        table.add_row(*map(escape, (f"{path.parent}/\n{path.name}", fault.problem, fault.remedy)))
+    Console(width=None if Console().is_terminal else PIPE_WIDTH).print(table)
+
+
+def prepare(config: DataConfig) -> int:
+    """Prepare all cases and print what there is now."""
+    cases = list_cases(config, obtain_root(config))
+    started = time.perf_counter()
+    store = prepared(config, cases)
+    print_summary(store, time.perf_counter() - started)
+    return 0
+
+
+def print_summary(store: Store, seconds: float) -> None:
+    """Cases, shapes, bytes, folder, time."""
+    shapes = Counter(store.shape(i) for i in range(len(store)))
+    shape, count = shapes.most_common(1)[0]
+    others = f" ({len(shapes) - 1} other shapes in {len(store) - count} cases)" if len(shapes) > 1 else ""
+    print(
+        f"{len(store)} cases of {', '.join(store.modalities)}: {' x '.join(map(str, shape))} voxels{others} at "
+        f"{' x '.join(f'{s:g}' for s in store.spacing_mm)} mm, {store.nbytes() / 1e9:.2f} GB in {store.folder}\n"
+        f"{seconds:.1f} s, {seconds / len(store):.2f} s per case"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

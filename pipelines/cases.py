@@ -1,0 +1,221 @@
+"""Find the cases of a data set, and split them.
+
+`find_cases` reads one of the three layouts of `layouts.py` (a Decathlon task, BraTS folders, a list), settles the label
+coding and the modalities, and returns a `CaseSet`: names and paths alone, for no image is opened. `split_cases` divides
+it as MONAI's `DecathlonDataset` does, so that the same seed gives the same training and validation cases in both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipelines.labels import Coding, coding_for_release, tutorial_coding
+from pipelines.layouts import (
+    MODALITIES,
+    DataError,
+    Found,
+    canonical_modalities,
+    from_decathlon,
+    from_folders,
+    from_list,
+)
+
+__all__ = ["MODALITIES", "Case", "CaseSet", "DataError", "find_cases", "split_cases"]
+
+log = logging.getLogger(__name__)
+
+_FAULTS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """The files of one patient.
+
+    Args:
+        name: unique in its set.
+        images: one 3D file per modality, in the order of `CaseSet.modalities`; or one 4D file.
+        channels: for a 4D file, the index on its last axis of each modality; None for 3D files.
+        label: the label map, None where there is none.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    channels: tuple[int, ...] | None
+    label: Path | None
+
+
+@dataclass(frozen=True)
+class CaseSet:
+    """Cases that share modalities and label coding."""
+
+    cases: tuple[Case, ...]
+    modalities: tuple[str, ...]
+    coding: Coding
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the cases, in order."""
+        return tuple(case.name for case in self.cases)
+
+    def select(self, names: Sequence[str]) -> CaseSet:
+        """The named cases alone, in the order of `names`.
+
+        Raises:
+            DataError: a name is not in the set, or is there twice.
+        """
+        _check_names(names, self.names, "names")
+        by_name = {case.name: case for case in self.cases}
+        return replace(self, cases=tuple(by_name[name] for name in names))
+
+
+def find_cases(
+    root: Path,
+    release: str | None = None,
+    modalities: Sequence[str] | None = None,
+    regions: Literal["release", "tutorial"] = "release",
+    labelled: bool = True,
+) -> CaseSet:
+    """Find the cases of a Decathlon task, of BraTS folders, or of a JSON or CSV list.
+
+    Args:
+        root: the folder, or the list.
+        release: a key of `labels.CODINGS`. None reads it from `dataset.json` or the names. Where one root holds cases
+            of several releases, it selects those whose names fit; where all say another release, it overrides them.
+        modalities: which to use, in this order; None takes all that the data set has, in the order of `MODALITIES`.
+        regions: "tutorial" swaps Decathlon's labels 2 and 3, as the published tutorial does (`labels.tutorial_coding`).
+        labelled: leave out cases without a label, which can't be trained on. False keeps them, and adds the cases
+            under "test" of a `dataset.json`.
+
+    Raises:
+        DataError: no cases; a listed file or a modality is missing; the release is open or mixed; a name occurs twice.
+        ValueError: unknown release, or regions.
+    """
+    root = Path(root)
+    if regions not in ("release", "tutorial"):
+        raise ValueError(f"unknown regions {regions!r}: choose release or tutorial")
+    wanted = None if modalities is None else canonical_modalities(modalities)
+    asked = None if release is None else coding_for_release(release)
+    if root.is_file():
+        coding, found = from_list(root, asked)
+    elif (root / "dataset.json").is_file():
+        coding, found = from_decathlon(root / "dataset.json", asked, with_test=not labelled)
+    else:
+        coding, found = from_folders(root, asked)
+    twice = [name for name, count in Counter(f.name for f in found).items() if count > 1]
+    if twice:
+        raise DataError(f"{root}: two cases are named {twice[0]}; names must be unique: rename one of them")
+    if labelled:
+        found = _with_label(found, root)
+    if wanted is None:
+        # The union, so that one case without its T2 is an error and does not silently take T2 from all the others.
+        wanted = tuple(m for m in MODALITIES if any(m in f.files for f in found))
+    faults = [message for f in found if (message := _missing_modality(f, wanted))]
+    if faults:
+        more = f"\nand {len(faults) - _FAULTS_SHOWN} cases more" if len(faults) > _FAULTS_SHOWN else ""
+        raise DataError("\n".join(faults[:_FAULTS_SHOWN]) + more)
+    cases = tuple(_case(f, wanted) for f in found)
+    return CaseSet(cases, wanted, tutorial_coding(coding) if regions == "tutorial" else coding)
+
+
+def _missing_modality(found: Found, modalities: Sequence[str]) -> str | None:
+    missing = [m for m in modalities if m not in found.files]
+    if not missing:
+        return None
+    have = [m for m in MODALITIES if m in found.files]
+    files = ", ".join(dict.fromkeys(str(found.files[m]) for m in have))
+    return (
+        f"case {found.name}: modality {', '.join(missing)} is missing; it has {', '.join(have) or 'none'} ({files}). "
+        "Add the file, leave the case out, or ask for what all cases have with --data.modalities"
+    )
+
+
+def _case(found: Found, modalities: Sequence[str]) -> Case:
+    if found.channels is None:
+        return Case(found.name, tuple(found.files[m] for m in modalities), None, found.label)
+    return Case(found.name, (found.files[modalities[0]],), tuple(found.channels[m] for m in modalities), found.label)
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _with_label(found: Sequence[Found], root: Path) -> list[Found]:
+    kept = [f for f in found if f.label is not None]
+    if not kept:
+        raise DataError(f"{root}: none of its {len(found)} cases has a label map: training and evaluation need one")
+    if len(kept) < len(found):
+        names = [f.name for f in found if f.label is None]
+        log.warning("%d of %d cases have no label and are left out: %s", len(names), len(found), _some(names))
+    return kept
+
+
+def split_cases(
+    case_set: CaseSet,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    train_cases: Sequence[str] | None = None,
+    val_cases: Sequence[str] | None = None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split by the rule of `monai.apps.DecathlonDataset`, in its order: shuffle, the first int(n * fraction) validate.
+
+    At least one case validates where val_fraction > 0 (MONAI: none for fewer than 1 / fraction cases).
+
+    Args:
+        val_fraction: from 0 to less than 1. Not used for a side that is given by name.
+        seed: of the shuffle.
+        train_cases, val_cases: names, which override the rule. With one of the two, the other side is all other cases.
+            A case in both is allowed (to overfit on it) and warned of.
+
+    Returns:
+        names of the training cases, names of the validation cases.
+
+    Raises:
+        DataError: an unknown or repeated name, a fraction out of range, or nothing left to train on.
+    """
+    names = case_set.names
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction {val_fraction} must be at least 0 and less than 1: 0.2 is usual")
+    for option, given in (("train_cases", train_cases), ("val_cases", val_cases)):
+        _check_names(given or (), names, option)
+    if train_cases is None and val_cases is None:
+        order = np.arange(len(names))
+        np.random.RandomState(seed % 2**32).shuffle(order)  # MONAI's generator and its reduction of the seed
+        val_length = max(int(len(names) * val_fraction), int(val_fraction > 0))
+        train = tuple(names[i] for i in order[val_length:])
+        val = tuple(names[i] for i in order[:val_length])
+    else:
+        train = _others(names, val_cases) if train_cases is None else tuple(train_cases)
+        val = _others(names, train_cases) if val_cases is None else tuple(val_cases)
+    if not train:
+        raise DataError(
+            f"no case is left to train on: {len(names)} in all, {len(val)} for validation. Add cases, set val_fraction "
+            "to 0, or name a case in both train_cases and val_cases to overfit on it"
+        )
+    both = [name for name in train if name in set(val)]
+    if both:
+        warnings.warn(f"{_some(both)}: both trained on and validated, so this Dice is no estimate", stacklevel=2)
+    return train, val
+
+
+def _others(names: Sequence[str], given: Sequence[str] | None) -> tuple[str, ...]:
+    taken = set(given or ())
+    return tuple(name for name in names if name not in taken)
+
+
+def _check_names(given: Sequence[str], names: Sequence[str], option: str) -> None:
+    for name, count in Counter(given).items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise DataError(f"{option}: there is no case {name!r} among {len(names)} ({_some(names)}).{hint}")
+        if count > 1:
+            raise DataError(f"{option}: case {name!r} is named {count} times: name it once")

@@ -1,0 +1,286 @@
+"""The layouts of a data set on disk, and what their names say. No image is opened here.
+
+* A Medical Segmentation Decathlon task: a folder with `dataset.json`. One 4D image per case; "modality" names its last
+  axis, "labels" names the label values, "training" lists the cases. Order is the file's: the split depends on it.
+* BraTS folders: a folder per case, one 3D file per modality, up to two levels below the root (HGG/, LGG/) or the root
+  itself. Naming tells the release apart only in part:
+      -t2f -t1n -t1c -t2w -seg                 2023 on
+      Flair_subtrMeanDivStd ... OTMultiClass   2013 (as re-released, z-scored)
+      _flair _t1 _t1ce _t2 _seg                2012 to 2022: the coding changed in 2018, so a year in a name decides
+                                               (`BraTS20_Training_001`), and without one the release is asked for
+  Real data spell these in any letter case (`t2W`); one case of BraTS 2020 has its label in `W39_1998.09.19_Segm.nii`.
+* A list: CSV with a column "name", one per modality, and "label"; or JSON with the same records, [{...}, ...]. JSON may
+  also be {"modalities": ["flair", ...], "cases": [{"name": ..., "image": 4D file, "label": ...}, ...]}. Paths are
+  relative to the list, and the release is always asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.labels import CODINGS, Coding, coding_from_dataset_json
+
+log = logging.getLogger(__name__)
+
+MODALITIES = ("flair", "t1", "t1c", "t2")
+# Decathlon's, 2012-2022's and 2023's names for them.
+_CANONICAL = {
+    **{name: "flair" for name in ("flair", "t2f")},
+    **{name: "t1" for name in ("t1", "t1w", "t1n")},
+    **{name: "t1c" for name in ("t1c", "t1gd", "t1ce")},
+    **{name: "t2" for name in ("t2", "t2w")},
+}
+# End of a file's stem, lower case; group 1 is the modality or the label.
+_NAMING = {
+    "2023": re.compile(r"-(t2f|t1n|t1c|t2w|seg)$"),
+    "2013": re.compile(r"^(flair|t1c|t1|t2|otmulticlass)(?:_subtrmeandivstd|(?<=otmulticlass))$"),
+    "2012-2022": re.compile(r"_(flair|t1ce|t1|t2|segm?)$"),
+}
+_LABEL_NAMES = ("seg", "segm", "otmulticlass")
+# "BraTS2021_00000", "brats_2013_pat0001", "Brats18_x"; but "BraTS_12" and "BraTS_0012" are numbers of cases.
+_YEAR = re.compile(r"(?:brats|fets)(?:[_-]?(20\d\d)|(1[2-9]|2\d))(?!\d)", re.IGNORECASE)
+_FOLDER_DEPTH = 2
+
+
+class DataError(ValueError):
+    """A fault of the user's data or of what was asked of it; the message has path or value, rule and remedy."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A case before its modalities are chosen: its files by modality, or a 4D file and its channels by modality."""
+
+    name: str
+    files: Mapping[str, Path]
+    channels: Mapping[str, int] | None
+    label: Path | None
+    release: str | None  # None: the names leave it open
+
+
+def canonical_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
+    """The names of `MODALITIES` for a release's own (T1w, t1ce, t2f, ...), in the order given.
+
+    Raises:
+        DataError: none given, one unknown, or one twice.
+    """
+    names = tuple(_CANONICAL.get(m.lower(), m) for m in modalities)
+    unknown = [m for m in names if m not in MODALITIES]
+    if unknown or not names or len(set(names)) < len(names):
+        raise DataError(f"modalities {list(modalities)}: name at least one of {', '.join(MODALITIES)}, each once")
+    return names
+
+
+def _existing(path: Path, listed_in: Path, case: str) -> Path:
+    if not path.is_file():
+        raise DataError(f"case {case}: {path}, listed in {listed_in}, is not there: put it there or correct the list")
+    return path
+
+
+def _stem(path: Path) -> str | None:
+    """File name without .nii or .nii.gz; None for other files and for hidden ones (macOS's `._*`)."""
+    match = re.fullmatch(r"(?!\.)(.+?)\.nii(\.gz)?", path.name, re.IGNORECASE)
+    return match and match.group(1)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}): correct or replace the file") from error
+
+
+# Decathlon
+
+
+def from_decathlon(path: Path, asked: Coding | None, with_test: bool) -> tuple[Coding, list[Found]]:
+    """The cases that a `dataset.json` lists under "training", and under "test" where asked, in its order.
+
+    Raises:
+        DataError: the file is malformed, a modality or label name is unknown, or a listed file is missing.
+    """
+    info = _read_json(path)
+    absent = [key for key in ("modality", "labels", "training") if key not in info]
+    if absent:
+        raise DataError(f"{path} has no {', '.join(map(repr, absent))}: a Decathlon task states all three")
+    try:
+        coding = asked or coding_from_dataset_json(info["labels"])
+    except ValueError as error:
+        raise DataError(f"{path}: {error} (--data.release)") from error
+    channels: dict[str, int] = {}
+    for index, name in info["modality"].items():
+        canonical = _CANONICAL.get(name.lower())
+        if canonical is None or canonical in channels:
+            raise DataError(f"{path}: modality {index} is {name!r}; each must be one of FLAIR, T1w, T1gd, T2w, once")
+        channels[canonical] = int(index)
+    malformed = [e for e in info["training"] if not isinstance(e, dict) or "image" not in e]
+    if malformed:
+        raise DataError(f'{path}: training entry {malformed[0]!r} must be {{"image": file, "label": file}}')
+    entries = [(e["image"], e.get("label")) for e in info["training"]]
+    entries += [(image, None) for image in info.get("test", [])] if with_test else []
+    found = []
+    for image, label in entries:
+        name = _stem(Path(image))
+        if name is None:
+            continue
+        image_path = _existing(path.parent / image, path, name)
+        label_path = None if label is None else _existing(path.parent / label, path, name)
+        found.append(Found(name, dict.fromkeys(channels, image_path), channels, label_path, "decathlon"))
+    if not found:
+        raise DataError(f"{path} lists no case under 'training': a Decathlon task lists its images and labels there")
+    return coding, found
+
+
+# BraTS folders
+
+
+def from_folders(root: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
+    """The cases of BraTS folders, sorted by path, of one release.
+
+    Raises:
+        DataError: no folder, no case in it, two files of one kind in a case, or a release left open or mixed.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not there: give a Decathlon task folder, a BraTS folder, or a .json or .csv list")
+    found = [f for folder in _folders(root, _FOLDER_DEPTH) if (f := _folder_case(folder, root))]
+    if not found:
+        tasks = [p.parent for p in sorted(root.glob("*/dataset.json"))]
+        hint = f" Did you mean {tasks[0]}?" if tasks else ""
+        raise DataError(
+            f"{root}: no cases found. Looked for dataset.json (Decathlon), and in it and {_FOLDER_DEPTH} levels below "
+            "for .nii or .nii.gz files ending in _flair/_t1/_t1ce/_t2 (2012-2022) or -t2f/-t1n/-t1c/-t2w "
+            f"(2023 on), or named Flair_subtrMeanDivStd and alike (2013).{hint}"
+        )
+    return _one_release(found, root, asked)
+
+
+def _folders(folder: Path, depth: int) -> Iterable[Path]:
+    yield folder
+    if depth:
+        for entry in sorted(e.path for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")):
+            yield from _folders(Path(entry), depth - 1)
+
+
+def _folder_case(folder: Path, root: Path) -> Found | None:
+    """The case in a folder; None where no file is named like an image of any release."""
+    matches: dict[str, list[tuple[str, Path]]] = {naming: [] for naming in _NAMING}
+    for path in sorted(folder.iterdir()):
+        stem = _stem(path)
+        if stem is None or not path.is_file():
+            continue
+        for naming, pattern in _NAMING.items():
+            match = pattern.search(stem.lower())
+            if match:
+                matches[naming].append((match.group(1), path))
+    naming = max(matches, key=lambda key: len(matches[key]))
+    files: dict[str, Path] = {}
+    for role, path in matches[naming]:
+        key = "label" if role in _LABEL_NAMES else _CANONICAL[role]
+        if key in files:
+            raise DataError(
+                f"{folder}: {files[key].name} and {path.name} are both its {key}; a folder holds one case with one "
+                "file of each kind: remove one, give each case its folder, or use a .csv list"
+            )
+        files[key] = path
+    label = files.pop("label", None)
+    if not files:
+        return None
+    release = {"2023": "brats2023", "2013": "brats2013"}.get(naming) or _release_by_year(folder, root, files.values())
+    return Found(folder.resolve().name, files, None, label, release)
+
+
+def _release_by_year(folder: Path, root: Path, files: Iterable[Path]) -> str | None:
+    """The release by the year in the name nearest to the files: theirs, then the case's folder, up to the root."""
+    names = [path.name for path in files]
+    while True:
+        names.append(folder.resolve().name)
+        if folder == root:
+            break
+        folder = folder.parent
+    for name in names:
+        match = _YEAR.search(name)
+        if match:
+            year = int(match.group(1) or match.group(2)) % 100
+            return "brats2013" if year <= 17 else "brats2018" if year <= 22 else "brats2023"
+    return None
+
+
+def _one_release(found: list[Found], root: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
+    counts = Counter(f.release for f in found)
+    listing = ", ".join(f"{n} of {release or 'a release from 2012 to 2022'}" for release, n in counts.items())
+    if asked is None:
+        if len(counts) > 1:
+            raise DataError(
+                f"{root} mixes releases, whose label codes differ: its cases are {listing} by their names. "
+                f"Choose with --data.release ({', '.join(r for r in counts if r)}), which takes the cases that fit"
+            )
+        release = found[0].release
+        if release is None:
+            raise DataError(
+                f"{root}: the naming (case {found[0].name}) is that of 2012 to 2022, whose label codes differ, and no "
+                "name carries a year. Give --data.release brats2013 (until 2017) or brats2018 (2018 to 2022)"
+            )
+        return CODINGS[release], found
+    open_fits = asked.release in ("brats2013", "brats2018")
+    fits = [f for f in found if f.release == asked.release or (f.release is None and open_fits)]
+    if fits:
+        if len(fits) < len(found):
+            log.warning("release %s: %d of %d cases fit by name (%s)", asked.release, len(fits), len(found), listing)
+        return asked, fits
+    if len(counts) > 1:
+        raise DataError(f"{root}: no case fits release {asked.release}; its cases are {listing} by their names")
+    log.warning("%s: names say %s; read as %s, as asked", root, listing, asked.release)
+    return asked, found
+
+
+# Lists
+
+
+def from_list(path: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
+    """The cases of a .csv or .json list, in its order.
+
+    Raises:
+        DataError: no release asked, a malformed or empty list, an unknown column, or a listed file is missing.
+    """
+    if path.suffix.lower() not in (".json", ".csv"):
+        raise DataError(f"{path}: a list of cases must be .json or .csv; a data set is given by its folder")
+    if asked is None:
+        raise DataError(f"{path}: a list does not say what its labels mean: give --data.release ({', '.join(CODINGS)})")
+    order: Sequence[str] = ()
+    if path.suffix.lower() == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            records = list(csv.DictReader(file))
+    else:
+        records = _read_json(path)
+        if isinstance(records, dict):
+            order, records = canonical_modalities(records.get("modalities", MODALITIES)), records.get("cases", [])
+    if not records or not all(isinstance(r, dict) for r in records):
+        raise DataError(f"{path} lists no cases: give records with name, {', '.join(MODALITIES)} and label")
+    return asked, [_record_case(record, order, path) for record in records]
+
+
+def _record_case(record: Mapping[str, str | None], order: Sequence[str], listed_in: Path) -> Found:
+    values = {str(key).strip().lower(): str(value).strip() for key, value in record.items() if value}
+    name = values.pop("name", None)
+    if name is None:
+        raise DataError(f"{listed_in}: record {dict(record)} has no name: give each case a unique one")
+    unknown = [key for key in values if key not in ("label", "image") and key not in _CANONICAL]
+    if unknown or ("image" in values and not order):
+        raise DataError(
+            f"{listed_in}: case {name} has {', '.join(unknown) or 'image'}; columns are name, {', '.join(MODALITIES)} "
+            'and label, or in JSON with "modalities" (the order of the last axis of a 4D file) name, image and label'
+        )
+    paths = {key: _existing(listed_in.parent / value, listed_in, name) for key, value in values.items()}
+    label = paths.pop("label", None)
+    if "image" in paths:
+        channels = {m: i for i, m in enumerate(order)}
+        return Found(name, dict.fromkeys(order, paths["image"]), channels, label, None)
+    return Found(name, {_CANONICAL[key]: path for key, path in paths.items()}, None, label, None)

@@ -1,0 +1,536 @@
+"""Prepared volumes on disk: decode, resample and orient each case once, and map the result into memory afterwards.
+
+A case is four files, `<name>-<key>.image.npy` (float32, (X, Y, Z, C)), `.label.npy` (uint8, (X, Y, Z)),
+`.foreground.npy` (some voxels of the tumour, for crops that hold it) and `.json` (grids, sizes, checksums). A case of
+BraTS is 32 MB at 1.5 x 1.5 x 2.0 mm, a quarter of its raw size. Intensities are the file's own: normalising belongs to
+the crop.
+
+The key is a hash of the content of the input files, of what was asked of them (spacing, modalities, channels, label
+values) and of the format's version: other data or other parameters are other files, and one folder serves any number
+of experiments. `index.json` remembers the hash of a file by path, size and time, so a second run opens no scan.
+
+Every file is written under a temporary name and moved into place, the `.json` last: a case without it is not there. So
+a run may be killed at any point and started again, and several runs may fill one folder at once: at worst both write
+the same bytes. Temporary files of dead runs are removed at the next start.
+
+Cases are prepared by processes from a fork server (a fork of a process that has used torch may hang), each with one
+thread and one case at a time, and only file names come back: memory is about 0.4 GB per worker, whatever the set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from isal import isal_zlib
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipelines.cases import Case, CaseSet, DataError
+from pipelines.geometry import resample_image, resample_label, target_grid
+from pipelines.labels import Coding
+from pipelines.nifti import CaseError, read_case
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FORMAT = 1
+FOREGROUND_VOXELS = 4096
+_INTENSITIES = "as in the files, resampled; not normalised"
+_TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
+_TEMPORARY_LIFETIME_S = 3600.0  # for files of other hosts, whose processes can't be asked for
+
+
+class StoreError(DataError):
+    """The store's folder can't be written; `needed` is the size in bytes of the case that was being written."""
+
+    def __init__(self, folder: Path, problem: str, needed: int) -> None:
+        super().__init__(folder, problem, needed)
+        self.folder = folder
+        self.problem = problem
+        self.needed = needed
+
+    def __str__(self) -> str:
+        size = f" It needs about {self.needed / 1e6:.1f} MB more." if self.needed else ""
+        return (
+            f"store {self.folder}: {self.problem}.{size} Free space there or change its permissions, or choose another "
+            "folder with --data.store_dir. Cases that are done stay done."
+        )
+
+
+class Store:
+    """Prepared volumes of some cases, read-only; `prepare` makes it.
+
+    Args:
+        folder: where the files are.
+        case_set: the cases, in this order.
+        records: what the `.json` of each case holds.
+    """
+
+    def __init__(self, folder: Path, case_set: CaseSet, records: Sequence[Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self.names = case_set.names
+        self.modalities = case_set.modalities
+        self.coding: Coding = case_set.coding
+        self.spacing_mm: tuple[float, float, float] = tuple(records[0]["spacing_mm"])
+        self._records = tuple(records)
+        self._index = {name: i for i, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, name: str) -> int:
+        """Position of a case.
+
+        Raises:
+            DataError: there is no such case.
+        """
+        if name not in self._index:
+            raise DataError(f"store {self.folder}: no case {name!r} among its {len(self)}: see Store.names")
+        return self._index[name]
+
+    def image(self, i: int) -> np.ndarray:
+        """float32 (X, Y, Z, C) in RAS, memory-mapped, read-only; channels as `modalities`."""
+        return np.load(self._path(i, "image"), mmap_mode="r")
+
+    def label(self, i: int) -> np.ndarray | None:
+        """uint8 (X, Y, Z) in RAS, memory-mapped, read-only; None where the case has no label."""
+        return np.load(self._path(i, "label"), mmap_mode="r") if "label" in self._records[i]["files"] else None
+
+    def foreground(self, i: int) -> np.ndarray:
+        """int32 (K, 3): at most 4096 voxels of label > 0, evenly taken in C order; K is 0 where there are none."""
+        if "foreground" not in self._records[i]["files"]:
+            return np.empty((0, 3), np.int32)
+        return np.load(self._path(i, "foreground"))
+
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """(X, Y, Z) of the prepared volume; no file is opened."""
+        x, y, z = self._records[i]["shape"]
+        return x, y, z
+
+    def affine(self, i: int) -> np.ndarray:
+        """(4, 4) float64, voxel index to mm (RAS+), of the prepared volume."""
+        return np.array(self._records[i]["affine"])
+
+    def source_affine(self, i: int) -> np.ndarray:
+        """The same of the original file."""
+        return np.array(self._records[i]["source_affine"])
+
+    def source_shape(self, i: int) -> tuple[int, int, int]:
+        """(X, Y, Z) of the original file."""
+        x, y, z = self._records[i]["source_shape"]
+        return x, y, z
+
+    def nbytes(self) -> int:
+        """Bytes of all arrays on disk."""
+        return sum(file["bytes"] for record in self._records for file in record["files"].values())
+
+    def verify(self, i: int) -> None:
+        """Compare the arrays of a case with their checksums.
+
+        Raises:
+            DataError: an array is not what was written.
+        """
+        for kind, file in self._records[i]["files"].items():
+            path = self._path(i, kind)
+            if _crc(np.load(path)) != file["crc32"]:
+                raise DataError(f"{path}: its checksum is not the one recorded: delete it and prepare the case again")
+
+    def _path(self, i: int, kind: str) -> Path:
+        return self.folder / f"{_stem(self.names[i], self._records[i]['key'])}.{kind}.npy"
+
+
+def prepare(
+    case_set: CaseSet,
+    store_dir: Path,
+    spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0),
+    workers: int | None = None,
+) -> Store:
+    """Open the store of some cases, and prepare first what it lacks; where it lacks nothing, nothing is written.
+
+    Args:
+        case_set: the cases.
+        store_dir: folder of the store; made where it is missing.
+        spacing_mm: voxel size of the result, along the axes of the files (as MONAI's Spacing).
+        workers: processes; None: one for each core that this process may use. 1 works in this process.
+
+    Raises:
+        DataError: one error that names every faulty case; the others are prepared all the same. Also: no cases, the
+            folder can't be written, the disk is full, or a worker was killed.
+    """
+    folder = Path(store_dir).absolute()
+    task = _Task(folder, case_set.modalities, case_set.coding, _checked_spacing(spacing_mm))
+    records = _complete_cases(task, case_set)
+    pending = [case for case, record in zip(case_set.cases, records, strict=True) if record is None]
+    if pending:
+        _make_folder(folder)
+        started = time.perf_counter()
+        done, faults = {}, []
+        known: dict[str, _Hash] = {}
+        try:
+            for case, result in _run(partial(_prepare_case, task), pending, workers, "Preparing"):
+                if isinstance(result, CaseError):
+                    faults.append((case.name, result))
+                else:
+                    done[case.name], hashes = result
+                    known.update(hashes)
+        except StoreError as error:
+            raise StoreError(folder, error.problem, error.needed * (len(pending) - len(done))) from error
+        finally:
+            _remember(folder, known)
+        if faults:
+            raise _faults_error(faults, len(case_set.cases))
+        log.info("prepared %d cases in %.1f s: %s", len(pending), time.perf_counter() - started, folder)
+        records = [record or done[case.name] for case, record in zip(case_set.cases, records, strict=True)]
+    return Store(folder, case_set, [record for record in records if record is not None])
+
+
+def check_cases(
+    case_set: CaseSet,
+    workers: int | None = None,
+    spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0),
+    crop_size: Sequence[int] | None = None,
+) -> list[CaseError]:
+    """Read every file of every case and report all faulty cases at once, the first fault of each; writes nothing.
+
+    Args:
+        case_set: the cases.
+        workers: as in `prepare`.
+        spacing_mm: as in `prepare`.
+        crop_size: (X, Y, Z); a case whose prepared volume is smaller is a fault. None: any size will do.
+
+    Returns:
+        the faults, in the order of the cases.
+    """
+    task = partial(_check_case, case_set.coding, _checked_spacing(spacing_mm), crop_size)
+    order = {name: i for i, name in enumerate(case_set.names)}
+    faults = {
+        case.name: result
+        for case, result in _run(task, case_set.cases, workers, "Checking")
+        if isinstance(result, CaseError)
+    }
+    return [faults[name] for name in sorted(faults, key=order.__getitem__)]
+
+
+def _check_case(
+    coding: Coding, spacing_mm: tuple[float, float, float], crop_size: Sequence[int] | None, case: Case
+) -> None:
+    raw = read_case(case, coding)
+    shape = target_grid(raw.image.shape[:3], raw.affine, spacing_mm).shape
+    if crop_size is not None and any(n < c for n, c in zip(shape, crop_size, strict=True)):
+        problem = f"prepared volume {shape} is smaller than the crop {tuple(crop_size)}"
+        raise CaseError(case.images[0], problem, "Choose a smaller --data.crop_size_voxels, or --data.pad true")
+
+
+def _checked_spacing(spacing_mm: Sequence[float]) -> tuple[float, float, float]:
+    target_grid((2, 2, 2), np.eye(4), spacing_mm)  # raises where the spacing is none
+    x, y, z = (float(s) for s in spacing_mm)
+    return x, y, z
+
+
+def _faults_error(faults: Sequence[tuple[str, CaseError]], cases: int) -> DataError:
+    lines = "".join(f"\n  {name}: {fault}" for name, fault in sorted(faults, key=lambda f: f[0]))
+    return DataError(f"{len(faults)} of {cases} cases can't be prepared (the others are done and stay):{lines}")
+
+
+# One case
+
+
+@dataclass(frozen=True)
+class _Hash:
+    """Content hash of a file, and the state of the file that it holds for."""
+
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked of each case, for a worker."""
+
+    folder: Path
+    modalities: tuple[str, ...]
+    coding: Coding
+    spacing_mm: tuple[float, float, float]
+
+    def key(self, case: Case, digests: Sequence[str]) -> str:
+        asked = {
+            "format": FORMAT,
+            "name": case.name,
+            "modalities": self.modalities,
+            "channels": case.channels,
+            "label_values": self.coding.values,  # other values are other checks
+            "spacing_mm": self.spacing_mm,
+            "files": list(digests),
+            "labelled": case.label is not None,
+        }
+        return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _files(case: Case) -> list[Path]:
+    return [*case.images, *([] if case.label is None else [case.label])]
+
+
+def _stem(name: str, key: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{key[:12]}"
+
+
+def _complete_cases(task: _Task, case_set: CaseSet) -> list[dict[str, Any] | None]:
+    """The record of each case that is prepared, by the hashes that the index knows."""
+    if not case_set.cases:
+        raise DataError("there are no cases to prepare: check --data.root")
+    index = _read_index(task.folder)
+    return [_complete_case(task, case, index) for case in case_set.cases]
+
+
+def _complete_case(task: _Task, case: Case, index: Mapping[str, _Hash]) -> dict[str, Any] | None:
+    digests = []
+    for path in _files(case):
+        known = index.get(str(path.absolute()))
+        if known is None or not path.is_file() or _state(path) != (known.size, known.mtime_ns):
+            return None
+        digests.append(known.digest)
+    return _record(task, case, task.key(case, digests))
+
+
+def _record(task: _Task, case: Case, key: str) -> dict[str, Any] | None:
+    """The `.json` of a case; None unless it and all its arrays are there, whole."""
+    stem = _stem(case.name, key)
+    try:
+        record = json.loads((task.folder / f"{stem}.json").read_text())
+        sizes = {kind: (task.folder / f"{stem}.{kind}.npy").stat().st_size for kind in record["files"]}
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
+    whole = record["key"] == key and all(sizes[kind] == file["bytes"] for kind, file in record["files"].items())
+    return record if whole else None
+
+
+def _prepare_case(task: _Task, case: Case) -> tuple[dict[str, Any], dict[str, _Hash]]:
+    """Prepare one case, in a worker: its record, and the hashes of its files."""
+    hashes = {str(path.absolute()): _hash(path) for path in _files(case)}
+    key = task.key(case, [h.digest for h in hashes.values()])
+    record = _record(task, case, key)
+    if record is None:
+        record = _build(task, case, key)
+    return record, hashes
+
+
+def _build(task: _Task, case: Case, key: str) -> dict[str, Any]:
+    raw = read_case(case, task.coding)
+    source_shape = raw.image.shape[:3]
+    grid = target_grid(source_shape, raw.affine, task.spacing_mm)
+    arrays = {"image": resample_image(raw.image, raw.affine, grid)}
+    if raw.label is not None and raw.label_affine is not None:
+        # As MONAI: the label on its own affine, which decides its ties, in the shape of the image.
+        own = target_grid(source_shape, raw.label_affine, task.spacing_mm)
+        own = replace(own, shape=grid.shape, spaced_shape=grid.spaced_shape)
+        arrays["label"] = resample_label(raw.label, raw.label_affine, own)
+        arrays["foreground"] = _foreground(arrays["label"])
+    needed = sum(array.nbytes for array in arrays.values())
+    stem = task.folder / _stem(case.name, key)
+    files = {}
+    for kind, array in arrays.items():
+        size = _write(Path(f"{stem}.{kind}.npy"), partial(_write_array, array), needed)
+        files[kind] = {"bytes": size, "crc32": _crc(array)}
+    record = {
+        "format": FORMAT,
+        "name": case.name,
+        "key": key,
+        "modalities": list(task.modalities),
+        "spacing_mm": list(task.spacing_mm),
+        "shape": list(grid.shape),
+        "affine": grid.affine.tolist(),
+        "source_shape": list(source_shape),
+        "source_affine": raw.affine.tolist(),
+        "label_values": np.unique(arrays["label"]).tolist() if "label" in arrays else None,
+        "intensities": _INTENSITIES,
+        "files": files,
+    }
+    content = json.dumps(record).encode()
+    _write(Path(f"{stem}.json"), lambda file: file.write(content), needed)
+    return record
+
+
+def _foreground(label_XYZ: np.ndarray) -> np.ndarray:
+    voxels = np.argwhere(label_XYZ > 0)
+    if len(voxels) > FOREGROUND_VOXELS:
+        voxels = voxels[np.linspace(0, len(voxels) - 1, FOREGROUND_VOXELS).round().astype(np.int64)]
+    return np.ascontiguousarray(voxels, np.int32)  # argwhere's result is in Fortran order
+
+
+def _crc(array: np.ndarray) -> int:
+    return isal_zlib.crc32(array.reshape(-1).view(np.uint8))
+
+
+# Files
+
+
+def _write_array(array: np.ndarray, file: Any) -> None:
+    # Not np.save: its OSError on a full disk has no errno.
+    assert array.flags.c_contiguous
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.reshape(-1).view(np.uint8))
+
+
+def _write(path: Path, write: Callable[[Any], Any], needed: int) -> int:
+    """Write a file under a temporary name in its folder, move it into place, and return its size."""
+    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+            size = temporary.stat().st_size
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _store_error(path.parent, error, needed) from error
+    return size
+
+
+def _store_error(folder: Path, error: OSError, needed: int) -> StoreError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return StoreError(folder, f"{'no space left' if full else 'not writable'} ({error.strerror})", needed)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the store's folder, and remove the temporary files of runs that died."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _store_error(folder, error, 0) from error
+    for path in folder.glob(".*.tmp-*"):
+        match = _TEMPORARY.search(path.name)
+        if match is None:
+            continue
+        with contextlib.suppress(OSError):
+            here = match["host"] == socket.gethostname()
+            dead = here and not _is_alive(int(match["pid"]))
+            if dead or time.time() - path.stat().st_mtime > _TEMPORARY_LIFETIME_S:
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _hash(path: Path) -> _Hash:
+    try:
+        size, mtime_ns = _state(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+    except FileNotFoundError:
+        raise CaseError(path, "there is no such file", "Put it there, or correct the path or the list") from None
+    except OSError as error:
+        raise CaseError(path, f"can't be read ({error.strerror})", "Check its permissions and the disk") from error
+    return _Hash(size, mtime_ns, digest)
+
+
+def _read_index(folder: Path) -> dict[str, _Hash]:
+    """Known hashes by absolute path; none where the index is missing or damaged: it only saves time."""
+    try:
+        entries = json.loads((folder / "index.json").read_text())
+        return {path: _Hash(*entry) for path, entry in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _remember(folder: Path, known: Mapping[str, _Hash]) -> None:
+    if not known:
+        return
+    entries = {path: [h.size, h.mtime_ns, h.digest] for path, h in {**_read_index(folder), **known}.items()}
+    content = json.dumps(entries, indent=0).encode()
+    with contextlib.suppress(StoreError):  # it only saves time, and must not hide the error of a full disk
+        _write(folder / "index.json", lambda file: file.write(content), len(content))
+
+
+# Processes
+
+
+def _run(
+    task: Callable[[Case], T], cases: Sequence[Case], workers: int | None, title: str
+) -> Generator[tuple[Case, T | CaseError], None, None]:
+    """Run a task on each case, in `workers` processes; yields as they finish. Errors but CaseError stop it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is not None and workers < 1:
+        raise DataError(f"workers {workers} must be at least 1 (--data.workers); leave it out for one per core")
+    workers = min(workers or cores, len(cases))
+    finished = _in_this_process(task, cases) if workers == 1 else _in_processes(task, cases, workers)
+    console = Console(stderr=True)
+    columns = (TextColumn(f"{title} {len(cases)} cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with contextlib.closing(finished), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        row = bar.add_task(title, total=len(cases))
+        if not console.is_terminal:
+            log.info("%s %d cases, %d at a time", title.lower(), len(cases), workers)
+        for case, result in finished:
+            bar.advance(row)
+            yield case, result
+
+
+def _in_this_process(
+    task: Callable[[Case], T], cases: Sequence[Case]
+) -> Generator[tuple[Case, T | CaseError], None, None]:
+    for case in cases:
+        try:
+            yield case, task(case)
+        except CaseError as error:
+            yield case, error
+
+
+def _in_processes(
+    task: Callable[[Case], T], cases: Sequence[Case], workers: int
+) -> Generator[tuple[Case, T | CaseError], None, None]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.store"])  # torch is imported once, not once per worker
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        futures: dict[Future[T], Case] = {pool.submit(task, case): case for case in cases}
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except CaseError as error:
+                yield futures[future], error
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"one of {workers} worker processes was killed, by the system if memory ran out (about 0.4 GB each): "
+            f"try --data.workers {max(1, workers // 2)}. Cases that are done stay done"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which lets the cases in hand be finished

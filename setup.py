@@ -1,0 +1,34 @@
+"""Package metadata and the version ranges that glioforge works with; `constraints.txt` pins what is tested."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="glioforge",
+    version="0.1.0",
+    description="Training engine for 3D brain-tumour segmentation: UNETR, DALI, DeepSpeed, parity with MONAI",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=["engine", "kernels", "launch", "models", "pipelines"],
+    package_data={"launch": ["configs/*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6",
+        "monai>=1.5",
+        "nvidia-dali-cuda130>=2.0",
+        "deepspeed>=0.18",
+        "numpy>=2.0",
+        "nibabel>=5.3",
+        "isal>=1.7",
+        "jsonargparse[signatures]>=4.49",
+        "rich>=13",
+        "matplotlib>=3.9",
+        "tensorboard>=2.17",
+    ],
+    extras_require={
+        "dev": ["einops", "mypy", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
+    },
+)

@@ -1,0 +1,108 @@
+"""What the command line and the YAML files mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.config import CONFIGS, Config, make_parser, parse_config, to_dict
+
+
+def parse(*args: str) -> Config:
+    return parse_config(make_parser("test"), list(args))[0]
+
+
+def test_the_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: 0.5}\ntrain: {epochs: 7}\n")
+    config = parse("--config", str(file), "--train.epochs", "9")
+    assert (config.train.epochs, config.optim.lr, config.train.batch_size) == (9, 0.5, Config().train.batch_size)
+
+
+def test_no_arguments_mean_the_demo() -> None:
+    demo = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+    assert parse().train.epochs == demo["train"]["epochs"]
+    assert parse("--train.batch_size", "3").train.epochs == demo["train"]["epochs"]
+    assert parse("--data.root", "somewhere").train.epochs == Config().train.epochs
+
+
+def test_the_seeds_experiment_is_as_published() -> None:
+    config = parse("--config", str(CONFIGS / "seed.yaml"))
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.schedule) == (1e-4, 1e-5, "constant")
+    assert (config.train.batch_size, config.train.epochs, config.train.val_every_epochs) == (2, 180, 5)
+    assert (config.data.regions, config.loss.ce, config.model.name) == ("tutorial", "argmax", "unetr")
+    assert config.data.crop_size_voxels == (128, 128, 64) and config.data.spacing_mm == (1.5, 1.5, 2.0)
+    assert (config.data.val_fraction, config.data.split_seed, config.data.foreground_prob) == (0.2, 0, 0.0)
+
+
+def test_brats_differs_from_the_seed_in_what_was_wrong_there_alone() -> None:
+    seed, brats = (to_dict(parse("--config", str(CONFIGS / f"{name}.yaml"))) for name in ("seed", "brats"))
+    differing = {
+        f"{group}.{name}"
+        for group in ("data", "model", "loss", "optim", "train")
+        for name in seed[group]
+        if seed[group][name] != brats[group][name]
+    }
+    assert differing == {"data.regions", "data.modalities", "loss.ce"}
+    defaults = to_dict(Config())
+    assert {group: brats[group] for group in differing_groups(brats)} == {
+        group: defaults[group] for group in differing_groups(defaults)
+    }
+
+
+def differing_groups(values: dict) -> list[str]:
+    return [group for group in values if group not in ("run_dir", "resume")]
+
+
+@pytest.mark.parametrize("option", ["--train.epoch", "--data.crop_size", "--trian.epochs"])
+def test_a_typo_in_an_option_is_an_error_that_names_it(option: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(option, "3")
+    assert ended.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+def test_a_typo_in_a_file_is_an_error_that_names_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "mine.yaml").write_text("train: {epoch: 7}\n")
+    with pytest.raises(SystemExit):
+        parse("--config", str(tmp_path / "mine.yaml"))
+    assert "'epoch'" in capsys.readouterr().err
+
+
+def test_the_launchers_local_rank_is_no_error() -> None:
+    assert parse("--local_rank=1").train.epochs > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--train.batch_size", "0"), "train.batch_size 0 must be at least 1"),
+        (("--data.val_fraction", "2"), "val_fraction 2.0 must lie between 0 and 1"),
+        (("--data.crop_size_voxels", "[0,64,64]"), "must be positive on every axis"),
+    ],
+)
+def test_values_against_a_rule_are_refused_with_the_value(args: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(*args)
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for group, fields in to_dict(Config()).items():
+        for name in fields if isinstance(fields, dict) else ():
+            if name != "phantom":
+                after = text.split(f"--data.{name} " if group == "data" else f"--{group}.{name} ")[-1]
+                assert len(after.split("(type:")[0].split()) > 1, f"{group}.{name} has no help"
+
+
+def test_resume_reads_the_runs_own_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {epochs: 11}\n")
+    config = parse("--resume", str(tmp_path))
+    assert (config.train.epochs, config.run_dir) == (11, tmp_path)
+    assert parse("--resume", "--run_dir", str(tmp_path), "--train.epochs", "12").train.epochs == 12
+    with pytest.raises(ValueError, match="no run in"):
+        parse("--resume", str(tmp_path / "nothing"))

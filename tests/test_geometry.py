@@ -1,0 +1,178 @@
+"""MONAI's Spacing, then Orientation("RAS"), is the oracle: same grid, same image, same label map."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientation, Orientationd, Spacing, Spacingd
+from nibabel.eulerangles import euler2mat
+
+from pipelines.cases import Case
+from pipelines.geometry import channels_last, resample_image, resample_label, target_grid
+from pipelines.labels import CODINGS, Coding
+from pipelines.nifti import read_case
+
+IMAGE_TOLERANCE = 1e-3  # of the image's range
+KEYS = ("image", "label")
+
+
+def monai_chain(volume_CXYZ: np.ndarray, affine: np.ndarray, spacing: tuple[float, ...], mode: str) -> MetaTensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        steps = Compose([Spacing(spacing, mode=mode), Orientation("RAS")])
+        return steps(MetaTensor(torch.from_numpy(volume_CXYZ).float(), affine=torch.from_numpy(affine)))
+
+
+def axis_affine(order: tuple[int, ...], signs: tuple[int, ...], voxel: tuple[float, ...]) -> np.ndarray:
+    """File axis i runs along world axis order[i]."""
+    affine = np.eye(4)
+    affine[:3, :3] = 0.0
+    for axis in range(3):
+        affine[order[axis], axis] = signs[axis] * voxel[axis]
+    affine[:3, 3] = (-13.5, 21.25, 7.0)
+    return affine
+
+
+def rotated(angles: tuple[float, ...], voxel: tuple[float, ...]) -> np.ndarray:
+    affine = np.eye(4)
+    rotation = euler2mat(*angles)
+    affine[:3, :3] = rotation @ np.diag(voxel)
+    affine[:3, 3] = (3.0, -40.0, 11.5)
+    return affine
+
+
+def sheared() -> np.ndarray:
+    affine = rotated((0.1, -0.05, 0.2), (1.0, 1.0, 1.5))
+    affine[:3, :3] = affine[:3, :3] @ np.array([[1, 0.15, 0], [0, 1, -0.1], [0, 0, 1]])
+    return affine
+
+
+AFFINES = {
+    "ras_1mm": (axis_affine((0, 1, 2), (1, 1, 1), (1, 1, 1)), (1.5, 1.5, 2.0)),
+    "lps_1mm": (axis_affine((0, 1, 2), (-1, -1, 1), (1, 1, 1)), (1.5, 1.5, 2.0)),
+    "permuted": (axis_affine((2, 0, 1), (1, -1, 1), (1, 1, 1)), (1.5, 1.5, 2.0)),
+    "permuted_flipped_anisotropic": (axis_affine((1, 2, 0), (-1, 1, -1), (0.9375, 0.9375, 3.0)), (1.5, 1.5, 2.0)),
+    "upsampled": (axis_affine((0, 2, 1), (-1, -1, -1), (1.2, 2.0, 1.7)), (0.8, 1.0, 1.0)),
+    "unchanged": (axis_affine((1, 0, 2), (-1, 1, 1), (1, 1, 1)), (1.0, 1.0, 1.0)),
+    "changed_within_tolerance": (axis_affine((0, 1, 2), (-1, -1, 1), (1.0005, 1, 1)), (1.0, 1.0, 1.0)),
+    "oblique": (rotated((0.2, -0.3, 0.1), (1, 1, 1)), (1.5, 1.5, 2.0)),
+    "oblique_far": (rotated((1.9, 0.4, -2.4), (0.7, 1.1, 2.5)), (1.5, 1.5, 2.0)),
+    "nearly_aligned": (rotated((1e-9, -2e-9, 1e-9), (1, 1, 1)), (1.5, 1.5, 2.0)),
+    "sheared": (sheared(), (1.5, 1.5, 2.0)),
+}
+SHAPE = (37, 32, 29)
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_grid_is_monais(name: str) -> None:
+    affine, spacing = AFFINES[name]
+    expected = monai_chain(np.zeros((1, *SHAPE), np.float32), affine, spacing, "nearest")
+    grid = target_grid(SHAPE, affine, spacing)
+    assert grid.shape == expected.shape[1:]
+    np.testing.assert_allclose(grid.affine, expected.affine.numpy(), atol=1e-9)
+    first = grid.to_source(affine) @ [0, 0, 0, 1]
+    np.testing.assert_allclose(affine @ first, expected.affine.numpy() @ [0, 0, 0, 1], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_images_match_monai_within_a_thousandth_of_their_range(name: str) -> None:
+    affine, spacing = AFFINES[name]
+    image_XYZC = np.random.default_rng(1).uniform(-200, 1000, (*SHAPE, 3)).astype(np.float32)
+    expected = monai_chain(np.moveaxis(image_XYZC, 3, 0), affine, spacing, "bilinear").numpy()
+    got = resample_image(image_XYZC, affine, target_grid(SHAPE, affine, spacing))
+    assert got.dtype == np.float32 and got.flags.c_contiguous
+    assert np.abs(got - np.moveaxis(expected, 0, 3)).max() < IMAGE_TOLERANCE * np.ptp(image_XYZC)
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_labels_match_monai_with_no_voxel_different(name: str) -> None:
+    affine, spacing = AFFINES[name]
+    label = np.random.default_rng(2).integers(0, 5, SHAPE).astype(np.uint8)
+    expected = monai_chain(label[None], affine, spacing, "nearest").numpy()[0]
+    got = resample_label(label, affine, target_grid(SHAPE, affine, spacing))
+    assert got.dtype == np.uint8 and got.flags.c_contiguous
+    assert np.count_nonzero(got != expected) == 0
+
+
+def test_oblique_label_matches_monai_where_rounding_noise_decides() -> None:
+    """Off-diagonals of 1e-16 decide thousands of ties: index vectors, which ignore them, are not enough here."""
+    affine, shape = rotated((0.4, -0.2, 0.5), (1, 1, 1)), (90, 96, 70)
+    label = np.random.default_rng(5).integers(0, 5, shape).astype(np.uint8)
+    expected = monai_chain(label[None], affine, (1.5, 1.5, 2.0), "nearest").numpy()[0]
+    got = resample_label(label, affine, target_grid(shape, affine, (1.5, 1.5, 2.0)))
+    assert np.count_nonzero(got != expected) == 0
+
+
+def test_label_ties_match_monai_for_every_length_of_an_axis() -> None:
+    """Ties are decided by rounding, so each length is a case of its own; 1 to 1.5, 1 to 2 and 0.5 to 1.75 mm."""
+    rng = np.random.default_rng(3)
+    for n in [*range(2, 40), 64, 155, 181, 217, 240, 256, 512]:
+        label = rng.integers(0, 256, (n, 3, 4)).astype(np.uint8)
+        for voxel, spacing in (((1, 1, 1), (1.5, 1.5, 2)), ((1, 1, 1), (2, 2, 2)), ((0.5, 1, 1), (1.75, 1, 1))):
+            affine = axis_affine((0, 1, 2), (-1, -1, 1), voxel)
+            expected = monai_chain(label[None], affine, spacing, "nearest").numpy()[0]
+            got = resample_label(label, affine, target_grid(label.shape, affine, spacing))
+            assert np.array_equal(got, expected), (n, spacing)
+
+
+def test_memory_order_makes_no_difference() -> None:
+    affine, spacing = AFFINES["lps_1mm"]
+    grid = target_grid(SHAPE, affine, spacing)
+    image = np.random.default_rng(4).normal(size=(*SHAPE, 2)).astype(np.float32)
+    np.testing.assert_array_equal(
+        resample_image(image, affine, grid), resample_image(np.asfortranarray(image), affine, grid)
+    )
+    np.testing.assert_array_equal(channels_last(np.asfortranarray(image)), image)
+
+
+def test_spacing_must_be_positive() -> None:
+    with pytest.raises(ValueError, match=r"spacing_mm \(1.5, 0, 2\) must be three positive numbers"):
+        target_grid(SHAPE, np.eye(4), (1.5, 0, 2))
+
+
+def test_order_is_spacing_then_orientation() -> None:
+    """The other order begins at the other end of a flipped axis: origin -238.5 against -239 mm on a BraTS scan."""
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    affine[1, 3] = 239.0
+    assert target_grid((240, 240, 155), affine, (1.5, 1.5, 2.0)).affine[0, 3] == -238.5
+
+
+def check_real_case(case: Case, coding: Coding) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        chain = Compose(
+            [
+                LoadImaged(KEYS),
+                EnsureChannelFirstd(KEYS),
+                Spacingd(KEYS, pixdim=(1.5, 1.5, 2.0), mode=("bilinear", "nearest")),
+                Orientationd(KEYS, axcodes="RAS"),
+            ]
+        )
+    expected = chain({"image": str(case.images[0]), "label": str(case.label)})
+    raw = read_case(case, coding)
+    assert raw.label is not None and raw.label_affine is not None
+    grid = target_grid(raw.image.shape[:3], raw.affine, (1.5, 1.5, 2.0))
+    image = resample_image(raw.image, raw.affine, grid)
+    label = resample_label(raw.label, raw.label_affine, target_grid(raw.label.shape, raw.label_affine, (1.5, 1.5, 2.0)))
+    reference = expected["image"].numpy()[0]
+    np.testing.assert_array_equal(grid.affine, expected["image"].affine.numpy())
+    assert np.abs(image[..., 0] - reference).max() < IMAGE_TOLERANCE * np.ptp(reference)
+    assert np.count_nonzero(label != expected["label"].numpy()[0]) == 0
+    assert np.count_nonzero(label) > 0
+
+
+def test_real_brats_2023_scan_matches_monais_file_chain(real_data: Path) -> None:
+    folder = real_data / "BraTS-GLI-00000-000"
+    image, label = (folder / f"{folder.name}-{end}.nii.gz" for end in ("t1c", "seg"))
+    check_real_case(Case(folder.name, (image,), None, label), CODINGS["brats2023"])
+
+
+def test_real_brats_2013_scan_matches_monais_file_chain(real_data: Path) -> None:
+    folder = real_data / "brats_2013_pat0001_1"
+    image, label = folder / "Flair_subtrMeanDivStd.nii.gz", folder / "OTMultiClass.nii.gz"
+    check_real_case(Case(folder.name, (image,), None, label), CODINGS["brats2013"])

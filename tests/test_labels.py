@@ -1,0 +1,114 @@
+"""Codings of the releases, their regions, and the tutorial's swap; MONAI's region class is the oracle for 2018."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from monai.transforms import ConvertToMultiChannelBasedOnBratsClasses
+
+from pipelines.labels import (
+    CODINGS,
+    REGIONS,
+    coding_for_release,
+    coding_from_dataset_json,
+    regions_from_labels,
+    tutorial_coding,
+)
+
+TASK01_LABELS = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
+
+
+@pytest.mark.parametrize(
+    ("release", "tumour_core", "whole", "enhancing"),
+    [
+        ("decathlon", {2, 3}, {1, 2, 3}, {3}),
+        ("brats2013", {1, 3, 4}, {1, 2, 3, 4}, {4}),
+        ("brats2018", {1, 4}, {1, 2, 4}, {4}),
+        ("brats2023", {1, 3}, {1, 2, 3}, {3}),
+    ],
+)
+def test_regions_hold_the_tissues_of_each_release(
+    release: str, tumour_core: set[int], whole: set[int], enhancing: set[int]
+) -> None:
+    coding = coding_for_release(release)
+    assert REGIONS == ("TC", "WT", "ET")
+    assert [set(r) for r in coding.regions] == [tumour_core, whole, enhancing]
+    assert coding.values == (0, *sorted(whole))
+
+
+def test_regions_of_2018_match_monai_with_no_voxel_different() -> None:
+    labels = np.random.default_rng(0).choice(np.array([0, 1, 2, 4], dtype=np.uint8), (9, 8, 7))
+    monai = ConvertToMultiChannelBasedOnBratsClasses()(labels[None])
+    ours = regions_from_labels(labels, CODINGS["brats2018"])
+    assert ours.shape == (3, 9, 8, 7) and ours.dtype == bool
+    assert np.array_equal(ours, np.asarray(monai, dtype=bool))
+
+
+def test_every_coding_gives_the_same_regions_for_the_same_tissues() -> None:
+    tissue = np.random.default_rng(1).integers(0, 4, (6, 5, 4))  # background, oedema, core, enhancing
+    values = {
+        "decathlon": (0, 1, 2, 3),
+        "brats2013": (0, 2, 3, 4),
+        "brats2018": (0, 2, 1, 4),
+        "brats2023": (0, 2, 1, 3),
+    }
+    expected = np.stack([tissue >= 2, tissue >= 1, tissue == 3])
+    for release, codes in values.items():
+        labels = np.array(codes, dtype=np.uint8)[tissue]
+        assert np.array_equal(regions_from_labels(labels, CODINGS[release]), expected), release
+
+
+def test_a_value_outside_the_coding_is_in_no_region() -> None:
+    labels = np.array([3, 255], dtype=np.uint8)
+    assert not regions_from_labels(labels, CODINGS["brats2018"]).any()
+
+
+def test_labels_that_are_not_uint8_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32.*uint8"):
+        regions_from_labels(np.zeros((2, 2, 2), np.float32), CODINGS["decathlon"])
+
+
+def test_unknown_release_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'brats2012'.*decathlon, brats2013, brats2018, brats2023"):
+        coding_for_release("brats2012")
+
+
+def test_dataset_json_decides_by_name_not_by_value() -> None:
+    assert coding_from_dataset_json(TASK01_LABELS) == CODINGS["decathlon"]
+    swapped = {"0": "background", "3": "Oedema", "1": "non-enhancing_tumour", "2": "Enhancing Tumor"}
+    assert coding_from_dataset_json(swapped).regions == ((1, 2), (1, 2, 3), (2,))
+    joint = {
+        "0": "background",
+        "1": "necrotic and non-enhancing tumor",
+        "2": "peritumoral edema",
+        "4": "GD-enhancing tumor",
+    }
+    assert coding_from_dataset_json(joint).regions == CODINGS["brats2018"].regions
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"0": "background", "1": "edema", "2": "liver"}, "label 2 is named 'liver'"),
+        ({"0": "background", "1": "edema", "2": "non-enhancing"}, "lack enhancing"),
+        ({"background": "0", "edema": "1"}, "'background'"),
+        ({"0": "background", "300": "edema"}, "0 to 255"),
+    ],
+)
+def test_dataset_json_labels_that_leave_regions_open_are_refused(labels: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        coding_from_dataset_json(labels)
+
+
+def test_tutorial_swaps_enhancing_tumour_alone_and_warns_why() -> None:
+    with pytest.warns(UserWarning, match="dataset.json says"):
+        coding = tutorial_coding(coding_from_dataset_json(TASK01_LABELS))
+    assert coding.regions == ((2, 3), (1, 2, 3), (2,))
+    assert coding.values == CODINGS["decathlon"].values
+    assert coding.release != "decathlon"
+
+
+@pytest.mark.parametrize("release", ["brats2013", "brats2018", "brats2023"])
+def test_tutorial_reading_of_other_releases_is_refused(release: str) -> None:
+    with pytest.raises(ValueError, match=release):
+        tutorial_coding(CODINGS[release])

@@ -1,0 +1,80 @@
+"""Dice as it is defined here, against MONAI's DiceMetric on the same masks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from monai.metrics import DiceMetric
+
+from engine.metrics import CaseDice, case_dice, region_masks, summarise
+from pipelines.labels import CODINGS
+
+
+def random_cases() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Masks (3, X, Y, Z) of four cases: ordinary, an empty truth that is predicted, one that is not, all empty."""
+    generator = torch.Generator().manual_seed(0)
+    cases = [(torch.rand(3, 7, 6, 5, generator=generator) > 0.6, torch.rand(3, 7, 6, 5, generator=generator) > 0.7)
+             for _ in range(4)]  # fmt: skip
+    cases[1][1][2] = False
+    cases[2][1][2] = False
+    cases[2][0][2] = False
+    cases[3][1][:] = False
+    return cases
+
+
+def test_each_case_and_region_equals_monai_with_empty_truths_ignored() -> None:
+    monai = DiceMetric(include_background=True, reduction="none", ignore_empty=True)
+    for prediction, truth in random_cases():
+        expected = monai(prediction[None].float(), truth[None].float())[0].tolist()
+        assert case_dice("case", prediction, truth).dice() == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_challenge_convention_scores_empty_truths_as_monai_does() -> None:
+    monai = DiceMetric(include_background=True, reduction="none", ignore_empty=False)
+    for prediction, truth in random_cases():
+        expected = monai(prediction[None].float(), truth[None].float())[0].tolist()
+        assert case_dice("case", prediction, truth).dice(empty_as_one=True) == pytest.approx(expected)
+
+
+def test_a_regions_dice_is_the_mean_over_the_cases_that_have_it() -> None:
+    cases = [case_dice(str(i), *masks) for i, masks in enumerate(random_cases())]
+    monai = DiceMetric(include_background=True, reduction="mean_batch", ignore_empty=True)
+    for prediction, truth in random_cases():
+        monai(prediction[None].float(), truth[None].float())
+    summary = summarise(cases)
+    regions = [summary[name] for name in ("TC", "WT", "ET")]
+    assert regions == pytest.approx(monai.aggregate().tolist())
+    assert summary["mean"] == pytest.approx(sum(regions) / 3)
+    assert summary["empty_truths"] == {"TC": 1, "WT": 1, "ET": 3}
+    assert summary["false_positives"] == {"TC": 1, "WT": 1, "ET": 2}
+
+
+def test_a_region_that_no_case_has_is_none_and_left_out_of_the_mean() -> None:
+    cases = [CaseDice("a", (4, 6, 0), (5, 8, 0), (5, 8, 0)), CaseDice("b", (2, 6, 0), (5, 8, 3), (5, 8, 0))]
+    summary = summarise(cases)
+    assert summary["ET"] is None
+    assert summary["mean"] == pytest.approx(((0.8 + 0.4) / 2 + 0.75) / 2)
+    assert summary["false_positives"]["ET"] == 1
+    assert summarise(cases, empty_as_one=True)["ET"] == pytest.approx(0.5)
+    assert summarise([])["mean"] is None
+
+
+@pytest.mark.parametrize("release", CODINGS)
+def test_region_masks_follow_the_coding(release: str) -> None:
+    coding = CODINGS[release]
+    labels = torch.tensor(coding.values, dtype=torch.uint8).reshape(1, 1, 1, -1)
+    masks = region_masks(labels, coding.regions)
+    assert masks.shape == (1, 3, 1, 1, len(coding.values))
+    for row, values in zip(masks[0, :, 0, 0], coding.regions):
+        assert labels.flatten()[row].tolist() == list(values)
+
+
+def test_masks_of_different_shapes_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"case_7.*same shape"):
+        case_dice("case_7", torch.zeros(3, 2, 2, 2, dtype=torch.bool), torch.zeros(3, 2, 2, 3, dtype=torch.bool))
+
+
+def test_an_empty_truth_is_nan_by_default() -> None:
+    assert all(map(math.isnan, CaseDice("a", (0, 0, 0), (1, 0, 2), (0, 0, 0)).dice()))

@@ -1,0 +1,133 @@
+"""The command `launch/prepare.py`: what it prints, what it writes, and with which status it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from launch.prepare import main
+
+SHAPE = (24, 21, 18)
+ENDINGS = ("t2f", "t1n", "t1c", "t2w", "seg")
+PREPARE = Path(__file__).resolve().parent.parent / "launch" / "prepare.py"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three cases of BraTS 2023, small."""
+    monkeypatch.setenv("GLIOFORGE_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for name in ("BraTS-GLI-00010-000", "BraTS-GLI-00011-000", "BraTS-GLI-00012-000"):
+        (tmp_path / "scans" / name).mkdir(parents=True)
+        for end in ENDINGS:
+            array = rng.integers(0, 4 if end == "seg" else 1000, SHAPE).astype(np.int16)
+            affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+            nib.save(nib.Nifti1Image(array, affine), tmp_path / "scans" / name / f"{name}-{end}.nii.gz")
+    return tmp_path / "scans"
+
+
+def run(root: Path, *options: str, crop: str = "[8,8,8]") -> int:
+    return main(["--data.root", str(root), "--data.crop_size_voxels", crop, "--data.workers", "1", *options])
+
+
+def spoil(root: Path) -> tuple[Path, Path]:
+    truncated = root / "BraTS-GLI-00010-000" / "BraTS-GLI-00010-000-t1c.nii.gz"
+    truncated.write_bytes(truncated.read_bytes()[:-20])
+    label = root / "BraTS-GLI-00012-000" / "BraTS-GLI-00012-000-seg.nii.gz"
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 4, np.int16), np.diag([-1.0, -1.0, 1.0, 1.0])), label)
+    return truncated, label
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_prepares_says_what_there_is_and_does_nothing_the_second_time(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    assert run(root, "--data.store_dir", str(store)) == 0
+    out = capsys.readouterr().out
+    assert "3 cases of flair, t1, t1c, t2: 16 x 14 x 10 voxels at 1.5 x 1.5 x 2 mm" in out
+    assert f"in {store}" in out and "s per case" in out
+    before = files(store)
+    assert run(root, "--data.store_dir", str(store)) == 0
+    assert files(store) == before and len(before) == 3 * 4 + 1
+
+
+def test_default_store_is_in_the_cache(root: Path, tmp_path: Path) -> None:
+    assert run(root, "--data.modalities", "[flair,t1c]") == 0
+    assert len(list((tmp_path / "cache" / "store").glob("*.image.npy"))) == 3
+
+
+def test_faulty_cases_end_in_one_error_with_status_2(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truncated, label = spoil(root)
+    assert run(root) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: 2 of 3 cases") and str(truncated) in error and str(label) in error
+
+
+def test_check_reports_every_faulty_case_with_status_1_and_writes_nothing(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(root)
+    before = files(tmp_path)
+    assert run(root, "--check") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "00010-000-t1c.nii.gz",
+        "truncated gzip",
+        "Copy or",
+        "00012-000-seg.nii.gz",
+        "label values 4",
+        "2 of 3",
+    ):
+        assert text in out
+    assert "00011" not in out
+    assert files(tmp_path) == before
+
+
+def test_check_of_sound_cases_ends_with_status_0(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(root, "--check") == 0
+    assert "0 of 3 cases are faulty" in capsys.readouterr().out
+
+
+def test_check_reports_volumes_smaller_than_the_crop_unless_they_are_padded(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(root, "--check", crop="[16,16,8]") == 1
+    assert "--data.pad" in capsys.readouterr().out
+    assert run(root, "--check", "--data.pad", "true", crop="[16,16,8]") == 0
+
+
+def test_check_needs_scans_that_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"]) == 2
+    assert "give --data.root" in capsys.readouterr().err
+
+
+def test_typo_in_an_option_is_an_error(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(root, "--data.spacing", "[1,1,1]")
+    assert caught.value.code == 2
+    assert "--data.spacing" in capsys.readouterr().err
+
+
+def test_folder_without_cases_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path) == 2
+    assert "no cases found" in capsys.readouterr().err
+
+
+def test_runs_as_a_script_from_any_folder_with_a_training_configuration(root: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data:\n  root: {root}\n  crop_size_voxels: [8, 8, 8]\ntrain:\n  epochs: 3\n")
+    command = [sys.executable, str(PREPARE), "--config", str(config), "--check", "--data.workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(PREPARE.parent.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0 of 3 cases are faulty" in done.stdout

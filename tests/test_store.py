@@ -1,0 +1,341 @@
+"""What a store promises: the right volumes, no work twice, nothing half-written, every faulty case named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from pipelines.cases import Case, CaseSet, DataError
+from pipelines.geometry import resample_image, resample_label, target_grid
+from pipelines.labels import CODINGS
+from pipelines.nifti import read_case
+from pipelines.store import FOREGROUND_VOXELS, Store, StoreError, _run, check_cases, prepare
+
+SHAPE = (24, 21, 18)
+AFFINE = np.array([[-1, 0, 0, 3], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]], float)
+CODING = CODINGS["brats2023"]
+SPACING = (1.5, 1.5, 2.0)
+
+
+def write_case(folder: Path, name: str, seed: int, shape: tuple[int, ...] = SHAPE, labelled: bool = True) -> Case:
+    rng = np.random.default_rng(seed)
+    (folder / name).mkdir(parents=True)
+    images = tuple(folder / name / f"{name}_{modality}.nii.gz" for modality in ("flair", "t1c"))
+    for path in images:
+        nib.save(nib.Nifti1Image(rng.integers(0, 1000, shape).astype(np.int16), AFFINE), path)
+    label = folder / name / f"{name}_seg.nii.gz"
+    if labelled:
+        nib.save(nib.Nifti1Image(rng.integers(0, 4, shape).astype(np.uint8), AFFINE), label)
+    return Case(name, images, None, label if labelled else None)
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> CaseSet:
+    return CaseSet(tuple(write_case(tmp_path / "scans", f"case{i}", i) for i in range(3)), ("flair", "t1c"), CODING)
+
+
+def state(folder: Path) -> dict[str, int]:
+    """Every file of a folder, and when it was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def assert_whole(folder: Path, store: Store) -> None:
+    assert not [name for name in os.listdir(folder) if ".tmp-" in name]
+    for i in range(len(store)):
+        store.verify(i)
+
+
+def test_volumes_are_those_of_decode_resample_and_orient(tmp_path: Path, cases: CaseSet) -> None:
+    store = prepare(cases, tmp_path / "store", SPACING, workers=1)
+    assert store.names == cases.names and len(store) == 3
+    assert store.modalities == ("flair", "t1c") and store.coding is CODING and store.spacing_mm == SPACING
+    for case in cases.cases:
+        i = store.index(case.name)
+        raw = read_case(case, CODING)
+        assert raw.label is not None
+        grid = target_grid(SHAPE, AFFINE, SPACING)
+        image, label = store.image(i), store.label(i)
+        np.testing.assert_array_equal(image, resample_image(raw.image, AFFINE, grid))
+        np.testing.assert_array_equal(label, resample_label(raw.label, AFFINE, grid))
+        assert image.dtype == np.float32 and isinstance(image, np.memmap) and not image.flags.writeable
+        assert label is not None and label.dtype == np.uint8 and isinstance(label, np.memmap)
+        assert store.shape(i) == image.shape[:3] == label.shape
+        np.testing.assert_array_equal(store.affine(i), grid.affine)
+        np.testing.assert_array_equal(store.source_affine(i), AFFINE)
+        assert store.source_shape(i) == SHAPE
+    with pytest.raises(DataError, match="no case 'case7' among its 3"):
+        store.index("case7")
+
+
+def test_label_is_resampled_on_its_own_affine_which_decides_its_ties(tmp_path: Path, cases: CaseSet) -> None:
+    """A header that is off by 1e-4 mm, within the tolerance, may not move a label by half a voxel."""
+    expected = np.array(prepare(cases, tmp_path / "store", SPACING, workers=1).label(0))
+    path = cases.cases[0].label
+    assert path is not None
+    moved = AFFINE.copy()
+    moved[:3, 3] += (1e-4, -1e-4, 1e-4)
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj), moved), path)
+    np.testing.assert_array_equal(prepare(cases, tmp_path / "store", SPACING, workers=1).label(0), expected)
+
+
+def test_processes_write_what_one_process_writes(tmp_path: Path, cases: CaseSet) -> None:
+    alone = prepare(cases, tmp_path / "alone", SPACING, workers=1)
+    together = prepare(cases, tmp_path / "together", SPACING, workers=2)
+    files = sorted(p.name for p in alone.folder.iterdir() if p.name != "index.json")
+    assert files == sorted(p.name for p in together.folder.iterdir() if p.name != "index.json")
+    for name in files:
+        assert (alone.folder / name).read_bytes() == (together.folder / name).read_bytes()
+
+
+def test_second_run_opens_no_scan_and_writes_nothing(tmp_path: Path, cases: CaseSet) -> None:
+    prepare(cases, tmp_path / "store", SPACING, workers=1)
+    before = state(tmp_path / "store")
+    for path in (tmp_path / "scans").rglob("*.nii.gz"):
+        stat = path.stat()
+        path.write_bytes(b"x" * stat.st_size)  # reading it would now fail
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert len(prepare(cases, tmp_path / "store", SPACING)) == 3
+    assert state(tmp_path / "store") == before
+
+
+def test_new_content_is_prepared_and_a_new_date_is_not(tmp_path: Path, cases: CaseSet) -> None:
+    folder = tmp_path / "store"
+    before = np.array(prepare(cases, folder, SPACING, workers=1).image(0))
+    first = state(folder)
+    os.utime(cases.cases[1].images[0])
+    prepare(cases, folder, SPACING, workers=1)
+    assert {**state(folder), "index.json": 0} == {**first, "index.json": 0}
+    path = cases.cases[0].images[0]
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 7, np.int16), AFFINE), path)
+    store = prepare(cases, folder, SPACING, workers=1)
+    assert len(state(folder)) == len(first) + 4
+    assert np.all(store.image(0)[..., 0] == 7) and not np.array_equal(before, store.image(0))
+
+
+def test_each_spacing_and_choice_of_modalities_has_its_own_files(tmp_path: Path, cases: CaseSet) -> None:
+    one = prepare(cases, tmp_path / "store", SPACING, workers=1)
+    other = prepare(cases, tmp_path / "store", (2.0, 2.0, 2.0), workers=1)
+    swapped = CaseSet(tuple(Case(c.name, c.images[::-1], None, c.label) for c in cases.cases), ("t1c", "flair"), CODING)
+    third = prepare(swapped, tmp_path / "store", SPACING, workers=1)
+    assert one.shape(0) != other.shape(0)
+    np.testing.assert_array_equal(one.image(0), third.image(0)[..., ::-1])
+
+
+def test_label_is_checked_again_under_another_coding(tmp_path: Path, cases: CaseSet) -> None:
+    prepare(cases, tmp_path / "store", SPACING, workers=1)
+    other = CaseSet(cases.cases, cases.modalities, CODINGS["brats2018"])
+    with pytest.raises(DataError, match="do not fit the coding brats2018"):
+        prepare(other, tmp_path / "store", SPACING, workers=1)
+
+
+@pytest.mark.parametrize("damage", ["no_json", "half_json", "no_image", "half_label", "no_index", "bad_index"])
+def test_what_is_missing_or_half_there_is_prepared_again(tmp_path: Path, cases: CaseSet, damage: str) -> None:
+    folder = tmp_path / "store"
+    whole = prepare(cases, folder, SPACING, workers=1)
+    expected = {path.name: path.read_bytes() for path in folder.glob("case*")}
+    kind, part = damage.split("_")
+    suffix = {"json": ".json", "image": ".image.npy", "label": ".label.npy", "index": "index.json"}[part]
+    path = next(folder.glob(f"*{suffix}") if part != "index" else folder.glob(suffix))
+    if kind == "no":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again = prepare(cases, folder, SPACING, workers=1)
+    assert {path.name: path.read_bytes() for path in folder.glob("case*")} == expected
+    np.testing.assert_array_equal(again.image(0), whole.image(0))
+
+
+def prepare_until_killed(cases: CaseSet, folder: Path, moves: int) -> None:
+    """Prepare, in a process that is killed as it is about to move its n-th file into place."""
+    replace, left = os.replace, iter(range(moves - 1, -1, -1))
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = replace_or_die  # type: ignore[assignment]
+    prepare(cases, folder, SPACING, workers=1)
+
+
+@pytest.mark.parametrize("moves", [1, 4, 6, 8])  # 4 files a case: its first, its .json, within the second, the last
+def test_killed_run_goes_on_where_it_was(tmp_path: Path, cases: CaseSet, moves: int) -> None:
+    folder, cases = tmp_path / "store", cases.select(["case0", "case1"])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.store"])
+    process = context.Process(target=prepare_until_killed, args=(cases, folder, moves))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    left = state(folder)
+    assert len(left) == moves and len([name for name in left if ".tmp-" in name]) == 1
+    store = prepare(cases, folder, SPACING, workers=1)
+    assert_whole(folder, store)
+    if moves > 4:
+        assert {name: state(folder)[name] for name in left if name.startswith("case0")} == {
+            name: time_ns for name, time_ns in left.items() if name.startswith("case0")
+        }
+    expected = prepare(cases, tmp_path / "other", SPACING, workers=1)
+    for i in range(2):
+        np.testing.assert_array_equal(store.image(i), expected.image(i))
+
+
+def test_two_jobs_may_fill_one_folder_at_once(tmp_path: Path, cases: CaseSet) -> None:
+    stores: list[Store] = []
+    jobs = [
+        threading.Thread(target=lambda: stores.append(prepare(cases, tmp_path / "store", SPACING, workers=1)))
+        for _ in range(4)
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert len(stores) == 4
+    for store in stores:
+        assert_whole(tmp_path / "store", store)
+
+
+def test_temporary_files_of_dead_runs_are_removed_and_of_living_ones_kept(tmp_path: Path, cases: CaseSet) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = os.uname().nodename
+    dead, alive = (folder / f".a.image.npy.tmp-{host}-{pid}-{'0' * 32}" for pid in (ended.pid, os.getpid()))
+    far, old = (folder / f".a.image.npy.tmp-another-1-{digit * 32}" for digit in "12")
+    for path in (dead, alive, far, old):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    prepare(cases, folder, SPACING, workers=1)
+    assert (dead.exists(), alive.exists(), far.exists(), old.exists()) == (False, True, True, False)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A full disk for this process: writing beyond `size` bytes fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path: Path, cases: CaseSet) -> None:
+    folder = tmp_path / "store"
+    large = write_case(tmp_path / "scans", "large", 5, (40, 40, 40))
+    more = CaseSet((*cases.cases[:1], large, *cases.cases[1:]), cases.modalities, CODING)
+    with files_of_at_most(50_000), pytest.raises(StoreError, match=r"no space left.*It needs about 0\.5 MB") as error:
+        prepare(more, folder, SPACING, workers=1)
+    assert str(folder) in str(error.value) and "--data.store_dir" in str(error.value)
+    needed = resample_image(read_case(large, CODING).image, AFFINE, target_grid((40, 40, 40), AFFINE, SPACING)).nbytes
+    assert error.value.needed > 3 * needed  # this case and the two after it
+    assert [path.name for path in folder.iterdir() if "large" in path.name or ".tmp-" in path.name] == []
+    assert len(list(folder.glob("case0-*.json"))) == 1
+    assert_whole(folder, prepare(more, folder, SPACING, workers=1))
+
+
+def test_folder_that_can_not_be_made_is_one_clear_error(tmp_path: Path, cases: CaseSet) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"file/store: not writable \(Not a directory\).*--data\.store_dir"):
+        prepare(cases, tmp_path / "file" / "store", SPACING, workers=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_faulty_case_is_named_and_the_others_are_done(tmp_path: Path, cases: CaseSet, workers: int) -> None:
+    cases.cases[0].images[1].write_bytes(gzip.compress(b""))
+    assert cases.cases[2].label is not None
+    cases.cases[2].label.unlink()
+    with pytest.raises(DataError, match="2 of 3 cases can't be prepared") as error:
+        prepare(cases, tmp_path / "store", SPACING, workers=workers)
+    text = str(error.value)
+    assert f"case0: {cases.cases[0].images[1]}: empty gzip" in text
+    assert f"case2: {cases.cases[2].label}: there is no such file" in text
+    assert len(prepare(cases.select(["case1"]), tmp_path / "store", SPACING)) == 1
+
+
+def test_check_reports_all_faults_in_order_and_writes_nothing(tmp_path: Path, cases: CaseSet) -> None:
+    cases.cases[2].images[0].write_bytes(b"")
+    cases.cases[0].images[1].unlink()
+    before = sorted(tmp_path.rglob("*"))
+    faults = check_cases(cases, 1, SPACING)
+    assert [fault.path for fault in faults] == [cases.cases[0].images[1], cases.cases[2].images[0]]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_reports_volumes_smaller_than_the_crop(cases: CaseSet) -> None:
+    shape = target_grid(SHAPE, AFFINE, SPACING).shape
+    assert check_cases(cases, 1, SPACING, shape) == []
+    faults = check_cases(cases, 1, SPACING, (shape[0], shape[1] + 1, shape[2]))
+    assert len(faults) == 3
+    assert f"prepared volume {shape} is smaller than the crop" in str(faults[0])
+    assert "--data.crop_size_voxels" in faults[0].remedy and "--data.pad" in faults[0].remedy
+
+
+def test_foreground_is_voxels_of_the_tumour_evenly_taken(tmp_path: Path) -> None:
+    many = write_case(tmp_path / "scans", "many", 0, (40, 40, 40))
+    none = write_case(tmp_path / "scans", "none", 1)
+    unlabelled = write_case(tmp_path / "scans", "unlabelled", 2, labelled=False)
+    assert none.label is not None
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE), none.label)
+    store = prepare(CaseSet((many, none, unlabelled), ("flair", "t1c"), CODING), tmp_path / "store", SPACING, workers=1)
+    label, voxels = store.label(0), store.foreground(0)
+    assert label is not None and np.count_nonzero(label) > FOREGROUND_VOXELS
+    assert voxels.shape == (FOREGROUND_VOXELS, 3) and voxels.dtype == np.int32
+    assert np.all(label[tuple(voxels.T)] > 0) and len(np.unique(voxels, axis=0)) == FOREGROUND_VOXELS
+    every = np.argwhere(label > 0)
+    assert np.abs(voxels.mean(axis=0) - every.mean(axis=0)).max() < 0.1
+    assert store.foreground(1).shape == store.foreground(2).shape == (0, 3)
+    assert store.label(1) is not None and store.label(2) is None
+    for i in range(3):
+        store.verify(i)
+
+
+def test_changed_array_is_found_by_its_checksum(tmp_path: Path, cases: CaseSet) -> None:
+    store = prepare(cases, tmp_path / "store", SPACING, workers=1)
+    path = next((tmp_path / "store").glob("case1-*.image.npy"))
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    store.verify(0)
+    with pytest.raises(DataError, match=rf"{path.name}: its checksum is not the one recorded"):
+        store.verify(1)
+
+
+def test_record_holds_what_a_reader_needs(tmp_path: Path, cases: CaseSet) -> None:
+    prepare(cases, tmp_path / "store", SPACING, workers=1)
+    record = json.loads(next((tmp_path / "store").glob("case0-*.json")).read_text())
+    assert record["label_values"] == [0, 1, 2, 3] and record["modalities"] == ["flair", "t1c"]
+    assert record["source_shape"] == list(SHAPE) and record["spacing_mm"] == list(SPACING)
+
+
+def kill_the_worker(case: Case) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_worker_is_one_clear_error(cases: CaseSet) -> None:
+    with pytest.raises(DataError, match=r"2 worker processes was killed.*try --data\.workers 1"):
+        list(_run(kill_the_worker, cases.cases, 2, "Killing"))
+
+
+def test_workers_and_spacing_are_checked(tmp_path: Path, cases: CaseSet) -> None:
+    with pytest.raises(ValueError, match="workers 0 must be at least 1"):
+        prepare(cases, tmp_path / "store", SPACING, workers=0)
+    with pytest.raises(ValueError, match="spacing_mm"):
+        prepare(cases, tmp_path / "store", (1.0, -1.0, 1.0), workers=1)
+    with pytest.raises(DataError, match="no cases to prepare"):
+        prepare(CaseSet((), ("flair",), CODING), tmp_path / "store")

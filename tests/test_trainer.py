@@ -1,0 +1,178 @@
+"""The engine's steps against a plain MONAI loop, and runs from the command line on one and two ranks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNETR, UNet
+
+from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
+from engine.data import Data, load_data
+from engine.distributed import Ranks, init_ranks
+from engine.metrics import region_masks
+from engine.trainer import Trainer
+from models import build_model
+from models.convert import to_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+CROP = (32, 32, 16)
+PHANTOM = PhantomConfig(cases=5, size_voxels=(48, 48, 32))
+SMALL = {
+    "data": {
+        "phantom": {"cases": 5, "size_voxels": [48, 48, 32]},
+        "spacing_mm": [5.0, 5.0, 5.0],
+        "crop_size_voxels": list(CROP),
+        "workers": 1,
+    },
+    "model": {"name": "unetr", "feature_size": 8, "hidden_size": 24, "mlp_dim": 32, "num_heads": 2},
+    "train": {"epochs": 2, "val_every_epochs": 1, "batch_size": 1, "device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    yield init_ranks("cpu")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def data(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLIOFORGE_CACHE", str(folder))
+        return load_data(DataConfig(phantom=PHANTOM, spacing_mm=(5, 5, 5), crop_size_voxels=CROP, workers=1), ranks)
+
+
+@pytest.mark.parametrize("name", ["unetr_monai", "unet"])
+def test_twenty_steps_give_the_losses_of_a_plain_monai_loop(
+    name: str, data: Data, ranks: Ranks, tmp_path: Path
+) -> None:
+    """float32, one rank, same weights, same batches: every loss equal to 1e-4 relative."""
+    widths = {"unetr_monai": {"feature_size": 8, "hidden_size": 24, "mlp_dim": 32, "num_heads": 2}, "unet": {}}[name]
+    config = Config(
+        data=DataConfig(crop_size_voxels=CROP, crops_per_case=10),
+        loss=LossConfig(ce="multihot"),
+        optim=OptimConfig(lr=1e-4, weight_decay=1e-5),
+        train=TrainConfig(epochs=1, batch_size=2),
+        run_dir=tmp_path,
+    )
+    torch.manual_seed(0)
+    model = build_model(name, in_channels=4, img_size=CROP, **widths)
+    if name == "unet":
+        reference: torch.nn.Module = UNet(3, 4, 3, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2)
+    else:
+        reference = UNETR(4, 3, CROP, feature_size=8, hidden_size=24, mlp_dim=32, num_heads=2)
+    reference.load_state_dict(to_reference(name, model.state_dict()))
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-4, weight_decay=1e-5)
+    loss_function = DiceCELoss(to_onehot_y=False, sigmoid=True)
+
+    trainer = Trainer(config, ranks, data, model)
+    assert len(trainer.train_loader) == 20
+    ours, plain = [], []
+    for image, labels in trainer.train_loader.epoch(0):
+        ours.append(trainer.step(image.contiguous(), labels).loss.item())
+        optimizer.zero_grad()
+        loss = loss_function(reference(image.contiguous()), region_masks(labels, data.store.coding.regions).float())
+        loss.backward()
+        optimizer.step()
+        plain.append(loss.item())
+    assert ours == pytest.approx(plain, rel=1e-4)
+    assert plain[-1] < plain[0]
+
+
+def train(folder: Path, *args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
+    """Run the command as a user would; scans and volumes go to `folder/cache`."""
+    environment = os.environ | {"GLIOFORGE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(ROOT / "launch" / "train.py"), *args]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in which a two-epoch run ended in `runs/one`."""
+    folder = tmp_path_factory.mktemp("command")
+    done = train(folder, "--config", str(write_small(folder)), "--run_dir", "runs/one")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def write_small(folder: Path) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with open(run / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_pictures_tables_checkpoints_and_a_page(finished: Path) -> None:
+    run = finished / "runs" / "one"
+    for name in (
+        "curves.png",
+        "samples.png",
+        "prediction.png",
+        "report.html",
+        "log.csv",
+        "validation.csv",
+        "config.yaml",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["epochs"] == 2 and set(metrics["last"]) >= {"mean", "TC", "WT", "ET", "cases", "empty_truths"}
+    assert len(rows_of(run)) == 2
+    weights = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    assert weights["epoch"] == 2 and weights["config"]["model"]["hidden_size"] == 24
+    assert list((run / "tensorboard").iterdir())
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page.split("</style>")[1]
+
+
+def test_resume_continues_the_same_loss_curve(finished: Path) -> None:
+    config = str(write_small(finished))
+    through = train(finished, "--config", config, "--run_dir", "runs/through", "--train.epochs", "3")
+    assert through.returncode == 0, through.stderr
+    resumed = train(finished, "--resume", "runs/one", "--train.epochs", "3")
+    assert resumed.returncode == 0, resumed.stderr
+    expected, found = (rows_of(finished / "runs" / name) for name in ("through", "one"))
+    assert [row["epoch"] for row in found] == ["1", "2", "3"]
+    for name in ("loss", "dice_loss", "ce_loss", "val_WT"):
+        assert [row[name] for row in found] == [row[name] for row in expected], name
+
+
+def test_two_ranks_under_the_launcher_train_and_agree(finished: Path) -> None:
+    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29581")
+    config = str(write_small(finished))
+    done = train(finished, "--config", config, "--run_dir", "runs/two", "--train.zero_stage", "1", launcher=launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(finished / "runs" / "two")
+    assert [int(row["step"]) for row in rows] == [2, 4]  # four training cases, one crop per rank and step
+    assert "2 rank(s)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--data.root", "nothing_here"), "nothing_here"),
+        (("--data.crop_size_voxels", "[32,32,20]"), "try (32, 32, 16)"),
+        (("--data.crop_size_voxels", "[96,96,96]"), "96"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_line_and_status_2(args: tuple[str, ...], message: str, finished: Path) -> None:
+    done = train(finished, "--config", str(write_small(finished)), "--run_dir", "runs/wrong", *args)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in done.stderr
