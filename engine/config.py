@@ -66,7 +66,7 @@ class DataConfig:
     val_cases: list[str] | None = None
     """Names of the validation cases, in place of the split."""
     spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0)
-    """Voxel size of the prepared volumes, along R, A and S."""
+    """Voxel size of the prepared volumes, along the axes of the files (R, A and S for BraTS)."""
     crop_size_voxels: tuple[int, int, int] = (128, 128, 64)
     """Training crop; also the network's input size."""
     crops_per_case: int = 1

@@ -58,14 +58,6 @@ def case_dice(name: str, prediction_RXYZ: torch.Tensor, truth_RXYZ: torch.Tensor
     return CaseDice(name, *(tuple(row) for row in counts.tolist()))
 
 
-def region_masks(labels: torch.Tensor, regions: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """Masks (B, R, X, Y, Z) of a label map (B, X, Y, Z), one for each region's set of label values."""
-    table = torch.zeros(len(regions), 256, dtype=torch.bool, device=labels.device)
-    for row, values in enumerate(regions):
-        table[row, list(values)] = True
-    return table[:, labels.long()].transpose(0, 1)
-
-
 def summarise(cases: list[CaseDice], empty_as_one: bool = False) -> dict[str, Any]:
     """The table that is logged and shown.
 

@@ -68,11 +68,11 @@ class TrainingProgress:
             log.info("step %d/%d  loss %.3f  %.2f samples/s  %.0f min left", self.done, self.total, shown.item(),
                      rate * samples, left / 60)  # fmt: skip
 
-    def validating(self, done: int, total: int) -> None:
+    def validating(self, done: int) -> None:
         """After a validation case; the pause must not count as slow steps."""
         self.times.clear()
         if self.is_live:
-            self.bar.update(self.task, description=f"validating {done}/{total}")
+            self.bar.update(self.task, description=f"validating, case {done}")
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """After an epoch: one line where it was validated."""

@@ -21,6 +21,7 @@ from engine.data import Data, load_data
 from engine.distributed import gather, init_ranks
 from engine.progress import percent
 from engine.trainer import Trainer
+from kernels.dice_ce import region_masks
 from models import build_model, check_img_size, parameter_count
 from pipelines.labels import REGIONS
 
@@ -97,16 +98,17 @@ def finish(trainer: Trainer, run_dir: Path) -> None:
     best = run_dir / "checkpoints" / "best.pt"
     if best.is_file():
         trainer.model.load_state_dict(checkpoint.load_weights(best)["weights"])
-    name, image, labels = next(iter(trainer.val_loader))
-    prediction, truth = trainer.predict(image), trainer.truth(labels)
-    dice = metrics.case_dice(name, prediction, truth).dice()
-    report.draw_prediction(
-        name, report.as_numpy(image[0, 0]), report.as_numpy(truth), report.as_numpy(prediction), dice,
-        run_dir / "prediction.png",
-    )  # fmt: skip
+    pictures = ["curves.png", "samples.png"]
+    example = next(iter(trainer.val_loader), None)
+    if example:
+        name, image, labels = example
+        prediction, truth = trainer.predict(image), trainer.truth(labels)
+        dice = metrics.case_dice(name, prediction, truth).dice()
+        scan, truth_masks, predicted = (report.as_numpy(array) for array in (image[0, 0], truth, prediction))
+        report.draw_prediction(name, scan, truth_masks, predicted, dice, run_dir / "prediction.png")
+        pictures.insert(1, "prediction.png")
     report.draw_curves(trainer.history, run_dir / "curves.png")
     summary = trainer.summary()
-    pictures = ["curves.png", "prediction.png", "samples.png"]
     page = report.write_html(run_dir, to_dict(trainer.config), summary, pictures)
     _print_table(summary)
     print(f"pictures, logs and checkpoints: {run_dir}\nopen {page}")
@@ -116,7 +118,7 @@ def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:
     """The first crop of the run that holds tumour, as the network sees it."""
     for batch in islice(trainer.train_loader.epoch(0), 20):
         image = batch[0]
-        masks = metrics.region_masks(batch[1], data.store.coding.regions)
+        masks = region_masks(batch[1], data.store.coding.regions)
         holds_tumour = masks.flatten(1).any(dim=1)
         if holds_tumour.any():
             break

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from engine.distributed import Ranks, deepspeed_engine, gather
 from engine.inference import sliding_window_logits
 from engine.optim import make_optimizer, make_schedule
 from engine.progress import TrainingProgress
-from kernels.dice_ce import DiceCE, dice_ce_loss
+from kernels.dice_ce import DiceCE, dice_ce_loss, region_masks
 from pipelines.dali import TrainLoader, ValLoader
 from pipelines.labels import REGIONS
 
@@ -58,9 +59,10 @@ class Trainer:
             crops_per_case=settings.crops_per_case, foreground_prob=settings.foreground_prob, **shard,
         )  # fmt: skip
         self.full_volume = config.train.validation == "full_volume"
-        self.val_loader = ValLoader(
-            data.store, data.val, None if self.full_volume else crop, normalise=not self.full_volume, **shard
-        )
+        self.val_loader: Iterable[tuple[str, torch.Tensor, torch.Tensor]] = ()
+        if data.val:
+            size = None if self.full_volume else crop
+            self.val_loader = ValLoader(data.store, data.val, size, normalise=not self.full_volume, **shard)
         self.model = model.to(ranks.device)
         optimizer = make_optimizer(self.model, config.optim)
         schedule = make_schedule(optimizer, config.optim, config.train.epochs * len(self.train_loader))
@@ -111,7 +113,7 @@ class Trainer:
         cases = []
         for name, image, labels in self.val_loader:
             cases.append(metrics.case_dice(name, self.predict(image), self.truth(labels)))
-            progress.validating(len(cases), len(self.val_loader))
+            progress.validating(len(cases))
         self.cases = sorted((case for part in gather(cases, self.ranks) for case in part), key=lambda case: case.name)
         summary = metrics.summarise(self.cases)
         return {"val_mean": summary["mean"], **{f"val_{region}": summary[region] for region in REGIONS}}
@@ -129,7 +131,7 @@ class Trainer:
 
     def truth(self, labels: torch.Tensor) -> torch.Tensor:
         """Masks, bool (R, X, Y, Z), of a label map (1, X, Y, Z)."""
-        return metrics.region_masks(labels.to(self.ranks.device), self.regions)[0]
+        return region_masks(labels.to(self.ranks.device), self.regions)[0]
 
     def _train_epoch(self, epoch: int, progress: TrainingProgress) -> dict[str, Any]:
         self.engine.train()

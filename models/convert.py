@@ -5,7 +5,9 @@
     "unet"         MONAI 1.6.1               monai.networks.nets.UNet with strides (2, 2, 2, 2) and num_res_units=2
 
 Each table below pairs our module's name with the reference's; a state dict's keys are those names plus weight or
-bias. A key that is missing, or that no table foresees, is an error. Values pass through unchanged, but for:
+bias. A key that is missing, or that no table foresees, is an error. One module depends on the widths: the UNETRs' first
+residual block has a projection (`stem.conv3`) only where feature_size differs from in_channels, which the shape of its
+first convolution tells. Values pass through unchanged, but for:
 
 - the fused projection of self-attention-cv: its rows are ordered (feature, q|k|v, head), ours (q|k|v, head, feature),
   so rows are permuted. The number of heads cannot be read from the weights (510 rows a projection are 10 x 51 and
@@ -31,6 +33,7 @@ Pairs = list[tuple[str, str]]
 
 PERCEPTRON = "vit.patch_embedding.patch_embeddings.1."
 PATCHES = "vit.patch_embedding.patch_embeddings."
+STEM = "stem.conv1.weight"  # (feature_size, in_channels, 3, 3, 3)
 UNUSED = re.compile(r"vit\.blocks\.\d+\.norm_cross_attn\.(weight|bias)")
 
 
@@ -131,14 +134,20 @@ def _keys(bare: Pairs, biased: Pairs) -> dict[str, str]:
     return weights | {f"{ours}.bias": f"{theirs}.bias" for ours, theirs in biased}
 
 
-def _key_table(name: str) -> dict[str, str]:
-    if name == "unetr":
-        return _keys(*_unetr_modules()) | {"vit.position_embedding": "embed.position_embeddings.abs_pos_enc"}
-    if name == "unetr_monai":
-        return _keys(*_unetr_monai_modules()) | {"vit.position_embedding": "vit.patch_embedding.position_embeddings"}
+def _key_table(name: str, state_dict: StateDict) -> dict[str, str]:
+    """Our key -> the reference's; `state_dict`, of either, tells whether there is a projection in the stem."""
     if name == "unet":
         return _unet_keys()
-    raise ValueError(f"model {name!r} must be one of {', '.join(MODELS)}")
+    if name == "unetr":
+        table = _keys(*_unetr_modules()) | {"vit.position_embedding": "embed.position_embeddings.abs_pos_enc"}
+    elif name == "unetr_monai":
+        table = _keys(*_unetr_monai_modules()) | {"vit.position_embedding": "vit.patch_embedding.position_embeddings"}
+    else:
+        raise ValueError(f"model {name!r} must be one of {', '.join(MODELS)}")
+    stem = state_dict.get(STEM, state_dict.get(table[STEM]))
+    if stem is not None and stem.shape[0] == stem.shape[1]:
+        table = {ours: theirs for ours, theirs in table.items() if not ours.startswith("stem.conv3.")}
+    return table
 
 
 def _rename(state_dict: StateDict, table: dict[str, str], what: str) -> StateDict:
@@ -192,7 +201,7 @@ def from_reference(name: str, state_dict: StateDict, num_heads: int = 10) -> Sta
     Raises:
         ValueError: an unknown name; keys missing or unexpected, which names them; heads that do not fit.
     """
-    table = {theirs: ours for ours, theirs in _key_table(name).items()}
+    table = {theirs: ours for ours, theirs in _key_table(name, state_dict).items()}
     if name == "unetr_monai":
         state_dict = {key: value for key, value in state_dict.items() if not UNUSED.fullmatch(key)}
         if f"{PERCEPTRON}weight" in state_dict:
@@ -208,7 +217,7 @@ def from_reference(name: str, state_dict: StateDict, num_heads: int = 10) -> Sta
 
 def to_reference(name: str, state_dict: StateDict, num_heads: int = 10) -> StateDict:
     """Weights of ours as weights of the reference model: the inverse of `from_reference`, same arguments and errors."""
-    result = _rename(state_dict, _key_table(name), f"our {name!r}")
+    result = _rename(state_dict, _key_table(name, state_dict), f"our {name!r}")
     if name == "unetr":
         for key in [key for key in result if key.endswith("mhsa.to_qvk.weight")]:
             weight = result[key]

@@ -9,11 +9,8 @@ in the order of the published MONAI chain:
     jitter    x * (1 + scale) + shift, on every voxel, zeros included
 
 Only the copy of the crop runs in Python, between two batches; the rest is DALI's, in its own threads or on its own CUDA
-streams, `PREFETCH` batches ahead of the training step.
-
-Randomness. A sample's draws come from a counter-based generator (Philox: the key holds the seed, the counter the epoch
-and the position in the epoch). They depend on nothing else: not on the number of threads or ranks, not on what was
-drawn before. So a run resumes by arithmetic, and epoch 5 is the same whether or not epochs 0 to 4 were asked for.
+streams, `PREFETCH` batches ahead of the training step. Which crops come, and what is drawn for each, is decided in
+pipelines/sampling.py from the seed, the epoch and the position alone.
 
 Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS. Yielded images have the shape
 (B, C, X, Y, Z) but keep the memory order (B, X, Y, Z, C): they are `torch.channels_last_3d` views, never transposed.
@@ -22,7 +19,6 @@ Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,13 +30,8 @@ from nvidia.dali import math, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from pipelines.cases import DataError
+from pipelines.sampling import Draw, Size, copy_crop, draw_sample, epoch_order
 from pipelines.store import Store
-
-FLIP_PROB = 0.5
-SCALE_PROB = 0.5
-SCALE_RANGE = 0.1  # x * (1 + U(-SCALE_RANGE, SCALE_RANGE))
-SHIFT_PROB = 0.5
-SHIFT_RANGE = 0.1  # x + U(-SHIFT_RANGE, SHIFT_RANGE)
 
 PREFETCH = 2  # batches that DALI works on ahead of the one last yielded
 SPATIAL = (0, 1, 2)
@@ -48,71 +39,6 @@ SPATIAL = (0, 1, 2)
 # DALI's default executor frees buffers after each batch. On a CPU they come from malloc, and the page faults of 16 MB
 # cost more than the arithmetic (x * 2: 15.8 ms against 3.6, DALI 2.4). The older executor keeps its buffers.
 CPU_EXECUTION = {"exec_dynamic": False}
-
-Size = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What chance decided for one sample.
-
-    Attributes:
-        start: first voxel of the crop, in the volume as padded to at least the crop size.
-        flip: whether the first spatial axis is reversed.
-        scale: the image is multiplied by 1 + scale; 0 where not drawn.
-        shift: added to the image after that; 0 where not drawn.
-    """
-
-    start: Size
-    flip: bool
-    scale: float
-    shift: float
-
-
-def generator(seed: int, epoch: int, position: int) -> np.random.Generator:
-    """The generator of a sample; `position` -1 is the order of the epoch. Philox steps the low counter word itself."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, position + 1]))
-
-
-def draw_sample(
-    seed: int,
-    epoch: int,
-    position: int,
-    volume_shape: Size,
-    crop_size: Size,
-    foreground: NDArray[np.int32],
-    foreground_prob: float,
-) -> Draw:
-    """Draw the crop, flip, scale and shift of one sample.
-
-    The start is uniform over all crops that fit, as in MONAI's RandSpatialCrop; with probability `foreground_prob` the
-    crop is centred on a random tumour voxel instead, and pushed back inside the volume where it would leave it.
-
-    Args:
-        seed: of the run.
-        epoch: counted from 0.
-        position: of the sample in the epoch's padded order, over all ranks.
-        volume_shape: (X, Y, Z) in voxels, padded to at least `crop_size`.
-        crop_size: (X, Y, Z) in voxels.
-        foreground: tumour voxels to centre on, (K, 3), in the unpadded volume; with K = 0 the start is uniform.
-        foreground_prob: 0 to 1.
-    """
-    rng = generator(seed, epoch, position)
-    room = np.subtract(volume_shape, crop_size)
-    start = rng.integers(0, room, endpoint=True)
-    if rng.random() < foreground_prob and len(foreground):
-        centre = foreground[rng.integers(len(foreground))]
-        start = np.clip(centre - np.asarray(crop_size) // 2, 0, room)
-    flip = rng.random() < FLIP_PROB
-    scale = rng.uniform(-SCALE_RANGE, SCALE_RANGE) if rng.random() < SCALE_PROB else 0.0
-    shift = rng.uniform(-SHIFT_RANGE, SHIFT_RANGE) if rng.random() < SHIFT_PROB else 0.0
-    return Draw((int(start[0]), int(start[1]), int(start[2])), bool(flip), float(scale), float(shift))
-
-
-def epoch_order(seed: int, epoch: int, samples: int, multiple: int) -> NDArray[np.int64]:
-    """A fresh permutation of `samples`, padded from its own start to a multiple of `multiple`."""
-    order = generator(seed, epoch, -1).permutation(samples)
-    return np.resize(order, -(-samples // multiple) * multiple)
 
 
 def flip_first_axis(volume: Any, flip: Any) -> Any:
@@ -172,22 +98,6 @@ def val_graph(source: Callable[[], tuple], device: str, normalise: bool = True) 
     if device == "gpu":
         image, label = image.gpu(), label.gpu()
     return z_score(image) if normalise else image, label, tag
-
-
-def copy_crop(volume: NDArray, start: Sequence[int], out: NDArray) -> None:
-    """Copy a crop into `out`; a volume smaller than `out` is padded with zeros, symmetrically as by MONAI's SpatialPad.
-
-    Args:
-        volume: (X, Y, Z, C), memory-mapped.
-        start: first voxel (x, y, z), in the coordinates of the padded volume.
-        out: (x, y, z, C), overwritten.
-    """
-    first = np.subtract(start, np.maximum(np.subtract(out.shape, volume.shape)[:3], 0) // 2)
-    source = tuple(slice(max(a, 0), min(a + n, dim)) for a, n, dim in zip(first, out.shape, volume.shape, strict=False))
-    target = tuple(slice(s.start - a, s.stop - a) for s, a in zip(source, first, strict=True))
-    if out[target].shape != out.shape:
-        out[...] = 0
-    out[target] = volume[source]
 
 
 def label_of(store: Store, i: int) -> NDArray[np.uint8]:

@@ -13,8 +13,8 @@ Every file is written under a temporary name and moved into place, the `.json` l
 a run may be killed at any point and started again, and several runs may fill one folder at once: at worst both write
 the same bytes. Temporary files of dead runs are removed at the next start.
 
-Cases are prepared by processes from a fork server (a fork of a process that has used torch may hang), each with one
-thread and one case at a time, and only file names come back: memory is about 0.4 GB per worker, whatever the set.
+Cases are prepared in processes (pipelines/processes.py), each one case at a time, and only its record and hashes come
+back: memory is about 0.4 GB per worker, whatever the set.
 """
 
 from __future__ import annotations
@@ -24,34 +24,27 @@ import errno
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import re
-import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from isal import isal_zlib
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.geometry import resample_image, resample_label, target_grid
 from pipelines.labels import Coding
 from pipelines.nifti import CaseError, read_case
+from pipelines.processes import run_on_cases
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 FORMAT = 1
 FOREGROUND_VOXELS = 4096
@@ -187,7 +180,7 @@ def prepare(
         done, faults = {}, []
         known: dict[str, _Hash] = {}
         try:
-            for case, result in _run(partial(_prepare_case, task), pending, workers, "Preparing"):
+            for case, result in run_on_cases(partial(_prepare_case, task), pending, workers, "Preparing"):
                 if isinstance(result, CaseError):
                     faults.append((case.name, result))
                 else:
@@ -225,7 +218,7 @@ def check_cases(
     order = {name: i for i, name in enumerate(case_set.names)}
     faults = {
         case.name: result
-        for case, result in _run(task, case_set.cases, workers, "Checking")
+        for case, result in run_on_cases(task, case_set.cases, workers, "Checking")
         if isinstance(result, CaseError)
     }
     return [faults[name] for name in sorted(faults, key=order.__getitem__)]
@@ -474,63 +467,3 @@ def _remember(folder: Path, known: Mapping[str, _Hash]) -> None:
     content = json.dumps(entries, indent=0).encode()
     with contextlib.suppress(StoreError):  # it only saves time, and must not hide the error of a full disk
         _write(folder / "index.json", lambda file: file.write(content), len(content))
-
-
-# Processes
-
-
-def _run(
-    task: Callable[[Case], T], cases: Sequence[Case], workers: int | None, title: str
-) -> Generator[tuple[Case, T | CaseError], None, None]:
-    """Run a task on each case, in `workers` processes; yields as they finish. Errors but CaseError stop it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers is not None and workers < 1:
-        raise DataError(f"workers {workers} must be at least 1 (--data.workers); leave it out for one per core")
-    workers = min(workers or cores, len(cases))
-    finished = _in_this_process(task, cases) if workers == 1 else _in_processes(task, cases, workers)
-    console = Console(stderr=True)
-    columns = (TextColumn(f"{title} {len(cases)} cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with contextlib.closing(finished), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        row = bar.add_task(title, total=len(cases))
-        if not console.is_terminal:
-            log.info("%s %d cases, %d at a time", title.lower(), len(cases), workers)
-        for case, result in finished:
-            bar.advance(row)
-            yield case, result
-
-
-def _in_this_process(
-    task: Callable[[Case], T], cases: Sequence[Case]
-) -> Generator[tuple[Case, T | CaseError], None, None]:
-    for case in cases:
-        try:
-            yield case, task(case)
-        except CaseError as error:
-            yield case, error
-
-
-def _in_processes(
-    task: Callable[[Case], T], cases: Sequence[Case], workers: int
-) -> Generator[tuple[Case, T | CaseError], None, None]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines.store"])  # torch is imported once, not once per worker
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        futures: dict[Future[T], Case] = {pool.submit(task, case): case for case in cases}
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except CaseError as error:
-                yield futures[future], error
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"one of {workers} worker processes was killed, by the system if memory ran out (about 0.4 GB each): "
-            f"try --data.workers {max(1, workers // 2)}. Cases that are done stay done"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which lets the cases in hand be finished

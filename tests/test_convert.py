@@ -38,6 +38,34 @@ def test_reference_weights_survive_the_way_through_ours(name: str) -> None:
     assert all(torch.equal(back[key], value) for key, value in reference.items())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_as_many_channels_in_as_features_convert_both_ways_and_compute_the_same(name: str) -> None:
+    """The residual block of the stem has no projection then, ours and the references' alike."""
+    widths = {**SMALL[name], "feature_size": 2}
+    torch.manual_seed(0)
+    ours, reference = build_model(name, 2, img_size=IMG_SIZE, **widths), build_reference(name, 2, IMG_SIZE, **widths)
+    ours.load_state_dict(from_reference(name, reference.state_dict(), HEADS[name]), strict=True)
+    with torch.no_grad():
+        assert relative(ours(volumes()), reference(volumes())) < 1e-5
+        for parameter in ours.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        reference.load_state_dict(to_reference(name, ours.state_dict(), HEADS[name]), strict=True)
+        assert relative(reference(volumes()), ours(volumes())) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("unetr", "init_conv.conv_down.0"), ("unetr_monai", "encoder1.layer.conv3")]
+)
+def test_a_projection_that_the_widths_call_for_is_missed_and_another_is_foreign(name: str, theirs: str) -> None:
+    wide = to_reference(name, build_model(name, 2, img_size=IMG_SIZE, **SMALL[name]).state_dict(), HEADS[name])
+    projection = {key: value for key, value in wide.items() if key.startswith(theirs)}
+    with pytest.raises(ValueError, match=rf"{len(projection)} keys missing \({theirs}.*, 0 unexpected"):
+        from_reference(name, {key: wide[key] for key in wide if key not in projection}, HEADS[name])
+    equal = build_model(name, 2, img_size=IMG_SIZE, **{**SMALL[name], "feature_size": 2}).state_dict()
+    with pytest.raises(ValueError, match=rf"0 keys missing, {len(projection)} unexpected \({theirs}"):
+        from_reference(name, {**to_reference(name, equal, HEADS[name]), **projection}, HEADS[name])
+
+
 def test_a_perceptron_patch_embedding_becomes_the_convolution_that_equals_it() -> None:
     torch.manual_seed(0)
     perceptron = build_reference("unetr_monai", 2, IMG_SIZE, **SMALL["unetr_monai"], proj_type="perceptron")

@@ -8,8 +8,7 @@ import pytest
 import torch
 from monai.metrics import DiceMetric
 
-from engine.metrics import CaseDice, case_dice, region_masks, summarise
-from pipelines.labels import CODINGS
+from engine.metrics import CaseDice, case_dice, summarise
 
 
 def random_cases() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -59,16 +58,6 @@ def test_a_region_that_no_case_has_is_none_and_left_out_of_the_mean() -> None:
     assert summary["false_positives"]["ET"] == 1
     assert summarise(cases, empty_as_one=True)["ET"] == pytest.approx(0.5)
     assert summarise([])["mean"] is None
-
-
-@pytest.mark.parametrize("release", CODINGS)
-def test_region_masks_follow_the_coding(release: str) -> None:
-    coding = CODINGS[release]
-    labels = torch.tensor(coding.values, dtype=torch.uint8).reshape(1, 1, 1, -1)
-    masks = region_masks(labels, coding.regions)
-    assert masks.shape == (1, 3, 1, 1, len(coding.values))
-    for row, values in zip(masks[0, :, 0, 0], coding.regions):
-        assert labels.flatten()[row].tolist() == list(values)
 
 
 def test_masks_of_different_shapes_are_refused_by_name() -> None:

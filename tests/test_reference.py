@@ -21,7 +21,7 @@ from nvidia.dali import fn, pipeline_def
 
 from pipelines import dali
 from pipelines.cases import CaseSet, find_cases
-from pipelines.dali import Draw, TrainLoader, ValLoader, copy_crop
+from pipelines.dali import TrainLoader, ValLoader
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
 from pipelines.phantom import make_phantoms
 from pipelines.reference import (
@@ -32,6 +32,7 @@ from pipelines.reference import (
     train_steps,
     val_steps,
 )
+from pipelines.sampling import Draw, copy_crop
 from pipelines.store import Store, prepare
 
 IMAGE_TOLERANCE = 1e-3  # of the image's range

@@ -23,7 +23,7 @@ from pipelines.cases import Case, CaseSet, DataError
 from pipelines.geometry import resample_image, resample_label, target_grid
 from pipelines.labels import CODINGS
 from pipelines.nifti import read_case
-from pipelines.store import FOREGROUND_VOXELS, Store, StoreError, _run, check_cases, prepare
+from pipelines.store import FOREGROUND_VOXELS, Store, StoreError, check_cases, prepare
 
 SHAPE = (24, 21, 18)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]], float)
@@ -321,15 +321,6 @@ def test_record_holds_what_a_reader_needs(tmp_path: Path, cases: CaseSet) -> Non
     record = json.loads(next((tmp_path / "store").glob("case0-*.json")).read_text())
     assert record["label_values"] == [0, 1, 2, 3] and record["modalities"] == ["flair", "t1c"]
     assert record["source_shape"] == list(SHAPE) and record["spacing_mm"] == list(SPACING)
-
-
-def kill_the_worker(case: Case) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_killed_worker_is_one_clear_error(cases: CaseSet) -> None:
-    with pytest.raises(DataError, match=r"2 worker processes was killed.*try --data\.workers 1"):
-        list(_run(kill_the_worker, cases.cases, 2, "Killing"))
 
 
 def test_workers_and_spacing_are_checked(tmp_path: Path, cases: CaseSet) -> None:

@@ -20,8 +20,8 @@ from monai.networks.nets import UNETR, UNet
 from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
 from engine.data import Data, load_data
 from engine.distributed import Ranks, init_ranks
-from engine.metrics import region_masks
 from engine.trainer import Trainer
+from kernels.dice_ce import region_masks
 from models import build_model
 from models.convert import to_reference
 
