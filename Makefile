@@ -12,7 +12,7 @@ train: $(VENV)/installed
 	$(BIN)/deepspeed launch/train.py $(ARGS)
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -n 2 --durations 10 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

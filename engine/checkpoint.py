@@ -10,6 +10,8 @@ name first and is moved into place when complete, so that a crash leaves the pre
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from engine.distributed import Ranks
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -52,31 +56,46 @@ def load_weights(path: Path) -> dict[str, Any]:
     return content
 
 
-def save_state(engine: Any, folder: Path, state: dict[str, Any], ranks: Ranks) -> None:
-    """Write `folder/last` on every rank: weights, optimizer, schedule and `state`."""
+def save_state(engine: Any, folder: Path, state: dict[str, Any], ranks: Ranks, zero_stage: int) -> None:
+    """Write `folder/last` on every rank: weights, optimizer, schedule and `state` (plain values)."""
     engine.save_checkpoint(str(folder), tag="last.partial", client_state=state, save_latest=False)
     dist.barrier()
     if ranks.is_first:
-        last, previous = folder / "last", folder / "last.previous"
+        partial, last, previous = (folder / name for name in ("last.partial", "last", "last.previous"))
+        (partial / "ranks.json").write_text(json.dumps({"world_size": ranks.world_size, "zero_stage": zero_stage}))
         shutil.rmtree(previous, ignore_errors=True)
         if last.exists():
             last.rename(previous)
-        (folder / "last.partial").rename(last)
+        partial.rename(last)
         shutil.rmtree(previous, ignore_errors=True)
     dist.barrier()
 
 
-def load_state(engine: Any, folder: Path) -> dict[str, Any]:
+def load_state(engine: Any, folder: Path, ranks: Ranks, zero_stage: int) -> dict[str, Any]:
     """Load `folder/last` into the engine, or the one before where a crash came between the two moves.
 
     Returns:
         The `state` that was saved.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: neither is there; saved by another number of ranks or at another ZeRO stage; another model.
     """
-    tag = next((tag for tag in ("last", "last.previous") if (folder / tag).is_dir()), None)
+    tag = next((tag for tag in ("last", "last.previous") if (folder / tag / "ranks.json").is_file()), None)
     if tag is None:
         raise ValueError(f"--resume: no checkpoint in {folder}; the run ended before its first validation")
-    _, state = engine.load_checkpoint(str(folder), tag=tag)
+    saved = json.loads((folder / tag / "ranks.json").read_text())
+    found = {"world_size": ranks.world_size, "zero_stage": zero_stage}
+    if saved != found and (saved["zero_stage"] or zero_stage):
+        raise ValueError(
+            f"--resume: {folder / tag} was saved by {saved['world_size']} rank(s) at ZeRO stage {saved['zero_stage']}, "
+            f"this is {found['world_size']} at stage {found['zero_stage']}; optimizer states are sharded by both, so "
+            "resume with the same --num_gpus and --train.zero_stage"
+        )
+    if saved != found:
+        log.warning("saved by %d rank(s), resumed by %d: a step now has another number of crops",
+                    saved["world_size"], found["world_size"])  # fmt: skip
+    try:
+        _, state = engine.load_checkpoint(str(folder), tag=tag)
+    except RuntimeError as error:
+        raise ValueError(f"--resume: {folder / tag} holds the weights of another model: {error}") from error
     return state

@@ -56,7 +56,7 @@ class DataConfig:
     regions: Literal["release", "tutorial"] = "release"
     """TC, WT, ET from the release's coding, or with the published tutorial's swapped one (Decathlon only)."""
     modalities: list[str] | None = None
-    """Channels of the network, of flair, t1, t1c, t2, in this order. None: all that the scans have."""
+    """Channels of the network, of flair, t1, t1c, t2, in the order given: '[flair,t1c]'. None: all that there are."""
     val_fraction: float = 0.2
     """Share of the cases held out, by the rule of MONAI's DecathlonDataset."""
     split_seed: int = 0
@@ -85,7 +85,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The network; a width of None is that of the reference."""
+    """The network; a width of None is that of the reference, and the UNet has no transformer to set widths of."""
 
     name: Literal["unetr", "unetr_monai", "unet"] = "unetr"
     """UNETR as in self-attention-cv, UNETR as in MONAI, or MONAI's residual UNet."""
@@ -169,11 +169,15 @@ class Config:
         at_least = {
             "data.crops_per_case": 1,
             "data.phantom.cases": 2,
+            "data.split_seed": 0,
+            "loss.dice_weight": 0,
+            "loss.ce_weight": 0,
             "optim.lr": 0,
             "optim.weight_decay": 0,
             "optim.warmup_steps": 0,
             "train.epochs": 1,
             "train.batch_size": 1,
+            "train.seed": 0,
             "train.val_every_epochs": 1,
         }
         for name, least in at_least.items():
@@ -185,6 +189,10 @@ class Config:
         for name, value in (("val_fraction", self.data.val_fraction), ("foreground_prob", self.data.foreground_prob)):
             if not 0 <= value <= 1:
                 raise ValueError(f"--data.{name} {value} must lie between 0 and 1")
+        if self.data.workers is not None and self.data.workers < 1:
+            raise ValueError(f"--data.workers {self.data.workers} must be at least 1; leave it out for one per core")
+        if self.data.download and self.data.root is None:
+            raise ValueError("--data.download needs --data.root, the folder that the scans go to")
         if min(self.data.crop_size_voxels) < 1 or min(self.data.spacing_mm) <= 0:
             raise ValueError(
                 f"--data.crop_size_voxels {self.data.crop_size_voxels} and --data.spacing_mm {self.data.spacing_mm} "
@@ -237,7 +245,7 @@ def parse_config(parser: ArgumentParser, args: list[str] | None = None) -> tuple
     if known.resume:
         run_dir = find_run(known.resume, rest)
         rest = ["--config", str(run_dir / "config.yaml"), *rest, "--run_dir", str(run_dir)]
-    elif not named & {"--config", "--data.root", "--help", "-h"}:
+    elif not named & {"--config", "--data", "--data.root", "--help", "-h"}:
         rest = ["--config", str(CONFIGS / "demo.yaml"), *rest]
     namespace = parser.parse_args(rest)
     values = parser.instantiate(namespace)
@@ -258,8 +266,8 @@ def find_run(resume: str, args: list[str]) -> Path:
         parser.add_argument("--run_dir", type=Path)
         run_dir = parser.parse_known_args(args)[0].run_dir
         if run_dir is None:
-            runs = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-            run_dir = runs[-1].parent if runs else Path("runs")
+            saved = sorted(Path("runs").glob("*/checkpoints/last"), key=lambda path: path.stat().st_mtime)
+            run_dir = saved[-1].parent.parent if saved else Path("runs")
     if not (run_dir / "config.yaml").is_file():
-        raise ValueError(f"--resume: no run in {run_dir} (no config.yaml); give the folder that a run wrote")
+        raise ValueError(f"--resume: no run with a checkpoint in {run_dir}; give the folder that a run wrote")
     return run_dir

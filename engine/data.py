@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import DataConfig, cache_dir
-from engine.distributed import Ranks, first_on_node
 from pipelines.cases import CaseSet, find_cases, split_cases
 from pipelines.decathlon import download_task01
-from pipelines.phantom import make_phantoms
+from pipelines.phantom import FORMAT, make_phantoms
 from pipelines.store import Store, prepare
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ def obtain_root(config: DataConfig) -> Path:
     """Folder or list of the scans; downloads or synthesises them first where the configuration says so."""
     if config.root is None:
         phantom = config.phantom
+        log.info("no --data.root: training on synthetic scans")
         size = "x".join(map(str, phantom.size_voxels))
-        folder = cache_dir() / "phantoms" / f"{phantom.cases}-cases-{size}-seed-{phantom.seed}"
+        folder = cache_dir() / "phantoms" / f"{phantom.cases}-cases-{size}-seed-{phantom.seed}-format-{FORMAT}"
         return make_phantoms(folder, phantom.cases, phantom.size_voxels, phantom.seed)
     if config.download:
         return download_task01(config.root.parent if config.root.name == "Task01_BrainTumour" else config.root)
@@ -44,16 +47,12 @@ def prepared(config: DataConfig, cases: CaseSet) -> Store:
     return prepare(cases, config.store_dir or cache_dir() / "store", config.spacing_mm, config.workers)
 
 
-def load_data(config: DataConfig, ranks: Ranks) -> Data:
-    """Everything up to prepared volumes, done by one rank of each node.
+def load_data(config: DataConfig) -> Data:
+    """Everything up to prepared volumes; finds it done where another process did it.
 
     Raises:
-        ValueError: whatever is wrong with the scans, the same on every rank.
+        ValueError: whatever is wrong with the scans or the options.
     """
-    return first_on_node(lambda: _build(config), ranks)
-
-
-def _build(config: DataConfig) -> Data:
     cases = list_cases(config, obtain_root(config))
     train, val = split_cases(cases, config.val_fraction, config.split_seed, config.train_cases, config.val_cases)
     used = cases.select([name for name in cases.names if name in {*train, *val}])

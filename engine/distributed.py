@@ -80,13 +80,14 @@ def first_on_node(work: Callable[[], T], ranks: Ranks) -> T:
     """Run `work` on one rank of each node, and on the others when it is done there, so that they find it done.
 
     Raises:
-        ValueError: what `work` raised as one, with its message, on every rank.
+        ValueError, OSError: as `work` raised it; a ValueError with its message on the other ranks.
     """
-    result, failure = None, None
+    result: T | None = None
+    failure: Exception | None = None
     if ranks.local_rank == 0:
         try:
             result = work()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             failure = error
     if ranks.world_size > 1:
         group = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT)

@@ -18,7 +18,8 @@ WINDOWS_AT_ONCE = 2
 def zscore_nonzero(image_BCXYZ: torch.Tensor) -> torch.Tensor:
     """Subtract the mean and divide by the standard deviation of each channel's non-zero voxels; zeros stay zero.
 
-    As MONAI's `NormalizeIntensity(nonzero=True, channel_wise=True)`: population deviation, and 1 in place of 0.
+    As MONAI's `NormalizeIntensity(nonzero=True, channel_wise=True)`: population deviation, and 1 in place of 0; in
+    float32 the deviation of a constant is the rounding of its mean, hence the bound (the same as in `pipelines.dali`).
 
     Args:
         image_BCXYZ: float32 (B, C, X, Y, Z).
@@ -29,7 +30,7 @@ def zscore_nonzero(image_BCXYZ: torch.Tensor) -> torch.Tensor:
     mean = image_BCXYZ.sum(axes, keepdim=True) / count
     centred = torch.where(mask, image_BCXYZ - mean, 0.0)
     deviation = (centred.square().sum(axes, keepdim=True) / count).sqrt()
-    return centred / torch.where(deviation == 0, 1.0, deviation)
+    return centred / torch.where(deviation <= 1e-6 * mean.abs(), 1.0, deviation)
 
 
 def sliding_window_logits(

@@ -59,7 +59,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -72,13 +72,13 @@ def draw_sample(image_CXYZ: np.ndarray, regions_RXYZ: np.ndarray, modalities: Se
     """
     z = _fullest_slice(regions_RXYZ)
     figure, axes = plt.subplots(
-        1, len(modalities) + 1, figsize=(2.6 * (len(modalities) + 1), 3.1), layout="constrained"
+        1, len(modalities) + 1, figsize=(2.6 * (len(modalities) + 1), 3.4), layout="constrained"
     )
     for axis, channel, name in zip(axes, image_CXYZ, modalities):
         _show(axis, channel[..., z], title=SCAN_TITLES.get(name, name))
     _show(axes[-1], image_CXYZ[0][..., z], regions_RXYZ[..., z], "regions")
     _legend(figure)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -108,7 +108,7 @@ def draw_prediction(
     scores = "  ".join(f"{region} {percent(None if np.isnan(d) else d)}" for region, d in zip(REGIONS, dice))
     figure.suptitle(f"{name}   Dice {scores}", fontsize=11)
     _legend(figure)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -152,6 +152,8 @@ th:first-child, td:first-child {{ text-align: left; }} .note {{ color: #555; fon
 
 def _dice_table(summary: dict[str, Any]) -> str:
     def row(title: str, scores: dict[str, Any]) -> str:
+        if scores["epoch"] is None:
+            return ""
         cells = "".join(f"<td>{percent(scores.get(name))}</td>" for name in ("mean", *REGIONS))
         return f"<tr><td>{title}, epoch {scores['epoch']}</td>{cells}<td>{scores.get('cases', 0)}</td></tr>"
 
@@ -174,16 +176,18 @@ def _fullest_slice(regions_RXYZ: np.ndarray) -> int:
 
 
 def _show(axis: Axes, slice_XY: np.ndarray, regions_RXY: np.ndarray | None = None, title: str = "") -> None:
-    """Draw one axial slice in grey, with regions as translucent colours, the largest first and so beneath."""
-    inside = slice_XY[slice_XY != 0]
+    """Draw one axial slice in grey, black outside the head; a voxel of several regions has the innermost's colour."""
+    values, counts = np.unique(slice_XY, return_counts=True)
+    outside = slice_XY == values[counts.argmax()]  # the one value that repeats: 0, or what jitter made of it
+    inside = slice_XY[~outside]
     low, high = np.percentile(inside, [1, 99]) if inside.size else (0.0, 1.0)
     grey = np.clip((slice_XY - low) / max(float(high - low), 1e-6), 0, 1)
-    grey = np.where(slice_XY == 0, 0, grey)
-    picture = np.repeat(grey[..., None], 3, axis=-1)
+    picture = np.repeat(np.where(outside, 0, grey)[..., None], 3, axis=-1)
     if regions_RXY is not None:
+        plain = picture.copy()
         for region in ("WT", "TC", "ET"):
             mask = regions_RXY[REGIONS.index(region)]
-            picture[mask] = 0.45 * picture[mask] + 0.55 * np.array(to_rgb(COLOURS[region]))
+            picture[mask] = 0.4 * plain[mask] + 0.6 * np.array(to_rgb(COLOURS[region]))
     axis.imshow(picture.transpose(1, 0, 2), origin="lower", interpolation="nearest")
     axis.invert_xaxis()
     axis.set_xticks([])

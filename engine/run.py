@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import checkpoint, metrics, report
-from engine.config import Config, to_dict
+from engine.config import Config, ModelConfig, to_dict
 from engine.data import Data, load_data
-from engine.distributed import gather, init_ranks
+from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.progress import percent
 from engine.trainer import Trainer
 from kernels.dice_ce import region_masks
@@ -38,14 +39,13 @@ def start_run(read: Callable[[], Config]) -> int:
     try:
         config = read()
         run(config)
-    except ValueError as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         log.debug("traceback", exc_info=True)
         return 2
     except KeyboardInterrupt:
-        where = config.run_dir if config else ""
-        print(f"\ninterrupted; continue with: python launch/train.py --resume {where}", file=sys.stderr)
+        print(f"\ninterrupted; {_how_to_go_on(config)}", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
@@ -57,29 +57,23 @@ def run(config: Config) -> None:
     """Train as `config` says and write the run folder: logs, checkpoints, tables, pictures, report.
 
     Raises:
-        ValueError: a value or a scan that can't be used, before training starts where it can be known by then.
+        ValueError, OSError: a value, a scan or a folder that can't be used, before training starts where it can be
+            known by then.
     """
-    check_img_size(config.data.crop_size_voxels)
+    with torch.device("meta"):
+        make_model(config, channels=1)  # refuses sizes that do not fit before any data are prepared
     ranks = init_ranks(config.train.device)
     config.run_dir = gather(config.run_dir, ranks)[0]  # its default holds the time, which differs between ranks
-    assert config.run_dir is not None
-    if ranks.is_first:
-        _start_log(config.run_dir)
-        _write_config(config, config.run_dir)
-    else:
-        warnings.simplefilter("ignore")  # the first rank shows them
+    run_dir = config.run_dir
+    assert run_dir is not None
+
+    def begin() -> Data:
+        _start_log(run_dir, ranks)
+        return load_data(config.data)
+
+    data = first_on_node(begin, ranks)
     torch.manual_seed(config.train.seed)
-    data = load_data(config.data, ranks)
-    model = build_model(
-        config.model.name,
-        in_channels=len(data.store.modalities),
-        out_channels=len(REGIONS),
-        img_size=config.data.crop_size_voxels,
-        feature_size=config.model.feature_size,
-        hidden_size=config.model.hidden_size,
-        mlp_dim=config.model.mlp_dim,
-        num_heads=config.model.num_heads,
-    )
+    model = make_model(config, channels=len(data.store.modalities))
     log.info(
         "%s, %s parameters; %d training and %d validation cases of %s; %d rank(s) on %s",
         config.model.name, f"{parameter_count(model):,}", len(data.train), len(data.val),
@@ -87,10 +81,39 @@ def run(config: Config) -> None:
     )  # fmt: skip
     trainer = Trainer(config, ranks, data, model)
     if ranks.is_first:
-        _draw_sample(trainer, data, config.run_dir / "samples.png")
+        _write_config(config, run_dir)
+        _draw_sample(trainer, data, run_dir / "samples.png")
     trainer.fit()
     if ranks.is_first:
-        finish(trainer, config.run_dir)
+        finish(trainer, run_dir)
+
+
+def make_model(config: Config, channels: int) -> torch.nn.Module:
+    """The network that `config` describes, for images of so many channels.
+
+    Raises:
+        ValueError: naming the option that does not fit.
+    """
+    chosen = config.model
+    transformer = ModelConfig() if chosen.name == "unet" else chosen
+    size = config.data.crop_size_voxels
+    try:
+        check_img_size(size)
+    except ValueError as error:
+        raise ValueError(f"--data.crop_size_voxels: {error}") from error
+    try:
+        return build_model(
+            chosen.name,
+            in_channels=channels,
+            out_channels=len(REGIONS),
+            img_size=size,
+            feature_size=chosen.feature_size,
+            hidden_size=transformer.hidden_size,
+            mlp_dim=transformer.mlp_dim,
+            num_heads=transformer.num_heads,
+        )
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
 
 
 def finish(trainer: Trainer, run_dir: Path) -> None:
@@ -132,13 +155,19 @@ def _print_table(summary: dict) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for row in ("best", "last"):
         scores = summary[row]
+        if scores["epoch"] is None:
+            continue  # nothing was validated, or no truth had any region
         dice = [percent(scores.get(name)) for name in ("mean", *REGIONS)]
         table.add_row(row, str(scores["epoch"]), *dice, str(scores.get("cases", 0)))
     Console().print(table)
 
 
-def _start_log(run_dir: Path) -> None:
-    """Lines on the terminal, everything in `run.log`."""
+def _start_log(run_dir: Path, ranks: Ranks) -> None:
+    """Lines on the terminal and everything in `run.log`, from the first rank alone."""
+    if not ranks.is_first:
+        warnings.simplefilter("ignore")
+        logging.lastResort = None
+        return
     run_dir.mkdir(parents=True, exist_ok=True)
     logging.captureWarnings(True)
     terminal, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "run.log")
@@ -150,7 +179,16 @@ def _start_log(run_dir: Path) -> None:
         logger.handlers = [terminal, file]
 
 
+def _how_to_go_on(config: Config | None) -> str:
+    if config and config.run_dir and (config.run_dir / "checkpoints" / "last").is_dir():
+        return f"the same command with --resume {config.run_dir} continues after the last validation"
+    return "there is no checkpoint yet (they are written at validations): start again"
+
+
 def _write_config(config: Config, run_dir: Path) -> None:
-    """`config.yaml`, from which `--resume` continues and anyone can start the same run again."""
+    """`config.yaml`, from which `--resume` continues and anyone can start the same run again, from any folder."""
     values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
+    for name in ("root", "store_dir"):
+        if values["data"][name]:
+            values["data"][name] = str(Path(values["data"][name]).resolve())
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))

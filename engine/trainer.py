@@ -8,6 +8,7 @@ only on its number and the seed, so a resumed run sees the crops that it would h
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import math
@@ -64,6 +65,9 @@ class Trainer:
             size = None if self.full_volume else crop
             self.val_loader = ValLoader(data.store, data.val, size, normalise=not self.full_volume, **shard)
         self.model = model.to(ranks.device)
+        if config.train.precision == "bf16":
+            # Inside the module: DeepSpeed turns off an autocast that it finds around its own forward.
+            self.model.forward = torch.autocast(ranks.device.type, torch.bfloat16)(self.model.forward)
         optimizer = make_optimizer(self.model, config.optim)
         schedule = make_schedule(optimizer, config.optim, config.train.epochs * len(self.train_loader))
         self.engine = deepspeed_engine(
@@ -79,7 +83,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the current epoch to the last."""
         train = self.config.train
-        writer = SummaryWriter(str(self.run_dir / "tensorboard")) if self.ranks.is_first else None
+        writer = self._writer() if self.ranks.is_first else None
         total = train.epochs * len(self.train_loader)
         with TrainingProgress(total, self.epoch * len(self.train_loader), self.ranks.is_first) as progress:
             for epoch in range(self.epoch, train.epochs):
@@ -92,6 +96,7 @@ class Trainer:
                 progress.epoch(row, train.epochs)
                 if writer:
                     _write_scalars(writer, row)
+                    _write_log(self.run_dir, self.history)
                 if is_due:
                     self._save(row)
         if writer:
@@ -103,7 +108,7 @@ class Trainer:
         Args:
             image: float32 (B, C, X, Y, Z). labels: uint8 (B, X, Y, Z). Both on this rank's device.
         """
-        loss = self._loss(self._forward(image), labels)
+        loss = self._loss(self.engine(image), labels)
         self.engine.backward(loss.loss)
         self.engine.step()
         return loss
@@ -124,9 +129,9 @@ class Trainer:
         self.engine.eval()
         image = self._in(image)
         if self.full_volume:
-            logits = sliding_window_logits(self._forward, image, self.config.data.crop_size_voxels)
+            logits = sliding_window_logits(self.engine, image, self.config.data.crop_size_voxels)
         else:
-            logits = self._forward(image)
+            logits = self.engine(image)
         return (logits > 0)[0]  # sigmoid(x) > 0.5
 
     def truth(self, labels: torch.Tensor) -> torch.Tensor:
@@ -153,11 +158,6 @@ class Trainer:
         return {"epoch": epoch + 1, "step": (epoch + 1) * steps, "lr": rate, "loss": total, "dice_loss": dice,
                 "ce_loss": ce, "samples_per_s": steps * samples / seconds}  # fmt: skip
 
-    def _forward(self, image: torch.Tensor) -> torch.Tensor:
-        bf16 = self.config.train.precision == "bf16"
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16):
-            return self.engine(image)
-
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> DiceCE:
         loss = self.config.loss
         return dice_ce_loss(logits, labels, self.regions, ce=loss.ce, dice_weight=loss.dice_weight,
@@ -173,8 +173,9 @@ class Trainer:
         if is_best:
             self.best = {"epoch": row["epoch"], **metrics.summarise(self.cases)}
         folder = self.run_dir / "checkpoints"
-        state = {"epoch": self.epoch, "history": self.history, "best": self.best}
-        checkpoint.save_state(self.engine, folder, state, self.ranks)
+        cases = [dataclasses.asdict(case) for case in self.cases]
+        state = {"epoch": self.epoch, "history": self.history, "best": self.best, "cases": cases}
+        checkpoint.save_state(self.engine, folder, state, self.ranks, self.config.train.zero_stage)
         if not self.ranks.is_first:
             return
         coding = self.data.store.coding
@@ -184,7 +185,7 @@ class Trainer:
         checkpoint.save_weights(folder / "last.pt", self.model, about)
         if is_best:
             checkpoint.save_weights(folder / "best.pt", self.model, about)
-        _write_tables(self.run_dir, self.history, self.cases, self.summary())
+        _write_validation(self.run_dir, self.cases, self.summary())
 
     def summary(self) -> dict[str, Any]:
         """What `metrics.json` holds: definition, last and best validation, length."""
@@ -194,13 +195,20 @@ class Trainer:
             "validated_on": self.config.train.validation,
             "epochs": self.epoch,
             "last": {"epoch": self.epoch, **metrics.summarise(self.cases)},
+            "last_empty_truth_as_one": metrics.summarise(self.cases, empty_as_one=True),
             "best": self.best,
         }
 
     def _load(self) -> None:
-        state = checkpoint.load_state(self.engine, self.run_dir / "checkpoints")
+        folder, stage = self.run_dir / "checkpoints", self.config.train.zero_stage
+        state = checkpoint.load_state(self.engine, folder, self.ranks, stage)
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+        self.cases = [metrics.CaseDice(**case) for case in state["cases"]]
         log.info("resumed %s after epoch %d of %d", self.run_dir, self.epoch, self.config.train.epochs)
+
+    def _writer(self) -> SummaryWriter:
+        first_step = self.epoch * len(self.train_loader) + 1
+        return SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step)
 
 
 def _write_scalars(writer: SummaryWriter, row: dict[str, Any]) -> None:
@@ -210,13 +218,17 @@ def _write_scalars(writer: SummaryWriter, row: dict[str, Any]) -> None:
     writer.flush()
 
 
-def _write_tables(run_dir: Path, history: list[dict], cases: list[metrics.CaseDice], summary: dict) -> None:
-    """`log.csv` by epoch, `validation.csv` by case (last validation), `metrics.json`."""
+def _write_log(run_dir: Path, history: list[dict]) -> None:
+    """`log.csv`, a row for each epoch."""
     columns = list(dict.fromkeys(name for row in history for name in row))
     with open(run_dir / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(history)
+
+
+def _write_validation(run_dir: Path, cases: list[metrics.CaseDice], summary: dict) -> None:
+    """`validation.csv` by case (of the last validation), `metrics.json`."""
     with open(run_dir / "validation.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["case", *REGIONS, *(f"{region}_voxels" for region in REGIONS)])

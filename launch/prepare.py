@@ -4,7 +4,9 @@ python launch/prepare.py --config launch/configs/brats.yaml --data.root BraTS202
 python launch/prepare.py --data.root BraTS2023 --check                                report every faulty case
 
 It takes the options of `launch/train.py`, of which those of `--data` matter, so that the same YAML file serves both;
-training prepares what is missing by itself. `--check` writes nothing and ends with status 1 where a case is faulty.
+training prepares what is missing by itself. `--check` writes nothing and ends with status 1 where a case is faulty. It
+reads every file of the cases whose files are all there, so its table has each fault of names and lists, and the first
+fault inside the files of each other case.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from rich.table import Table
 
 from engine.config import DataConfig, make_parser, parse_config
 from engine.data import list_cases, obtain_root, prepared
-from pipelines.nifti import CaseError
+from pipelines.cases import survey_cases
+from pipelines.layouts import CaseError
 from pipelines.store import Store, check_cases
 
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
@@ -51,24 +54,24 @@ def check(config: DataConfig) -> int:
     """Print a table of all faulty cases; 1 where there are any."""
     if config.root is None or config.download:
         raise ValueError("--check reads scans that are there and writes nothing: give --data.root, no --data.download")
-    cases = list_cases(config, config.root)
+    survey = survey_cases(config.root, config.release, config.modalities, config.regions)
+    usable = survey.usable
     crop_size = None if config.pad else config.crop_size_voxels
-    faults = check_cases(cases, config.workers, config.spacing_mm, crop_size)
-    if faults:
-        print_faults(faults, config.root)
-    print(
-        f"{len(faults)} of {len(cases.cases)} cases are faulty ({', '.join(cases.modalities)}; {cases.coding.release})"
-    )
-    return 1 if faults else 0
+    inside = check_cases(usable, config.workers, config.spacing_mm, crop_size) if usable.cases else []
+    faulty = survey.total - len(usable.cases) + len(inside)
+    if faulty:
+        print_faults([*survey.faults, *inside], config.root)
+    print(f"{faulty} of {survey.total} cases are faulty ({', '.join(usable.modalities)}; {usable.coding.release})")
+    return 1 if faulty else 0
 
 
 def print_faults(faults: list[CaseError], root: Path) -> None:
-    """A row per fault: file (below `root` where it is), what is wrong, what to do."""
+    """A row per fault: file (relative to `root` where it is below), what is wrong, what to do."""
     table = Table(show_lines=True)
     for column in ("file", "fault", "remedy"):
         table.add_column(column, overflow="fold")
     for fault in faults:
-        path = fault.path.relative_to(root) if fault.path.is_relative_to(root) else fault.path
+        path = fault.path.relative_to(root) if root in fault.path.parents else fault.path
         table.add_row(*map(escape, (f"{path.parent}/\n{path.name}", fault.problem, fault.remedy)))
     Console(width=None if Console().is_terminal else PIPE_WIDTH).print(table)
 

@@ -1,8 +1,9 @@
 """Find the cases of a data set, and split them.
 
 `find_cases` reads one of the three layouts of `layouts.py` (a Decathlon task, BraTS folders, a list), settles the label
-coding and the modalities, and returns a `CaseSet`: names and paths alone, for no image is opened. `split_cases` divides
-it as MONAI's `DecathlonDataset` does, so that the same seed gives the same training and validation cases in both.
+coding and the modalities, and returns a `CaseSet`: names and paths alone, for no image is opened. `survey_cases` does
+the same with faulty cases set aside and not refused. `split_cases` divides the set as MONAI's `DecathlonDataset` does,
+so that the same seed gives the same training and validation cases in both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from pipelines.labels import Coding, coding_for_release, tutorial_coding
 from pipelines.layouts import (
     MODALITIES,
+    CaseError,
     DataError,
     Found,
     canonical_modalities,
@@ -29,11 +31,9 @@ from pipelines.layouts import (
     from_list,
 )
 
-__all__ = ["MODALITIES", "Case", "CaseSet", "DataError", "find_cases", "split_cases"]
+__all__ = ["MODALITIES", "Case", "CaseSet", "DataError", "Survey", "find_cases", "split_cases", "survey_cases"]
 
 log = logging.getLogger(__name__)
-
-_FAULTS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,21 @@ class CaseSet:
         return replace(self, cases=tuple(by_name[name] for name in names))
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a data set holds by its names and lists.
+
+    Args:
+        usable: the cases without a fault, possibly none.
+        faults: every fault of the others, in the order of the cases; a case may have several.
+        total: how many cases there are, faulty ones included.
+    """
+
+    usable: CaseSet
+    faults: tuple[CaseError, ...]
+    total: int
+
+
 def find_cases(
     root: Path,
     release: str | None = None,
@@ -96,7 +111,31 @@ def find_cases(
             under "test" of a `dataset.json`.
 
     Raises:
-        DataError: no cases; a listed file or a modality is missing; the release is open or mixed; a name occurs twice.
+        DataError: one that lists every fault of every case (a listed file or a modality is missing, two files of one
+            kind, a name that occurs twice). Also: no cases, or the release is open or mixed.
+        ValueError: unknown release, or regions.
+    """
+    survey = survey_cases(root, release, modalities, regions, labelled)
+    if survey.faults:
+        raise DataError(_listing(root, survey))
+    return survey.usable
+
+
+def survey_cases(
+    root: Path,
+    release: str | None = None,
+    modalities: Sequence[str] | None = None,
+    regions: Literal["release", "tutorial"] = "release",
+    labelled: bool = True,
+) -> Survey:
+    """Find cases as `find_cases` does, and return the faults of single cases beside the cases that have none.
+
+    Args:
+        root, release, modalities, regions, labelled: as in `find_cases`.
+
+    Raises:
+        DataError: what is wrong with the set as a whole: no cases, the release is open or mixed, a modality that no
+            case has, a malformed list.
         ValueError: unknown release, or regions.
     """
     root = Path(root)
@@ -110,32 +149,48 @@ def find_cases(
         coding, found = from_decathlon(root / "dataset.json", asked, with_test=not labelled)
     else:
         coding, found = from_folders(root, asked)
-    twice = [name for name, count in Counter(f.name for f in found).items() if count > 1]
-    if twice:
-        raise DataError(f"{root}: two cases are named {twice[0]}; names must be unique: rename one of them")
     if labelled:
         found = _with_label(found, root)
-    if wanted is None:
-        # The union, so that one case without its T2 is an error and does not silently take T2 from all the others.
-        wanted = tuple(m for m in MODALITIES if any(m in f.files for f in found))
-    faults = [message for f in found if (message := _missing_modality(f, wanted))]
-    if faults:
-        more = f"\nand {len(faults) - _FAULTS_SHOWN} cases more" if len(faults) > _FAULTS_SHOWN else ""
-        raise DataError("\n".join(faults[:_FAULTS_SHOWN]) + more)
-    cases = tuple(_case(f, wanted) for f in found)
-    return CaseSet(cases, wanted, tutorial_coding(coding) if regions == "tutorial" else coding)
+    # The union, so that one case without its T2 is an error and does not silently take T2 from all the others.
+    present = tuple(m for m in MODALITIES if any(m in f.files for f in found))
+    wanted = wanted or present
+    absent = [m for m in wanted if m not in present]
+    if absent or not present:
+        raise DataError(
+            f"{root}: no case has {', '.join(absent) or 'an image'}; they have {', '.join(present) or 'none'}: choose "
+            "among these with --data.modalities"
+        )
+    faults = _faults(found, wanted)
+    usable = tuple(_case(f, wanted) for f, its_faults in zip(found, faults, strict=True) if not its_faults)
+    coding = tutorial_coding(coding) if regions == "tutorial" else coding
+    return Survey(CaseSet(usable, wanted, coding), tuple(fault for each in faults for fault in each), len(found))
 
 
-def _missing_modality(found: Found, modalities: Sequence[str]) -> str | None:
-    missing = [m for m in modalities if m not in found.files]
-    if not missing:
-        return None
-    have = [m for m in MODALITIES if m in found.files]
-    files = ", ".join(dict.fromkeys(str(found.files[m]) for m in have))
-    return (
-        f"case {found.name}: modality {', '.join(missing)} is missing; it has {', '.join(have) or 'none'} ({files}). "
-        "Add the file, leave the case out, or ask for what all cases have with --data.modalities"
-    )
+def _faults(found: Sequence[Found], modalities: Sequence[str]) -> list[list[CaseError]]:
+    """The faults of each case."""
+    first: dict[str, Found] = {}
+    faults = []
+    for f in found:
+        faults.append([*f.faults])
+        missing = [m for m in modalities if m not in f.files]
+        if missing:
+            have = [m for m in MODALITIES if m in f.files]
+            problem = f"case {f.name}: modality {', '.join(missing)} is missing; it has {', '.join(have) or 'none'}"
+            remedy = "Add the file, move the case away, or ask for what all cases have with --data.modalities"
+            faults[-1].append(CaseError(f.source, problem, remedy))
+        if first.setdefault(f.name, f) is not f:
+            problem = f"case {f.name}: another case has this name ({first[f.name].source}); names must be unique"
+            faults[-1].append(CaseError(f.source, problem, "Rename one of them"))
+    return faults
+
+
+def _listing(root: Path, survey: Survey) -> str:
+    """All faults, a line each, by remedy."""
+    lines = [f"{root}: {survey.total - len(survey.usable.cases)} of {survey.total} cases are faulty"]
+    for remedy in dict.fromkeys(fault.remedy for fault in survey.faults):
+        lines += [f"  {fault.path}: {fault.problem}" for fault in survey.faults if fault.remedy == remedy]
+        lines.append(f"{remedy}.")
+    return "\n".join(lines)
 
 
 def _case(found: Found, modalities: Sequence[str]) -> Case:
@@ -149,11 +204,11 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _with_label(found: Sequence[Found], root: Path) -> list[Found]:
-    kept = [f for f in found if f.label is not None]
+    kept = [f for f in found if f.label is not None or f.faults]
     if not kept:
         raise DataError(f"{root}: none of its {len(found)} cases has a label map: training and evaluation need one")
     if len(kept) < len(found):
-        names = [f.name for f in found if f.label is None]
+        names = [f.name for f in found if f.label is None and not f.faults]
         log.warning("%d of %d cases have no label and are left out: %s", len(names), len(found), _some(names))
     return kept
 
@@ -183,8 +238,8 @@ def split_cases(
     """
     names = case_set.names
     if not 0 <= val_fraction < 1:
-        raise DataError(f"val_fraction {val_fraction} must be at least 0 and less than 1: 0.2 is usual")
-    for option, given in (("train_cases", train_cases), ("val_cases", val_cases)):
+        raise DataError(f"--data.val_fraction {val_fraction} must be at least 0 and less than 1: 0.2 is usual")
+    for option, given in (("--data.train_cases", train_cases), ("--data.val_cases", val_cases)):
         _check_names(given or (), names, option)
     if train_cases is None and val_cases is None:
         order = np.arange(len(names))
@@ -197,8 +252,8 @@ def split_cases(
         val = _others(names, train_cases) if val_cases is None else tuple(val_cases)
     if not train:
         raise DataError(
-            f"no case is left to train on: {len(names)} in all, {len(val)} for validation. Add cases, set val_fraction "
-            "to 0, or name a case in both train_cases and val_cases to overfit on it"
+            f"no case is left to train on: {len(names)} in all, {len(val)} for validation. Add cases, set "
+            "--data.val_fraction to 0, or name a case in both --data.train_cases and --data.val_cases to overfit on it"
         )
     both = [name for name in train if name in set(val)]
     if both:

@@ -128,10 +128,12 @@ def check_loader(
     for name, i in zip(names, indices, strict=True):
         shape = label_of(store, i).shape[:3]
         if crop_size is not None and not pad and np.less(shape, crop_size).any():
+            smallest = np.min([crop_size, *(store.shape(i) for i in indices)], axis=0)
+            # Rounded down to what the models take: multiples of 16.
+            fits = ",".join(str(n - n % 16 if n >= 16 else n) for n in smallest.tolist())
             raise DataError(
-                f"case {name} has {shape} voxels, fewer than the crop of {tuple(crop_size)} on at least one axis; set "
-                f"crop_size_voxels to at most {tuple(int(n) for n in np.minimum(shape, crop_size))}, or pad to true to "
-                "fill up with zeros"
+                f"case {name} has {shape} voxels, fewer than the crop of {tuple(crop_size)} on at least one axis; "
+                f"--data.crop_size_voxels [{fits}] fits all cases, --data.pad true fills up with zeros"
             )
     return indices
 

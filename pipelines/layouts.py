@@ -55,15 +55,39 @@ class DataError(ValueError):
     """A fault of the user's data or of what was asked of it; the message has path or value, rule and remedy."""
 
 
+class CaseError(DataError):
+    """A fault in the files of a case.
+
+    Args:
+        path: the file at fault.
+        problem: what is wrong with it, with the value and the rule.
+        remedy: what the user can do.
+    """
+
+    def __init__(self, path: Path, problem: str, remedy: str) -> None:
+        super().__init__(path, problem, remedy)  # args: what pickle needs to bring it from a worker process
+        self.path = path
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}. {self.remedy}."
+
+
 @dataclass(frozen=True)
 class Found:
-    """A case before its modalities are chosen: its files by modality, or a 4D file and its channels by modality."""
+    """A case before its modalities are chosen: its files by modality, or a 4D file and its channels by modality.
+
+    A fault of one case does not keep the others from being found: it is noted in `faults`.
+    """
 
     name: str
+    source: Path  # its folder, or the list that names it
     files: Mapping[str, Path]
     channels: Mapping[str, int] | None
     label: Path | None
     release: str | None  # None: the names leave it open
+    faults: tuple[CaseError, ...] = ()
 
 
 def canonical_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
@@ -79,10 +103,10 @@ def canonical_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _existing(path: Path, listed_in: Path, case: str) -> Path:
-    if not path.is_file():
-        raise DataError(f"case {case}: {path}, listed in {listed_in}, is not there: put it there or correct the list")
-    return path
+def _absent(paths: Iterable[Path | None], listed_in: Path, case: str) -> tuple[CaseError, ...]:
+    """A fault for each listed file that is not there."""
+    problem, remedy = f"case {case}: listed in {listed_in}, and not there", "Put the file there, or correct the list"
+    return tuple(CaseError(path, problem, remedy) for path in paths if path is not None and not path.is_file())
 
 
 def _stem(path: Path) -> str | None:
@@ -105,7 +129,7 @@ def from_decathlon(path: Path, asked: Coding | None, with_test: bool) -> tuple[C
     """The cases that a `dataset.json` lists under "training", and under "test" where asked, in its order.
 
     Raises:
-        DataError: the file is malformed, a modality or label name is unknown, or a listed file is missing.
+        DataError: the file is malformed, or a modality or label name is unknown.
     """
     info = _read_json(path)
     absent = [key for key in ("modality", "labels", "training") if key not in info]
@@ -131,9 +155,10 @@ def from_decathlon(path: Path, asked: Coding | None, with_test: bool) -> tuple[C
         name = _stem(Path(image))
         if name is None:
             continue
-        image_path = _existing(path.parent / image, path, name)
-        label_path = None if label is None else _existing(path.parent / label, path, name)
-        found.append(Found(name, dict.fromkeys(channels, image_path), channels, label_path, "decathlon"))
+        image_path = path.parent / image
+        label_path = None if label is None else path.parent / label
+        faults = _absent((image_path, label_path), path, name)
+        found.append(Found(name, path, dict.fromkeys(channels, image_path), channels, label_path, "decathlon", faults))
     if not found:
         raise DataError(f"{path} lists no case under 'training': a Decathlon task lists its images and labels there")
     return coding, found
@@ -146,7 +171,7 @@ def from_folders(root: Path, asked: Coding | None) -> tuple[Coding, list[Found]]
     """The cases of BraTS folders, sorted by path, of one release.
 
     Raises:
-        DataError: no folder, no case in it, two files of one kind in a case, or a release left open or mixed.
+        DataError: no folder, no case in it, or a release left open or mixed.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not there: give a Decathlon task folder, a BraTS folder, or a .json or .csv list")
@@ -182,19 +207,18 @@ def _folder_case(folder: Path, root: Path) -> Found | None:
                 matches[naming].append((match.group(1), path))
     naming = max(matches, key=lambda key: len(matches[key]))
     files: dict[str, Path] = {}
+    faults: tuple[CaseError, ...] = ()  # one at most: a folder of many cases has as many as files
     for role, path in matches[naming]:
         key = "label" if role in _LABEL_NAMES else _CANONICAL[role]
-        if key in files:
-            raise DataError(
-                f"{folder}: {files[key].name} and {path.name} are both its {key}; a folder holds one case with one "
-                "file of each kind: remove one, give each case its folder, or use a .csv list"
-            )
+        if key in files and not faults:
+            problem = f"{files[key].name} and {path.name} are both its {key}; a folder holds one file of each kind"
+            faults = (CaseError(folder, problem, "Remove one, give each case its folder, or use a .csv list"),)
         files[key] = path
     label = files.pop("label", None)
     if not files:
         return None
     release = {"2023": "brats2023", "2013": "brats2013"}.get(naming) or _release_by_year(folder, root, files.values())
-    return Found(folder.resolve().name, files, None, label, release)
+    return Found(folder.resolve().name, folder, files, None, label, release, faults)
 
 
 def _release_by_year(folder: Path, root: Path, files: Iterable[Path]) -> str | None:
@@ -248,7 +272,7 @@ def from_list(path: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
     """The cases of a .csv or .json list, in its order.
 
     Raises:
-        DataError: no release asked, a malformed or empty list, an unknown column, or a listed file is missing.
+        DataError: no release asked, a malformed or empty list, or an unknown column.
     """
     if path.suffix.lower() not in (".json", ".csv"):
         raise DataError(f"{path}: a list of cases must be .json or .csv; a data set is given by its folder")
@@ -278,9 +302,11 @@ def _record_case(record: Mapping[str, str | None], order: Sequence[str], listed_
             f"{listed_in}: case {name} has {', '.join(unknown) or 'image'}; columns are name, {', '.join(MODALITIES)} "
             'and label, or in JSON with "modalities" (the order of the last axis of a 4D file) name, image and label'
         )
-    paths = {key: _existing(listed_in.parent / value, listed_in, name) for key, value in values.items()}
+    paths = {key: listed_in.parent / value for key, value in values.items()}
+    faults = _absent(paths.values(), listed_in, name)
     label = paths.pop("label", None)
     if "image" in paths:
         channels = {m: i for i, m in enumerate(order)}
-        return Found(name, dict.fromkeys(order, paths["image"]), channels, label, None)
-    return Found(name, {_CANONICAL[key]: path for key, path in paths.items()}, None, label, None)
+        return Found(name, listed_in, dict.fromkeys(order, paths["image"]), channels, label, None, faults)
+    files = {_CANONICAL[key]: path for key, path in paths.items()}
+    return Found(name, listed_in, files, None, label, None, faults)

@@ -27,33 +27,16 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from pipelines.cases import Case, DataError
-from pipelines.labels import Coding
+from pipelines.cases import Case
+from pipelines.labels import CODINGS, Coding
+from pipelines.layouts import CaseError
 
 CORNER_TOLERANCE_MM = 1e-2
 LABEL_TOLERANCE = 1e-3
 _GZIP_MAGIC = b"\x1f\x8b"
 _COPY_AGAIN = "Copy or download the file again"
-_RESAMPLE_FIRST = "Resample them to one grid (the preprocessed BraTS files are on one), or leave the case out"
-
-
-class CaseError(DataError):
-    """A fault in the files of a case.
-
-    Args:
-        path: the file at fault.
-        problem: what is wrong with it, with the value and the rule.
-        remedy: what the user can do.
-    """
-
-    def __init__(self, path: Path, problem: str, remedy: str) -> None:
-        super().__init__(path, problem, remedy)  # args: what pickle needs to bring it from a worker process
-        self.path = path
-        self.problem = problem
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.problem}. {self.remedy}."
+_WITHOUT_IT = "or move the case away (off the list, where one names it)"
+_RESAMPLE_FIRST = f"Resample them to one grid (the preprocessed BraTS files are on one), {_WITHOUT_IT}"
 
 
 @dataclass
@@ -160,7 +143,7 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
     lengths = np.linalg.norm(axes, axis=0)
     if not np.isfinite(affine).all() or not volume > 1e-3 * np.prod(lengths):
         problem = f"its affine {affine[:3].tolist()} can't be inverted: the three axes must span a volume"
-        raise CaseError(path, problem, "Correct sform and qform of its header, or leave the case out")
+        raise CaseError(path, problem, f"Correct sform and qform of its header, {_WITHOUT_IT}")
 
 
 def read_case(case: Case, coding: Coding) -> RawCase:
@@ -254,7 +237,7 @@ def _check_finite(path: Path, array_XYZ: np.ndarray, which: str) -> None:
         return
     position = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
     problem = f"{int(bad.sum())} voxels{which} are NaN or Inf, the first at {position}; all must be finite numbers"
-    raise CaseError(path, problem, "Repair the file (0 is the usual background), or leave the case out")
+    raise CaseError(path, problem, f"Repair the file (0 is the usual background), {_WITHOUT_IT}")
 
 
 def _to_labels(path: Path, array: np.ndarray, coding: Coding) -> np.ndarray:
@@ -276,4 +259,21 @@ def _to_labels(path: Path, array: np.ndarray, coding: Coding) -> np.ndarray:
     found = [int(v) for v in np.unique(array)]
     listing = ", ".join(map(str, found[:10])) + (f", ... ({len(found)} values)" if len(found) > 10 else "")
     problem = f"label values {listing} do not fit the coding {coding.release}, which has {', '.join(map(str, allowed))}"
-    raise CaseError(path, problem, "Choose the coding with --data.release, or correct the label map")
+    raise CaseError(path, problem, _coding_remedy(found, coding))
+
+
+def _coding_remedy(found: list[int], coding: Coding) -> str:
+    """What to do about label values outside the coding; never a coding that would make another tissue of one."""
+    if coding.release == "brats2023" and 4 in found:
+        # brats2013 has a 4 as well, its enhancing tumour, and would score the cavity as that.
+        return (
+            "4 is the resection cavity in the post-treatment release (BraTS 2024), which is named alike and not "
+            f"supported: relabel its maps with the values of brats2023 ({', '.join(map(str, coding.values))})"
+        )
+    fits = [release for release, other in CODINGS.items() if set(found) <= set(other.values)]
+    if not fits:
+        return "No coding has all these values: correct the label map"
+    return (
+        f"Correct the label map, or choose --data.release {' or '.join(fits)} if the release's documentation says so: "
+        "values alone don't tell the coding"
+    )

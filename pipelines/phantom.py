@@ -34,13 +34,13 @@ from rich.progress import track
 
 from pipelines.cases import DataError
 
+FORMAT = 1  # raise it whenever the same parameters give other voxels
 HEAD_MM = (240.0, 240.0, 155.0)
 _CENTRE_MM = (119.5, 124.0, 76.0)
 _SEMI_AXES_MM = (64.0, 83.0, 71.0)
 _MIN_VOXELS = 16
 _GZIP_LEVEL = 1
 _MARKER = "phantom.json"
-_FORMAT = 1  # raise it whenever the same parameters give other voxels
 
 _TISSUES = ("csf", "grey", "white", "oedema", "necrosis", "solid", "rim", "lesion", "vessel")
 # Mean of each tissue, relative to a case's scale, in the order of _TISSUES.
@@ -324,7 +324,7 @@ def make_phantoms(
             f"{cases} phantoms of {tuple(size)} voxels: needs at least 1 case, and {_MIN_VOXELS} on each axis"
         )
     spacing = tuple(float(s) for s in (spacing_mm or [mm / n for mm, n in zip(HEAD_MM, size, strict=True)]))
-    parameters = {"format": _FORMAT, "cases": cases, "size": list(size), "seed": seed, "spacing_mm": list(spacing)}
+    parameters = {"format": FORMAT, "cases": cases, "size": list(size), "seed": seed, "spacing_mm": list(spacing)}
     _claim(folder, parameters)
     names = [f"BRATS_{i + 1:03d}" for i in range(cases)]
     missing = [i for i, name in enumerate(names) if not all(path.is_file() for path in _paths(folder, name))]

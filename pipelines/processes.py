@@ -2,7 +2,7 @@
 
 Processes come from a fork server: a fork of a process that has used torch may hang. Each takes one case at a time and
 runs one thread. A case that is faulty (CaseError) is a result like any other and the rest go on; any other error ends
-the run. Workers ignore Ctrl-C: the parent cancels what has not begun, and cases in hand are finished.
+the run. Server and workers ignore Ctrl-C: the parent cancels what has not begun, and cases in hand are finished.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 import torch
@@ -22,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines.cases import Case, DataError
-from pipelines.nifti import CaseError
+from pipelines.layouts import CaseError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,7 +82,8 @@ def _in_processes(
     context.set_forkserver_preload(["pipelines.store"])  # torch is imported once, not once per worker
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        futures: dict[Future[T], Case] = {pool.submit(task, case): case for case in cases}
+        with _interrupt_held_back():  # server and workers start here
+            futures: dict[Future[T], Case] = {pool.submit(task, case): case for case in cases}
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
@@ -93,6 +96,30 @@ def _in_processes(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Deliver Ctrl-C at the end of the block, and never to processes that are started in it.
+
+    They inherit the blocked signal; the fork server would otherwise die of it while it imports torch. This process
+    needs a handler too, for any of its threads may take the signal; an interrupt between the start of a worker and its
+    registration would leave the worker behind.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone sets handlers, and is interrupted
+        yield
+        return
+    resource_tracker.ensure_running()  # its start unblocks the signal
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker() -> None:

@@ -41,7 +41,8 @@ from isal import isal_zlib
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.geometry import resample_image, resample_label, target_grid
 from pipelines.labels import Coding
-from pipelines.nifti import CaseError, read_case
+from pipelines.layouts import CaseError
+from pipelines.nifti import read_case
 from pipelines.processes import run_on_cases
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from monai.apps import DecathlonDataset
 
-from pipelines.cases import Case, CaseSet, DataError, find_cases, split_cases
+from pipelines.cases import Case, CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.labels import CODINGS
 
 TASK01 = {
@@ -81,7 +81,7 @@ def test_decathlon_test_images_are_cases_only_where_no_label_is_needed(tmp_path:
 def test_a_file_that_dataset_json_lists_and_is_not_there_is_named(tmp_path: Path, part: str) -> None:
     missing = decathlon(tmp_path, [1, 2]) / part / "BRATS_002.nii.gz"
     missing.unlink()
-    with pytest.raises(DataError, match=rf"BRATS_002.*{missing}.*dataset.json"):
+    with pytest.raises(DataError, match=rf"{missing}: case BRATS_002: listed in .*dataset.json"):
         find_cases(tmp_path)
 
 
@@ -203,6 +203,50 @@ def test_a_missing_modality_is_an_error_in_every_case_that_lacks_it(tmp_path: Pa
     assert len(find_cases(tmp_path, modalities=["flair", "t1c"]).cases) == 4
 
 
+def test_a_modality_that_no_case_has_is_one_error(tmp_path: Path) -> None:
+    decathlon(tmp_path, range(30), modality={"0": "FLAIR", "1": "T1w"})
+    with pytest.raises(DataError, match="no case has t2; they have flair, t1: .*--data.modalities") as caught:
+        find_cases(tmp_path, modalities=["flair", "t2"])
+    assert "BRATS" not in str(caught.value)
+
+
+def test_every_fault_of_every_case_is_listed_at_once(tmp_path: Path) -> None:
+    for number in range(30):
+        brats_2023(tmp_path / "many", f"BraTS-GLI-{number:05d}-000")
+    gone = sorted((tmp_path / "many").rglob("*-t2w.nii.gz"))[:25]
+    for path in gone:
+        path.unlink()
+    twins = tmp_path / "many" / "BraTS-GLI-00029-000"
+    touch(twins, "BraTS-GLI-00029-000-t2f.nii")
+    brats_2023(tmp_path / "many" / "again", "BraTS-GLI-00028-000")
+    survey = survey_cases(tmp_path / "many")
+    assert survey.total == 31 and len(survey.faults) == 27
+    assert set(survey.usable.names) == {f"BraTS-GLI-{number:05d}-000" for number in (25, 26, 27, 28)}
+    with pytest.raises(DataError, match="many: 27 of 31 cases are faulty") as caught:
+        find_cases(tmp_path / "many")
+    text = str(caught.value)
+    for path in (*(path.parent for path in gone), twins):
+        assert text.count(f"\n  {path}: ") == 1
+    assert "case BraTS-GLI-00028-000: another case has this name" in text
+    assert text.count("Add the file, move the case away, or ask") == 1
+
+
+def test_every_listed_file_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
+    decathlon(tmp_path, [1, 2, 3])
+    gone = [tmp_path / name for name in ("imagesTr/BRATS_001.nii.gz", "labelsTr/BRATS_001.nii.gz")]
+    gone.append(tmp_path / "labelsTr/BRATS_003.nii.gz")
+    for path in gone:
+        path.unlink()
+    survey = survey_cases(tmp_path)
+    assert [fault.path for fault in survey.faults] == gone
+    assert survey.usable.names == ("BRATS_002",) and survey.total == 3
+    (tmp_path / "list.json").write_text(
+        json.dumps([{"name": name, "flair": f"{name}.nii.gz", "label": "labelsTr/BRATS_002.nii.gz"} for name in "ab"])
+    )
+    faults = survey_cases(tmp_path / "list.json", release="brats2018").faults
+    assert [fault.path for fault in faults] == [tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"]
+
+
 def test_cases_without_label_are_left_out_said_and_kept_for_prediction(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,7 +290,9 @@ def test_two_files_of_one_kind_are_refused_by_name(tmp_path: Path) -> None:
 def test_two_cases_of_one_name_are_refused(tmp_path: Path) -> None:
     for grade in ("HGG", "LGG"):
         brats_2018(tmp_path / grade, "Brats18_1")
-    with pytest.raises(DataError, match="two cases are named Brats18_1"):
+    with pytest.raises(
+        DataError, match=r"LGG/Brats18_1: case Brats18_1: another case has this name \(.*HGG/Brats18_1\)"
+    ):
         find_cases(tmp_path)
 
 
@@ -306,7 +352,7 @@ def test_a_json_list_may_hold_4d_images(tmp_path: Path) -> None:
     [
         ([], "lists no cases"),
         ([{"flair": "x.nii.gz"}], "no name"),
-        ([{"name": "a", "flair": "gone.nii.gz"}], "case a: .*gone.nii.gz.*not there"),
+        ([{"name": "a", "flair": "gone.nii.gz"}], "gone.nii.gz: case a: .*not there"),
         ([{"name": "a", "flairr": "x.nii.gz"}], "case a has flairr"),
         ([{"name": "a", "image": "x.nii.gz"}], "case a has image.*modalities"),
     ],
@@ -372,9 +418,9 @@ def test_training_on_a_validation_case_is_allowed_with_a_warning() -> None:
 def test_impossible_splits_are_refused() -> None:
     with pytest.raises(DataError, match="no case is left to train on: 1 in all"):
         split_cases(some_cases(1))
-    with pytest.raises(DataError, match="val_fraction 1.5"):
+    with pytest.raises(DataError, match="--data.val_fraction 1.5"):
         split_cases(some_cases(3), 1.5)
-    with pytest.raises(DataError, match="val_cases: there is no case 'case11'.*Did you mean case1"):
+    with pytest.raises(DataError, match="--data.val_cases: there is no case 'case11'.*Did you mean case1"):
         split_cases(some_cases(3), val_cases=["case11"])
     with pytest.raises(DataError, match="'case1' is named 2 times"):
         split_cases(some_cases(3), train_cases=["case1", "case1"])

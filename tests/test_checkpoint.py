@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.checkpoint import load_state, load_weights, save_weights
+from engine.distributed import Ranks
 
 
 def test_weights_and_settings_come_back(tmp_path: Path) -> None:
@@ -55,4 +56,11 @@ def test_other_files_are_refused_with_their_path(content: object, message: str, 
 
 def test_resuming_where_nothing_was_saved_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint in"):
-        load_state(None, tmp_path)
+        load_state(None, tmp_path, Ranks(0, 1, 0, torch.device("cpu")), 0)
+
+
+def test_a_checkpoint_of_other_ranks_is_refused_where_states_are_sharded(tmp_path: Path) -> None:
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "ranks.json").write_text('{"world_size": 2, "zero_stage": 1}')
+    with pytest.raises(ValueError, match=r"saved by 2 rank\(s\) at ZeRO stage 1"):
+        load_state(None, tmp_path, Ranks(0, 1, 0, torch.device("cpu")), 1)

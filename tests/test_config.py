@@ -104,5 +104,5 @@ def test_resume_reads_the_runs_own_configuration(tmp_path: Path) -> None:
     config = parse("--resume", str(tmp_path))
     assert (config.train.epochs, config.run_dir) == (11, tmp_path)
     assert parse("--resume", "--run_dir", str(tmp_path), "--train.epochs", "12").train.epochs == 12
-    with pytest.raises(ValueError, match="no run in"):
+    with pytest.raises(ValueError, match="no run with a checkpoint in"):
         parse("--resume", str(tmp_path / "nothing"))

@@ -260,9 +260,15 @@ def test_a_volume_smaller_than_the_crop_is_refused_with_case_sizes_and_remedy(st
         lambda: ValLoader(store, store.names, (16, 12, 12)),
     ):
         with pytest.raises(
-            DataError, match=r"case case_2 has \(25, 19, 11\) voxels.*\(16, 12, 12\).*\(16, 12, 11\).*pad"
+            DataError,
+            match=r"case case_2 has \(25, 19, 11\) voxels.*\(16, 12, 12\).*_size_voxels \[16,12,9\].*--data.pad true",
         ):
             loader()
+
+
+def test_the_crop_that_is_suggested_fits_all_cases_and_the_models(store: Store) -> None:
+    with pytest.raises(DataError, match=r"--data.crop_size_voxels \[16,16,9\] fits all"):
+        TrainLoader(store, store.names, (24, 20, 12), 2)
 
 
 def test_padding_is_zero_and_symmetric_as_monais(store: Store) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from pipelines.cases import Case, DataError
 from pipelines.labels import CODINGS
-from pipelines.nifti import CaseError, RawCase, read_case, read_nifti
+from pipelines.layouts import CaseError
+from pipelines.nifti import RawCase, read_case, read_nifti
 
 SHAPE = (7, 6, 5)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1.5, 0, 9], [0, 0, 2, -4], [0, 0, 0, 1]], float)
@@ -174,7 +175,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "label_outside_coding": (
         "seg",
         lambda p: save(p, np.where(labels() == 3, 4, labels()).astype(np.uint8)),
-        r"values 0, 1, 2, 4 do not fit the coding brats2023, which has 0, 1, 2, 3\. .*--data\.release",
+        r"values 0, 1, 2, 4 do not fit the coding brats2023, which has 0, 1, 2, 3\. 4 is the resection cavity",
     ),
     "negative_label": ("seg", lambda p: save(p, labels().astype("int16") - 1), r"values -1, 0, 1, 2 do not fit"),
     "interpolated_label": ("seg", lambda p: save(p, (labels() * 0.5).astype("float32")), r"value .*5 is no integer"),
@@ -209,6 +210,35 @@ def test_fault_of_a_4d_file(tmp_path: Path, array: np.ndarray, channels: tuple[i
     case = Case("one", (save(tmp_path / "a.nii.gz", array),), channels, None)
     with pytest.raises(CaseError, match=message):
         read_case(case, CODING)
+
+
+def test_a_resection_cavity_is_offered_no_other_coding(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    save(tmp_path / "seg.nii.gz", np.where(labels() == 3, 4, labels()).astype(np.uint8))
+    with pytest.raises(CaseError, match="resection cavity.*not supported: relabel") as caught:
+        read_case(case, CODINGS["brats2023"])
+    assert not any(text in caught.value.remedy for text in ("--data.release", "brats2013", "brats2018"))
+
+
+@pytest.mark.parametrize(
+    ("values", "release", "offered"),
+    [
+        ((0, 1, 2, 3), "brats2018", ("decathlon", "brats2013", "brats2023")),
+        ((0, 3, 4), "brats2018", ("brats2013",)),
+        ((0, 2, 4), "decathlon", ("brats2013", "brats2018")),
+        ((0, 5), "brats2013", ()),
+    ],
+)
+def test_only_codings_with_all_values_are_offered_and_the_documentation_decides(
+    tmp_path: Path, values: tuple[int, ...], release: str, offered: tuple[str, ...]
+) -> None:
+    case = make_case(tmp_path)
+    save(tmp_path / "seg.nii.gz", np.resize(np.array(values, np.uint8), SHAPE))
+    with pytest.raises(CaseError, match="do not fit the coding") as caught:
+        read_case(case, CODINGS[release])
+    remedy = caught.value.remedy
+    assert tuple(name for name in CODINGS if name in remedy) == offered
+    assert ("documentation says so: values alone don't tell" in remedy) == bool(offered)
 
 
 def test_affines_that_differ_by_rounding_are_the_same(tmp_path: Path) -> None:

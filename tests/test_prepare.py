@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +93,48 @@ def test_check_reports_every_faulty_case_with_status_1_and_writes_nothing(
         assert text in out
     assert "00011" not in out
     assert files(tmp_path) == before
+
+
+def test_check_reports_faults_of_every_kind_at_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(root)
+    for number in (20, 21):
+        shutil.copytree(root / "BraTS-GLI-00011-000", root / f"BraTS-GLI-000{number}-000")
+        for path in (root / f"BraTS-GLI-000{number}-000").iterdir():
+            path.rename(path.with_name(path.name.replace("00011", f"000{number}")))
+    (root / "BraTS-GLI-00020-000" / "BraTS-GLI-00020-000-t2w.nii.gz").unlink()
+    twin = root / "BraTS-GLI-00021-000" / "BraTS-GLI-00021-000-t1n.nii.gz"
+    shutil.copy(twin, twin.with_name("BraTS-GLI-00021-000-T1N.nii.gz"))
+    assert run(root, "--check") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("truncated gzip", "resection cavity", "modality t2 is missing", "both its t1", "4 of 5 cases are"):
+        assert text in out
+    assert "00011" not in out
+
+
+def test_check_of_a_list_names_files_that_are_not_there_beside_damaged_ones(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(root)
+    fields = dict(zip(("flair", "t1", "t1c", "t2", "label"), ENDINGS, strict=True))
+    records = [
+        {"name": folder.name} | {key: f"{folder.name}/{folder.name}-{end}.nii.gz" for key, end in fields.items()}
+        for folder in sorted(root.iterdir())
+    ]
+    records[1] |= {"t1": "gone_t1.nii.gz", "label": "gone_seg.nii.gz"}
+    (root / "list.json").write_text(json.dumps(records))
+    assert run(root / "list.json", "--check", "--data.release", "brats2023") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("gone_t1.nii.gz", "gone_seg.nii.gz", "truncated gzip", "label values 4", "3 of 3 cases are faulty"):
+        assert text in out
+
+
+def test_check_where_every_case_lacks_something_ends_with_status_1(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, end in zip(sorted(root.iterdir()), ENDINGS, strict=False):
+        (folder / f"{folder.name}-{end}.nii.gz").unlink()
+    assert run(root, "--check") == 1
+    assert "3 of 3 cases are faulty" in capsys.readouterr().out
 
 
 def test_check_of_sound_cases_ends_with_status_0(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipelines.cases import Case, DataError
-from pipelines.nifti import CaseError
+from pipelines.layouts import CaseError
 from pipelines.processes import run_on_cases
 
+ROOT = Path(__file__).resolve().parent.parent
 CASES = [Case(name, (Path(name),), None, None) for name in ("a", "b", "c", "d")]
 
 
@@ -52,6 +55,24 @@ def test_one_worker_is_this_process_and_two_are_others() -> None:
 def test_an_error_that_is_no_fault_of_a_case_ends_the_run(workers: int) -> None:
     with pytest.raises(ZeroDivisionError):
         list(run_on_cases(divide_by_zero, CASES, workers, "Dividing"))
+
+
+def test_early_interrupt_ends_the_run_once_the_workers_are_there_and_spares_their_server() -> None:
+    """Ctrl-C reaches the whole group: here a process of its own, while its fork server imports torch."""
+    script = (
+        "import os, signal, threading\n"
+        "from pathlib import Path\n"
+        "from pipelines.cases import Case\n"
+        "from pipelines.processes import run_on_cases\n"
+        "threading.Timer(0.2, os.killpg, (os.getpgid(0), signal.SIGINT)).start()\n"
+        "try:\n"
+        "    list(run_on_cases(repr, [Case(str(i), (Path('a'),), None, None) for i in range(4)], 2, 'Naming'))\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
 def test_killed_worker_is_one_clear_error() -> None:

@@ -47,11 +47,11 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def data(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Data:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLIOFORGE_CACHE", str(folder))
-        return load_data(DataConfig(phantom=PHANTOM, spacing_mm=(5, 5, 5), crop_size_voxels=CROP, workers=1), ranks)
+        return load_data(DataConfig(phantom=PHANTOM, spacing_mm=(4.5, 4.5, 4.5), crop_size_voxels=CROP, workers=1))
 
 
 @pytest.mark.parametrize("name", ["unetr_monai", "unet"])
@@ -59,20 +59,21 @@ def test_twenty_steps_give_the_losses_of_a_plain_monai_loop(
     name: str, data: Data, ranks: Ranks, tmp_path: Path
 ) -> None:
     """float32, one rank, same weights, same batches: every loss equal to 1e-4 relative."""
+    crop = (32, 32, 32)  # smaller ones leave norms over a handful of voxels, which amplify rounding
     widths = {"unetr_monai": {"feature_size": 8, "hidden_size": 24, "mlp_dim": 32, "num_heads": 2}, "unet": {}}[name]
     config = Config(
-        data=DataConfig(crop_size_voxels=CROP, crops_per_case=10),
+        data=DataConfig(crop_size_voxels=crop, crops_per_case=10),
         loss=LossConfig(ce="multihot"),
         optim=OptimConfig(lr=1e-4, weight_decay=1e-5),
         train=TrainConfig(epochs=1, batch_size=2),
         run_dir=tmp_path,
     )
     torch.manual_seed(0)
-    model = build_model(name, in_channels=4, img_size=CROP, **widths)
+    model = build_model(name, in_channels=4, img_size=crop, **widths)
     if name == "unet":
         reference: torch.nn.Module = UNet(3, 4, 3, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2)
     else:
-        reference = UNETR(4, 3, CROP, feature_size=8, hidden_size=24, mlp_dim=32, num_heads=2)
+        reference = UNETR(4, 3, crop, feature_size=8, hidden_size=24, mlp_dim=32, num_heads=2)
     reference.load_state_dict(to_reference(name, model.state_dict()))
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-4, weight_decay=1e-5)
     loss_function = DiceCELoss(to_onehot_y=False, sigmoid=True)
@@ -152,14 +153,26 @@ def test_resume_continues_the_same_loss_curve(finished: Path) -> None:
         assert [row[name] for row in found] == [row[name] for row in expected], name
 
 
-def test_two_ranks_under_the_launcher_train_and_agree(finished: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(finished: Path) -> tuple[Path, str]:
+    """Run folder and output of two ranks at ZeRO 1."""
     launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29581")
     config = str(write_small(finished))
     done = train(finished, "--config", config, "--run_dir", "runs/two", "--train.zero_stage", "1", launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = rows_of(finished / "runs" / "two")
-    assert [int(row["step"]) for row in rows] == [2, 4]  # four training cases, one crop per rank and step
-    assert "2 rank(s)" in done.stdout
+    return finished / "runs" / "two", done.stdout
+
+
+def test_two_ranks_under_the_launcher_train_together(two_ranks: tuple[Path, str]) -> None:
+    run, output = two_ranks
+    assert [int(row["step"]) for row in rows_of(run)] == [2, 4]  # four training cases, one crop per rank and step
+    assert "2 rank(s)" in output
+
+
+def test_other_ranks_cannot_resume_sharded_states(two_ranks: tuple[Path, str]) -> None:
+    run, _ = two_ranks
+    done = train(run.parent.parent, "--resume", str(run), "--train.epochs", "3")
+    assert done.returncode == 2 and "saved by 2 rank(s) at ZeRO stage 1" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -176,3 +189,31 @@ def test_a_users_mistake_ends_in_one_line_and_status_2(args: tuple[str, ...], me
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and message in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_bf16_lowers_the_networks_arithmetic_under_deepspeed(data: Data, ranks: Ranks, tmp_path: Path) -> None:
+    """Seen inside the engine's own forward; weights and losses stay float32."""
+    config = Config(
+        data=DataConfig(crop_size_voxels=CROP), train=TrainConfig(batch_size=1, precision="bf16"), run_dir=tmp_path
+    )
+    model = build_model("unet", in_channels=4, img_size=CROP)
+    trainer = Trainer(config, ranks, data, model)
+    image, labels = next(iter(trainer.train_loader.epoch(0)))
+    assert trainer.engine(image.to(ranks.device)).dtype == torch.bfloat16
+    assert trainer.step(image, labels).loss.dtype == torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_resuming_a_finished_run_keeps_its_table(finished: Path) -> None:
+    before = json.loads((finished / "runs" / "one" / "metrics.json").read_text())
+    page = (finished / "runs" / "one" / "report.html").read_text()
+    done = train(finished, "--resume", "runs/one")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((finished / "runs" / "one" / "metrics.json").read_text()) == before
+    after = (finished / "runs" / "one" / "report.html").read_text()
+    assert after.split("</table>")[0] == page.split("</table>")[0]
+
+
+def test_the_unet_needs_no_transformer_widths(tmp_path: Path) -> None:
+    done = train(tmp_path, "--config", str(write_small(tmp_path)), "--model.name", "unet", "--train.epochs", "1")
+    assert done.returncode == 0, done.stderr
