@@ -95,6 +95,8 @@ def test_twenty_steps_give_the_losses_of_a_plain_monai_loop(
 def train(folder: Path, *args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
     """Run the command as a user would; scans and volumes go to `folder/cache`."""
     environment = os.environ | {"GLIOFORGE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK"):  # `init_ranks` sets them in this process
+        environment.pop(name, None)
     command = [*launcher, str(ROOT / "launch" / "train.py"), *args]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -202,6 +204,18 @@ def test_bf16_lowers_the_networks_arithmetic_under_deepspeed(data: Data, ranks: 
     assert trainer.engine(image.to(ranks.device)).dtype == torch.bfloat16
     assert trainer.step(image, labels).loss.dtype == torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_losses_of_a_cpu(finished: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    config = str(write_small(finished))
+    for device in ("cpu", "cuda"):
+        done = train(finished, "--config", config, "--run_dir", f"runs/on_{device}", "--train.device", device)
+        assert done.returncode == 0, done.stdout + done.stderr
+    cpu, gpu = ([float(row["loss"]) for row in rows_of(finished / "runs" / f"on_{d}")] for d in ("cpu", "cuda"))
+    assert gpu == pytest.approx(cpu, rel=1e-2)
 
 
 def test_resuming_a_finished_run_keeps_its_table(finished: Path) -> None:
