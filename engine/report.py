@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+import yaml
 
 from engine.progress import percent
 from pipelines.labels import REGIONS
@@ -31,6 +31,11 @@ from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
 COLOURS = {"TC": "#e69f00", "WT": "#56b4e9", "ET": "#d55e00"}  # of Okabe and Ito: told apart by every eye
+CAPTIONS = {
+    "curves.png": "Training loss and validation Dice by epoch",
+    "prediction.png": "A validation case, with the best weights",
+    "samples.png": "A training crop, as the network sees it",
+}
 SCAN_TITLES = {"flair": "FLAIR", "t1": "T1", "t1c": "T1 contrast", "t2": "T2"}
 
 
@@ -117,10 +122,10 @@ def write_html(run_dir: Path, config: dict[str, Any], summary: dict[str, Any], p
 
     Args:
         run_dir: of the run. config: as plain values. summary: as in `metrics.json`.
-        pictures: names of PNG files in `run_dir`.
+        pictures: names of PNG files in `run_dir`, keys of `CAPTIONS`.
     """
     figures = "\n".join(
-        f'<figure><img alt="{name}" src="data:image/png;base64,'
+        f'<figure><figcaption class="note">{CAPTIONS[name]}</figcaption><img alt="{name}" src="data:image/png;base64,'
         f'{base64.b64encode((run_dir / name).read_bytes()).decode()}"></figure>'
         for name in pictures
     )
@@ -142,7 +147,7 @@ th:first-child, td:first-child {{ text-align: left; }} .note {{ color: #555; fon
 <p class="note">{html.escape(summary["definition"])}. Validated on: {summary["validated_on"].replace("_", " ")}.</p>
 {figures}
 <h2>Configuration</h2>
-<pre>{html.escape(json.dumps(config, indent=2))}</pre>
+<pre>{html.escape(yaml.safe_dump(config, sort_keys=False, default_flow_style=None))}</pre>
 </body></html>
 """
     path = run_dir / "report.html"
