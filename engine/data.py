@@ -28,7 +28,7 @@ def obtain_root(config: DataConfig) -> Path:
     """Folder or list of the scans; downloads or synthesises them first where the configuration says so."""
     if config.root is None:
         phantom = config.phantom
-        log.info("no --data.root: training on synthetic scans")
+        log.info("no --data.root: synthetic scans")
         size = "x".join(map(str, phantom.size_voxels))
         folder = cache_dir() / "phantoms" / f"{phantom.cases}-cases-{size}-seed-{phantom.seed}-format-{FORMAT}"
         return make_phantoms(folder, phantom.cases, phantom.size_voxels, phantom.seed)

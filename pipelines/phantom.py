@@ -21,6 +21,7 @@ Labels are Decathlon's: 1 oedema, 2 non-enhancing core (with necrosis), 3 enhanc
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +31,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from isal import igzip
+from rich.console import Console
 from rich.progress import track
 
 from pipelines.cases import DataError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it whenever the same parameters give other voxels
 HEAD_MM = (240.0, 240.0, 155.0)
@@ -332,7 +336,11 @@ def make_phantoms(
         threads = min(workers or len(os.sched_getaffinity(0)), 8, len(missing))
         with ThreadPoolExecutor(threads) as pool:  # NumPy and isal let go of the GIL
             jobs = pool.map(lambda i: _write_case(folder, names[i], size, spacing, seed, i), missing)
-            for _ in track(jobs, f"phantoms in {folder}", total=len(missing)):
+            console = Console(stderr=True)
+            if not console.is_terminal:
+                log.info("making %d synthetic cases: %s", len(missing), folder)
+            hidden = not console.is_terminal
+            for _ in track(jobs, "Synthetic cases", total=len(missing), console=console, disable=hidden):
                 pass
     if not (folder / "dataset.json").is_file():
         _write_atomic(folder / "dataset.json", json.dumps(_dataset_json(names), indent=2).encode())
