@@ -140,6 +140,7 @@ pre {{ overflow-x: auto; background: #f5f5f5; padding: 1rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd; }}
 th:first-child, td:first-child {{ text-align: left; }} .note {{ color: #555; font-size: .9rem; }}
+@media (max-width: 30rem) {{ th, td {{ padding: .3rem .4rem; }} h1 {{ font-size: 1.4rem; }} }}
 @media print {{ pre {{ white-space: pre-wrap; }} }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
