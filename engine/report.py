@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 COLOURS = {"TC": "#e69f00", "WT": "#56b4e9", "ET": "#d55e00"}  # of Okabe and Ito: told apart by every eye
 CAPTIONS = {
@@ -60,6 +61,8 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
             right.plot(*zip(*points), color=colour, marker="o", ms=3, lw=2 if name == "mean" else 1.2, label=label)
     right.set(xlabel="epoch", ylabel="validation Dice (%)", ylim=(0, 100))
     for axes in (left, right):
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:

@@ -42,7 +42,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         config, options = parse_config(parser, args)
         return check(config.data) if options.check else prepare(config.data)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -167,6 +167,15 @@ def test_folder_without_cases_is_an_error(tmp_path: Path, capsys: pytest.Capture
     assert "no cases found" in capsys.readouterr().err
 
 
+def test_a_cache_that_cannot_be_made_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("GLIOFORGE_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(["--config", str(PREPARE.parent / "configs" / "demo.yaml")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_runs_as_a_script_from_any_folder_with_a_training_configuration(root: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"data:\n  root: {root}\n  crop_size_voxels: [8, 8, 8]\ntrain:\n  epochs: 3\n")
