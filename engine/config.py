@@ -20,6 +20,8 @@ from typing import Any, Literal
 import jsonargparse
 from jsonargparse import ArgumentParser
 
+from kernels.dispatch import Kernels
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
@@ -159,6 +161,8 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    kernels: Kernels = "auto"
+    """Attention, instance norm and loss by fused Triton kernels or by plain PyTorch; auto: the faster that works."""
     run_dir: Path | None = None
     """Folder of logs, checkpoints and pictures. None: `runs/<config>-<model>-<time>`."""
     resume: str | None = None

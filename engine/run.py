@@ -22,6 +22,7 @@ from engine.data import Data, load_data
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.progress import percent
 from engine.trainer import Trainer
+from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import build_model, check_img_size, parameter_count
 from pipelines.labels import REGIONS
@@ -63,6 +64,7 @@ def run(config: Config) -> None:
     with torch.device("meta"):
         make_model(config, channels=1)  # refuses sizes that do not fit before any data are prepared
     ranks = init_ranks(config.train.device)
+    paths_taken = dispatch.use(config.kernels, ranks.device)
     config.run_dir = gather(config.run_dir, ranks)[0]  # its default holds the time, which differs between ranks
     run_dir = config.run_dir
     assert run_dir is not None
@@ -79,6 +81,7 @@ def run(config: Config) -> None:
         config.model.name, f"{parameter_count(model):,}", len(data.train), len(data.val),
         ", ".join(data.store.modalities), ranks.world_size, ranks.device.type,
     )  # fmt: skip
+    log.info(paths_taken)
     trainer = Trainer(config, ranks, data, model)
     if ranks.is_first:
         _write_config(config, run_dir)

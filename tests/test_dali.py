@@ -380,7 +380,6 @@ def test_senseless_settings_are_refused_with_the_value(store: Store, setting: di
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
 def test_the_gpu_graph_gives_what_the_cpu_graph_gives(store: Store) -> None:
     cpu, gpu = (TrainLoader(store, store.names, CROP, 2, device=device, crops_per_case=3) for device in ("cpu", "gpu"))
     for epoch in (0, 1):
@@ -392,7 +391,6 @@ def test_the_gpu_graph_gives_what_the_cpu_graph_gives(store: Store) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
 def test_gpu_validation_gives_what_cpu_validation_gives(store: Store) -> None:
     pairs = zip(ValLoader(store, store.names, None), ValLoader(store, store.names, None, device="gpu"), strict=True)
     kept = [

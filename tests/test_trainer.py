@@ -136,6 +136,7 @@ def test_a_run_leaves_pictures_tables_checkpoints_and_a_page(finished: Path) -> 
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["epochs"] == 2 and set(metrics["last"]) >= {"mean", "TC", "WT", "ET", "cases", "empty_truths"}
     assert len(rows_of(run)) == 2
+    assert "kernels: " in (run / "run.log").read_text()
     weights = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     assert weights["epoch"] == 2 and weights["config"]["model"]["hidden_size"] == 24
     assert list((run / "tensorboard").iterdir())
@@ -183,6 +184,7 @@ def test_other_ranks_cannot_resume_sharded_states(two_ranks: tuple[Path, str]) -
         (("--data.root", "nothing_here"), "nothing_here"),
         (("--data.crop_size_voxels", "[32,32,20]"), "try (32, 32, 16)"),
         (("--data.crop_size_voxels", "[96,96,96]"), "96"),
+        (("--train.device", "cpu", "--kernels", "triton"), "kernels 'triton': Triton kernels need an NVIDIA GPU"),
     ],
 )
 def test_a_users_mistake_ends_in_one_line_and_status_2(args: tuple[str, ...], message: str, finished: Path) -> None:
@@ -208,8 +210,6 @@ def test_bf16_lowers_the_networks_arithmetic_under_deepspeed(data: Data, ranks: 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_losses_of_a_cpu(finished: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     config = str(write_small(finished))
     for device in ("cpu", "cuda"):
         done = train(finished, "--config", config, "--run_dir", f"runs/on_{device}", "--train.device", device)

@@ -1,0 +1,19 @@
+"""The `--benchmark` option: `pytest --benchmark` runs the benchmarks instead of the tests."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--benchmark", action="store_true", help="run benchmarks/ instead of tests/")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--benchmark"):
+        if config.args_source is not pytest.Config.ArgsSource.ARGS:
+            config.args[:] = ["benchmarks"]
+        config.option.benchmark_only = True
+    if config.option.benchmark_only:
+        config.option.benchmark_quiet = True  # benchmarks/conftest.py prints one table, by call instead of by replay
