@@ -1,18 +1,102 @@
-"""Attention against torch's own, on the head sizes and layouts that the models use."""
+"""Attention against torch's own in float64, on the head sizes and layouts that the models use.
+
+Plainly run, this tests the reference. With `TRITON_INTERPRET=1` the kernels run on the CPU, and natively on a GPU;
+float64, and bfloat16 in the interpreter, take the reference all the same.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import flash_attention
+from kernels import attention, dispatch
+from kernels.attention import attention_backward, attention_forward, flash_attention
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Largest error over the largest true value: float32 sums and, in half precision, P, dS and the results rounded.
+TOLERANCES = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = list(TOLERANCES)
+# (B, H, N, D). Up to 256 tokens one block holds every key, beyond 512 delta has a launch of its own.
+SHAPES = [
+    (1, 2, 1, 1),
+    (2, 1, 7, 8),
+    (1, 2, 16, 16),
+    (2, 3, 33, 51),
+    (1, 1, 64, 128),
+    (1, 2, 70, 80),
+    (1, 1, 216, 51),
+    (1, 1, 256, 64),
+    (1, 1, 300, 51),
+    (1, 1, 515, 51),
+    (1, 1, 640, 64),
+]
 
 
-def random_qkv(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A device, with the kernels insisted on where they run on it; in large blocks in the interpreter, to be fast."""
+    if runs_kernels(request.param):
+        dispatch.use("triton", request.param)
+    with dispatch.observed(run_in_few_programs) if request.param == "cpu" else nullcontext():
+        yield request.param
+    dispatch.use("auto")
+
+
+def runs_kernels(device: str) -> bool:
+    return device == ("cpu" if dispatch.INTERPRETED else "cuda")
+
+
+def run_in_few_programs(launch: dispatch.Launch) -> None:
+    config = {**launch.candidates[0]}
+    launch.run(config | {name: max(256, config[name]) for name in ("BLOCK_M", "BLOCK_N") if name in config})
+
+
+def needs_kernels(device: str) -> None:
+    if not runs_kernels(device):
+        pytest.skip("the kernels run on a GPU, and on a CPU with TRITON_INTERPRET=1")
+
+
+def random_qkv(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+    return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
+
+
+def random_like(x: Tensor, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x)
+
+
+def in_float64(inputs: list[Tensor], dout: Tensor, scale: float | None = None) -> list[Tensor]:
+    """Output and gradients of torch's attention, in float64."""
+    q, k, v = (x.detach().double().requires_grad_() for x in inputs)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())]
+
+
+def assert_attention_is_right(
+    inputs: list[Tensor], scale: float | None = None, dout: Tensor | None = None, autocast: bool = False
+) -> None:
+    """Output and gradients against float64: gradients by the largest of all three, for a true one may be zero."""
+    q, k, v = inputs
+    tolerance = TOLERANCES[q.dtype]
+    with torch.autocast(q.device.type, torch.bfloat16, enabled=autocast):
+        out = flash_attention(q, k, v, scale)
+    dout = random_like(out) if dout is None else dout
+    actual = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+    expected = in_float64(inputs, dout, scale)
+    largest = [expected[0].abs().max()] + 3 * [max(x.abs().max() for x in expected[1:])]
+    for name, x, y, unit in zip(("out", "dq", "dk", "dv"), actual, expected, largest, strict=True):
+        assert x.dtype == q.dtype
+        error = ((x.double() - y).abs().max() / unit).item()
+        assert error <= tolerance, f"{name} is off by {error:.1e} of the largest, {tolerance:.1e} is allowed"
 
 
 @pytest.mark.parametrize("shape", [(2, 10, 33, 51), (1, 3, 64, 64), (2, 1, 1, 1), (1, 2, 7, 128)])
@@ -31,36 +115,262 @@ def test_output_and_gradients_equal_torch_attention(shape: tuple[int, ...], scal
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_views_into_one_projection_give_what_copies_give() -> None:
-    qkv = torch.randn(2, 33, 3, 10, 51, generator=torch.Generator().manual_seed(0))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    assert not q.is_contiguous()
-    torch.testing.assert_close(
-        flash_attention(q, k, v), flash_attention(q.contiguous(), k.contiguous(), v.contiguous())
-    )
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_size_equals_float64(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    assert_attention_is_right(random_qkv(shape, dtype, device))
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (128, 32), (64, 128)], ids=str)
+@pytest.mark.parametrize("delta_in_kernel", [True, False])
+def test_blocks_of_any_size_are_right(
+    blocks: tuple[int, int], delta_in_kernel: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_kernels(device)
+    monkeypatch.setattr(attention, "DELTA_IN_KERNEL_MAX", 512 if delta_in_kernel else 0)
+
+    def run(launch: dispatch.Launch) -> None:
+        sizes = zip(("BLOCK_M", "BLOCK_N"), blocks, strict=True)
+        launch.run({**launch.candidates[0]} | {name: size for name, size in sizes if name in launch.candidates[0]})
+
+    with dispatch.observed(run):
+        assert_attention_is_right(random_qkv((1, 1, 70, 51), torch.float16, device))
+        assert_attention_is_right(random_qkv((1, 1, 64, 64), torch.float16, device))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])
+def test_any_finite_scale_is_taken(scale: float, device: str) -> None:
+    assert_attention_is_right(random_qkv((1, 2, 33, 51), torch.float32, device), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 40, 51), (1, 1, 40, 128), pytest.param((1, 2, 600, 64), marks=pytest.mark.gpu)], ids=str
+)
+def test_every_configuration_is_right(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    needs_kernels(device)
+    inputs = random_qkv(shape, dtype, device)
+    left: dict[str, list[dispatch.Config]] = {}
+
+    def run(launch: dispatch.Launch) -> None:
+        configs = left.setdefault(launch.name, list(launch.candidates))
+        launch.run(configs.pop() if configs else launch.candidates[0])
+
+    with dispatch.observed(run):
+        while not left or any(left.values()):
+            assert_attention_is_right(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_views_into_one_projection_give_what_copies_give(dtype: torch.dtype, device: str) -> None:
+    qkv = torch.randn(2, 34, 3, 3, 51, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    views = list(qkv[:, 1:].permute(2, 0, 3, 1, 4).unbind(0))
+    assert not views[0].is_contiguous() and views[0].storage_offset()
+    results = []
+    for q, k, v in (views, [view.contiguous() for view in views]):
+        inputs = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_()]
+        out = flash_attention(q, k, v)
+        results.append([out, *torch.autograd.grad(out, inputs, random_like(out))])
+    for of_views, of_copies in zip(*results, strict=True):
+        torch.testing.assert_close(of_views, of_copies)
+
+
+STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
+    # self-attention-cv splits its projection as (feature, q|k|v, head), which leaves the features strided
+    "features strided": lambda x: torch.empty(2, 33, 51, 3, 2).to(x)[..., 1, :].permute(0, 3, 1, 2).copy_(x.detach()),
+    "tokens last": lambda x: x.detach().transpose(2, 3).contiguous().transpose(2, 3),
+    "tokens first": lambda x: x.detach().permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "every other token": lambda x: torch.stack([x.detach(), torch.full_like(x, torch.nan)], 3).flatten(2, 3)[:, :, ::2],
+    "one head for all": lambda x: x.detach()[:, :1].expand(-1, 2, -1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_any_strides_are_read_as_they_are(layout: str, device: str) -> None:
+    inputs = [STRIDED[layout](x).requires_grad_() for x in random_qkv((2, 2, 33, 51), torch.float32, device)]
+    dout = STRIDED[layout](random_like(inputs[0], seed=2))
+    assert not inputs[0].is_contiguous() and not dout.is_contiguous()
+    assert_attention_is_right(inputs, dout=dout)
+
+
+def test_a_gradient_that_is_one_number_everywhere_is_right(device: str) -> None:
+    inputs = random_qkv((1, 2, 33, 51), torch.float32, device)
+    assert_attention_is_right(inputs, dout=torch.ones((), device=device).expand(1, 2, 33, 51))
+
+
+def test_joining_the_heads_of_the_output_copies_nothing(device: str) -> None:
+    needs_kernels(device)
+    q, k, v = random_qkv((2, 3, 9, 51), torch.float32, device)
+    out = flash_attention(q, k, v)
+    for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))):
+        assert x.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_loses_no_more_than_the_last_rounding(dtype: torch.dtype, autocast: bool) -> None:
-    q, k, v = (tensor.detach() for tensor in random_qkv((1, 4, 200, 51), dtype))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+def test_half_precision_loses_no_more_than_the_last_roundings(dtype: torch.dtype, autocast: bool, device: str) -> None:
+    """A weight is rounded before it meets its value, an output before it is stored: half an eps each."""
+    q, k, v = (tensor.detach() for tensor in random_qkv((1, 4, 200, 51), dtype, device))
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
         out = flash_attention(q, k, v)
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    half_eps = torch.finfo(dtype).eps / 2
+    bound = 1.01 * half_eps * expected.abs() + 1e-6
+    if runs_kernels(device):
+        bound += half_eps * F.scaled_dot_product_attention(q.double(), k.double(), v.double().abs())
+    assert ((out.double() - expected).abs() <= bound).all()
 
 
-def test_scores_beyond_the_range_of_float16_do_not_overflow() -> None:
-    q = torch.full((1, 1, 4, 128), 100.0, dtype=torch.float16)
-    v = torch.arange(4, dtype=torch.float16).view(1, 1, 4, 1).expand(1, 1, 4, 128)
+@pytest.mark.parametrize("path", ["triton", "torch", "reference"])
+def test_autocast_does_not_lower_float32(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "triton":
+        needs_kernels(device)
+    monkeypatch.setattr(dispatch, "path", lambda *_: path)
+    assert_attention_is_right(random_qkv((1, 2, 33, 51), torch.float32, device), autocast=True)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, -0.3])
+def test_torchs_own_attention_has_the_same_meaning(
+    scale: float | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "path", lambda *_: "torch")
+    assert_attention_is_right(random_qkv((2, 2, 33, 51), torch.float32, device), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_scores_beyond_the_range_of_float16_do_not_overflow(dtype: torch.dtype, device: str) -> None:
+    q = torch.full((1, 1, 4, 128), 100.0, dtype=dtype, device=device)
+    v = torch.arange(4, dtype=dtype, device=device).view(1, 1, 4, 1).expand(1, 1, 4, 128)
     torch.testing.assert_close(flash_attention(q, q, v), torch.full_like(v, 1.5))
 
 
-def test_order_of_keys_does_not_matter() -> None:
-    q, k, v = random_qkv((1, 2, 19, 51))
-    order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("tokens", [33, pytest.param(300, marks=pytest.mark.gpu)])
+def test_scores_of_thousands_keep_exact_gradients(sign: int, tokens: int, device: str) -> None:
+    """Far below zero, where the exponential of a key that is not there would be infinite, and far above."""
+    q, k, v = random_qkv((1, 1, tokens, 51), torch.float16, device)
+    with torch.no_grad():
+        q, k = sign * (20 + q / 8), 20 + k / 8
+    assert_attention_is_right([x.requires_grad_() for x in (q, k, v)])
+
+
+def test_equal_keys_are_attended_equally(device: str) -> None:
+    q, _, v = (x.detach() for x in random_qkv((1, 2, 37, 51), torch.float32, device))
+    out = flash_attention(q, torch.full_like(q, 3.0), v)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_order_of_keys_does_not_matter(dtype: torch.dtype, device: str) -> None:
+    q, k, v = (x.detach() for x in random_qkv((1, 2, 19, 51), dtype, device))
+    order = torch.randperm(19, generator=torch.Generator().manual_seed(0)).to(device)
     torch.testing.assert_close(flash_attention(q, k[:, :, order], v[:, :, order]), flash_attention(q, k, v))
+
+
+def test_nan_in_one_head_stays_there(device: str) -> None:
+    q, k, v = random_qkv((2, 2, 33, 51), torch.float32, device)
+    with torch.no_grad():
+        k[0, 1, 5, 50] = torch.nan
+    out = flash_attention(q, k, v)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    for x in (out, *grads):
+        assert x[0, 1].isnan().all()
+        assert x[1].isfinite().all() and x[0, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [70, pytest.param(520, marks=pytest.mark.gpu)])
+def test_a_second_call_gives_the_same_bits(tokens: int, dtype: torch.dtype, device: str) -> None:
+    q, k, v = random_qkv((1, 2, tokens, 51), dtype, device)
+
+    def once() -> list[Tensor]:
+        out = flash_attention(q, k, v)
+        return [out, *torch.autograd.grad(out, (q, k, v), random_like(out))]
+
+    for first, second in zip(once(), once(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "backward"),
+    [
+        (64, ["_attention_backward_kernel"]),
+        (512, ["_attention_backward_kernel"]),
+        (513, ["_attention_delta_kernel", "_attention_backward_kernel"]),
+    ],
+)
+def test_one_launch_forward_and_one_or_two_backward(tokens: int, backward: list[str], device: str) -> None:
+    needs_kernels(device)
+    launched: list[str] = []
+    q, k, v = random_qkv((1, 2, tokens, 51), torch.float32, device)
+    with dispatch.observed(lambda launch: launched.append(launch.name)):
+        out = flash_attention(q, k, v)
+        assert launched == ["_attention_forward_kernel"]
+        out.backward(torch.ones_like(out))
+    assert launched == ["_attention_forward_kernel", *backward]
+
+
+@pytest.mark.parametrize("tokens", [256, 600])
+def test_launches_can_be_collected_without_memory(tokens: int) -> None:
+    launches: list[dispatch.Launch] = []
+    qkv = torch.empty(2, tokens, 3, 10, 51, dtype=torch.bfloat16, device="meta")
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    with dispatch.observed(launches.append):
+        out, lse = attention_forward(q, k, v, 0.14)
+        attention_backward(q, k, v, out, lse, out, 0.14)
+    assert len(launches) == (2 if tokens == 256 else 3)
+    for launch in launches:
+        assert all(min(launch.grid(config)) > 0 for config in launch.candidates)
+        assert len({tuple(sorted(config.items())) for config in launch.candidates}) == len(launch.candidates)
+
+
+def test_a_models_grid_fills_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[dispatch.Launch] = []
+    q = torch.empty(2, 10, 256, 51, dtype=torch.bfloat16, device="meta")
+    with dispatch.observed(launches.append):
+        out, lse = attention_forward(q, q, q, 0.14)
+        attention_backward(q, q, q, out, lse, out, 0.14)
+    assert all(launch.grid(launch.candidates[0])[0] >= attention.ENOUGH_PROGRAMS for launch in launches)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 17, 51), (1, 1, 1, 8)])
+def test_the_operators_are_registered_rightly(shape: tuple[int, ...], device: str) -> None:
+    needs_kernels(device)
+    qkv = torch.randn(shape[0], shape[2], 3, shape[1], shape[3], generator=torch.Generator().manual_seed(0)).to(device)
+    q, k, v = (x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+    torch.library.opcheck(torch.ops.glioforge.attention_forward.default, (q, k, v, 0.2))
+    with torch.no_grad():
+        out, lse = attention_forward(q, k, v, 0.2)
+    arguments = [x.detach() for x in (q, k, v, out, lse, random_like(out).transpose(1, 2).contiguous().transpose(1, 2))]
+    torch.library.opcheck(torch.ops.glioforge.attention_backward.default, (*arguments, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [("aot_eager", None), ("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.gpu)],
+)
+def test_compiled_equals_eager(backend: str, dynamic: bool | None, device: str) -> None:
+    torch.compiler.reset()
+
+    def join(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 2 * flash_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    inputs = random_qkv((2, 2, 33, 51), torch.float32, device)
+    compiled = torch.compile(join, backend=backend, fullgraph=True, dynamic=dynamic)
+    out, expected = compiled(*inputs), join(*inputs)
+    torch.testing.assert_close(out, expected)
+    dout = random_like(out)
+    for mine, theirs in zip(torch.autograd.grad(out, inputs, dout), torch.autograd.grad(expected, inputs, dout)):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_second_derivative_is_refused(device: str) -> None:
+    needs_kernels(device)
+    q, k, v = random_qkv((1, 1, 16, 16), torch.float32, device)
+    (dq,) = torch.autograd.grad(flash_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_backward.*no autograd formula"):
+        dq.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +378,7 @@ def test_order_of_keys_does_not_matter() -> None:
     [
         ({"q": torch.zeros(2, 3, 4)}, r"q has shape \(2, 3, 4\).*four axes"),
         ({"v": torch.zeros(1, 2, 0, 8)}, r"v has shape \(1, 2, 0, 8\)"),
+        ({"q": torch.zeros(0, 2, 4, 8)}, r"q has shape \(0, 2, 4, 8\).*none of them empty"),
         ({"k": torch.zeros(1, 2, 5, 8)}, r"k is \(1, 2, 5, 8\).*q is \(1, 2, 4, 8\)"),
         ({"v": torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)}, "v is .*bfloat16.*must agree"),
         ({"q": torch.zeros(1, 2, 4, 8, dtype=torch.int32)}, "q is torch.int32.*floating point"),
