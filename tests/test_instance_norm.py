@@ -1,16 +1,31 @@
-"""Fused instance norm against its equation and against torch's modules."""
+"""Fused instance norm against its equation, torch's modules, and its kernels against the reference in float64.
+
+One file, three runs: plain, where a CPU takes the reference; under `TRITON_INTERPRET=1`, where it takes the kernels in
+Triton's interpreter; and on a GPU.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.instance_norm import instance_norm
+from kernels import dispatch
+from kernels import instance_norm as module
+from kernels.instance_norm import PASSES, instance_norm, instance_norm_reference
 
 SHAPE = (2, 5, 6, 4, 3)
+SMALL = (2, 2, 5, 6, 5)
+"""Fewer rows than `SHAPE`: the interpreter takes some 20 ms a program."""
 EPS = 1e-5
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+FORMATS = [torch.contiguous_format, torch.channels_last_3d]
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Of an element relative to itself, and to the largest of its tensor: a few units in the last place of the dtype."""
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -141,3 +156,473 @@ def test_inputs_are_left_as_they_were() -> None:
 def test_wrong_arguments_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         instance_norm(**{"x": torch.zeros(SHAPE), **change})
+
+
+def needs_kernels(device: str) -> None:
+    """Skip where a call on `device` would take the reference."""
+    if (device == "cpu") != dispatch.INTERPRETED:
+        pytest.skip("kernels run on a CPU under TRITON_INTERPRET=1, and only there")
+
+
+@pytest.fixture
+def splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three launches, and several splits, for small maps too."""
+    for name, value in {"ONE_TILE_FORWARD": 0, "ONE_TILE_BACKWARD": 0, "CHUNK_STEP": 64, "PROGRAMS": 8}.items():
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture(params=["one tile", "splits"])
+def each_path(request: pytest.FixtureRequest) -> None:
+    if request.param == "splits":
+        request.getfixturevalue("splits")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels as they are launched."""
+    names: list[str] = []
+    launch = dispatch.launch
+
+    def spy(kernel: Any, *args: Any) -> None:
+        names.append(kernel.fn.__name__)
+        launch(kernel, *args)
+
+    monkeypatch.setattr(dispatch, "launch", spy)
+    yield names
+
+
+def inputs(
+    shape: tuple[int, ...],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    slope: float | str | None = 0.01,
+    residual: str = "none",
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> dict[str, Any]:
+    """Arguments of `instance_norm`, affine; slope "one" or "channels" is a tensor."""
+    slopes = {"one": randn(1, seed=4), "channels": randn(shape[1], seed=4)}
+    args: dict[str, Any] = {
+        "x": (randn(*shape, seed=0) * 3 + 7).to(dtype, memory_format=memory_format),
+        "weight": randn(shape[1], seed=1).float(),
+        "bias": randn(shape[1], seed=2).float(),
+        "negative_slope": slopes[slope].float() if isinstance(slope, str) else slope,
+        "residual": None if residual == "none" else randn(*shape, seed=3).to(dtype, memory_format=memory_format),
+        "residual_norm": residual == "normalised",
+    }
+    return {name: a.to(device) if isinstance(a, Tensor) else a for name, a in args.items()}
+
+
+def leaves(args: dict[str, Any]) -> dict[str, Any]:
+    """The same values with tensors that take gradients of their own."""
+    return {name: a.detach().requires_grad_() if isinstance(a, Tensor) else a for name, a in args.items()}
+
+
+def tensors(args: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: a for name, a in args.items() if isinstance(a, Tensor)}
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    scale = max(expected.abs().max().item(), 1.0)
+    torch.testing.assert_close(
+        actual.double().cpu(), expected.cpu(), rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: {m}"
+    )
+
+
+def assert_as_in_float64(args: dict[str, Any], dy: Tensor, tolerance: float) -> Tensor:
+    """Output and every gradient against float64, which takes the reference on any device; returns the output."""
+    ours = leaves(args)
+    theirs = leaves({name: a.double() if isinstance(a, Tensor) else a for name, a in args.items()})
+    out, expected = instance_norm(**ours), instance_norm(**theirs)
+    assert out.dtype == args["x"].dtype
+    assert_near(out, expected, tolerance, "y")
+    gradients = torch.autograd.grad(out, list(tensors(ours).values()), dy)
+    wanted = torch.autograd.grad(expected, list(tensors(theirs).values()), dy.double())
+    for (name, leaf), gradient, want in zip(tensors(ours).items(), gradients, wanted):
+        assert (gradient.dtype, gradient.shape) == (leaf.dtype, leaf.shape), name
+        assert_near(gradient, want, tolerance, name)
+    return out
+
+
+def cotangent(args: dict[str, Any]) -> Tensor:
+    x = args["x"]
+    return randn(*x.shape, seed=5).to(x.dtype, memory_format=suggested(x)).to(x.device)
+
+
+def suggested(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last_3d
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("residual", ["none", "raw", "normalised"])
+@pytest.mark.parametrize(
+    ("slope", "memory_format"), [(None, FORMATS[0]), ("channels", FORMATS[0]), (-0.2, FORMATS[1]), ("one", FORMATS[1])]
+)
+def test_output_and_gradients_follow_the_reference_in_float64(
+    device: str, residual: str, slope: float | str | None, memory_format: torch.memory_format
+) -> None:
+    args = inputs(SMALL, device, torch.float32, slope, residual, memory_format)
+    out = assert_as_in_float64(args, cotangent(args), TOLERANCES[torch.float32])
+    assert out.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", torch.float16)]
+    + [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float16, torch.bfloat16)],
+)
+@pytest.mark.parametrize("residual", ["none", "raw", "normalised"])
+def test_half_precision_gradients_lose_no_more_than_their_roundings(
+    device: str, dtype: torch.dtype, residual: str
+) -> None:
+    args = inputs(SMALL, device, dtype, "channels", residual, torch.channels_last_3d)
+    assert_as_in_float64(args, cotangent(args), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("channels", "path"),
+    [(1, "splits"), (1, "one tile"), (16, "one tile"), (33, "one tile"), (33, "splits"), (130, "splits")],
+)
+def test_any_number_of_channels(device: str, channels: int, path: str, request: pytest.FixtureRequest) -> None:
+    if path == "splits":
+        request.getfixturevalue("splits")
+    args = inputs((1, channels, 4, 3, 3), device, torch.float32, "channels", "normalised", torch.channels_last_3d)
+    assert_as_in_float64(args, cotangent(args), 1e-5)
+
+
+@pytest.mark.usefixtures("splits")
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_partial_results_than_a_program_holds_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COMBINE_TILE", 2)
+    args = inputs((5, 2, 6, 5, 5), device, torch.float32, "channels", "normalised", torch.channels_last_3d)
+    assert_as_in_float64(args, cotangent(args), 1e-5)
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("size", [(1, 1, 2), (5, 5, 13), (8, 8, 8)])
+def test_any_number_of_voxels(device: str, memory_format: torch.memory_format, size: tuple[int, int, int]) -> None:
+    args = inputs((1, 3, *size), device, torch.float32, 0.1, "raw", memory_format)
+    assert_as_in_float64(args, cotangent(args), 1e-5)
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("residual", ["none", "raw", "normalised"])
+def test_one_voxel_has_no_gradient_but_that_of_bias_and_raw_residual(device: str, residual: str) -> None:
+    args = leaves(inputs((2, 3, 1, 1, 1), device, torch.float32, 0.1, residual))
+    out = instance_norm(**args)
+    raw = args["residual"] if residual == "raw" else 0
+    expected = F.leaky_relu(args["bias"].view(1, 3, 1, 1, 1) + raw, 0.1).expand(2, 3, 1, 1, 1)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    out.sum().backward()
+    assert args["x"].grad.abs().max() == 0 and args["weight"].grad.abs().max() == 0
+    assert args["bias"].grad.abs().min() > 0
+    if args["residual"] is not None:
+        assert (args["residual"].grad != 0).all() == (residual == "raw")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("tiles", ["whole pairs", "a ragged one"])
+def test_a_program_that_walks_several_tiles_misses_and_repeats_no_voxel(
+    device: str, memory_format: torch.memory_format, tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ONE_TILE_FORWARD", 0)
+    monkeypatch.setattr(module, "ONE_TILE_BACKWARD", 0)
+    monkeypatch.setattr(module, "PROGRAMS", 4)
+    size = (16, 16, 32) if tiles == "whole pairs" else (19, 17, 31)
+    args = inputs((1, 2, *size), device, torch.float32, "one", "normalised", memory_format)
+    assert_as_in_float64(args, cotangent(args), 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("memory_format", "residual"), [(FORMATS[0], "raw"), (FORMATS[1], "none"), (FORMATS[1], "normalised")]
+)
+def test_a_map_too_large_for_one_program_takes_three_launches_each_way(
+    device: str, memory_format: torch.memory_format, residual: str, launched: list[str]
+) -> None:
+    needs_kernels(device)
+    args = inputs((1, 2, 33, 31, 17), device, torch.float32, 0.01, residual, memory_format)
+    assert_as_in_float64(args, cotangent(args), 1e-5)
+    assert launched == [
+        *("norm_statistics", "norm_combine", "norm_apply"),
+        *("norm_gradient_sums", "norm_gradient_combine", "norm_gradient_apply"),
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_small_map_takes_one_launch_and_another_for_gradients_of_parameters(device: str, launched: list[str]) -> None:
+    needs_kernels(device)
+    args = leaves(inputs(SHAPE, device, torch.float32, 0.01, "normalised"))
+    instance_norm(**args).sum().backward()
+    assert launched == ["norm_forward_one_tile", "norm_backward_one_tile", "norm_gradient_combine"]
+    launched.clear()
+    instance_norm(args["x"], negative_slope=0.01).sum().backward()
+    assert launched == ["norm_forward_one_tile", "norm_backward_one_tile"]
+
+
+def test_the_reference_is_taken_where_it_is_asked_for_or_nothing_else_computes(launched: list[str]) -> None:
+    x = randn(*SHAPE, seed=0)
+    instance_norm(x)
+    instance_norm(x.bfloat16())
+    try:
+        dispatch.use("reference", "cpu")
+        instance_norm(x.float())
+    finally:
+        dispatch.use("auto", "cpu")
+    assert launched == []
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("values", ["mean 10000", "first voxel 0, then mean 10000", "first half 0, then mean 10000"])
+def test_statistics_hold_far_from_zero(device: str, memory_format: torch.memory_format, values: str) -> None:
+    x = randn(1, 2, 12, 9, 10, seed=0) + 1e4
+    if values.startswith("first voxel"):
+        x[:, :, 0, 0, 0] = 0
+    elif values.startswith("first half"):
+        x[:, :, :6] = 0
+    x = x.float().to(device, memory_format=memory_format)
+    residual = x.flip(4)
+    out = instance_norm(x, residual=residual, residual_norm=True)
+    expected = instance_norm(x.double(), residual=residual.double(), residual_norm=True)
+    # A mean near 10000 is itself known to 0.0005 in float32; here in standard deviations, for x and for the residual.
+    bound = 2 * 1e-3 / x.double().std((2, 3, 4)).min().item() + 1e-5 * expected.abs().max().item()
+    assert (out.double() - expected).abs().max() < bound
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("value", [0.0, 0.1, 12345.678])
+def test_a_constant_map_becomes_the_bias_exactly(device: str, memory_format: torch.memory_format, value: float) -> None:
+    needs_kernels(device)
+    x = torch.full((2, 3, 11, 7, 9), value, device=device).to(memory_format=memory_format)
+    bias = torch.tensor([0.5, 0.0, -0.25], device=device)
+    out = instance_norm(x, torch.ones(3, device=device), bias, residual=x, residual_norm=True)
+    assert torch.equal(out, bias.view(3, 1, 1, 1).expand_as(out))
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("device", DEVICES)
+def test_slope_applies_where_the_input_of_the_activation_is_exactly_zero(device: str) -> None:
+    x = torch.ones(1, 2, 4, 4, 4, device=device, requires_grad=True)
+    residual = torch.zeros_like(x).requires_grad_()
+    dy = randn(*x.shape, seed=0, dtype=torch.float32).to(device)
+    for slope in (0.25, torch.full((1,), 0.25, device=device)):
+        (gradient,) = torch.autograd.grad(instance_norm(x, negative_slope=slope, residual=residual), residual, dy)
+        torch.testing.assert_close(gradient, 0.25 * dy, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("residual", ["raw", "normalised"])
+@pytest.mark.parametrize("formats", ["contiguous, last, last", "last, contiguous, last", "last, last, contiguous"])
+def test_memory_formats_may_differ_between_map_residual_and_gradient(device: str, residual: str, formats: str) -> None:
+    of_x, of_residual, of_dy = (FORMATS[name == "last"] for name in formats.split(", "))
+    args = inputs(SMALL, device, torch.float32, 0.1, residual, of_x)
+    args["residual"] = args["residual"].contiguous(memory_format=of_residual)
+    out = assert_as_in_float64(args, cotangent(args).contiguous(memory_format=of_dy), 1e-5)
+    assert out.is_contiguous(memory_format=of_x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_strides_give_what_a_contiguous_copy_gives(device: str) -> None:
+    wide = inputs((2, 6, 5, 8, 3), device, torch.float32, 0.1, "normalised")
+    strided = {n: wide[n].transpose(2, 3)[:, ::2] for n in ("x", "residual")}
+    parameters = {n: wide[n][::2] for n in ("weight", "bias")}
+    dy = torch.ones((), device=device).expand(2, 3, 8, 5, 3)
+    args = {**wide, **strided, **parameters, "negative_slope": randn(6, seed=6, dtype=torch.float32).to(device)[::2]}
+    assert not any(args[n].is_contiguous() for n in ("x", "residual", "weight", "bias", "negative_slope"))
+    assert assert_as_in_float64(args, dy, 1e-5).is_contiguous()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_raw_residual_without_activation_gets_the_incoming_gradient_itself(device: str) -> None:
+    needs_kernels(device)
+    args = leaves(inputs(SHAPE, device, torch.float32, None, "raw"))
+    dy = cotangent(args)
+    (gradient,) = torch.autograd.grad(instance_norm(**args), args["residual"], dy)
+    assert gradient.data_ptr() == dy.data_ptr()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given", ["none", "weight", "bias", "negative_slope"])
+def test_parameters_get_gradients_each_alone_in_their_own_dtype(device: str, given: str) -> None:
+    args = inputs(SHAPE, device, torch.float32, "channels")
+    alone = {"x": args["x"], **({given: args[given].half()} if given != "none" else {})}
+    assert_as_in_float64(alone, cotangent(args), TOLERANCES[torch.float16])
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_second_call_gives_the_same_bits(device: str) -> None:
+    args = leaves(inputs(SMALL, device, torch.float32, "one", "normalised"))
+    dy = cotangent(args)
+    first, second = (
+        (out := instance_norm(**args), *torch.autograd.grad(out, list(tensors(args).values()), dy)) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("memory_format", "residual"), list(zip(FORMATS, ["normalised", "raw"])))
+def test_every_candidate_is_right(
+    device: str, memory_format: torch.memory_format, residual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_kernels(device)
+    launch, most = dispatch.launch, 0
+    choice = 0
+
+    def chosen(kernel: Any, grid: Any, args: Any, candidates: Any, key: str) -> None:
+        nonlocal most
+        most = max(most, len(candidates))
+        launch(kernel, grid, args, [candidates[choice % len(candidates)]], key)
+
+    monkeypatch.setattr(dispatch, "launch", chosen)
+    monkeypatch.setattr(dispatch, "_tuned", dict)
+    monkeypatch.setattr(module, "ONE_TILE_FORWARD", 0)
+    monkeypatch.setattr(module, "ONE_TILE_BACKWARD", 0)
+    monkeypatch.setattr(module, "PROGRAMS", 1)
+    args = inputs((1, 2, 15, 17, 18), device, torch.float32, "one", residual, memory_format)
+    while choice == 0 or choice < most:
+        assert_as_in_float64(args, cotangent(args), 1e-5)
+        choice += 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("slope", "residual"), [("one", "none"), (None, "raw"), (0.1, "raw"), ("channels", "normalised")]
+)
+def test_the_operators_are_well_formed(device: str, slope: float | str | None, residual: str) -> None:
+    needs_kernels(device)
+    memory_format = FORMATS[residual == "raw"]
+    args = leaves(inputs((1, 2, 2, 3, 2), device, torch.float32, slope, residual, memory_format))
+    x, weight, bias = args["x"], args["weight"], args["bias"]
+    slopes = (args["negative_slope"], None) if isinstance(slope, str) else (None, slope)
+    forward = (x, weight, bias, EPS, *slopes, args["residual"], args["residual_norm"])
+    torch.library.opcheck(torch.ops.glioforge.instance_norm.default, forward)
+    stats = torch.ops.glioforge.instance_norm(*forward)[1].detach()
+    kept = None if slope is None and residual == "raw" else args["residual"]
+    backward = (cotangent(args), x, stats, weight, bias, *slopes, kept, args["residual_norm"])
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in backward)
+    torch.library.opcheck(torch.ops.glioforge.instance_norm_backward.default, detached)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("memory_format", "slope"), list(zip(FORMATS, ["one", 0.1])))
+def test_compiled_without_a_graph_break_it_gives_what_it_gives_eagerly(
+    device: str, memory_format: torch.memory_format, slope: float | str
+) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(instance_norm, fullgraph=True, backend="aot_eager")
+    for shape in ((1, 3, 4, 3, 2), (2, 3, 2, 4, 4)):
+        args = leaves(inputs(shape, device, torch.float32, slope, "normalised", memory_format))
+        dy = cotangent(args)
+        both = [
+            (out := f(**args), *torch.autograd.grad(out, list(tensors(args).values()), dy))
+            for f in (compiled, instance_norm)
+        ]
+        for a, b in zip(*both):
+            torch.testing.assert_close(a, b)
+            assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_by_inductor_between_other_operations(device: str) -> None:
+    needs_kernels(device)
+    torch._dynamo.reset()
+    args = leaves(inputs(SHAPE, device, torch.float32, 0.1, "raw"))
+
+    def block(x: Tensor, residual: Tensor) -> Tensor:
+        return instance_norm(x * 2, negative_slope=0.1, residual=residual + 1).tanh()
+
+    pair = args["x"], args["residual"]
+    out, expected = torch.compile(block, fullgraph=True)(*pair), block(*pair)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(torch.autograd.grad(out.sum(), pair), torch.autograd.grad(expected.sum(), pair)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(device: str, dtype: torch.dtype) -> None:
+    args = inputs(SHAPE, device, dtype, "one", "normalised")
+    with torch.autocast(device, torch.bfloat16):
+        out = instance_norm(**args)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, instance_norm(**args), rtol=0, atol=0)
+
+
+def test_torch_is_taken_where_it_was_measured_faster(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    calls = []
+
+    def compiled(*args: Any) -> Tensor:
+        calls.append(args)
+        return instance_norm_reference(*args)
+
+    monkeypatch.setattr(dispatch, "path", lambda op, x, key: "torch")
+    monkeypatch.setattr(module, "_compiled_reference", lambda: compiled)
+    args = inputs(SHAPE)
+    torch.testing.assert_close(instance_norm(**args), instance_norm_reference(args.pop("x"), **args))
+    assert len(calls) == 1 and launched == []
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 16, 128, 128, 64), (8, 32, 128, 128, 64), (1, 1, 128, 128, 64)])
+def test_a_large_map_fills_a_large_gpu_and_needs_none_to_be_planned(
+    memory_format: torch.memory_format, shape: tuple[int, ...]
+) -> None:
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta").to(memory_format=memory_format)
+    launches: list[dispatch.Launch] = []
+    with dispatch.observed(launches.append):
+        y, stats = module.instance_norm_forward(x, None, None, EPS, None, 0.01, None, False)
+        module.instance_norm_backward(y, x, stats, None, None, None, 0.01, None, False)
+    assert [launch.name for launch in launches][::2] == ["norm_statistics", "norm_apply", "norm_gradient_combine"]
+    for launch in launches:
+        if "combine" not in launch.name:
+            blocks, splits = launch.grid(launch.candidates[0])[:2]
+            assert 4 * 132 <= blocks * splits <= 2048 or shape[1] == 1 and blocks * splits >= 132
+
+
+@pytest.mark.parametrize("residual", ["none", "raw", "normalised"])
+def test_passes_are_the_maps_that_the_launches_take(residual: str) -> None:
+    x = torch.empty((2, 16, 64, 64, 64), dtype=torch.bfloat16, device="meta")
+    skip, normalised = None if residual == "none" else torch.empty_like(x), residual == "normalised"
+    launches: list[dispatch.Launch] = []
+    counts = []
+    with dispatch.observed(launches.append):
+        y, stats = module.instance_norm_forward(x, None, None, EPS, None, 0.01, skip, normalised)
+        counts.append(maps_of(launches, x))
+        launches.clear()
+        module.instance_norm_backward(y, x, stats, None, None, None, 0.01, skip, normalised)
+        counts.append(maps_of(launches, x))
+    assert tuple(counts) == PASSES[residual]
+
+
+def maps_of(launches: list[dispatch.Launch], x: Tensor) -> int:
+    """How many feature maps the kernels take as arguments: each reads or writes each of them once."""
+    given = [a for launch in launches for a in launch.args.values() if isinstance(a, Tensor)]
+    return sum(a.shape == x.shape and a.dtype == x.dtype for a in given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_offsets_hold_beyond_two_to_the_31_elements(memory_format: torch.memory_format) -> None:
+    needs_kernels("cuda")
+    shape = (3, 2, 1024, 1024, 512)
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    x = torch.empty(shape, dtype=torch.float16, device="cuda", memory_format=memory_format).normal_()
+    last = x[2:].clone(memory_format=torch.preserve_format).requires_grad_()
+    x.requires_grad_()
+    out, alone = instance_norm(x, negative_slope=0.01), instance_norm(last, negative_slope=0.01)
+    torch.testing.assert_close(out[2:], alone)
+    (dx,) = torch.autograd.grad(out, x, out.detach())
+    (dlast,) = torch.autograd.grad(alone, last, alone.detach())
+    torch.testing.assert_close(dx[2:], dlast)
