@@ -1,10 +1,12 @@
-# `make train` and `make test` install everything into .venv once, then do their work.
+# `make train` and `make test` install everything into .venv once, then do their work. The tests run on a CPU; those of
+# the kernels run again in Triton's interpreter, and the kernels are compiled for GPUs that need not be there.
 #
 #   make train ARGS="--config launch/configs/brats.yaml --data.root FOLDER"
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
+KERNEL_TESTS = $(addprefix tests/test_,attention.py dice_ce.py dispatch.py fused_models.py instance_norm.py)
 
 .PHONY: train test lint clean
 
@@ -13,6 +15,8 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNEL_TESTS)
+	$(BIN)/python -m kernels.aot
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,68 @@
+"""The three models and the loss through the fused kernels, against the same through plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.dice_ce import dice_ce_loss
+from models import MODELS, build_model
+
+IMG_SIZE = (32, 16, 16)
+TRANSFORMER = {"hidden_size": 40, "mlp_dim": 56}
+WIDTHS: dict[str, dict[str, int]] = {
+    "unetr": {"feature_size": 2, "num_heads": 6, **TRANSFORMER},  # heads of int(40 / 6) = 6 features
+    "unetr_monai": {"feature_size": 2, "num_heads": 5, **TRANSFORMER},
+    "unet": {"feature_size": 2},
+}
+REGIONS = ((2, 3), (1, 2, 3), (3,))
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not dispatch.INTERPRETED, reason="on a CPU with TRITON_INTERPRET=1")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(autouse=True)
+def auto_afterwards() -> Iterator[None]:
+    precise = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with precise:
+        yield
+    dispatch.use("auto")
+
+
+def loss_and_gradients(name: str, device: str, kernels: dispatch.Kernels) -> tuple[Tensor, list[Tensor], list[str]]:
+    """One step without an update, and the names of the launched kernels."""
+    dispatch.use(kernels, device)
+    torch.manual_seed(0)
+    model = build_model(name, in_channels=4, img_size=IMG_SIZE, **WIDTHS[name]).to(device)
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(1, 4, *IMG_SIZE, generator=generator).to(device)
+    labels = torch.randint(0, 4, (1, *IMG_SIZE), generator=generator, dtype=torch.uint8).to(device)
+    launched: list[str] = []
+
+    def run(launch: dispatch.Launch) -> None:
+        launched.append(launch.name)
+        launch.run(launch.candidates[0])
+
+    with dispatch.observed(run):
+        loss = dice_ce_loss(model(image), labels, REGIONS).loss
+        loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None], launched
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_through_the_kernels_equals_a_step_through_pytorch(name: str, device: str) -> None:
+    loss, gradients, launched = loss_and_gradients(name, device, "triton")
+    expected, expected_gradients, none = loss_and_gradients(name, device, "reference")
+    assert not none
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    whole = torch.cat([g.flatten() for g in expected_gradients]).norm()
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        assert (mine - theirs).norm() <= 1e-4 * whole
+    ops = {"attention", "dice_ce", "norm"} - ({"attention"} if name == "unet" else set())
+    assert all(any(op in kernel for kernel in launched) for op in ops), set(launched)
