@@ -1,0 +1,150 @@
+"""What `pytest --benchmark` leaves behind: a table on the terminal, a JSON file and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import Roofline, Work
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+OURS = "glioforge"
+COLOURS = {OURS: "#d55e00", "torch.compile": "#0072b2", "eager": "#999999", "MONAI": "#009e73"}
+OTHER_COLOURS = ("#56b4e9", "#cc79a7", "#e69f00", "#000000")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Fields:
+        op, case, direction: what was computed, on what, "forward" or "forward + backward".
+        variant: by whom; `path` which path that was, for ours.
+        seconds: median of one call in a CUDA graph (on a CPU: of one call). eager_seconds: dispatched from Python.
+        bytes, flops: the least that must be moved and done. roofline_share: of the time at the measured ceilings.
+    """
+
+    op: str
+    case: str
+    direction: str
+    variant: str
+    path: str
+    seconds: float
+    eager_seconds: float
+    bytes: int
+    flops: int
+    roofline_share: float
+
+    @classmethod
+    def of(cls, labels: dict[str, str], seconds: float, eager_seconds: float, work: Work, roofline: Roofline) -> Row:
+        """A row from a time and the least work."""
+        return cls(
+            **labels,
+            seconds=seconds,
+            eager_seconds=eager_seconds,
+            bytes=work.bytes,
+            flops=work.flops,
+            roofline_share=roofline.floor(work) / seconds,
+        )
+
+
+def groups(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, str, str], list[Row]]]:
+    """Rows that computed the same, by (op, case, direction)."""
+    for key, group in groupby(rows, key=lambda row: (row.op, row.case, row.direction)):
+        yield key, list(group)
+
+
+def lost(rows: Sequence[Row], margin: float = 1.02) -> list[str]:
+    """Where another variant was faster than ours by more than the margin, in words."""
+    lines = []
+    for (op, case, direction), group in groups(rows):
+        ours = next((row for row in group if row.variant == OURS), None)
+        others = [row for row in group if row.variant != OURS]
+        if ours is None or not others:
+            continue
+        best = min(others, key=lambda row: row.seconds)
+        if ours.seconds > margin * best.seconds:
+            ratio = ours.seconds / best.seconds
+            lines.append(f"{op} {case} {direction}: {best.variant} is {ratio:.2f} x as fast as ours ({ours.path} path)")
+    return lines
+
+
+def print_table(rows: Sequence[Row], roofline: Roofline, about: dict[str, Any], console: Console) -> None:
+    """One line for each measurement, grouped by what was computed."""
+    rates = ", ".join(f"{str(t).removeprefix('torch.')} {rate / 1e12:.3g}" for t, rate in roofline.rates.items())
+    console.print(
+        f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}\n"
+        f"measured ceilings: copy {roofline.bandwidth / 1e9:.0f} GB/s; matrix products {rates} TFLOP/s",
+        highlight=False,
+    )
+    table = Table()
+    for column in ("", "µs", "eager µs", "GB/s", "TFLOP/s", "roofline", "x ours"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for (op, case, direction), group in groups(rows):
+        ours = next((row.seconds for row in group if row.variant == OURS), None)
+        table.add_row(f"[bold]{op}[/bold] {case}, {direction}")
+        for index, row in enumerate(group):
+            table.add_row(
+                f"  {row.variant} ({row.path})" if row.path else f"  {row.variant}",
+                f"{row.seconds * 1e6:.1f}",
+                f"{row.eager_seconds * 1e6:.1f}",
+                f"{row.bytes / row.seconds / 1e9:.0f}",
+                f"{row.flops / row.seconds / 1e12:.3g}" if row.flops else "",
+                f"{100 * row.roofline_share:.0f} %",
+                f"{row.seconds / ours:.2f}" if ours else "",
+                end_section=index == len(group) - 1,
+            )
+    console.print(table)
+
+
+def write_json(rows: Sequence[Row], roofline: Roofline, about: dict[str, Any], path: Path) -> None:
+    """Machine, ceilings and rows."""
+    ceilings = {
+        "copy_bytes_per_s": roofline.bandwidth,
+        "flops_per_s": {str(dtype): rate for dtype, rate in roofline.rates.items()},
+    }
+    content = {"machine": about, "roofline": ceilings, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
+    """Share of the roofline by case and variant, a panel for each operation."""
+    ops = list(dict.fromkeys(row.op for row in rows))
+    per_op = {op: [group for group in groups(rows) if group[0][0] == op] for op in ops}
+    bars = {op: sum(len(group) + 1 for _, group in per_op[op]) for op in ops}
+    figure, axes = plt.subplots(
+        len(ops), 1, figsize=(11, 1.2 * len(ops) + 0.2 * sum(bars.values())), layout="constrained", squeeze=False,
+        height_ratios=[bars[op] for op in ops],
+    )  # fmt: skip
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    others = [variant for variant in variants if variant not in COLOURS]
+    colours = COLOURS | dict(zip(others, OTHER_COLOURS * len(others), strict=False))
+    for axis, op in zip(axes[:, 0], ops, strict=True):
+        y, ticks = 0.0, []
+        for (_, case, direction), group in per_op[op]:
+            ticks.append((y + (len(group) - 1) / 2, f"{case}\n{direction}"))
+            for row in group:
+                axis.barh(y, 100 * row.roofline_share, color=colours[row.variant], height=0.9)
+                axis.text(100 * row.roofline_share + 0.5, y, f"{row.seconds * 1e6:.0f} µs", va="center", fontsize=6)
+                y += 1
+            y += 1
+        axis.set_yticks(*zip(*ticks, strict=True), fontsize=7)
+        axis.invert_yaxis()
+        axis.margins(x=0.08, y=0.01)
+        axis.set_title(op, loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel(f"share of the measured roofline, % ({about['device']})")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[variant]) for variant in variants]
+    figure.legend(handles, variants, loc="outside upper center", ncols=min(6, len(variants)), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
