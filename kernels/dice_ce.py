@@ -473,8 +473,8 @@ def dice_ce_forward(
         "CE": kind, "SQUARED": squared_pred,
     }  # fmt: skip
     tile_rows = min(1 << (rows - 1).bit_length(), 64)
-    tile_columns = min(1 << (columns - 1).bit_length(), 8192 // tile_rows)
-    config = {"ROWS": tile_rows, "COLUMNS": tile_columns, "num_warps": 8, "num_stages": 1}
+    tile_columns = min(1 << (columns - 1).bit_length(), 2048 // tile_rows)
+    config = {"ROWS": tile_rows, "COLUMNS": tile_columns, "num_warps": 4, "num_stages": 1}
     dispatch.launch(
         dice_ce_combine_kernel, lambda config: (1,), args, [config], f"rows{tile_rows} columns{tile_columns}"
     )

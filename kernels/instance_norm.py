@@ -96,10 +96,8 @@ LARGE_BLOCK_C = 64
 """Most channels of a tile in channels_last_3d: 128 bytes of bf16, one line of the cache."""
 ONE_TILE_BLOCK_C = 16
 """The same where one tile is all: fewer, for more programs; 16 channels of bf16 are one sector of 32 bytes."""
-ONE_TILE_FORWARD = 32 * 1024
-"""Most bytes of a sample and channel block that one program holds, forward: 64 a thread of 512."""
-ONE_TILE_BACKWARD = 16 * 1024
-"""The same backward, where up to three maps are held."""
+ONE_TILE = 32 * 1024
+"""Most bytes that one program holds where one tile is all, of all maps that it reads: 64 a thread of 512."""
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -539,19 +537,21 @@ class _Plan(NamedTuple):
     def configs(self, x: Tensor, *walks: tuple[int, int, int]) -> list[dict[str, int]]:
         """Candidates: of a walk from (KiB of one map in a tile, warps, stages); of one tile by its elements."""
         if self.one_tile:
-            warps = min(max(triton.next_power_of_2(self.voxels) * self.block_c // 512, 1), 16)
+            warps = min(max(triton.next_power_of_2(self.voxels) * self.block_c // 256, 1), 16)
             return [{"num_warps": n, "num_stages": 1} for n in (warps, 2 * warps) if n <= 16]
         voxels = 1024 // x.element_size() // self.block_c
         return [{"BLOCK_S": kib * voxels, "num_warps": warps, "num_stages": stages} for kib, warps, stages in walks]
 
 
-def _plan(x: Tensor, most: int) -> _Plan:
-    """The division of a dense `x`; one tile holds a sample and channel block whole where that is `most` bytes."""
+def _plan(x: Tensor, maps: int) -> _Plan:
+    """The division of a dense `x`; one tile holds a sample and channel block whole where all `maps` to be read fit."""
     samples, channels = x.shape[:2]
     voxels = math.prod(x.shape[2:])
     channels_last = _is_channels_last(x)
     block_c = min(triton.next_power_of_2(channels), ONE_TILE_BLOCK_C) if channels_last else 1
-    if triton.next_power_of_2(voxels) * block_c * x.element_size() <= most:
+    # Values that can't be loaded 16 bytes at a time take a register each.
+    size = x.element_size() if (channels if channels_last else voxels) % 16 == 0 else 4
+    if triton.next_power_of_2(voxels) * block_c * size * maps <= ONE_TILE:
         return _Plan(samples, channels, voxels, channels_last, block_c, voxels, True)
     block_c = min(triton.next_power_of_2(channels), LARGE_BLOCK_C) if channels_last else 1
     splits = max(1, PROGRAMS // (samples * triton.cdiv(channels, block_c)))
@@ -619,7 +619,7 @@ def instance_norm_forward(
     x = _dense(x)
     residual = None if residual is None else _like(residual, x)
     y, stats = _forward_outputs(x, residual_norm)
-    plan, key = _plan(x, ONE_TILE_FORWARD), _key(x, residual, residual_norm)
+    plan, key = _plan(x, 1 if residual is None else 2), _key(x, residual, residual_norm)
     common = {"x_ptr": x, "r_ptr": residual, **plan.sizes}
     write = {"y_ptr": y, "stats_ptr": stats, "NORMALISED": residual_norm}
     write |= _parameters(weight, bias, slope_tensor, slope)
@@ -685,7 +685,7 @@ def instance_norm_backward(
     dy = _like(dy, x)
     residual = None if residual is None else _like(residual, x)
     dx, dweight, dbias, dslope, dresidual = _backward_outputs(x, weight, bias, slope_tensor, residual)
-    plan, key = _plan(x, ONE_TILE_BACKWARD), _key(x, residual, residual_norm)
+    plan, key = _plan(x, 2 if residual is None else 3), _key(x, residual, residual_norm)
     sums = x.new_empty((4, *x.shape[:2], plan.splits), dtype=torch.float32)
     common = {"x_ptr": x, "r_ptr": residual, "stats_ptr": stats, "NORMALISED": residual_norm, **plan.sizes}
     common |= _parameters(weight, bias, slope_tensor, slope)
@@ -701,7 +701,8 @@ def instance_norm_backward(
         means = sums.new_empty(sums.shape[:3])
         writes_g = residual is not None and not residual_norm
         args = {**common, "dy_ptr": dy, "g_ptr": dresidual if writes_g else None, "sums_ptr": sums}
-        configs = plan.configs(x, (4, 4, 3), (4, 4, 1), (4, 8, 3), (8, 8, 2), (2, 4, 3))
+        tile = 2 if residual_norm else 4  # a third map and one more sum, or the registers do not suffice
+        configs = plan.configs(x, (tile, 4, 3), (tile, 4, 1), (tile, 8, 3), (2 * tile, 8, 2), (2, 4, 2))
         dispatch.launch(norm_gradient_sums, plan.grid, args, configs, key)
         _combine_gradients(sums, means, *of_channels, residual_norm, plan, key)
         args = {**common, **write, "g_ptr": dy, "means_ptr": means}

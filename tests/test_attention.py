@@ -134,13 +134,18 @@ def test_blocks_of_any_size_are_right(
         launch.run({**launch.candidates[0]} | {name: size for name, size in sizes if name in launch.candidates[0]})
 
     with dispatch.observed(run):
-        assert_attention_is_right(random_qkv((1, 1, 70, 51), torch.float16, device))
+        assert_attention_is_right(random_qkv((2, 2, 40, 51), torch.float16, device))
         assert_attention_is_right(random_qkv((1, 1, 64, 64), torch.float16, device))
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])
 def test_any_finite_scale_is_taken(scale: float, device: str) -> None:
     assert_attention_is_right(random_qkv((1, 2, 33, 51), torch.float32, device), scale)
+
+
+def test_a_negative_scale_does_not_overflow(device: str) -> None:
+    q, k, v = (x.detach() for x in random_qkv((1, 2, 33, 51), torch.float32, device))
+    torch.testing.assert_close(flash_attention(q, k, v, -9.0), flash_attention(-q, k, v, 9.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -167,7 +167,7 @@ def needs_kernels(device: str) -> None:
 @pytest.fixture
 def splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three launches, and several splits, for small maps too."""
-    for name, value in {"ONE_TILE_FORWARD": 0, "ONE_TILE_BACKWARD": 0, "CHUNK_STEP": 64, "PROGRAMS": 8}.items():
+    for name, value in {"ONE_TILE": 0, "CHUNK_STEP": 64, "PROGRAMS": 8}.items():
         monkeypatch.setattr(module, name, value)
 
 
@@ -331,8 +331,7 @@ def test_one_voxel_has_no_gradient_but_that_of_bias_and_raw_residual(device: str
 def test_a_program_that_walks_several_tiles_misses_and_repeats_no_voxel(
     device: str, memory_format: torch.memory_format, tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ONE_TILE_FORWARD", 0)
-    monkeypatch.setattr(module, "ONE_TILE_BACKWARD", 0)
+    monkeypatch.setattr(module, "ONE_TILE", 0)
     monkeypatch.setattr(module, "PROGRAMS", 4)
     size = (16, 16, 32) if tiles == "whole pairs" else (19, 17, 31)
     args = inputs((1, 2, *size), device, torch.float32, "one", "normalised", memory_format)
@@ -486,8 +485,7 @@ def test_every_candidate_is_right(
 
     monkeypatch.setattr(dispatch, "launch", chosen)
     monkeypatch.setattr(dispatch, "_tuned", dict)
-    monkeypatch.setattr(module, "ONE_TILE_FORWARD", 0)
-    monkeypatch.setattr(module, "ONE_TILE_BACKWARD", 0)
+    monkeypatch.setattr(module, "ONE_TILE", 0)
     monkeypatch.setattr(module, "PROGRAMS", 1)
     args = inputs((1, 2, 15, 17, 18), device, torch.float32, "one", residual, memory_format)
     while choice == 0 or choice < most:
