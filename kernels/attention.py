@@ -353,13 +353,13 @@ def _backward_configs(q: Tensor) -> list[dispatch.Config]:
     if q.dtype == torch.float32:
         rows = [(16, 32, 8, 1)] if features > 64 else [(32, 32, 8, 1), (16, 32, 4, 1), (16, 64, 8, 1)]
     elif features > 64:
-        rows = [(64, 64, 8, 1), (64, 32, 8, 2), (32, 32, 4, 2)]
+        rows = [(64, 64, 8, 1), (64, 32, 8, 2)]
     elif not _has_wide_loads(q):
         rows = [(64, 32, 4, 1), (32, 64, 4, 1)]
     else:
-        rows = [(64, 32, 4, 2), (32, 64, 4, 2)]
+        rows = [(64, 32, 4, 2)]
         if tokens % 128 == 0:
-            rows = [(64, 64, 4, 2), *rows]
+            rows = [(64, 64, 4, 2), *rows, (32, 64, 4, 2)]
         if tokens > 512:
             rows = [(128, 64, 8, 3), *rows]
     return _configs(q, rows, roles=2)
