@@ -27,8 +27,8 @@ The kernels keep S and P on the chip. A UNETR's grid is small (20 heads of 256 t
 - Products are tensor-core products with float32 sums. P and dS are rounded to the dtype of the inputs for theirs, as
   in every fused attention. float32 inputs are split in three TF32 products each ("tf32x3"), which leaves an error near
   float32's own where TF32 alone keeps three digits.
-- Sizes and strides are compile-time constants. With 51 features a row starts on no multiple of 4 bytes, so loads are
-  2 bytes wide; constant strides make their addresses immediate offsets: a quarter fewer instructions, and no spills.
+- Sizes and strides are compile-time constants. With 51 features a row may start at any even byte, so loads are 2 bytes
+  wide; constant strides make their addresses immediate offsets, a quarter fewer instructions (sm_90, forward).
 - O, dQ, dK and dV are (B, N, H, D) in memory, returned as (B, H, N, D) views: joining the heads is then free.
 
 Sources: Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762; Dao, FlashAttention-2,
