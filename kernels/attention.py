@@ -141,7 +141,7 @@ def _attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    NUM_BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_M)
+    NUM_BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(0) // NUM_BLOCKS
     start_m = tl.program_id(0) % NUM_BLOCKS * BLOCK_M
     k_ptr = _head_ptr(k_ptr, strides_k, head, H)
@@ -199,7 +199,7 @@ def _attention_delta_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    NUM_BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_M)
+    NUM_BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(0) // NUM_BLOCKS
     start = tl.program_id(0) % NUM_BLOCKS * BLOCK_M
     dout = _load_tile(_head_ptr(dout_ptr, strides_dout, head, H), strides_dout, start, N, D, BLOCK_M, BLOCK_D)
@@ -264,7 +264,7 @@ def _attention_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # BLOCK_M rows are kept and BLOCK_N rows at a time gone over, whichever of the two are queries and which keys.
-    NUM_BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_M)
+    NUM_BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(0) // (2 * NUM_BLOCKS)
     block = tl.program_id(0) % (2 * NUM_BLOCKS)
     start = block % NUM_BLOCKS * BLOCK_M
