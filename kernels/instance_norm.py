@@ -167,12 +167,6 @@ def _parameter(ptr, index, mask, default: tl.constexpr):
 
 
 @triton.jit
-def _slope(slope_ptr, slope, slope_stride, c, mask):
-    """The tensor's slopes, the number, or None without an activation."""
-    return slope if slope_ptr is None else _parameter(slope_ptr, c * slope_stride, mask, None)
-
-
-@triton.jit
 def _join(count, mean, m2, total):
     """Mean and M2 of a union along axis 0: exact, and the second step takes out the rounding of the first."""
     centre = tl.sum(count * mean, axis=0, keep_dims=True) / total
@@ -221,7 +215,8 @@ def norm_forward_one_tile(
         tl.store(stats_ptr + 3 * rows + row, rstd_r, mask=in_c)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
     z = _pre_activation((x - mean) * rstd, rhat, weight, bias)
-    slope = _slope(slope_ptr, slope, slope_stride, c, in_c)
+    if slope_ptr is not None:
+        slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
     y = z if slope is None else tl.where(z > 0, z, z * slope)
     tl.store(y_ptr + offset + tile, y, mask=inside)
 
@@ -300,7 +295,8 @@ def norm_apply(
         mean_r = _parameter(stats_ptr + 2 * rows, row, in_c, 0.0)
         rstd_r = _parameter(stats_ptr + 3 * rows, row, in_c, 0.0)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
-    slope = _slope(slope_ptr, slope, slope_stride, c, in_c)
+    if slope_ptr is not None:
+        slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
     begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * chunk
     end = tl.minimum(begin + chunk, S)
     tiles = tl.cdiv(end - begin, BLOCK_S)
@@ -333,7 +329,8 @@ def norm_backward_one_tile(
     inside = (s < S) & in_c
     mean, rstd = _parameter(stats_ptr, row, in_c, 0.0), _parameter(stats_ptr + rows, row, in_c, 0.0)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
-    slope = _slope(slope_ptr, slope, slope_stride, c, in_c)
+    if slope_ptr is not None:
+        slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
     xhat = (tl.load(x_ptr + offset + tile, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
     g = tl.load(dy_ptr + offset + tile, mask=inside, other=0.0).to(tl.float32)
     rhat = None
@@ -378,7 +375,8 @@ def norm_gradient_sums(
         mean_r = _parameter(stats_ptr + 2 * rows, row, in_c, 0.0)
         rstd_r = _parameter(stats_ptr + 3 * rows, row, in_c, 0.0)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
-    slope = _slope(slope_ptr, slope, slope_stride, c, in_c)
+    if slope_ptr is not None:
+        slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
     g_sum = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     gxhat_sum = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     grhat_sum = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
@@ -474,7 +472,8 @@ def norm_gradient_apply(
         rstd_r = _parameter(stats_ptr + 3 * rows, row, in_c, 0.0)
         mean_grhat = _parameter(means_ptr + 2 * rows, row, in_c, 0.0)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
-    slope = _slope(slope_ptr, slope, slope_stride, c, in_c)
+    if slope_ptr is not None:
+        slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
     begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * chunk
     end = tl.minimum(begin + chunk, S)
     tiles = tl.cdiv(end - begin, BLOCK_S)
