@@ -123,7 +123,7 @@ def _store_tile(
 
 
 @triton.jit
-def _attention_forward_kernel(
+def attention_forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -187,7 +187,7 @@ def _row_sums(
 
 
 @triton.jit
-def _attention_delta_kernel(
+def attention_delta_kernel(
     out_ptr,
     dout_ptr,
     delta_ptr,
@@ -237,7 +237,7 @@ def _load_delta(
 
 
 @triton.jit
-def _attention_backward_kernel(
+def attention_backward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -425,7 +425,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
         "scale_log2": scale * LOG2_E,
     }
     dispatch.launch(
-        _attention_forward_kernel, lambda config: (_num_blocks(q, config),), args, _forward_configs(q), _key(q)
+        attention_forward_kernel, lambda config: (_num_blocks(q, config),), args, _forward_configs(q), _key(q)
     )
     return out, lse
 
@@ -438,7 +438,7 @@ def _make_delta(out: Tensor, dout: Tensor) -> Tensor:
         **_sizes(out),
     }
     configs = [{"BLOCK_M": block, "num_warps": 4, "num_stages": 1} for block in (32, 64, 16)]
-    dispatch.launch(_attention_delta_kernel, lambda config: (_num_blocks(out, config),), args, configs, _key(out))
+    dispatch.launch(attention_delta_kernel, lambda config: (_num_blocks(out, config),), args, configs, _key(out))
     return delta
 
 
@@ -464,7 +464,7 @@ def attention_backward(
         "scale_log2": scale * LOG2_E,
     }
     dispatch.launch(
-        _attention_backward_kernel, lambda config: (2 * _num_blocks(q, config),), args, _backward_configs(q), _key(q)
+        attention_backward_kernel, lambda config: (2 * _num_blocks(q, config),), args, _backward_configs(q), _key(q)
     )
     return dq, dk, dv
 

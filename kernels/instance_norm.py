@@ -22,7 +22,8 @@ refuses that case in training; here it is defined, because the deepest level of 
 `instance_norm_reference` states this with `torch.nn.functional`: the oracle that everything faster is compared with.
 
 The kernels are bound by memory, so what counts is how often a feature map passes over the bus. A large one does not fit
-a multiprocessor: x is read once for its statistics and once more to be normalised. Each direction is three launches:
+a multiprocessor: x is read once for its statistics and once more to be normalised. Each direction is three launches
+(kernels, here without the `_kernel` of their names):
 
     norm_statistics        a program walks one chunk of the voxels; each lane (element of its tile) keeps a Welford mean
                            and M2 in registers, joined across lanes once, at the end
@@ -190,7 +191,7 @@ def _normalised_gradient(g, xhat, mean_g, mean_gxhat, rstd):
 
 
 @triton.jit
-def norm_forward_one_tile(
+def norm_forward_one_tile_kernel(
     x_ptr, r_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride, eps, rows, C, S,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +223,7 @@ def norm_forward_one_tile(
 
 
 @triton.jit
-def norm_statistics(
+def norm_statistics_kernel(
     x_ptr, r_ptr, partial_ptr, rows, C, S, chunk,
     CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
@@ -265,7 +266,7 @@ def norm_statistics(
 
 
 @triton.jit
-def norm_combine(
+def norm_combine_kernel(
     partial_ptr, stats_ptr, eps, rows, S, chunk, splits, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr
 ):  # fmt: skip
     partial_ptr += 2 * rows * splits * tl.program_id(1)
@@ -282,7 +283,7 @@ def norm_combine(
 
 
 @triton.jit
-def norm_apply(
+def norm_apply_kernel(
     x_ptr, r_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride, rows, C, S, chunk,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     num_stages: tl.constexpr,
@@ -318,7 +319,7 @@ def norm_apply(
 
 
 @triton.jit
-def norm_backward_one_tile(
+def norm_backward_one_tile_kernel(
     x_ptr, dy_ptr, r_ptr, dx_ptr, dr_ptr, stats_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride, sums_ptr,
     rows, C, S,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -360,7 +361,7 @@ def norm_backward_one_tile(
 
 
 @triton.jit
-def norm_gradient_sums(
+def norm_gradient_sums_kernel(
     x_ptr, dy_ptr, r_ptr, g_ptr, stats_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride, sums_ptr,
     rows, C, S, chunk,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -400,7 +401,7 @@ def norm_gradient_sums(
                 dslope_sum += tl.where(z > 0, 0.0, g * z)
             g = tl.where(z > 0, g, g * slope)
         if g_ptr is not None:
-            # norm_gradient_apply will read this rounded g: the sums must be those of what it reads.
+            # norm_gradient_apply_kernel will read this rounded g: the sums must be those of what it reads.
             g = g.to(g_ptr.dtype.element_ty)
             tl.store(g_ptr + at + tile, g, mask=inside)
             g = g.to(tl.float32)
@@ -420,7 +421,7 @@ def norm_gradient_sums(
 
 
 @triton.jit
-def norm_gradient_combine(
+def norm_gradient_combine_kernel(
     sums_ptr, means_ptr, dweight_ptr, dbias_ptr, dslope_ptr, N, C, S, splits,
     NORMALISED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -456,7 +457,7 @@ def norm_gradient_combine(
 
 
 @triton.jit
-def norm_gradient_apply(
+def norm_gradient_apply_kernel(
     x_ptr, g_ptr, r_ptr, dx_ptr, dr_ptr, stats_ptr, means_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride,
     rows, C, S, chunk,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -481,7 +482,7 @@ def norm_gradient_apply(
         start = begin + (tiles - 1 - i) * BLOCK_S
         inside = (start + s < end) & in_c
         at = offset + start.to(tl.int64) * (C if CHANNELS_LAST else 1)
-        # As in norm_apply.
+        # As in norm_apply_kernel.
         x = tl.load(x_ptr + at + tile, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         g = tl.load(g_ptr + at + tile, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         xhat = (x - mean) * rstd
@@ -624,16 +625,16 @@ def instance_norm_forward(
     write |= _parameters(weight, bias, slope_tensor, slope)
     if plan.one_tile:
         args = {**common, **write, "eps": eps}
-        dispatch.launch(norm_forward_one_tile, lambda config: (plan.blocks,), args, plan.configs(x), key)
+        dispatch.launch(norm_forward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(x), key)
         return y, stats
     partial = x.new_empty((*stats.shape, plan.splits), dtype=torch.float32)
     args = {**common, "r_ptr": residual if residual_norm else None, "partial_ptr": partial}
     configs = plan.configs(x, (4, 4, 3), (4, 4, 1), (8, 8, 3), (8, 8, 1), (4, 8, 3), (8, 4, 2))
     maps = stats.shape[0] // 2
-    dispatch.launch(norm_statistics, lambda config: (plan.blocks, plan.splits, maps), args, configs, key)
+    dispatch.launch(norm_statistics_kernel, lambda config: (plan.blocks, plan.splits, maps), args, configs, key)
     _combine_statistics(partial, stats, eps, plan, key)
     configs = plan.configs(x, (4, 4, 1), (4, 4, 3), (8, 8, 1), (8, 8, 2), (2, 4, 1))
-    dispatch.launch(norm_apply, plan.grid, {**common, **write}, configs, key)
+    dispatch.launch(norm_apply_kernel, plan.grid, {**common, **write}, configs, key)
     return y, stats
 
 
@@ -643,7 +644,7 @@ def _combine_statistics(partial: Tensor, stats: Tensor, eps: float, plan: _Plan,
     args = {"partial_ptr": partial, "stats_ptr": stats, "eps": eps, "rows": plan.rows, "S": plan.voxels}
     args |= {"chunk": plan.chunk, "splits": plan.splits, "BLOCK_ROWS": block_rows, "BLOCK_SPLITS": block_splits}
     grid = triton.cdiv(plan.rows, block_rows), stats.shape[0] // 2
-    dispatch.launch(norm_combine, lambda config: grid, args, [{"num_warps": 4, "num_stages": 1}], key)
+    dispatch.launch(norm_combine_kernel, lambda config: grid, args, [{"num_warps": 4, "num_stages": 1}], key)
 
 
 def _backward_outputs(
@@ -693,7 +694,7 @@ def instance_norm_backward(
     of_channels = dweight, dbias, x.new_empty(0) if dslope.shape[0] == 1 else dslope
     if plan.one_tile:
         args = {**common, **write, "dy_ptr": dy, "sums_ptr": sums}
-        dispatch.launch(norm_backward_one_tile, lambda config: (plan.blocks,), args, plan.configs(x), key)
+        dispatch.launch(norm_backward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(x), key)
         if any(gradient.numel() for gradient in of_channels):
             _combine_gradients(sums, None, *of_channels, False, plan, key)
     else:
@@ -702,13 +703,13 @@ def instance_norm_backward(
         args = {**common, "dy_ptr": dy, "g_ptr": dresidual if writes_g else None, "sums_ptr": sums}
         tile = 2 if residual_norm else 4  # a third map and one more sum, or the registers do not suffice
         configs = plan.configs(x, (tile, 4, 3), (tile, 4, 1), (tile, 8, 3), (2 * tile, 8, 2), (2, 4, 2))
-        dispatch.launch(norm_gradient_sums, plan.grid, args, configs, key)
+        dispatch.launch(norm_gradient_sums_kernel, plan.grid, args, configs, key)
         _combine_gradients(sums, means, *of_channels, residual_norm, plan, key)
         args = {**common, **write, "g_ptr": dy, "means_ptr": means}
         if writes_g:
             args |= {"g_ptr": dresidual, "r_ptr": None, "dr_ptr": None, "slope_ptr": None, "slope": None}
         configs = plan.configs(x, (4, 4, 1), (4, 4, 2), (2, 4, 1), (4, 8, 2), (2, 4, 3))
-        dispatch.launch(norm_gradient_apply, plan.grid, args, configs, key)
+        dispatch.launch(norm_gradient_apply_kernel, plan.grid, args, configs, key)
     if dslope.shape[0] == 1:
         dslope = sums[3].sum().view(1).to(dslope.dtype)
     return dx, dweight, dbias, dslope, dresidual
@@ -731,7 +732,7 @@ def _combine_gradients(
     args |= {"splits": plan.splits, "NORMALISED": residual_norm, "BLOCK_SPLITS": block_splits}
     args |= {"BLOCK_N": min(triton.next_power_of_2(plan.samples), max(COMBINE_TILE // block_splits, 1))}
     configs = [{"num_warps": 4, "num_stages": 1}]
-    dispatch.launch(norm_gradient_combine, lambda config: (plan.channels,), args, configs, key)
+    dispatch.launch(norm_gradient_combine_kernel, lambda config: (plan.channels,), args, configs, key)
 
 
 _forward_op = torch.library.custom_op("glioforge::instance_norm", mutates_args=())(instance_norm_forward)

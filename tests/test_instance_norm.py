@@ -349,8 +349,8 @@ def test_a_map_too_large_for_one_program_takes_three_launches_each_way(
     args = inputs((1, 2, 33, 31, 17), device, torch.float32, 0.01, residual, memory_format)
     assert_as_in_float64(args, cotangent(args), 1e-5)
     assert launched == [
-        *("norm_statistics", "norm_combine", "norm_apply"),
-        *("norm_gradient_sums", "norm_gradient_combine", "norm_gradient_apply"),
+        *("norm_statistics_kernel", "norm_combine_kernel", "norm_apply_kernel"),
+        *("norm_gradient_sums_kernel", "norm_gradient_combine_kernel", "norm_gradient_apply_kernel"),
     ]
 
 
@@ -359,10 +359,10 @@ def test_a_small_map_takes_one_launch_and_another_for_gradients_of_parameters(de
     needs_kernels(device)
     args = leaves(inputs(SHAPE, device, torch.float32, 0.01, "normalised"))
     instance_norm(**args).sum().backward()
-    assert launched == ["norm_forward_one_tile", "norm_backward_one_tile", "norm_gradient_combine"]
+    assert launched == ["norm_forward_one_tile_kernel", "norm_backward_one_tile_kernel", "norm_gradient_combine_kernel"]
     launched.clear()
     instance_norm(args["x"], negative_slope=0.01).sum().backward()
-    assert launched == ["norm_forward_one_tile", "norm_backward_one_tile"]
+    assert launched == ["norm_forward_one_tile_kernel", "norm_backward_one_tile_kernel"]
 
 
 def test_the_reference_is_taken_where_it_is_asked_for_or_nothing_else_computes(launched: list[str]) -> None:
@@ -581,7 +581,11 @@ def test_a_large_map_fills_a_large_gpu_and_needs_none_to_be_planned(
     with dispatch.observed(launches.append):
         y, stats = module.instance_norm_forward(x, None, None, EPS, None, 0.01, None, False)
         module.instance_norm_backward(y, x, stats, None, None, None, 0.01, None, False)
-    assert [launch.name for launch in launches][::2] == ["norm_statistics", "norm_apply", "norm_gradient_combine"]
+    assert [launch.name for launch in launches][::2] == [
+        "norm_statistics_kernel",
+        "norm_apply_kernel",
+        "norm_gradient_combine_kernel",
+    ]
     for launch in launches:
         if "combine" not in launch.name:
             blocks, splits = launch.grid(launch.candidates[0])[:2]
