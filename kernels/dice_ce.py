@@ -423,7 +423,7 @@ def _candidates(R: int, itemsize: int, voxels: int, stride: int) -> list[dispatc
     shapes = [(128, lane, 4), (256, lane, 8), (64, lane, 2), (128, max(1, lane // 2), 4)]
     if stride > 1 or voxels % 16:
         lane = min(4, lane)
-        shapes = [(128 * lane, 1, 4), (256 * lane, 1, 8), (64 * lane, 1, 4), (64 * lane, 1, 2)]
+        shapes = [(128 * lane, 1, 4), (128 * lane, 1, 8), (64 * lane, 1, 4), (64 * lane, 1, 2)]
     return [{"ROWS": rows, "VEC": vec, "num_warps": warps, "num_stages": 1} for rows, vec, warps in shapes]
 
 

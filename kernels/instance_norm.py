@@ -708,7 +708,7 @@ def instance_norm_backward(
         args = {**common, **write, "g_ptr": dy, "means_ptr": means}
         if writes_g:
             args |= {"g_ptr": dresidual, "r_ptr": None, "dr_ptr": None, "slope_ptr": None, "slope": None}
-        configs = plan.configs(x, (4, 4, 1), (4, 4, 2), (2, 4, 1), (4, 8, 2), (2, 4, 3))
+        configs = plan.configs(x, (4, 4, 1), (4, 4, 2), (2, 4, 1), (4, 8, 2), (4, 8, 3))
         dispatch.launch(norm_gradient_apply_kernel, plan.grid, args, configs, key)
     if dslope.shape[0] == 1:
         dslope = sums[3].sum().view(1).to(dslope.dtype)
