@@ -26,6 +26,7 @@ setup(
         "jsonargparse[signatures]>=4.49",
         "rich>=13",
         "matplotlib>=3.9",
+        "psutil>=5.9",
         "pyyaml>=6",
         "tensorboard>=2.17",
     ],

@@ -82,7 +82,7 @@ def load_state(engine: Any, folder: Path, ranks: Ranks, zero_stage: int) -> dict
     """
     tag = next((tag for tag in ("last", "last.previous") if (folder / tag / "ranks.json").is_file()), None)
     if tag is None:
-        raise ValueError(f"--resume: no checkpoint in {folder}; the run ended before its first validation")
+        raise ValueError(f"--resume: no checkpoint in {folder}; the run ended before it wrote one")
     saved = json.loads((folder / tag / "ranks.json").read_text())
     found = {"world_size": ranks.world_size, "zero_stage": zero_stage}
     if saved != found and (saved["zero_stage"] or zero_stage):

@@ -21,6 +21,9 @@ import jsonargparse
 from jsonargparse import ArgumentParser
 
 from kernels.dispatch import Kernels
+from pipelines.augment import Augment
+from pipelines.store import StoreDtype
+from pipelines.volumes import Residence
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -79,8 +82,17 @@ class DataConfig:
     """Pad volumes smaller than the crop with zeros, instead of refusing them."""
     store_dir: Path | None = None
     """Folder of the prepared volumes. None: below `$GLIOFORGE_CACHE`, else `~/.cache/glioforge`."""
+    store_dtype: StoreDtype = "float32"
+    """Images on disk and in memory; float16 takes half the bytes, and no voxel is off by more than 0.05 % of itself."""
+    residence: Residence = "auto"
+    """Where volumes are during training: gpu, pinned (page-locked memory) or mapped (the store's files, by way of the
+    page cache); auto: the first of these that fits, on a CPU mapped."""
+    skip_faulty: bool = False
+    """Leave out cases that can't be read, with a warning that names each, instead of stopping."""
     workers: int | None = None
     """Processes that prepare volumes. None: one for each core."""
+    augment: Augment = field(default_factory=Augment)
+    """Extra augmentations beside flip, scale and shift; all off."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     """Synthetic scans."""
 
@@ -138,6 +150,8 @@ class TrainConfig:
     """Passes over the training cases."""
     batch_size: int = 2
     """Crops per rank and step."""
+    save_every_steps: int = 0
+    """Write a checkpoint after so many steps too; 0: after validations alone."""
     val_every_epochs: int = 5
     """Validate after this many epochs, and after the last."""
     validation: Literal["center_crop", "full_volume"] = "center_crop"
@@ -181,6 +195,7 @@ class Config:
             "optim.warmup_steps": 0,
             "train.epochs": 1,
             "train.batch_size": 1,
+            "train.save_every_steps": 0,
             "train.seed": 0,
             "train.val_every_epochs": 1,
         }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import DataConfig, cache_dir
-from pipelines.cases import CaseSet, find_cases, split_cases
+from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
 from pipelines.phantom import FORMAT, make_phantoms
 from pipelines.store import Store, prepare
@@ -38,13 +38,21 @@ def obtain_root(config: DataConfig) -> Path:
 
 
 def list_cases(config: DataConfig, root: Path) -> CaseSet:
-    """The cases below `root` that the configuration asks for."""
-    return find_cases(root, config.release, config.modalities, config.regions)
+    """The cases below `root` that the configuration asks for; with `skip_faulty` those without a fault."""
+    if not config.skip_faulty:
+        return find_cases(root, config.release, config.modalities, config.regions)
+    survey = survey_cases(root, config.release, config.modalities, config.regions)
+    for fault in survey.faults:
+        log.warning("left out: %s", fault)
+    if not survey.usable.cases:
+        raise DataError(f"{root}: each of its {survey.total} cases has a fault")
+    return survey.usable
 
 
 def prepared(config: DataConfig, cases: CaseSet) -> Store:
-    """The store of these cases; what it lacks is prepared."""
-    return prepare(cases, config.store_dir or cache_dir() / "store", config.spacing_mm, config.workers)
+    """The store of these cases; what it lacks is prepared. With `skip_faulty` of those that could be."""
+    folder = config.store_dir or cache_dir() / "store"
+    return prepare(cases, folder, config.spacing_mm, config.workers, config.store_dtype, config.skip_faulty)
 
 
 def load_data(config: DataConfig) -> Data:
@@ -55,5 +63,8 @@ def load_data(config: DataConfig) -> Data:
     """
     cases = list_cases(config, obtain_root(config))
     train, val = split_cases(cases, config.val_fraction, config.split_seed, config.train_cases, config.val_cases)
-    used = cases.select([name for name in cases.names if name in {*train, *val}])
-    return Data(prepared(config, used), train, val)
+    store = prepared(config, cases.select([name for name in cases.names if name in {*train, *val}]))
+    train, val = (tuple(name for name in names if name in store.names) for names in (train, val))
+    if not train:
+        raise DataError("every training case has a fault and was left out (--data.skip_faulty): nothing to train on")
+    return Data(store, train, val)

@@ -26,13 +26,14 @@ class Ranks:
 
     Attributes:
         rank: place among all processes. world_size: how many there are. local_rank: place on this node.
-        device: where this process computes.
+        device: where this process computes. ranks_on_node: how many there are on this node.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    ranks_on_node: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -64,7 +65,8 @@ def init_ranks(device: str = "auto") -> Ranks:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend)
-    return Ranks(rank, world_size, local_rank, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+    computes_on = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    return Ranks(rank, world_size, local_rank, computes_on, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
 
 
 def gather(value: T, ranks: Ranks) -> list[T]:
@@ -81,6 +83,7 @@ def first_on_node(work: Callable[[], T], ranks: Ranks) -> T:
 
     Raises:
         ValueError, OSError: as `work` raised it; a ValueError with its message on the other ranks.
+        TimeoutError: a rank was lost, or one is at work for longer than `PREPARATION_LIMIT`.
     """
     result: T | None = None
     failure: Exception | None = None
@@ -92,7 +95,13 @@ def first_on_node(work: Callable[[], T], ranks: Ranks) -> T:
     if ranks.world_size > 1:
         group = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
         messages: list[str | None] = [None] * ranks.world_size
-        dist.all_gather_object(messages, str(failure) if failure else None, group=group)
+        try:
+            dist.all_gather_object(messages, str(failure) if failure else None, group=group)
+        except RuntimeError as error:
+            raise TimeoutError(
+                f"rank {ranks.rank} waited for the first rank of each node to prepare the data, and lost it or waited "
+                f"for {PREPARATION_LIMIT}: see the messages above; launch/prepare.py prepares the data beforehand"
+            ) from error
         dist.destroy_process_group(group)
         elsewhere = next((message for message in messages if message), None)
         failure = failure or (ValueError(elsewhere) if elsewhere else None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -15,11 +16,54 @@ from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 60.0
+T = TypeVar("T")
 
 
 def percent(dice: float | None) -> str:
     """A Dice between 0 and 1 as people of the field write it."""
     return "n/a" if dice is None else f"{100 * dice:.1f}"
+
+
+class DataWait:
+    """Time that the device spent without a batch to work on.
+
+    On a GPU the host runs ahead, so what it waits for says nothing. Two events on its stream do: one behind the work of
+    the step before, one before that of the next; what lies between is waiting for the batch and copying it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host = 0.0
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def over(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches, each waited for under the clock."""
+        while True:
+            before = self._event()
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.host += time.perf_counter() - started
+            if before is not None:
+                after = self._event()
+                assert after is not None
+                self.events.append((before, after))
+            yield batch
+
+    def seconds(self) -> float:
+        """Of all batches so far; on a GPU it waits for the steps in flight."""
+        if self.device.type != "cuda":
+            return self.host
+        torch.cuda.synchronize(self.device)
+        return sum(before.elapsed_time(after) for before, after in self.events) / 1e3
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
 
 class TrainingProgress:

@@ -184,8 +184,10 @@ def _start_log(run_dir: Path, ranks: Ranks) -> None:
 
 def _how_to_go_on(config: Config | None) -> str:
     if config and config.run_dir and (config.run_dir / "checkpoints" / "last").is_dir():
-        return f"the same command with --resume {config.run_dir} continues after the last validation"
-    return "there is no checkpoint yet (they are written at validations): start again"
+        return f"the same command with --resume {config.run_dir} continues from its last checkpoint"
+    return (
+        "there is no checkpoint yet (they are written at validations, and every --train.save_every_steps): start again"
+    )
 
 
 def _write_config(config: Config, run_dir: Path) -> None:

@@ -26,7 +26,7 @@ from engine.data import Data
 from engine.distributed import Ranks, deepspeed_engine, gather
 from engine.inference import sliding_window_logits
 from engine.optim import make_optimizer, make_schedule
-from engine.progress import TrainingProgress
+from engine.progress import DataWait, TrainingProgress
 from kernels.dice_ce import DiceCE, dice_ce_loss, region_masks
 from pipelines.dali import TrainLoader, ValLoader
 from pipelines.labels import REGIONS
@@ -46,18 +46,23 @@ class Trainer:
         assert config.run_dir is not None
         self.run_dir = config.run_dir
         self.regions = data.store.coding.regions
-        settings, device = config.data, "gpu" if ranks.device.type == "cuda" else "cpu"
+        settings, on_gpu = config.data, ranks.device.type == "cuda"
         shard: dict[str, Any] = {
-            "device": device,
-            "device_id": ranks.local_rank if device == "gpu" else None,
+            "device": "gpu" if on_gpu else "cpu",
+            "device_id": ranks.local_rank if on_gpu else None,
             "rank": ranks.rank,
             "world_size": ranks.world_size,
             "pad": settings.pad,
+            # A GPU's convolutions want the channels last in memory, a CPU's first.
+            "memory_format": torch.channels_last_3d if on_gpu else torch.contiguous_format,
         }
         crop = settings.crop_size_voxels
         self.train_loader = TrainLoader(
             data.store, data.train, crop, config.train.batch_size, config.train.seed,
-            crops_per_case=settings.crops_per_case, foreground_prob=settings.foreground_prob, **shard,
+            crops_per_case=settings.crops_per_case, foreground_prob=settings.foreground_prob, extras=settings.augment,
+            residence=settings.residence, ranks_on_node=ranks.ranks_on_node,
+            # Autocast rounds the input of the first convolutions in any case; so half the bytes come.
+            dtype=torch.bfloat16 if on_gpu and config.train.precision == "bf16" else torch.float32, **shard,
         )  # fmt: skip
         self.full_volume = config.train.validation == "full_volume"
         self.val_loader: Iterable[tuple[str, torch.Tensor, torch.Tensor]] = ()
@@ -73,7 +78,8 @@ class Trainer:
         self.engine = deepspeed_engine(
             self.model, optimizer, schedule, config.train.batch_size, config.train.zero_stage
         )
-        self.epoch = 0
+        self.epoch, self.first_step = 0, 0
+        self.epoch_sums: list[float] | None = None
         self.history: list[dict[str, Any]] = []
         self.cases: list[metrics.CaseDice] = []
         self.best: dict[str, Any] = {"epoch": None, "mean": None}
@@ -84,11 +90,12 @@ class Trainer:
         """Train from the current epoch to the last."""
         train = self.config.train
         writer = self._writer() if self.ranks.is_first else None
-        total = train.epochs * len(self.train_loader)
-        with TrainingProgress(total, self.epoch * len(self.train_loader), self.ranks.is_first) as progress:
+        steps = len(self.train_loader)
+        done = self.epoch * steps + self.first_step
+        with TrainingProgress(train.epochs * steps, done, self.ranks.is_first) as progress:
             for epoch in range(self.epoch, train.epochs):
                 row = self._train_epoch(epoch, progress)
-                self.epoch = epoch + 1
+                self.epoch, self.first_step, self.epoch_sums = epoch + 1, 0, None
                 is_due = self.epoch % train.val_every_epochs == 0 or self.epoch == train.epochs
                 if is_due:
                     row |= self.validate(progress)
@@ -99,6 +106,8 @@ class Trainer:
                     _write_log(self.run_dir, self.history)
                 if is_due:
                     self._save(row)
+                elif self._is_save_due(self.epoch * steps):
+                    self._save_state()
         if writer:
             writer.close()
 
@@ -127,7 +136,7 @@ class Trainer:
     def predict(self, image: torch.Tensor) -> torch.Tensor:
         """Masks, bool (R, X, Y, Z), of a batch (1, C, X, Y, Z) as the validation loader gives it."""
         self.engine.eval()
-        image = self._in(image)
+        image = image.to(self.ranks.device)
         if self.full_volume:
             logits = sliding_window_logits(self.engine, image, self.config.data.crop_size_voxels)
         else:
@@ -141,13 +150,17 @@ class Trainer:
     def _train_epoch(self, epoch: int, progress: TrainingProgress) -> dict[str, Any]:
         self.engine.train()
         rate = self.engine.get_lr()[0]
-        sums = torch.zeros(3, device=self.ranks.device)
+        sums = torch.tensor(self.epoch_sums or [0.0, 0.0, 0.0], device=self.ranks.device)
         started, steps = time.perf_counter(), len(self.train_loader)
         samples = self.config.train.batch_size * self.ranks.world_size
-        for image, labels in self.train_loader.epoch(epoch):
-            loss = self.step(self._in(image), labels.to(self.ranks.device))
+        wait = DataWait(self.ranks.device)
+        for image, labels in wait.over(self.train_loader.epoch(epoch, self.first_step)):
+            loss = self.step(image, labels)
             sums += torch.stack([loss.loss.detach(), loss.dice.detach(), loss.ce.detach()])
             progress.step(loss.loss.detach(), samples)
+            _, step = self.train_loader.position
+            if step < steps and self._is_save_due(epoch * steps + step):
+                self._save_state(gather(sums.tolist(), self.ranks))
         total, dice, ce = (sum(values) / len(values) for values in zip(*gather((sums / steps).tolist(), self.ranks)))
         if not math.isfinite(total):
             raise ValueError(
@@ -156,16 +169,13 @@ class Trainer:
             )
         seconds = time.perf_counter() - started
         return {"epoch": epoch + 1, "step": (epoch + 1) * steps, "lr": rate, "loss": total, "dice_loss": dice,
-                "ce_loss": ce, "samples_per_s": steps * samples / seconds}  # fmt: skip
+                "ce_loss": ce, "samples_per_s": (steps - self.first_step) * samples / seconds,
+                "data_wait": wait.seconds() / seconds}  # fmt: skip
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> DiceCE:
         loss = self.config.loss
         return dice_ce_loss(logits, labels, self.regions, ce=loss.ce, dice_weight=loss.dice_weight,
                             ce_weight=loss.ce_weight, squared_pred=loss.squared_pred)  # fmt: skip
-
-    def _in(self, image: torch.Tensor) -> torch.Tensor:
-        """On this rank's device; a CPU's convolutions want the channel axis first in memory too."""
-        return image.to(self.ranks.device) if self.ranks.device.type == "cuda" else image.contiguous()
 
     def _save(self, row: dict[str, Any]) -> None:
         score = row["val_mean"]
@@ -173,9 +183,7 @@ class Trainer:
         if is_best:
             self.best = {"epoch": row["epoch"], **metrics.summarise(self.cases)}
         folder = self.run_dir / "checkpoints"
-        cases = [dataclasses.asdict(case) for case in self.cases]
-        state = {"epoch": self.epoch, "history": self.history, "best": self.best, "cases": cases}
-        checkpoint.save_state(self.engine, folder, state, self.ranks, self.config.train.zero_stage)
+        self._save_state()
         if not self.ranks.is_first:
             return
         coding = self.data.store.coding
@@ -186,6 +194,18 @@ class Trainer:
         if is_best:
             checkpoint.save_weights(folder / "best.pt", self.model, about)
         _write_validation(self.run_dir, self.cases, self.summary())
+
+    def _is_save_due(self, step: int) -> bool:
+        every = self.config.train.save_every_steps
+        return every > 0 and step % every == 0
+
+    def _save_state(self, epoch_sums: list[list[float]] | None = None) -> None:
+        """All that training needs to continue; within an epoch also each rank's sums of losses so far."""
+        cases = [dataclasses.asdict(case) for case in self.cases]
+        state = {"epoch": self.epoch, "history": self.history, "best": self.best, "cases": cases,
+                 "loader": self.train_loader.state_dict(), "epoch_sums": epoch_sums}  # fmt: skip
+        folder = self.run_dir / "checkpoints"
+        checkpoint.save_state(self.engine, folder, state, self.ranks, self.config.train.zero_stage)
 
     def summary(self) -> dict[str, Any]:
         """What `metrics.json` holds: definition, last and best validation, length."""
@@ -204,7 +224,14 @@ class Trainer:
         state = checkpoint.load_state(self.engine, folder, self.ranks, stage)
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
         self.cases = [metrics.CaseDice(**case) for case in state["cases"]]
-        log.info("resumed %s after epoch %d of %d", self.run_dir, self.epoch, self.config.train.epochs)
+        within = state["epoch_sums"]
+        if within:
+            _, self.first_step = self.train_loader.load_state_dict(state["loader"])
+            self.epoch_sums = within[self.ranks.rank]
+        log.info(
+            "resumed %s after epoch %d of %d%s", self.run_dir, self.epoch, self.config.train.epochs,
+            f", step {self.first_step} of {len(self.train_loader)}" if within else "",
+        )  # fmt: skip
 
     def _writer(self) -> SummaryWriter:
         first_step = self.epoch * len(self.train_loader) + 1

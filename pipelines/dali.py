@@ -3,37 +3,46 @@
 The store holds volumes that are already resampled and oriented, so a sample costs its crop and nothing else. The steps,
 in the order of the published MONAI chain:
 
-    crop      read from the memory-mapped volume at the drawn start; no other voxel is touched
-    flip      of the first spatial axis, image and label
+    crop      at the drawn start, out of wherever the volumes are (pipelines/volumes.py); no other voxel is touched
+    flip      of the first spatial axis, image and label, while the crop is copied
     z-score   of the non-zero voxels of each channel of the crop; zeros stay zero
     jitter    x * (1 + scale) + shift, on every voxel, zeros included
 
-Only the copy of the crop runs in Python, between two batches; the rest is DALI's, in its own threads or on its own CUDA
-streams, `PREFETCH` batches ahead of the training step. Which crops come, and what is drawn for each, is decided in
-pipelines/sampling.py from the seed, the epoch and the position alone.
+Extra augmentations (pipelines/augment.py), where asked for, stand around the z-score.
+
+Crop and flip are one copy, which Python starts between two batches; the rest is DALI's, in its own threads or on its
+own CUDA streams, `PREFETCH` batches ahead of the training step. On a CPU mean and deviation of a crop come with it from
+`nonzero_mean_std`, for DALI's reductions over all but the channels take four times as long there; on a GPU they are
+part of the graph. Which crops come, and what is drawn for each, is decided in pipelines/sampling.py from the seed, the
+epoch and the position alone.
 
 Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS. Yielded images have the shape
-(B, C, X, Y, Z) but keep the memory order (B, X, Y, Z, C): they are `torch.channels_last_3d` views, never transposed.
+(B, C, X, Y, Z), float32 or bfloat16, in the memory format that is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
 import torch
-from numpy.typing import NDArray
 from nvidia.dali import math, pipeline_def, types
-from nvidia.dali.plugin.pytorch import feed_ndarray
+from nvidia.dali.pipeline import do_not_convert
 
+from pipelines.augment import Augment, apply_intensity, apply_spatial, draw_augment, graph_inputs, input_names
 from pipelines.cases import DataError
-from pipelines.sampling import Draw, Size, copy_crop, draw_sample, epoch_order
+from pipelines.sampling import Draw, Size, draw_sample, epoch_order, generator
 from pipelines.store import Store
+from pipelines.volumes import LoadedVolumes, MappedVolumes, Residence, label_of, nonzero_mean_std, open_volumes
 
 PREFETCH = 2  # batches that DALI works on ahead of the one last yielded
+NO_EXTRAS = Augment()
+BUFFERS = PREFETCH + 2  # sets of crops: DALI reads them in place, and may still be at those of the batches before
 SPATIAL = (0, 1, 2)
 
 # DALI's default executor frees buffers after each batch. On a CPU they come from malloc, and the page faults of 16 MB
@@ -73,43 +82,78 @@ def jitter(image: Any, scale: Any, shift: Any) -> Any:
     return fn.brightness_contrast(image, brightness=1.0 + scale, brightness_shift=shift)
 
 
-@pipeline_def
-def train_graph(source: Callable[[], tuple], device: str) -> tuple:
-    """Crop (in `source`), flip, z-score, jitter.
+def standardise(image: Any, mean: Any, std: Any) -> Any:
+    """Z-score by the statistics of the non-zero voxels, each (C,): what `z_score` finds out for itself. CPU only."""
+    mean, std = (fn.reshape(value, shape=[1, 1, 1, -1]) for value in (mean, std))
+    return fn.normalize(image, mean=mean, stddev=std) * (image != 0)
+
+
+@do_not_convert  # plain Python, which DALI's conditionals would otherwise rewrite
+def _inputs(source: Callable[[], tuple[tuple, tuple]], device: str, in_place: bool, numbers: int) -> list[Any]:
+    """Nodes of image and label, on `device`, and of the numbers of each sample, on the CPU.
+
+    A source of DALI has one device, so there are two, which share what one call returns.
+    """
+    parts: tuple[deque, deque] = deque(), deque()
+
+    def part(index: int) -> tuple:
+        if not parts[index]:
+            for queue, values in zip(parts, source(), strict=True):
+                queue.append(values)
+        return parts[index].popleft()
+
+    where = "gpu" if in_place and device == "gpu" else "cpu"
+    image, label = fn.external_source(
+        lambda: part(0), num_outputs=2, layout="DHWC", device=where, no_copy=where == "cpu"
+    )
+    if where != device:
+        image, label = image.gpu(), label.gpu()
+    return [image, label, *fn.external_source(lambda: part(1), num_outputs=numbers)]
+
+
+@pipeline_def(enable_conditionals=True)
+def train_graph(
+    source: Callable[[], tuple[tuple, tuple]], device: str, in_place: bool = False, extras: Augment = NO_EXTRAS
+) -> tuple:
+    """Z-score and jitter of crops, with the extra augmentations that are on.
 
     Args:
-        source: returns a batch: images (B, X, Y, Z, C) float32, labels (B, X, Y, Z, 1) uint8, flips (B,) int32,
-            scales (B,) and shifts (B,) float32, tags (B, 2) int64.
+        source: returns a batch: (images (B, X, Y, Z, C) float32, labels (B, X, Y, Z, 1) uint8), and (scales (B,),
+            shifts (B,), tags (B, 2) int64, inputs of the extras, and where `_brings_statistics` means and deviations,
+            (B, C)), float32.
         device: "cpu" or "gpu".
+        in_place: images and labels come as tensors on `device`.
+        extras: extra augmentations.
     """
-    image, label, flip, scale, shift, tag = fn.external_source(source, num_outputs=6, layout=["DHWC", "DHWC"])
-    if device == "gpu":
-        image, label = image.gpu(), label.gpu()
-    image, label = flip_first_axis(image, flip), flip_first_axis(label, flip)
-    image = z_score(image)
-    image = jitter(image, scale, shift)
+    names = input_names(extras)
+    numbers = 3 + len(names) + (2 if _brings_statistics(device, extras) else 0)
+    image, label, scale, shift, tag, *rest = _inputs(source, device, in_place, numbers)
+    inputs, statistics = dict(zip(names, rest)), rest[len(names) :]
+    image, label = apply_spatial(image, label, extras, inputs)
+    image = standardise(image, *statistics) if statistics else z_score(image)
+    image = apply_intensity(image, extras, inputs)
+    return jitter(image, scale, shift), label, tag
+
+
+def _brings_statistics(device: str, extras: Augment) -> bool:
+    """Whether mean and deviation come with a crop: on a CPU, unless they are those of a crop that is yet to change."""
+    return device == "cpu" and not extras.affine_prob
+
+
+@pipeline_def
+def val_graph(source: Callable[[], tuple[tuple, tuple]], device: str, normalise: bool = True) -> tuple:
+    """Z-score of a centre crop or a full volume. `source` as in `train_graph`, without scales and shifts."""
+    image, label, tag, *statistics = _inputs(source, device, False, 3 if device == "cpu" and normalise else 1)
+    if normalise:
+        image = standardise(image, *statistics) if statistics else z_score(image)
     return image, label, tag
 
 
-@pipeline_def
-def val_graph(source: Callable[[], tuple], device: str, normalise: bool = True) -> tuple:
-    """Centre crop or full volume (in `source`), z-score. `source` as in `train_graph`, without the draws."""
-    image, label, tag = fn.external_source(source, num_outputs=3, layout=["DHWC", "DHWC"])
-    if device == "gpu":
-        image, label = image.gpu(), label.gpu()
-    return z_score(image) if normalise else image, label, tag
-
-
-def label_of(store: Store, i: int) -> NDArray[np.uint8]:
-    """Label of a case as (X, Y, Z, 1), memory-mapped.
-
-    Raises:
-        DataError: the case has none.
-    """
-    label = store.label(i)
-    if label is None:
-        raise DataError(f"case {store.names[i]} has no label: add it, or leave the case out of training and validation")
-    return label[..., None]
+def torch_device(device: str, device_id: int | None) -> torch.device:
+    """What DALI calls "cpu" or "gpu", as torch calls it."""
+    if device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if device_id is None else device_id)
 
 
 def check_loader(
@@ -139,34 +183,36 @@ def check_loader(
 
 
 class Stream:
-    """The running pipeline: an endless sequence of batches (0, 0), (0, 1) ... (1, 0) ..., movable to any epoch.
+    """The running pipeline: an endless sequence of batches (0, 0), (0, 1) ... (1, 0) ..., movable to any of them.
 
     DALI asks for input ahead of the batch that it hands out. Every batch therefore carries its (epoch, step) through
     the graph as a tag, and batches that were in flight when the stream was moved are dropped by it.
 
     Args:
         graph: `train_graph` or `val_graph`.
-        read: returns the inputs of the batch (epoch, step), as the graph's `source` without the tags.
+        read: from (epoch, step) and the tags of that batch to what the graph's `source` returns.
         steps: batches in an epoch.
         batch_size, threads, device, device_id: of the pipeline.
+        dtype, memory_format: of the images that come out.
     """
 
     def __init__(
         self,
         graph: Callable[..., Any],
-        read: Callable[[int, int], tuple],
+        read: Callable[[int, int, np.ndarray], tuple[tuple, tuple]],
         steps: int,
         batch_size: int,
         threads: int,
         device: str,
         device_id: int | None,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.channels_last_3d,
     ) -> None:
         self.read, self.steps, self.batch_size = read, steps, batch_size
+        self.dtype, self.memory_format = dtype, memory_format
         self.next_in = self.next_out = (0, 0)
         self.turn = 0
-        self.device = torch.device("cpu")
-        if device == "gpu":
-            self.device = torch.device("cuda", torch.cuda.current_device() if device_id is None else device_id)
+        self.device = torch_device(device, device_id)
         self.pipeline = graph(
             self._source,
             device,
@@ -177,19 +223,26 @@ class Stream:
             **(CPU_EXECUTION if device == "cpu" else {}),
         )
 
-    def epoch(self, epoch: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (step, image (B, C, X, Y, Z), label (B, X, Y, Z)) of an epoch; earlier iterators raise from then on."""
         self.turn += 1
         turn = self.turn
-        for step in range(self.steps):
+        for step in range(first_step, self.steps):
             if turn != self.turn:
                 raise RuntimeError(f"epoch {epoch} was left when another was started: keep one iterator at a time")
             yield (step, *self._fetch((epoch, step)))
 
-    def _source(self) -> tuple:
+    def statistics(self, images: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Means and deviations (B, C) of the non-zero voxels, for a graph on the CPU; on a GPU it has its own."""
+        if self.device.type == "cuda":
+            return ()
+        means, stds = zip(*map(nonzero_mean_std, images), strict=True)
+        return np.stack(means), np.stack(stds)
+
+    def _source(self) -> tuple[tuple, tuple]:
         epoch, step = self.next_in
         self.next_in = self._after(self.next_in)
-        return (*self.read(epoch, step), np.tile(np.array([epoch, step]), (self.batch_size, 1)))
+        return self.read(epoch, step, np.tile(np.array([epoch, step]), (self.batch_size, 1)))
 
     def _after(self, tag: tuple[int, int]) -> tuple[int, int]:
         epoch, step = tag
@@ -203,15 +256,16 @@ class Stream:
             image, label, tags = self.pipeline.run(stream)
             if tuple(tags.as_array()[0].tolist()) == wanted:
                 self.next_out = self._after(wanted)
-                return self._copy(image, stream).permute(0, 4, 1, 2, 3), self._copy(label, stream)[..., 0]
+                image_BXYZC, label_BXYZ1 = (torch.from_dlpack(batch.as_tensor()) for batch in (image, label))
+                return self._image(image_BXYZC.permute(0, 4, 1, 2, 3)), label_BXYZ1[..., 0].clone()
         raise AssertionError(f"batch {wanted} was asked for and never came")
 
-    def _copy(self, batch: Any, stream: torch.cuda.Stream | None) -> torch.Tensor:
-        """A tensor of its own, as DALI overwrites its buffers; copied on torch's stream, which orders that after it."""
-        dense = batch.as_tensor()
-        dtype = torch.uint8 if dense.dtype == types.UINT8 else torch.float32
-        out = torch.empty(dense.shape(), dtype=dtype, device=self.device)
-        return feed_ndarray(dense, out, cuda_stream=stream)
+    def _image(self, image_BCXYZ: torch.Tensor) -> torch.Tensor:
+        """A tensor of its own, as DALI overwrites its buffers, converted on the way."""
+        out = torch.empty(
+            image_BCXYZ.shape, dtype=self.dtype, device=image_BCXYZ.device, memory_format=self.memory_format
+        )
+        return out.copy_(image_BCXYZ)
 
 
 class TrainLoader:
@@ -235,9 +289,13 @@ class TrainLoader:
         augment: flip, scale and shift; crops stay random without it.
         device_id: GPU of this process (its local rank); None is torch's current one.
         threads: DALI's CPU threads.
+        residence: where the volumes are meanwhile (pipelines/volumes.py). ranks_on_node: processes that share a node.
+        dtype, memory_format: of the images.
+        extras: extra augmentations.
 
     Raises:
-        DataError: a case without a label, or smaller than the crop while `pad` is false.
+        DataError: a case without a label, or smaller than the crop while `pad` is false; volumes that do not fit where
+            `residence` puts them.
         ValueError: a setting that makes no sense.
     """
 
@@ -257,6 +315,11 @@ class TrainLoader:
         augment: bool = True,
         device_id: int | None = None,
         threads: int = 2,
+        residence: Residence = "auto",
+        ranks_on_node: int = 1,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.channels_last_3d,
+        extras: Augment = NO_EXTRAS,
     ) -> None:
         self.indices = check_loader(store, names, crop_size, pad, device, rank, world_size)
         if min(batch_size, crops_per_case) < 1:
@@ -265,25 +328,62 @@ class TrainLoader:
             raise ValueError(f"foreground_prob {foreground_prob} must lie between 0 and 1")
         self.store, self.names, self.crop_size, self.batch_size = store, tuple(names), crop_size, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.foreground_prob, self.augment = foreground_prob, augment
+        self.foreground_prob, self.augment, self.extras = foreground_prob, augment, extras
         self.samples = len(self.names) * crops_per_case
-        channels = store.image(self.indices[0]).shape[3]
-        # Reused for every batch: DALI takes its own copy, and page faults make a fresh 16 MB array the dearer way.
-        self._image = np.empty((batch_size, *crop_size, channels), np.float32)
-        self._label = np.empty((batch_size, *crop_size, 1), np.uint8)
-        self._stream = Stream(train_graph, self._read, len(self), batch_size, threads, device, device_id)
+        where = torch_device(device, device_id)
+        self._volumes = open_volumes(store, self.indices, where, residence, ranks_on_node)
+        self._buffers = deque(self._volumes.new_buffers(batch_size, crop_size) for _ in range(BUFFERS))
+        graph = partial(train_graph, in_place=isinstance(self._volumes, LoadedVolumes), extras=extras)
+        self._stream = Stream(
+            graph, self._read, len(self), batch_size, threads, device, device_id, dtype, memory_format
+        )
+        self.position = (0, 0)
+        """Epoch, and step within it, of the batch that comes next."""
 
     def __len__(self) -> int:
         """Steps of an epoch on this rank."""
         return -(-self.samples // (self.batch_size * self.world_size))
 
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (image float32 (B, C, X, Y, Z), label uint8 (B, X, Y, Z)) of an epoch, in tensors of their own.
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (image (B, C, X, Y, Z), label uint8 (B, X, Y, Z)) of an epoch, in tensors of their own.
 
         Epochs count from 0 and may be asked for in any order; starting one ends the iterator of the one before.
+        `first_step` leaves out the steps before it.
         """
-        for _, image, label in self._stream.epoch(epoch):
+        for step, image, label in self._stream.epoch(epoch, first_step):
+            self.position = (epoch, step + 1)
             yield image, label
+
+    def state_dict(self) -> dict[str, Any]:
+        """What makes the batches to come: position, and what else decides their content; plain values."""
+        epoch, step = self.position
+        return {"epoch": epoch, "step": step, "recipe": self._recipe}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> tuple[int, int]:
+        """Epoch and step to go on from, for `epoch`: from there on come the batches that would have come.
+
+        Raises:
+            DataError: another recipe would make other batches.
+        """
+        differing = [name for name, value in self._recipe.items() if state["recipe"].get(name) != value]
+        if differing:
+            was, now = ({name: recipe.get(name) for name in differing} for recipe in (state["recipe"], self._recipe))
+            raise DataError(
+                f"the checkpoint's batches were made with {was}, this run has {now}: resume with the same data, crops, "
+                "seed, batch size and ranks, or start a new run"
+            )
+        self.position = (state["epoch"], state["step"])
+        return self.position
+
+    @property
+    def _recipe(self) -> dict[str, Any]:
+        """All that decides which batches come, beside epoch and step."""
+        names = blake2b("\n".join(self.names).encode(), digest_size=8).hexdigest()
+        return {
+            "seed": self.seed, "cases": names, "samples": self.samples, "crop_size": list(self.crop_size),
+            "batch_size": self.batch_size, "world_size": self.world_size, "foreground_prob": self.foreground_prob,
+            "augment": self.augment, "extras": repr(self.extras),
+        }  # fmt: skip
 
     def names_of(self, epoch: int, step: int) -> list[str]:
         """Names of the cases in a batch of this rank."""
@@ -307,15 +407,24 @@ class TrainLoader:
         draw = draw_sample(self.seed, epoch, position, (x, y, z), self.crop_size, foreground, self.foreground_prob)
         return draw if self.augment else Draw(draw.start, flip=False, scale=0.0, shift=0.0)
 
-    def _read(self, epoch: int, step: int) -> tuple:
+    def _read(self, epoch: int, step: int, tags: np.ndarray) -> tuple[tuple, tuple]:
         draws = self.draws_of(epoch, step)
+        self._buffers.rotate()
+        image, label = self._buffers[0]
         for b, (case, _) in enumerate(self._batch(epoch, step)):
-            i = self.indices[case]
-            copy_crop(self.store.image(i), draws[b].start, self._image[b])
-            copy_crop(label_of(self.store, i), draws[b].start, self._label[b])
-        flips = np.array([draw.flip for draw in draws], np.int32)
+            self._volumes.crop(self.indices[case], draws[b].start, image[b], label[b], draws[b].flip)
         scales, shifts = np.array([(draw.scale, draw.shift) for draw in draws], np.float32).T.copy()
-        return self._image, self._label, flips, scales, shifts
+        statistics = self._stream.statistics(image) if not self.extras.affine_prob else ()
+        return (image, label), (scales, shifts, tags, *self._extra_inputs(epoch, step), *statistics)
+
+    def _extra_inputs(self, epoch: int, step: int) -> list[list[np.ndarray]]:
+        """What the graph needs of the draws of the extra augmentations; a stream of draws of their own."""
+        channels = len(self.store.modalities)
+        draws = [
+            draw_augment(generator(self.seed, epoch, position, stream=1), self.extras, channels)
+            for _, position in self._batch(epoch, step)
+        ]
+        return list(graph_inputs(self.extras, draws, self.crop_size, channels).values())
 
 
 class ValLoader:
@@ -327,7 +436,7 @@ class ValLoader:
         store: prepared cases.
         names: cases to validate on.
         crop_size: (X, Y, Z) in voxels, cut as MONAI's CenterSpatialCrop does; None is the full volume.
-        device, rank, world_size, pad, device_id, threads: as in `TrainLoader`.
+        device, rank, world_size, pad, device_id, threads, memory_format: as in `TrainLoader`.
         normalise: False leaves the z-score to the caller, as sliding windows want it.
 
     Raises:
@@ -346,13 +455,17 @@ class ValLoader:
         device_id: int | None = None,
         threads: int = 2,
         normalise: bool = True,
+        memory_format: torch.memory_format = torch.channels_last_3d,
     ) -> None:
         self.store, self.crop_size = store, crop_size
         self.indices = check_loader(store, names, crop_size, pad, device, rank, world_size)[rank::world_size]
         self.names = tuple(names)[rank::world_size]
+        self.normalise = normalise
         self._passes = 0
+        self._volumes = MappedVolumes(store)
+        self._buffers: deque[tuple] = deque(maxlen=BUFFERS)
         graph = partial(val_graph, normalise=normalise)
-        self._stream = Stream(graph, self._read, len(self), 1, threads, device, device_id)
+        self._stream = Stream(graph, self._read, len(self), 1, threads, device, device_id, memory_format=memory_format)
 
     def __len__(self) -> int:
         """Cases of this rank."""
@@ -364,12 +477,12 @@ class ValLoader:
         for step, image, label in self._stream.epoch(passes):
             yield self.names[step], image, label
 
-    def _read(self, _pass: int, step: int) -> tuple:
-        image, label = self.store.image(self.indices[step]), label_of(self.store, self.indices[step])
-        shape = np.array(image.shape[:3])
-        size = self.crop_size or tuple(shape)
+    def _read(self, _pass: int, step: int, tags: np.ndarray) -> tuple[tuple, tuple]:
+        i = self.indices[step]
+        shape = np.array(self.store.shape(i))
+        size = self.crop_size or self.store.shape(i)
         start = np.maximum(shape, size) // 2 - np.array(size) // 2
-        image_crop, label_crop = np.empty((*size, image.shape[3]), np.float32), np.empty((*size, 1), np.uint8)
-        copy_crop(image, start, image_crop)
-        copy_crop(label, start, label_crop)
-        return image_crop[None], label_crop[None]
+        image, label = self._volumes.new_buffers(1, size)
+        self._volumes.crop(i, start.tolist(), image[0], label[0])
+        self._buffers.append((image, label))
+        return (image, label), (tags, *(self._stream.statistics(image) if self.normalise else ()))

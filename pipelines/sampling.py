@@ -1,4 +1,4 @@
-"""Which crop of which case comes next, what chance does to it, and the crop itself cut from its volume.
+"""Which crop of which case comes next, and what chance does to it.
 
 Randomness. A sample's draws come from a counter-based generator (Philox: the key holds the seed, the counter the epoch
 and the position in the epoch). They depend on nothing else: not on the number of threads or ranks, not on what was
@@ -11,7 +11,6 @@ Axes. Volumes are (X, Y, Z, C); X, Y, Z are the axes of RAS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +42,12 @@ class Draw:
     shift: float
 
 
-def generator(seed: int, epoch: int, position: int) -> np.random.Generator:
-    """The generator of a sample; `position` -1 is the order of the epoch. Philox steps the low counter word itself."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, position + 1]))
+def generator(seed: int, epoch: int, position: int, stream: int = 0) -> np.random.Generator:
+    """A generator of a sample; `position` -1 is the order of the epoch. Streams of one sample are independent.
+
+    Philox steps the low counter word itself.
+    """
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, stream, epoch, position + 1]))
 
 
 def draw_sample(
@@ -87,19 +89,3 @@ def epoch_order(seed: int, epoch: int, samples: int, multiple: int) -> NDArray[n
     """A fresh permutation of `samples`, padded from its own start to a multiple of `multiple`."""
     order = generator(seed, epoch, -1).permutation(samples)
     return np.resize(order, -(-samples // multiple) * multiple)
-
-
-def copy_crop(volume: NDArray, start: Sequence[int], out: NDArray) -> None:
-    """Copy a crop into `out`; a volume smaller than `out` is padded with zeros, symmetrically as by MONAI's SpatialPad.
-
-    Args:
-        volume: (X, Y, Z, C), memory-mapped.
-        start: first voxel (x, y, z), in the coordinates of the padded volume.
-        out: (x, y, z, C), overwritten.
-    """
-    first = np.subtract(start, np.maximum(np.subtract(out.shape, volume.shape)[:3], 0) // 2)
-    source = tuple(slice(max(a, 0), min(a + n, dim)) for a, n, dim in zip(first, out.shape, volume.shape, strict=False))
-    target = tuple(slice(s.start - a, s.stop - a) for s, a in zip(source, first, strict=True))
-    if out[target].shape != out.shape:
-        out[...] = 0
-    out[target] = volume[source]

@@ -5,6 +5,10 @@ A case is four files, `<name>-<key>.image.npy` (float32, (X, Y, Z, C)), `.label.
 BraTS is 32 MB at 1.5 x 1.5 x 2.0 mm, a quarter of its raw size. Intensities are the file's own: normalising belongs to
 the crop.
 
+float16 is an option: half the bytes, and each voxel is off by at most 2^-11 of itself (0.05 %). Each channel is divided
+by a power of two so that nothing overflows, and what is too small for float16 becomes its smallest number rather than
+zero: zero means "outside the head" to the z-score.
+
 The key is a hash of the content of the input files, of what was asked of them (spacing, modalities, channels, label
 values) and of the format's version: other data or other parameters are other files, and one folder serves any number
 of experiments. `index.json` remembers the hash of a file by path, size and time, so a second run opens no scan.
@@ -12,6 +16,9 @@ of experiments. `index.json` remembers the hash of a file by path, size and time
 Every file is written under a temporary name and moved into place, the `.json` last: a case without it is not there. So
 a run may be killed at any point and started again, and several runs may fill one folder at once: at worst both write
 the same bytes. Temporary files of dead runs are removed at the next start.
+
+Each array is compared with its checksum when it is first opened; one that is damaged or gone is prepared again from the
+scans, with a warning.
 
 Cases are prepared in processes (pipelines/processes.py), each one case at a time, and only its record and hashes come
 back: memory is about 0.4 GB per worker, whatever the set.
@@ -33,7 +40,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from isal import isal_zlib
@@ -48,6 +55,7 @@ from pipelines.processes import run_on_cases
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+StoreDtype = Literal["float32", "float16"]
 FOREGROUND_VOXELS = 4096
 _INTENSITIES = "as in the files, resampled; not normalised"
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
@@ -75,19 +83,21 @@ class Store:
     """Prepared volumes of some cases, read-only; `prepare` makes it.
 
     Args:
-        folder: where the files are.
+        task: what was asked of each case.
         case_set: the cases, in this order.
         records: what the `.json` of each case holds.
     """
 
-    def __init__(self, folder: Path, case_set: CaseSet, records: Sequence[Mapping[str, Any]]) -> None:
-        self.folder = folder
+    def __init__(self, task: _Task, case_set: CaseSet, records: Sequence[Mapping[str, Any]]) -> None:
+        self.folder = task.folder
         self.names = case_set.names
         self.modalities = case_set.modalities
         self.coding: Coding = case_set.coding
-        self.spacing_mm: tuple[float, float, float] = tuple(records[0]["spacing_mm"])
+        self.spacing_mm: tuple[float, float, float] = task.spacing_mm
+        self._task, self._cases = task, case_set.cases
         self._records = tuple(records)
         self._index = {name: i for i, name in enumerate(self.names)}
+        self._arrays: dict[tuple[int, str], np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -103,18 +113,24 @@ class Store:
         return self._index[name]
 
     def image(self, i: int) -> np.ndarray:
-        """float32 (X, Y, Z, C) in RAS, memory-mapped, read-only; channels as `modalities`."""
-        return np.load(self._path(i, "image"), mmap_mode="r")
+        """float32 (X, Y, Z, C) in RAS, read-only; channels as `modalities`. Memory-mapped where it is stored so."""
+        voxels, scale = self.voxels(i)
+        return voxels if scale is None else voxels.astype(np.float32) * scale
+
+    def voxels(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The image as stored, memory-mapped, and what to multiply each channel with, float32 (C,); None: with 1."""
+        scale = self._records[i].get("scale")
+        return self._array(i, "image"), None if scale is None else np.array(scale, np.float32)
 
     def label(self, i: int) -> np.ndarray | None:
         """uint8 (X, Y, Z) in RAS, memory-mapped, read-only; None where the case has no label."""
-        return np.load(self._path(i, "label"), mmap_mode="r") if "label" in self._records[i]["files"] else None
+        return self._array(i, "label") if "label" in self._records[i]["files"] else None
 
     def foreground(self, i: int) -> np.ndarray:
         """int32 (K, 3): at most 4096 voxels of label > 0, evenly taken in C order; K is 0 where there are none."""
         if "foreground" not in self._records[i]["files"]:
             return np.empty((0, 3), np.int32)
-        return np.load(self._path(i, "foreground"))
+        return self._array(i, "foreground")
 
     def shape(self, i: int) -> tuple[int, int, int]:
         """(X, Y, Z) of the prepared volume; no file is opened."""
@@ -134,20 +150,47 @@ class Store:
         x, y, z = self._records[i]["source_shape"]
         return x, y, z
 
-    def nbytes(self) -> int:
-        """Bytes of all arrays on disk."""
-        return sum(file["bytes"] for record in self._records for file in record["files"].values())
+    def nbytes(self, cases: Sequence[int] | None = None) -> int:
+        """Bytes of all arrays of some cases, by index; None: of all."""
+        records = self._records if cases is None else [self._records[i] for i in set(cases)]
+        return sum(file["bytes"] for record in records for file in record["files"].values())
 
-    def verify(self, i: int) -> None:
-        """Compare the arrays of a case with their checksums.
+    def _array(self, i: int, kind: str) -> np.ndarray:
+        """An array of a case, mapped and found whole, if need be after preparing the case again.
 
         Raises:
-            DataError: an array is not what was written.
+            DataError: it is damaged or gone, and the scans are not what they were.
         """
-        for kind, file in self._records[i]["files"].items():
+        key = i, kind
+        if key not in self._arrays:
             path = self._path(i, kind)
-            if _crc(np.load(path)) != file["crc32"]:
-                raise DataError(f"{path}: its checksum is not the one recorded: delete it and prepare the case again")
+            fault = self._fault(i, kind)
+            if fault:
+                log.warning("%s: %s; preparing case %s again", path, fault, self.names[i])
+                self._build_again(i, f"{path}: {fault}")
+            self._arrays[key] = np.load(path, mmap_mode="r")
+        return self._arrays[key]
+
+    def _fault(self, i: int, kind: str) -> str:
+        """What is wrong with an array on disk; empty where nothing is."""
+        path = self._path(i, kind)
+        if not path.is_file():
+            return "the file is gone"
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            return f"can't be read ({error})"
+        return "" if _crc(array) == self._records[i]["files"][kind]["crc32"] else "its checksum is not the one recorded"
+
+    def _build_again(self, i: int, fault: str) -> None:
+        case, remedy = self._cases[i], "put the scans of this case back as they were, or leave the case out"
+        try:
+            key = self._task.key(case, [_hash(path).digest for path in _files(case)])
+            if key != self._records[i]["key"]:
+                raise DataError(f"{fault}, and the scans of {case.name} have changed since: {remedy}")
+            _build(self._task, case, key)
+        except CaseError as error:
+            raise DataError(f"{fault}, and can't be made again: {error}") from error
 
     def _path(self, i: int, kind: str) -> Path:
         return self.folder / f"{_stem(self.names[i], self._records[i]['key'])}.{kind}.npy"
@@ -158,6 +201,8 @@ def prepare(
     store_dir: Path,
     spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0),
     workers: int | None = None,
+    dtype: StoreDtype = "float32",
+    skip_faulty: bool = False,
 ) -> Store:
     """Open the store of some cases, and prepare first what it lacks; where it lacks nothing, nothing is written.
 
@@ -166,13 +211,18 @@ def prepare(
         store_dir: folder of the store; made where it is missing.
         spacing_mm: voxel size of the result, along the axes of the files (as MONAI's Spacing).
         workers: processes; None: one for each core that this process may use. 1 works in this process.
+        dtype: of the images on disk.
+        skip_faulty: leave faulty cases out, with a warning that names each, instead of raising.
+
+    Returns:
+        the cases in their order, the faulty ones left out where that is asked for.
 
     Raises:
-        DataError: one error that names every faulty case; the others are prepared all the same. Also: no cases, the
-            folder can't be written, the disk is full, or a worker was killed.
+        DataError: one error that names every faulty case; the others are prepared all the same. Also: no cases, or all
+            are faulty, the folder can't be written, the disk is full, or a worker was killed.
     """
     folder = Path(store_dir).absolute()
-    task = _Task(folder, case_set.modalities, case_set.coding, _checked_spacing(spacing_mm))
+    task = _Task(folder, case_set.modalities, case_set.coding, _checked_spacing(spacing_mm), dtype)
     records = _complete_cases(task, case_set)
     pending = [case for case, record in zip(case_set.cases, records, strict=True) if record is None]
     if pending:
@@ -191,11 +241,14 @@ def prepare(
             raise StoreError(folder, error.problem, error.needed * (len(pending) - len(done))) from error
         finally:
             _remember(folder, known)
-        if faults:
+        if faults and (not skip_faulty or len(faults) == len(case_set.cases)):
             raise _faults_error(faults, len(case_set.cases))
-        log.info("prepared %d cases in %.1f s: %s", len(pending), time.perf_counter() - started, folder)
-        records = [record or done[case.name] for case, record in zip(case_set.cases, records, strict=True)]
-    return Store(folder, case_set, [record for record in records if record is not None])
+        for name, fault in faults:
+            log.warning("left out: case %s: %s", name, fault)
+        log.info("prepared %d cases in %.1f s: %s", len(done), time.perf_counter() - started, folder)
+        records = [record or done.get(case.name) for case, record in zip(case_set.cases, records, strict=True)]
+    whole = [case.name for case, record in zip(case_set.cases, records, strict=True) if record is not None]
+    return Store(task, case_set.select(whole), [record for record in records if record is not None])
 
 
 def check_cases(
@@ -266,6 +319,7 @@ class _Task:
     modalities: tuple[str, ...]
     coding: Coding
     spacing_mm: tuple[float, float, float]
+    dtype: StoreDtype
 
     def key(self, case: Case, digests: Sequence[str]) -> str:
         asked = {
@@ -278,6 +332,8 @@ class _Task:
             "files": list(digests),
             "labelled": case.label is not None,
         }
+        if self.dtype != "float32":
+            asked["dtype"] = self.dtype
         return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -340,6 +396,9 @@ def _build(task: _Task, case: Case, key: str) -> dict[str, Any]:
         own = replace(own, shape=grid.shape, spaced_shape=grid.spaced_shape)
         arrays["label"] = resample_label(raw.label, raw.label_affine, own)
         arrays["foreground"] = _foreground(arrays["label"])
+    scale = None
+    if task.dtype == "float16":
+        arrays["image"], scale = _compact(arrays["image"])
     needed = sum(array.nbytes for array in arrays.values())
     stem = task.folder / _stem(case.name, key)
     files = {}
@@ -358,11 +417,22 @@ def _build(task: _Task, case: Case, key: str) -> dict[str, Any]:
         "source_affine": raw.affine.tolist(),
         "label_values": np.unique(arrays["label"]).tolist() if "label" in arrays else None,
         "intensities": _INTENSITIES,
+        "scale": scale,
         "files": files,
     }
     content = json.dumps(record).encode()
     _write(Path(f"{stem}.json"), lambda file: file.write(content), needed)
     return record
+
+
+def _compact(image_XYZC: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """float16, and what to multiply each channel with to have the image again; zero exactly where the image is."""
+    peak = np.maximum(np.abs(image_XYZC).max(axis=(0, 1, 2)), np.finfo(np.float32).tiny)
+    scale = np.exp2(np.ceil(np.log2(peak)) - 15).astype(np.float32)  # to at most 2^15, of 65504
+    compact = (image_XYZC / scale).astype(np.float16)
+    lost = (compact == 0) & (image_XYZC != 0)
+    compact[lost] = np.copysign(np.finfo(np.float16).smallest_subnormal, image_XYZC[lost])
+    return compact, scale.tolist()
 
 
 def _foreground(label_XYZ: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
 
+from pipelines.augment import Augment
 from pipelines.cases import DataError, find_cases
 from pipelines.dali import TrainLoader, ValLoader, jitter, z_score
 from pipelines.sampling import Draw
@@ -180,6 +181,103 @@ def test_no_batch_of_an_abandoned_epoch_leaks_into_the_next(store: Store, taken:
     for _ in range(taken):
         next(left)
     assert_same(batches(loader, following), batches(TrainLoader(store, store.names, CROP, 2), following))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 5])
+def test_a_new_loader_goes_on_from_the_state_of_another(store: Store, taken: int) -> None:
+    def loader() -> TrainLoader:
+        return TrainLoader(store, store.names, CROP, 2, seed=5, crops_per_case=3, foreground_prob=0.5)
+
+    first, again = loader(), loader()
+    expected = batches(first, 2)
+    batch = first.epoch(2)
+    for _ in range(taken):
+        next(batch)
+    state = json.loads(json.dumps(first.state_dict()))
+    position = again.load_state_dict(state)
+    assert position == ((2, taken) if taken else first.position)
+    if taken:
+        assert_same(list(again.epoch(*position)), expected[taken:])
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"seed": 6}, "'seed': 5"),
+        ({"batch_size": 3}, "'batch_size': 2"),
+        ({"crop_size": (16, 12, 6)}, "'crop_size'"),
+        ({"names": 7}, "'cases'"),
+        ({"world_size": 2}, "'world_size': 1"),
+        ({"foreground_prob": 0.2}, "'foreground_prob': 0.0"),
+        ({"augment": False}, "'augment': True"),
+        ({"crops_per_case": 2}, "'samples': 8"),
+    ],
+)
+def test_the_state_of_another_recipe_is_refused_by_name(store: Store, changed: dict, named: str) -> None:
+    arguments: dict = {"names": store.names, "crop_size": CROP, "batch_size": 2, "seed": 5}
+    state = TrainLoader(store, **arguments).state_dict()
+    if "names" in changed:
+        changed = {"names": store.names[:7]}
+    with pytest.raises(DataError, match=named):
+        TrainLoader(store, **(arguments | changed)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_images_come_in_the_dtype_and_memory_format_asked_for(store: Store, memory_format: torch.memory_format) -> None:
+    plain = TrainLoader(store, store.names, CROP, 2)
+    loader = TrainLoader(store, store.names, CROP, 2, dtype=torch.bfloat16, memory_format=memory_format)
+    for (image, label), (expected, expected_label) in zip(loader.epoch(0), plain.epoch(0), strict=True):
+        assert image.is_contiguous(memory_format=memory_format)
+        assert torch.equal(image, expected.to(torch.bfloat16))
+        assert torch.equal(label, expected_label)
+
+
+ALL = Augment(affine_prob=0.5, noise_prob=0.5, blur_prob=0.5, bias_field_prob=0.5, gamma_prob=0.5, dropout_prob=0.5)
+
+
+def test_extra_augmentations_leave_crops_and_jitter_as_they_are_drawn_without_them(store: Store) -> None:
+    plain, noisy = (
+        TrainLoader(store, store.names, CROP, 2, seed=5, extras=extras)
+        for extras in (Augment(), Augment(noise_prob=1.0, noise_std=1e-3, dropout_prob=0.5))
+    )
+    dropped = 0
+    for step, ((image, label), (expected, expected_label)) in enumerate(zip(noisy.epoch(0), plain.epoch(0))):
+        assert torch.equal(label, expected_label)
+        for b, draw in enumerate(plain.draws_of(0, step)):
+            for channel, wanted in zip(image[b], expected[b]):
+                if (channel == channel[0, 0, 0]).all():  # a channel that is dropped is jittered still
+                    dropped += 1
+                    assert channel[0, 0, 0] == pytest.approx(draw.shift, abs=1e-6)
+                else:
+                    assert 0 < (channel - wanted).abs().max() < 0.02
+    assert dropped
+
+
+def test_extra_augmentations_are_drawn_by_epoch_and_position_alone(store: Store) -> None:
+    def loader(threads: int = 1, rank: int = 0, world_size: int = 1) -> TrainLoader:
+        return TrainLoader(
+            store, store.names, CROP, 2 // world_size, seed=5, threads=threads, rank=rank, world_size=world_size,
+            crops_per_case=2, extras=ALL,
+        )  # fmt: skip
+
+    expected = batches(loader(), 1)
+    assert_same(batches(loader(threads=3), 1), expected)
+    moved = loader()
+    next(moved.epoch(0))
+    assert_same(list(moved.epoch(1, 3)), expected[3:])
+    shares = [batches(loader(rank=rank, world_size=2), 1) for rank in (0, 1)]
+    assert_same([(torch.cat(images), torch.cat(labels)) for images, labels in (zip(*pair) for pair in zip(*shares))],
+                expected)  # fmt: skip
+
+
+def test_a_crop_is_z_scored_after_the_affine(store: Store) -> None:
+    affine = Augment(affine_prob=1.0, affine_rotate_range_degrees=(0, 0, 0), affine_scale_range=(0.9, 0.9, 0.9))
+    loader = TrainLoader(store, store.names, CROP, 2, augment=False, extras=affine)
+    for image, _ in loader.epoch(0):
+        for channel in image.flatten(0, 1):
+            voxels = channel[channel != 0].double()
+            if len(voxels) > 10:
+                assert abs(voxels.mean()) < 1e-4 and abs(voxels.std(correction=0) - 1) < 1e-4
 
 
 def test_an_iterator_of_an_earlier_epoch_raises_instead_of_mixing_batches(store: Store) -> None:

@@ -32,8 +32,9 @@ from pipelines.reference import (
     train_steps,
     val_steps,
 )
-from pipelines.sampling import Draw, copy_crop
+from pipelines.sampling import Draw
 from pipelines.store import Store, prepare
+from pipelines.volumes import copy_crop, label_of
 
 IMAGE_TOLERANCE = 1e-3  # of the image's range
 DRAWS = 4
@@ -128,7 +129,7 @@ def test_random_crop_matches_monai(case: Prepared) -> None:
         image = np.empty((*case.crop, case.store.image(0).shape[3]), np.float32)
         label = np.empty((*case.crop, 1), np.uint8)
         copy_crop(case.store.image(0), start, image)
-        copy_crop(dali.label_of(case.store, 0), start, label)
+        copy_crop(label_of(case.store, 0), start, label)
         assert_close(image.transpose(3, 0, 1, 2), expected["image"])
         assert_same_regions(case.regions(label[..., 0]), expected["label"])
 

@@ -6,7 +6,7 @@ import monai.transforms as mt
 import numpy as np
 import pytest
 
-from pipelines.sampling import Draw, Size, copy_crop, draw_sample, epoch_order
+from pipelines.sampling import Draw, Size, draw_sample, epoch_order
 
 
 def test_order_is_padded_from_its_own_start_and_fresh_each_epoch() -> None:
@@ -63,11 +63,3 @@ def test_foreground_crops_hold_the_tumour_voxel_at_their_centre_or_are_clamped()
 
 def test_a_case_without_tumour_gets_uniform_crops_even_if_all_are_asked_on_the_tumour() -> None:
     assert len({d.start for d in draws(200, (40, 40, 24), (16, 16, 8), None, 1.0)}) > 150
-
-
-def test_copy_crop_overwrites_a_used_buffer() -> None:
-    volume = np.ones((4, 6, 6, 1), np.uint8)
-    out = np.full((6, 4, 4, 1), 9, np.uint8)
-    copy_crop(volume, (0, 1, 2), out)
-    np.testing.assert_array_equal(out[1:5], 1)
-    np.testing.assert_array_equal(out[[0, 5]], 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -18,12 +19,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from isal import isal_zlib
 
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.geometry import resample_image, resample_label, target_grid
 from pipelines.labels import CODINGS
 from pipelines.nifti import read_case
-from pipelines.store import FOREGROUND_VOXELS, Store, StoreError, check_cases, prepare
+from pipelines.store import FOREGROUND_VOXELS, Store, StoreError, _compact, check_cases, prepare
 
 SHAPE = (24, 21, 18)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]], float)
@@ -56,7 +58,14 @@ def state(folder: Path) -> dict[str, int]:
 def assert_whole(folder: Path, store: Store) -> None:
     assert not [name for name in os.listdir(folder) if ".tmp-" in name]
     for i in range(len(store)):
-        store.verify(i)
+        assert_unchanged(store, i)
+
+
+def assert_unchanged(store: Store, i: int) -> None:
+    """Every array of a case is as it was written; nothing has to be prepared again."""
+    for kind, file in json.loads(next(store.folder.glob(f"{store.names[i]}-*.json")).read_text())["files"].items():
+        array = np.load(next(store.folder.glob(f"{store.names[i]}-*.{kind}.npy")))
+        assert isal_zlib.crc32(array.tobytes()) == file["crc32"]
 
 
 def test_volumes_are_those_of_decode_resample_and_orient(tmp_path: Path, cases: CaseSet) -> None:
@@ -302,18 +311,89 @@ def test_foreground_is_voxels_of_the_tumour_evenly_taken(tmp_path: Path) -> None
     assert store.foreground(1).shape == store.foreground(2).shape == (0, 3)
     assert store.label(1) is not None and store.label(2) is None
     for i in range(3):
-        store.verify(i)
+        assert_unchanged(store, i)
 
 
-def test_changed_array_is_found_by_its_checksum(tmp_path: Path, cases: CaseSet) -> None:
+@pytest.mark.parametrize("kind", ["image", "label", "foreground"])
+@pytest.mark.parametrize("damage", ["a bit", "half the file", "no file"])
+def test_damaged_array_is_found_when_it_is_first_read_and_made_again(
+    tmp_path: Path, cases: CaseSet, kind: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = prepare(cases, tmp_path / "store", SPACING, workers=1)
+    path = next((tmp_path / "store").glob(f"case1-*.{kind}.npy"))
+    content = path.read_bytes()
+    if damage == "no file":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if "half" in damage else content[:-3] + b"\x07" + content[-2:])
+    read = {"image": store.image, "label": store.label, "foreground": store.foreground}[kind]
+    read(0)
+    assert not caplog.records
+    expected = np.load(io.BytesIO(content))
+    np.testing.assert_array_equal(read(1), expected)
+    assert path.read_bytes() == content
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert str(path) in caplog.text and "preparing case case1 again" in caplog.text
+    caplog.clear()
+    read(1)
+    assert not caplog.records
+
+
+def test_damaged_array_of_scans_that_changed_or_went_is_an_error_that_names_both(
+    tmp_path: Path, cases: CaseSet
+) -> None:
     store = prepare(cases, tmp_path / "store", SPACING, workers=1)
     path = next((tmp_path / "store").glob("case1-*.image.npy"))
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    store.verify(0)
-    with pytest.raises(DataError, match=rf"{path.name}: its checksum is not the one recorded"):
-        store.verify(1)
+    path.unlink()
+    scan = cases.cases[1].images[0]
+    scan.write_bytes(cases.cases[0].images[0].read_bytes())
+    with pytest.raises(DataError, match=rf"{path.name}: the file is gone, and the scans of case1 have changed since"):
+        store.image(1)
+    scan.unlink()
+    with pytest.raises(DataError, match=rf"{path.name}.*can't be made again: .*{scan.name}"):
+        store.image(1)
+
+
+def test_faulty_cases_are_left_out_only_where_that_is_asked_for(
+    tmp_path: Path, cases: CaseSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases.cases[1].images[0].write_bytes(b"no scan")
+    with pytest.raises(DataError, match=cases.cases[1].images[0].name):
+        prepare(cases, tmp_path / "store", SPACING, workers=1)
+    for _ in range(2):  # the second time the others are there already
+        caplog.clear()
+        store = prepare(cases, tmp_path / "store", SPACING, workers=1, skip_faulty=True)
+        assert store.names == tuple(name for name in cases.names if name != "case1")
+        assert "left out: case case1" in caplog.text and cases.cases[1].images[0].name in caplog.text
+    whole = prepare(cases.select(store.names), tmp_path / "store", SPACING, workers=1)
+    for i in range(len(store)):
+        np.testing.assert_array_equal(store.image(i), whole.image(i))
+    with pytest.raises(DataError, match="1 of 1 cases"):
+        prepare(cases.select(["case1"]), tmp_path / "store", SPACING, workers=1, skip_faulty=True)
+
+
+def test_float16_halves_the_bytes_and_each_voxel_is_within_half_a_thousandth(tmp_path: Path, cases: CaseSet) -> None:
+    exact = prepare(cases, tmp_path / "store", SPACING, workers=1)
+    compact = prepare(cases, tmp_path / "store", SPACING, workers=1, dtype="float16")
+    assert compact.voxels(0)[0].dtype == np.float16
+    assert compact.voxels(0)[0].nbytes == exact.image(0).nbytes / 2
+    for i in range(len(exact)):
+        image, expected = compact.image(i), exact.image(i)
+        assert image.dtype == np.float32
+        tiny = np.abs(expected).max(axis=(0, 1, 2)) * 2.0**-29  # half the smallest number beside the peak, 2^15 at most
+        assert (np.abs(image - expected) <= np.maximum(np.abs(expected) * 2.0**-11, tiny)).all()
+        np.testing.assert_array_equal(image == 0, expected == 0)
+        np.testing.assert_array_equal(np.asarray(compact.label(i)), np.asarray(exact.label(i)))
+
+
+def test_float16_takes_any_range_and_keeps_tiny_voxels_apart_from_zero() -> None:
+    image = np.array([[1e9, 3e-12], [-1e-11, 2e-12], [0, 0], [1e-25, 1e-12]], np.float32).reshape(4, 1, 1, 2)
+    compact, scale = _compact(image)
+    back = compact.astype(np.float32) * np.array(scale, np.float32)
+    assert np.isfinite(back).all()
+    np.testing.assert_array_equal(np.sign(back), np.sign(image))
+    np.testing.assert_allclose(back[..., 1], image[..., 1], rtol=2.0**-11)
+    assert back[0, 0, 0, 0] == pytest.approx(1e9, rel=2.0**-11)
 
 
 def test_record_holds_what_a_reader_needs(tmp_path: Path, cases: CaseSet) -> None:

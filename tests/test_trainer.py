@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -92,13 +97,21 @@ def test_twenty_steps_give_the_losses_of_a_plain_monai_loop(
     assert plain[-1] < plain[0]
 
 
-def train(folder: Path, *args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
-    """Run the command as a user would; scans and volumes go to `folder/cache`."""
+def start(folder: Path, *args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+    """Start the command as a user would; scans and volumes go to `folder/cache`."""
     environment = os.environ | {"GLIOFORGE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     for name in ("DS_ACCELERATOR", "LOCAL_RANK"):  # `init_ranks` sets them in this process
         environment.pop(name, None)
     command = [*launcher, str(ROOT / "launch" / "train.py"), *args]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def train(folder: Path, *args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
+    """Run the command to its end."""
+    with start(folder, *args, launcher=launcher) as process:
+        output, errors = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +169,72 @@ def test_resume_continues_the_same_loss_curve(finished: Path) -> None:
         assert [row[name] for row in found] == [row[name] for row in expected], name
 
 
+def test_a_run_killed_within_an_epoch_goes_on_as_if_it_had_not_been(finished: Path) -> None:
+    config = str(write_small(finished))
+    options = ("--config", config, "--train.epochs", "2", "--data.crops_per_case", "3")  # 12 steps an epoch
+    through = train(finished, *options, "--run_dir", "runs/unbroken")
+    assert through.returncode == 0, through.stderr
+    process = start(finished, *options, "--run_dir", "runs/killed", "--train.save_every_steps", "1")
+    saved = finished / "runs" / "killed" / "checkpoints" / "last" / "ranks.json"
+    while not saved.is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (finished / "runs" / "killed" / "log.csv").exists()  # no epoch was whole
+    resumed = train(finished, "--resume", "runs/killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"resumed runs/killed after epoch 0 of 2, step [1-9]\d? of 12", resumed.stdout), resumed.stdout
+    expected, found = (rows_of(finished / "runs" / name) for name in ("unbroken", "killed"))
+    for name in ("epoch", "step", "loss", "dice_loss", "ce_loss", "val_WT"):
+        assert [row[name] for row in found] == [row[name] for row in expected], name
+    weights = [
+        torch.load(finished / "runs" / name / "checkpoints" / "last.pt", weights_only=True)["weights"]
+        for name in ("unbroken", "killed")
+    ]
+    for key, value in weights[0].items():
+        assert torch.equal(weights[1][key], value), key
+
+
+def test_a_run_stopped_at_any_step_sees_the_batches_that_it_would_have_seen(
+    data: Data, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(name: str, stop_at: int | None = None, resume: bool = False) -> tuple[list[torch.Tensor], Trainer]:
+        config = Config(
+            data=DataConfig(crop_size_voxels=CROP),
+            train=TrainConfig(epochs=2, batch_size=1, save_every_steps=1, val_every_epochs=2),
+            run_dir=tmp_path / name,
+            resume=name if resume else None,
+        )
+        torch.manual_seed(0)
+        widths = {"feature_size": 8, "hidden_size": 24, "mlp_dim": 32, "num_heads": 2}
+        trainer = Trainer(config, ranks, data, build_model("unetr", in_channels=4, img_size=CROP, **widths))
+        seen: list[torch.Tensor] = []
+        step = trainer.step
+
+        def recorded(image: torch.Tensor, labels: torch.Tensor) -> Any:
+            if len(seen) == stop_at:
+                raise KeyboardInterrupt
+            seen.append(image.clone())
+            return step(image, labels)
+
+        monkeypatch.setattr(trainer, "step", recorded)
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.fit()
+        return seen, trainer
+
+    expected, whole = fit("whole")
+    assert len(expected) == 8
+    for stop_at in (1, 4, 6):  # within an epoch, between two, in the second
+        before, _ = fit(f"stopped{stop_at}", stop_at)
+        after, resumed = fit(f"stopped{stop_at}", resume=True)
+        assert len(before) == stop_at
+        equal = [torch.equal(image, wanted) for image, wanted in zip([*before, *after], expected, strict=True)]
+        assert all(equal), (stop_at, equal)
+        assert [row["loss"] for row in resumed.history] == [row["loss"] for row in whole.history]
+        for value, wanted in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(value, wanted)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(finished: Path) -> tuple[Path, str]:
     """Run folder and output of two ranks at ZeRO 1."""
@@ -170,6 +249,50 @@ def test_two_ranks_under_the_launcher_train_together(two_ranks: tuple[Path, str]
     run, output = two_ranks
     assert [int(row["step"]) for row in rows_of(run)] == [2, 4]  # four training cases, one crop per rank and step
     assert "2 rank(s)" in output
+
+
+def test_a_killed_rank_ends_the_job_with_the_reason(finished: Path) -> None:
+    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29582")
+    options = ("--config", str(write_small(finished)), "--run_dir", "runs/lost", "--train.epochs", "1000")
+    process = start(finished, *options, launcher=launcher)
+    log = finished / "runs" / "lost" / "log.csv"
+    while not log.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    ranks = [
+        child for child in psutil.Process(process.pid).children(recursive=True)
+        if "--local_rank=1" in child.cmdline()
+    ]  # fmt: skip
+    ranks[0].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "remote worker" in errors  # gloo's words: connection closed, or reset
+
+
+WAITING = """
+import datetime, sys, time
+from engine import distributed
+distributed.PREPARATION_LIMIT = datetime.timedelta(seconds=2)
+ranks = distributed.init_ranks("cpu")
+distributed.first_on_node(lambda: time.sleep(6), ranks)
+"""
+
+
+def test_ranks_do_not_wait_for_ever_for_the_one_that_prepares(tmp_path: Path) -> None:
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29583"}
+    waiting = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING],
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in waiting]
+    assert "TimeoutError: rank 1 waited for the first rank of each node to prepare the data" in errors[1]
+    assert "0:00:02" in errors[1]
+    assert all(process.returncode for process in waiting)
 
 
 def test_other_ranks_cannot_resume_sharded_states(two_ranks: tuple[Path, str]) -> None:

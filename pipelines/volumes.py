@@ -1,0 +1,235 @@
+"""Where prepared volumes are while a run trains, and how a crop gets out of them.
+
+    gpu       on the GPU, as stored: a crop is a copy within its memory
+    pinned    in page-locked memory of this process: the slab of x that holds a crop goes to the GPU in one transfer
+              that no processor takes part in, and is cropped there
+    mapped    in the store's files, memory-mapped: a processor copies the crop, and the page cache, which all ranks of
+              a node share, decides what comes from the disk
+
+`choose_residence` takes the first that fits. All 388 training cases of Task01 are 12.4 GB in float32.
+
+Axes. Volumes are (X, Y, Z, C); X, Y, Z are the axes of RAS. A crop is written into a buffer of the caller, flipped on
+the way where that is asked for, so a flip costs nothing on a CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from pipelines.cases import DataError
+from pipelines.sampling import Size
+from pipelines.store import Store
+
+log = logging.getLogger(__name__)
+
+Residence = Literal["auto", "gpu", "pinned", "mapped"]
+GPU_SHARE = 0.4
+"""Share of the free memory of a GPU that volumes may take: model, activations and cuDNN's workspaces need the rest."""
+HOST_SHARE = 0.5
+"""Share of the available memory of a node that its ranks may take together for page-locked volumes."""
+
+
+class Volumes(Protocol):
+    """Volumes of some cases of a store."""
+
+    def new_buffers(self, batch_size: int, size: Size) -> tuple[Any, Any]:
+        """Image (B, x, y, z, C) float32 and label (B, x, y, z, 1) uint8, to be filled by `crop`."""
+
+    def crop(self, case: int, start: Sequence[int], image: Any, label: Any, flip: bool = False) -> None:
+        """Copy a crop into one sample of the buffers.
+
+        Args:
+            case: index in the store.
+            start: first voxel (x, y, z), in the volume as padded with zeros to at least the size of the crop.
+            image: (x, y, z, C), overwritten. label: (x, y, z, 1), overwritten.
+            flip: reverse the first axis.
+        """
+
+
+class MappedVolumes:
+    """Volumes in the files of a store; crops are NumPy arrays."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def new_buffers(self, batch_size: int, size: Size) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        image = np.empty((batch_size, *size, len(self.store.modalities)), np.float32)
+        return image, np.empty((batch_size, *size, 1), np.uint8)
+
+    def crop(self, case: int, start: Sequence[int], image: NDArray, label: NDArray, flip: bool = False) -> None:
+        voxels, scale = self.store.voxels(case)
+        copy_crop(voxels, start, image[::-1] if flip else image)
+        if scale is not None:
+            image *= scale
+        copy_crop(label_of(self.store, case), start, label[::-1] if flip else label)
+
+
+class LoadedVolumes:
+    """Volumes in memory, read once from a store; crops are tensors on `device`.
+
+    Args:
+        store: prepared cases.
+        cases: indices of those to load.
+        device: where crops are made.
+        pinned: keep the volumes in page-locked memory of the host, and not on `device`.
+    """
+
+    def __init__(self, store: Store, cases: Sequence[int], device: torch.device, pinned: bool = False) -> None:
+        self.channels = len(store.modalities)
+        self.device = device
+        self.volumes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.scales: dict[int, torch.Tensor] = {}
+        for case in dict.fromkeys(cases):
+            voxels, scale = store.voxels(case)
+            image, label = (torch.tensor(array) for array in (voxels, label_of(store, case)))
+            self.volumes[case] = (
+                (image.pin_memory(), label.pin_memory()) if pinned else (image.to(device), label.to(device))
+            )
+            if scale is not None:
+                self.scales[case] = torch.from_numpy(scale).to(device)
+
+    def new_buffers(self, batch_size: int, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+        image = torch.empty((batch_size, *size, self.channels), dtype=torch.float32, device=self.device)
+        return image, torch.empty((batch_size, *size, 1), dtype=torch.uint8, device=self.device)
+
+    def crop(
+        self, case: int, start: Sequence[int], image: torch.Tensor, label: torch.Tensor, flip: bool = False
+    ) -> None:
+        for volume, out in zip(self.volumes[case], (image, label), strict=True):
+            source, target = _overlap(volume.shape, start, out.shape)
+            # Whole planes of x lie in one piece, which is what an asynchronous transfer can take.
+            slab = volume[source[0]].to(self.device, non_blocking=True)[:, source[1], source[2]]
+            if slab.shape != out.shape:
+                out.zero_()
+            out[target] = slab
+            if flip:
+                out.copy_(out.flip(0))
+        if case in self.scales:
+            image.mul_(self.scales[case])
+
+
+def label_of(store: Store, case: int) -> NDArray[np.uint8]:
+    """Label of a case as (X, Y, Z, 1), memory-mapped.
+
+    Raises:
+        DataError: the case has none.
+    """
+    label = store.label(case)
+    if label is None:
+        raise DataError(
+            f"case {store.names[case]} has no label: add it, or leave the case out of training and validation"
+        )
+    return label[..., None]
+
+
+def copy_crop(volume: NDArray, start: Sequence[int], out: NDArray) -> None:
+    """Copy a crop into `out`; a volume smaller than `out` is padded with zeros, symmetrically as by MONAI's SpatialPad.
+
+    Args:
+        volume: (X, Y, Z, C), memory-mapped.
+        start: first voxel (x, y, z), in the coordinates of the padded volume.
+        out: (x, y, z, C), overwritten.
+    """
+    source, target = _overlap(volume.shape, start, out.shape)
+    if out[target].shape != out.shape:
+        out[...] = 0
+    out[target] = volume[source]
+
+
+def _overlap(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[tuple, tuple]:
+    """Where in the volume a crop comes from, and where in the crop that goes: three slices each."""
+    padding = [max(n - dim, 0) // 2 for n, dim in zip(size[:3], shape[:3], strict=True)]
+    first = [int(a) - p for a, p in zip(start, padding, strict=True)]
+    source = tuple(slice(max(a, 0), min(a + n, dim)) for a, n, dim in zip(first, size, shape, strict=False))
+    return source, tuple(slice(s.start - a, s.stop - a) for s, a in zip(source, first, strict=True))
+
+
+def nonzero_mean_std(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and population standard deviation of the non-zero voxels of each channel.
+
+    One pass in float64, where sums of squares lose nothing that float32 voxels hold: plane by plane, in cache, each a
+    matrix of long rows (z, C), over which sums are vector operations; summing over all but four channels is not.
+
+    Args:
+        image: (x, y, z, C), C order.
+
+    Returns:
+        mean (C,), 0 for a channel without non-zero voxels; deviation (C,), 1 for such a channel and for a constant one
+        (up to the rounding of its mean in float32), which is then only centred, as MONAI's NormalizeIntensity does.
+    """
+    x, y, z, channels = image.shape
+    planes = torch.from_numpy(image).view(x, y, z * channels)
+    wide = torch.empty(planes.shape[1:], dtype=torch.float64)
+    total, squares = torch.zeros(z * channels, dtype=torch.float64), torch.zeros(z * channels, dtype=torch.float64)
+    for plane in planes:
+        total += wide.copy_(plane).sum(0)
+        squares += wide.mul_(wide).sum(0)
+    nonzero = (image.reshape(x, y, -1) != 0).view(np.uint8).sum(1, dtype=np.uint16).sum(0, dtype=np.int64)
+    count = np.maximum(nonzero.reshape(z, channels).sum(0), 1)
+    mean = total.numpy().reshape(z, channels).sum(0) / count
+    variance = squares.numpy().reshape(z, channels).sum(0) / count - mean**2
+    std = np.sqrt(np.maximum(variance, 0))
+    return mean.astype(np.float32), np.where(std <= 1e-6 * np.abs(mean), 1, std).astype(np.float32)
+
+
+def open_volumes(
+    store: Store, cases: Sequence[int], device: torch.device, residence: Residence = "auto", ranks_on_node: int = 1
+) -> Volumes:
+    """The volumes of some cases where `choose_residence` puts them; loads them where that is memory.
+
+    Args:
+        store: prepared cases.
+        cases: indices in the store.
+        device: where crops are wanted.
+        residence: as `choose_residence`.
+        ranks_on_node: processes that each load them.
+
+    Raises:
+        DataError: as `choose_residence`; a case without a label.
+    """
+    chosen = choose_residence(store.nbytes(cases), device, residence, ranks_on_node)
+    if chosen == "mapped":
+        return MappedVolumes(store)
+    return LoadedVolumes(store, cases, device, pinned=chosen == "pinned")
+
+
+def choose_residence(nbytes: int, device: torch.device, residence: Residence, ranks_on_node: int) -> str:
+    """Where volumes of so many bytes go: the first of "gpu", "pinned", "mapped" that fits, or what is asked for.
+
+    Without a GPU "auto" is "mapped": the page cache already keeps in memory what fits.
+
+    Raises:
+        DataError: what is asked for does not fit, or needs a GPU that is not there.
+        ValueError: an unknown residence.
+    """
+    if residence not in get_args(Residence):
+        raise ValueError(f"--data.residence {residence!r} must be one of {', '.join(get_args(Residence))}")
+    size = f"{nbytes / 1e9:.1f} GB of volumes" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB of volumes"
+    if device.type != "cuda":
+        if residence in ("gpu", "pinned"):
+            raise DataError(f"--data.residence {residence} needs a GPU and this run is on the CPU: use auto or mapped")
+        log.info("%s: mapped from the store's files", size)
+        return "mapped"
+    limits = {
+        "gpu": GPU_SHARE * torch.cuda.mem_get_info(device)[0],
+        "pinned": HOST_SHARE * psutil.virtual_memory().available / ranks_on_node,
+        "mapped": math.inf,
+    }
+    chosen = residence if residence != "auto" else next(kind for kind, limit in limits.items() if nbytes <= limit)
+    if nbytes > limits[chosen]:
+        raise DataError(
+            f"--data.residence {chosen}: {size}, and {limits[chosen] / 1e9:.1f} GB may be taken "
+            f"({GPU_SHARE if chosen == 'gpu' else HOST_SHARE / ranks_on_node:g} of what is free): use auto"
+        )
+    room = {kind: f"{limit / 1e9:.1f} GB" for kind, limit in limits.items() if kind != "mapped"}
+    where = {"gpu": "on the GPU", "pinned": "in page-locked memory", "mapped": "mapped from the store's files"}[chosen]
+    log.info("%s: %s (limits: %s on the GPU, %s page-locked)", size, where, room["gpu"], room["pinned"])
+    return chosen
