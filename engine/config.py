@@ -93,6 +93,11 @@ class DataConfig:
     """Processes that prepare volumes. None: one for each core."""
     augment: Augment = field(default_factory=Augment)
     """Extra augmentations beside flip, scale and shift; all off."""
+    prepare_on: Literal["cpu", "gpu"] = "cpu"
+    """gpu: resample scans by DALI on the GPU when they are prepared."""
+    unprepared: bool = False
+    """Make training crops from the scans at each step, and prepare the validation cases alone: nothing to store, but
+    every step pays for decoding."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     """Synthetic scans."""
 

@@ -17,11 +17,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
-    """Prepared volumes, and the names of those to train on and to validate on."""
+    """Prepared volumes, and the names of the cases to train on and to validate on.
+
+    Attributes:
+        store: all cases; with `--data.unprepared` those to validate on.
+        train, val: names.
+        scans: where training crops are made from the scans at each step, those of all cases.
+    """
 
     store: Store
     train: tuple[str, ...]
     val: tuple[str, ...]
+    scans: CaseSet | None = None
 
 
 def obtain_root(config: DataConfig) -> Path:
@@ -52,7 +59,9 @@ def list_cases(config: DataConfig, root: Path) -> CaseSet:
 def prepared(config: DataConfig, cases: CaseSet) -> Store:
     """The store of these cases; what it lacks is prepared. With `skip_faulty` of those that could be."""
     folder = config.store_dir or cache_dir() / "store"
-    return prepare(cases, folder, config.spacing_mm, config.workers, config.store_dtype, config.skip_faulty)
+    return prepare(
+        cases, folder, config.spacing_mm, config.workers, config.store_dtype, config.skip_faulty, config.prepare_on
+    )
 
 
 def load_data(config: DataConfig) -> Data:
@@ -63,6 +72,10 @@ def load_data(config: DataConfig) -> Data:
     """
     cases = list_cases(config, obtain_root(config))
     train, val = split_cases(cases, config.val_fraction, config.split_seed, config.train_cases, config.val_cases)
+    if config.unprepared:
+        if not val:
+            raise DataError("--data.unprepared true needs a case to validate on: see --data.val_fraction")
+        return Data(prepared(config, cases.select(val)), train, val, cases)
     store = prepared(config, cases.select([name for name in cases.names if name in {*train, *val}]))
     train, val = (tuple(name for name in names if name in store.names) for names in (train, val))
     if not train:

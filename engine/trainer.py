@@ -28,8 +28,9 @@ from engine.inference import sliding_window_logits
 from engine.optim import make_optimizer, make_schedule
 from engine.progress import DataWait, TrainingProgress
 from kernels.dice_ce import DiceCE, dice_ce_loss, region_masks
-from pipelines.dali import TrainLoader, ValLoader
 from pipelines.labels import REGIONS
+from pipelines.loaders import CropLoader, TrainLoader, ValLoader
+from pipelines.raw import RawLoader
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +58,24 @@ class Trainer:
             "memory_format": torch.channels_last_3d if on_gpu else torch.contiguous_format,
         }
         crop = settings.crop_size_voxels
-        self.train_loader = TrainLoader(
-            data.store, data.train, crop, config.train.batch_size, config.train.seed,
-            crops_per_case=settings.crops_per_case, foreground_prob=settings.foreground_prob, extras=settings.augment,
-            residence=settings.residence, ranks_on_node=ranks.ranks_on_node,
+        crops: dict[str, Any] = {
+            "names": data.train,
+            "crop_size": crop,
+            "batch_size": config.train.batch_size,
+            "seed": config.train.seed,
+            "crops_per_case": settings.crops_per_case,
+            "foreground_prob": settings.foreground_prob,
+            "extras": settings.augment,
             # Autocast rounds the input of the first convolutions in any case; so half the bytes come.
-            dtype=torch.bfloat16 if on_gpu and config.train.precision == "bf16" else torch.float32, **shard,
-        )  # fmt: skip
+            "dtype": torch.bfloat16 if on_gpu and config.train.precision == "bf16" else torch.float32,
+            **shard,
+        }
+        self.train_loader: CropLoader
+        if data.scans is None:
+            crops |= {"residence": settings.residence, "ranks_on_node": ranks.ranks_on_node}
+            self.train_loader = TrainLoader(data.store, **crops)
+        else:
+            self.train_loader = RawLoader(data.scans, spacing_mm=settings.spacing_mm, **crops)
         self.full_volume = config.train.validation == "full_volume"
         self.val_loader: Iterable[tuple[str, torch.Tensor, torch.Tensor]] = ()
         if data.val:

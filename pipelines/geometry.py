@@ -14,20 +14,23 @@ affine_grid, then grid_sample's own arithmetic. Exact positions would be worse, 
 which voxels the z-score counts (1e-14 off an integer leaves about 1e-11 in zero voxels beside the head, and its mask is
 "not zero"), and which label a sample takes (from 1 to 1.5 mm three quarters lie halfway between voxels).
 
-Without shear M is diagonal whatever the orientation, so sampling is separable:
+In BraTS files, whose axes run along those of the scanner, M is diagonal whatever the orientation, so sampling is
+separable:
 
-- An image is interpolated axis by axis (Z and Y slice by slice in cache, X on the way into C order), with positions in
-  float64, weights and sums in float32: within 2e-7 of the image's range of MONAI, and zero where MONAI's is.
+- An image is interpolated axis by axis (Z and Y slice by slice in cache, X after a transposition, a few slices at a
+  time), with positions in float64, weights and sums in float32: within 2e-7 of the image's range of MONAI, and zero
+  where MONAI's is.
 - A label map takes index vectors, from grid_sample on a ramp of indices: no voxel differs.
 
-A sheared image is sampled by grid_sample on the full grid, in float32: within 1e-5, zero or not on all but a few voxels
-in a million. For a label any off-diagonal element of M, even 1e-16, decides ties: then the full grid, in float64.
+Rotated axes leave off-diagonal elements in M, of 1e-16 and up, sheared ones larger ones. Even the smallest decide ties
+of a label, and which voxels beside the head are zero: all is sampled by grid_sample on the full grid then, in float64,
+as MONAI does it and as slowly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,7 +38,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from torch.nn.functional import affine_grid, grid_sample
 
 AFFINE_TOLERANCE = 1e-3  # MONAI's AFFINE_TOL: a change of the affine below it is none
-SEPARABLE_VOXELS = 1e-4  # off-diagonal parts of M that move no sample by more than this are left out, for images
+_SLICES = 8  # interpolated at a time: 5 MB of rows, which malloc gives out again without page faults
 _BLOCK = 16  # side of a transposition's blocks; 16 floats are a cache line: 189 ms where a plain copy takes 540
 
 
@@ -153,22 +156,42 @@ def resample_image(image_XYZC: np.ndarray, affine: np.ndarray, grid: Grid) -> np
     if _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine):
         return channels_last(_orient(image_XYZC, grid))
     image_CZYX = np.ascontiguousarray(image_XYZC.transpose(3, 2, 1, 0))
-    matrix = np.linalg.solve(affine, grid.spaced_affine)
-    off_diagonal = np.abs(matrix[:3, :3] - np.diag(np.diag(matrix)[:3])) @ np.array(grid.spaced_shape)
-    if off_diagonal.max() > SEPARABLE_VOXELS:
-        image_CXYZ = torch.from_numpy(image_CZYX.transpose(0, 3, 2, 1))
-        spaced_CXYZ = _sample_full(image_CXYZ, matrix, grid.spaced_shape, "bilinear").numpy()
+    weights = axis_weights(shape, affine, grid)
+    if weights is None:
+        matrix = np.linalg.solve(affine, grid.spaced_affine)
+        spaced_CXYZ = _sample_full(image_CZYX.transpose(0, 3, 2, 1), matrix, grid.spaced_shape, "bilinear")
         return np.ascontiguousarray(_orient(spaced_CXYZ.transpose(1, 2, 3, 0), grid))
-    theta = _normalised(matrix, shape, grid.spaced_shape)
-    weights = [
-        _Weights.of(theta, axis, shape[axis], grid.spaced_shape[axis], axis in grid.flipped) for axis in range(3)
-    ]
     spaced_XYZC = _interpolate(image_CZYX, weights)
     return np.ascontiguousarray(spaced_XYZC.transpose(*grid.permutation, 3))
 
 
+def axis_weights(shape: Sequence[int], affine: np.ndarray, grid: Grid) -> list[Weights] | None:
+    """The weights of `resample_image` along each axis of the file; None where the axes are not independent.
+
+    Args:
+        shape: (X, Y, Z) of the file.
+        affine: (4, 4), voxel index to mm, of the file.
+        grid: from `target_grid` of this shape and affine.
+    """
+    sizes = zip(shape, grid.spaced_shape, (axis in grid.flipped for axis in range(3)), strict=True)
+    if _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine):
+        return [Weights.at(torch.arange(n, dtype=torch.float64), n, flipped) for n, _, flipped in sizes]
+    matrix = np.linalg.solve(affine, grid.spaced_affine)
+    if not _is_diagonal(matrix):
+        return None
+    theta = _normalised(matrix, shape, grid.spaced_shape)
+    weights = []
+    for axis, (n, n_out, flipped) in enumerate(sizes):
+        size_out_3d = [1, 1, 1]
+        size_out_3d[axis] = n_out
+        points = affine_grid(theta[:, :3], [1, 1, *size_out_3d], align_corners=False)[..., 2 - axis].flatten()
+        position = (((points + 1) * n - 1) / 2).clamp(0, n - 1)  # grid_sample's own arithmetic
+        weights.append(Weights.at(position, n, flipped))
+    return weights
+
+
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """Linear interpolation along one axis: input[low] * low_weight + input[high] * high_weight.
 
     Positions carry the rounding of MONAI's normalised grid, 1e-14 off an integer here and there. It must stay: a zero
@@ -182,35 +205,36 @@ class _Weights:
     high_weight: torch.Tensor
 
     @staticmethod
-    def of(theta: torch.Tensor, axis: int, size: int, size_out: int, flipped: bool) -> _Weights:
-        size_out_3d = [1, 1, 1]
-        size_out_3d[axis] = size_out
-        grid = affine_grid(theta[:, :3], [1, 1, *size_out_3d], align_corners=False)[..., 2 - axis].flatten()
-        position = (((grid + 1) * size - 1) / 2).clamp(0, size - 1)  # grid_sample's own arithmetic
+    def at(position: torch.Tensor, size: int, flipped: bool) -> Weights:
+        """The weights at float64 positions in 0 .. size - 1, taken from the last to the first where `flipped`."""
         position = position.flip(0) if flipped else position
         low = position.floor()
         weights = (low + 1 - position).float(), (position - low).float()
-        return _Weights(low.long(), (low.long() + 1).clamp(max=size - 1), *weights)
+        return Weights(low.long(), (low.long() + 1).clamp(max=size - 1), *weights)
 
 
-def _interpolate(image_CZYX: np.ndarray, weights: Sequence[_Weights]) -> np.ndarray:
+def _interpolate(image_CZYX: np.ndarray, weights: Sequence[Weights]) -> np.ndarray:
     """float32 (C, Z, Y, X) to C-ordered (X', Y', Z', C)."""
     x, y, z = weights
-    channels, width = image_CZYX.shape[0], image_CZYX.shape[3]
-    planes = torch.empty(channels, len(z.low), len(y.low), width)
+    channels, _, _, width = image_CZYX.shape
     source = torch.from_numpy(image_CZYX)
-    y_low_weight, y_high_weight = y.low_weight[:, None], y.high_weight[:, None]
     slices = list(zip(*(part.tolist() for part in (z.low, z.high, z.low_weight, z.high_weight)), strict=True))
-    for c in range(channels):
-        for k, (low, high, low_weight, high_weight) in enumerate(slices):
-            slab = source[c, low] if high_weight == 0 else source[c, low] * low_weight
-            if high_weight != 0:
-                slab.add_(source[c, high], alpha=high_weight)
-            torch.mul(slab.index_select(0, y.low), y_low_weight, out=planes[c, k])
-            planes[c, k].addcmul_(slab.index_select(0, y.high), y_high_weight)
-    columns = torch.from_numpy(channels_last(planes.numpy().transpose(3, 2, 1, 0)))
-    out = columns.index_select(0, x.low).mul_(x.low_weight[:, None, None, None])
-    return out.addcmul_(columns.index_select(0, x.high), x.high_weight[:, None, None, None]).numpy()
+    out = torch.empty(len(x.low), len(y.low), len(z.low), channels)
+    for first in range(0, len(slices), _SLICES):
+        part = slices[first : first + _SLICES]
+        rows_YZCX = torch.empty(len(y.low), len(part), channels, width)
+        for k, (low, high, low_weight, high_weight) in enumerate(part):
+            for c in range(channels):
+                slab = source[c, low] if high_weight == 0 else source[c, low] * low_weight
+                if high_weight != 0:
+                    slab.add_(source[c, high], alpha=high_weight)
+                torch.mul(slab.index_select(0, y.low), y.low_weight[:, None], out=rows_YZCX[:, k, c])
+                rows_YZCX[:, k, c].addcmul_(slab.index_select(0, y.high), y.high_weight[:, None])
+        columns = rows_YZCX.view(-1, width).t().contiguous()
+        spaced = columns.index_select(0, x.low).mul_(x.low_weight[:, None])
+        spaced.addcmul_(columns.index_select(0, x.high), x.high_weight[:, None])
+        out[:, :, first : first + _SLICES] = spaced.view(len(x.low), len(y.low), len(part), channels)
+    return out.numpy()
 
 
 def channels_last(volume_XYZC: np.ndarray) -> np.ndarray:
@@ -238,14 +262,23 @@ def resample_label(label_XYZ: np.ndarray, affine: np.ndarray, grid: Grid) -> np.
     if _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine):
         return np.ascontiguousarray(_orient(label_XYZ, grid))
     matrix = np.linalg.solve(affine, grid.spaced_affine)
-    if np.count_nonzero(matrix[:3, :3] - np.diag(np.diag(matrix)[:3])):
-        full = _sample_full(torch.tensor(label_XYZ, dtype=torch.float64)[None], matrix, grid.spaced_shape, "nearest")
-        return np.ascontiguousarray(_orient(full[0].numpy(), grid).astype(np.uint8))
+    if not _is_diagonal(matrix):
+        spaced = _sample_full(label_XYZ[None], matrix, grid.spaced_shape, "nearest")[0]
+        return np.ascontiguousarray(_orient(spaced, grid).astype(np.uint8))
     theta = _normalised(matrix, shape, grid.spaced_shape)
     indices = [_nearest_indices(theta, axis, shape[axis], grid.spaced_shape[axis]) for axis in range(3)]
     for axis in grid.flipped:
         indices[axis] = indices[axis][::-1]
     return np.ascontiguousarray(label_XYZ[np.ix_(*indices)].transpose(grid.permutation))
+
+
+def label_grid(grid: Grid, shape: Sequence[int], label_affine: np.ndarray, spacing_mm: Sequence[float]) -> Grid:
+    """The grid for a label beside an image on `grid`: its own affine, which decides its ties, and the image's shape.
+
+    MONAI too resamples each by its own affine; the two may differ by rounding.
+    """
+    own = target_grid(shape, label_affine, spacing_mm)
+    return replace(own, shape=grid.shape, spaced_shape=grid.spaced_shape)
 
 
 def _orient(volume: np.ndarray, grid: Grid) -> np.ndarray:
@@ -279,9 +312,16 @@ def _nearest_indices(theta: torch.Tensor, axis: int, size: int, size_out: int) -
     return taken.flatten().to(torch.int64).numpy()
 
 
-def _sample_full(volume_CXYZ: torch.Tensor, matrix: np.ndarray, shape_out: Sequence[int], mode: str) -> torch.Tensor:
-    """Sample every voxel at matrix @ index: (C, *shape_out), in the volume's dtype."""
+def _is_diagonal(matrix: np.ndarray) -> bool:
+    return not np.count_nonzero(matrix[:3, :3] - np.diag(np.diag(matrix)[:3]))
+
+
+def _sample_full(volume_CXYZ: np.ndarray, matrix: np.ndarray, shape_out: Sequence[int], mode: str) -> np.ndarray:
+    """Sample every voxel at matrix @ index, in float64: float32 (C, *shape_out)."""
     theta = _normalised(matrix, volume_CXYZ.shape[1:], shape_out)
-    size = [1, volume_CXYZ.shape[0], *shape_out]
-    grid = affine_grid(theta[:, :3], size, align_corners=False).to(volume_CXYZ.dtype)
-    return grid_sample(volume_CXYZ[None], grid, mode=mode, padding_mode="border", align_corners=False)[0]
+    points = affine_grid(theta[:, :3], [1, 1, *shape_out], align_corners=False)
+    out = np.empty((len(volume_CXYZ), *shape_out), np.float32)
+    for channel, result in zip(volume_CXYZ, out, strict=True):
+        exact = torch.from_numpy(channel.astype(np.float64))[None, None]
+        result[...] = grid_sample(exact, points, mode=mode, padding_mode="border", align_corners=False)[0, 0].numpy()
+    return out

@@ -95,6 +95,23 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return array, affine
 
 
+def read_grid(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine of a file, as `read_nifti` has them, from the first 64 KiB of it.
+
+    Raises:
+        CaseError: missing or unreadable file, not NIfTI, or a damaged header.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(1 << 16)
+        if data[:2] == _GZIP_MAGIC:
+            data = isal_zlib.decompressobj(31).decompress(data, 1 << 16)
+        image = _parse_header(path, data)
+    except (OSError, isal_zlib.error, CaseError):  # type: ignore[misc]  # as in _inflated
+        image = _parse_header(path, _inflated(path))  # an extension longer than that, or a fault, which it names
+    return tuple(int(n) for n in image.shape), np.array(image.affine, np.float64)
+
+
 def _inflated(path: Path) -> bytes:
     """The content of a file, inflated where it is gzip."""
     try:
@@ -162,9 +179,6 @@ def read_case(case: Case, coding: Coding) -> RawCase:
             coding.
     """
     buffer_CZYX, affine = _read_4d(case) if case.channels is not None else _read_3d(case)
-    for index, channel in enumerate(buffer_CZYX):
-        which = f" in channel {case.channels[index]}" if case.channels is not None else ""
-        _check_finite(case.images[0 if case.channels is not None else index], channel.T, which)
     label, label_affine = None, None
     if case.label is not None:
         array, label_affine = read_nifti(case.label)
@@ -185,6 +199,8 @@ def _read_3d(case: Case) -> tuple[np.ndarray, np.ndarray]:
             buffer_CZYX = np.empty((len(case.images), *array.shape[::-1]), np.float32)
         _check_same_grid(path, array.shape, affine, reference)
         buffer_CZYX[index] = array.T
+        if array.dtype.kind == "f":
+            _check_finite(path, buffer_CZYX[index].T, "")
     assert reference is not None, "a case has at least one image"
     return buffer_CZYX, reference[2]
 
@@ -203,6 +219,8 @@ def _read_4d(case: Case) -> tuple[np.ndarray, np.ndarray]:
     buffer_CZYX = np.empty((len(case.channels), *array.shape[2::-1]), np.float32)
     for index, channel in enumerate(case.channels):
         buffer_CZYX[index] = array[..., channel].T
+        if array.dtype.kind == "f":
+            _check_finite(path, buffer_CZYX[index].T, f" in channel {channel}")
     return buffer_CZYX, affine
 
 
@@ -242,24 +260,35 @@ def _check_finite(path: Path, array_XYZ: np.ndarray, which: str) -> None:
 
 def _to_labels(path: Path, array: np.ndarray, coding: Coding) -> np.ndarray:
     """The label map as uint8, its values checked against the coding."""
-    if array.dtype.kind == "f":
-        _check_finite(path, array, "")
-        rounded = np.rint(array)
-        error = np.abs(array - rounded)
-        if error.max() > LABEL_TOLERANCE:
-            value = array[np.unravel_index(int(error.argmax()), error.shape)]
-            problem = f"label value {value:.6g} is no integer"
-            raise CaseError(path, problem, "Use the original label map, or resample it with nearest neighbour")
-        array = rounded
+    labels = _exact_uint8(array)
+    if labels is None and array.dtype.kind == "f":
+        array = _rounded(path, array)
+        labels = _exact_uint8(array)
     allowed = coding.values
-    if array.min() >= 0 and array.max() <= max(allowed):
-        labels = array.astype(np.uint8, order="K")
-        if sum(int(np.count_nonzero(labels == value)) for value in allowed) == labels.size:
-            return labels
+    if labels is not None and sum(int(np.count_nonzero(labels == value)) for value in allowed) == labels.size:
+        return labels
     found = [int(v) for v in np.unique(array)]
     listing = ", ".join(map(str, found[:10])) + (f", ... ({len(found)} values)" if len(found) > 10 else "")
     problem = f"label values {listing} do not fit the coding {coding.release}, which has {', '.join(map(str, allowed))}"
     raise CaseError(path, problem, _coding_remedy(found, coding))
+
+
+def _exact_uint8(array: np.ndarray) -> np.ndarray | None:
+    """The array as uint8; None where that changes a value."""
+    with np.errstate(invalid="ignore"):  # NaN and huge values become numbers that they don't equal
+        labels = array.astype(np.uint8, order="K")
+    return labels if np.array_equal(labels, array) else None
+
+
+def _rounded(path: Path, array: np.ndarray) -> np.ndarray:
+    _check_finite(path, array, "")
+    rounded = np.rint(array)
+    error = np.abs(array - rounded)
+    if error.max() > LABEL_TOLERANCE:
+        value = array[np.unravel_index(int(error.argmax()), error.shape)]
+        problem = f"label value {value:.6g} is no integer"
+        raise CaseError(path, problem, "Use the original label map, or resample it with nearest neighbour")
+    return rounded
 
 
 def _coding_remedy(found: list[int], coding: Coding) -> str:

@@ -104,7 +104,7 @@ class LoadedVolumes:
         self, case: int, start: Sequence[int], image: torch.Tensor, label: torch.Tensor, flip: bool = False
     ) -> None:
         for volume, out in zip(self.volumes[case], (image, label), strict=True):
-            source, target = _overlap(volume.shape, start, out.shape)
+            source, target = overlap(volume.shape, start, out.shape)
             # Whole planes of x lie in one piece, which is what an asynchronous transfer can take.
             slab = volume[source[0]].to(self.device, non_blocking=True)[:, source[1], source[2]]
             if slab.shape != out.shape:
@@ -138,13 +138,13 @@ def copy_crop(volume: NDArray, start: Sequence[int], out: NDArray) -> None:
         start: first voxel (x, y, z), in the coordinates of the padded volume.
         out: (x, y, z, C), overwritten.
     """
-    source, target = _overlap(volume.shape, start, out.shape)
+    source, target = overlap(volume.shape, start, out.shape)
     if out[target].shape != out.shape:
         out[...] = 0
     out[target] = volume[source]
 
 
-def _overlap(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[tuple, tuple]:
+def overlap(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[tuple, tuple]:
     """Where in the volume a crop comes from, and where in the crop that goes: three slices each."""
     padding = [max(n - dim, 0) // 2 for n, dim in zip(size[:3], shape[:3], strict=True)]
     first = [int(a) - p for a, p in zip(start, padding, strict=True)]

@@ -19,7 +19,8 @@ from nvidia.dali import fn, pipeline_def
 
 from pipelines.augment import Augment
 from pipelines.cases import DataError, find_cases
-from pipelines.dali import TrainLoader, ValLoader, jitter, z_score
+from pipelines.dali import jitter, z_score
+from pipelines.loaders import TrainLoader, ValLoader
 from pipelines.sampling import Draw
 from pipelines.store import Store, prepare
 

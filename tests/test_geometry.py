@@ -13,7 +13,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientati
 from nibabel.eulerangles import euler2mat
 
 from pipelines.cases import Case
-from pipelines.geometry import channels_last, resample_image, resample_label, target_grid
+from pipelines.geometry import channels_last, label_grid, resample_image, resample_label, target_grid
 from pipelines.labels import CODINGS, Coding
 from pipelines.nifti import read_case
 
@@ -63,6 +63,7 @@ AFFINES = {
     "oblique": (rotated((0.2, -0.3, 0.1), (1, 1, 1)), (1.5, 1.5, 2.0)),
     "oblique_far": (rotated((1.9, 0.4, -2.4), (0.7, 1.1, 2.5)), (1.5, 1.5, 2.0)),
     "nearly_aligned": (rotated((1e-9, -2e-9, 1e-9), (1, 1, 1)), (1.5, 1.5, 2.0)),
+    "oblique_anisotropic": (rotated((0.1, -0.3, 0.2), (1, 1, 1.25)), (1.5, 1.5, 2.0)),
     "sheared": (sheared(), (1.5, 1.5, 2.0)),
 }
 SHAPE = (37, 32, 29)
@@ -89,12 +90,12 @@ def test_images_match_monai_within_a_thousandth_of_their_range(name: str) -> Non
     assert np.abs(got - np.moveaxis(expected, 0, 3)).max() < IMAGE_TOLERANCE * np.ptp(image_XYZC)
 
 
-@pytest.mark.parametrize("name", [name for name in AFFINES if name != "sheared"])
+@pytest.mark.parametrize("name", AFFINES)
 def test_images_are_zero_exactly_where_monais_are(name: str) -> None:
     """The z-score counts what is not zero, and rounding puts 1e-12 into zero voxels beside the head, or does not."""
     affine, spacing = AFFINES[name]
-    image_XYZC = np.zeros((96, 90, 77, 1), np.float32)
-    image_XYZC[10:-10, 9:-9, 8:-8] = np.random.default_rng(6).uniform(100, 1000, (76, 72, 61, 1))
+    inside = np.linalg.norm(np.indices((96, 90, 77)).T - [47, 45, 40], axis=3).T < 33  # faces in all directions
+    image_XYZC = (inside * np.random.default_rng(6).uniform(100, 1000, inside.shape)).astype(np.float32)[..., None]
     expected = np.moveaxis(monai_chain(np.moveaxis(image_XYZC, 3, 0), affine, spacing, "bilinear").numpy(), 0, 3)
     got = resample_image(image_XYZC, affine, target_grid(image_XYZC.shape[:3], affine, spacing))
     np.testing.assert_array_equal(got != 0, expected != 0)
@@ -145,6 +146,15 @@ def test_memory_order_makes_no_difference() -> None:
 def test_spacing_must_be_positive() -> None:
     with pytest.raises(ValueError, match=r"spacing_mm \(1.5, 0, 2\) must be three positive numbers"):
         target_grid(SHAPE, np.eye(4), (1.5, 0, 2))
+
+
+def test_label_beside_an_image_has_its_own_affine_and_the_shape_of_the_image() -> None:
+    grid = target_grid((41, 40, 30), np.eye(4), (1.5, 1.5, 2.0))
+    affine = np.diag([0.98, 1.0, 1.0, 1.0])  # 27 voxels of 1.5 mm, not 28
+    own = label_grid(grid, (41, 40, 30), affine, (1.5, 1.5, 2.0))
+    assert target_grid((41, 40, 30), affine, (1.5, 1.5, 2.0)).shape != grid.shape
+    assert own.shape == own.spaced_shape == grid.shape
+    assert resample_label(np.ones((41, 40, 30), np.uint8), affine, own).shape == grid.shape
 
 
 def test_order_is_spacing_then_orientation() -> None:

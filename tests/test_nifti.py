@@ -178,6 +178,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         r"values 0, 1, 2, 4 do not fit the coding brats2023, which has 0, 1, 2, 3\. 4 is the resection cavity",
     ),
     "negative_label": ("seg", lambda p: save(p, labels().astype("int16") - 1), r"values -1, 0, 1, 2 do not fit"),
+    "label_beyond_a_byte": ("seg", lambda p: save(p, labels().astype("int16") + 256), r"values 256, 257, 258, 259 do"),
     "interpolated_label": ("seg", lambda p: save(p, (labels() * 0.5).astype("float32")), r"value .*5 is no integer"),
     "nan_label": ("seg", lambda p: save(p, with_voxel((1, 1, 1), np.nan)), r"1 voxels are NaN"),
 }

@@ -19,10 +19,10 @@ import torch
 from monai.data import MetaTensor
 from nvidia.dali import fn, pipeline_def
 
-from pipelines import dali
+from pipelines import dali, loaders
 from pipelines.cases import CaseSet, find_cases
-from pipelines.dali import TrainLoader, ValLoader
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
+from pipelines.loaders import TrainLoader, ValLoader
 from pipelines.phantom import make_phantoms
 from pipelines.reference import (
     LabelsToRegionsd,
@@ -34,7 +34,7 @@ from pipelines.reference import (
 )
 from pipelines.sampling import Draw
 from pipelines.store import Store, prepare
-from pipelines.volumes import copy_crop, label_of
+from pipelines.volumes import MappedVolumes, copy_crop, label_of
 
 IMAGE_TOLERANCE = 1e-3  # of the image's range
 DRAWS = 4
@@ -136,12 +136,12 @@ def test_random_crop_matches_monai(case: Prepared) -> None:
 
 def test_flip_matches_monai(case: Prepared) -> None:
     flip = mt.Flip(spatial_axis=0)
-    label = np.asarray(case.store.label(0))[None]
-    for flipped, expected in ((np.int32(1), flip(case.monai["image"])), (np.int32(0), case.monai["image"])):
-        np.testing.assert_array_equal(run_step(dali.flip_first_axis, case.monai["image"], flipped), expected)
-    np.testing.assert_array_equal(
-        run_step(dali.flip_first_axis, label, np.int32(1)), np.asarray(flip(torch.tensor(label)))
-    )
+    volumes, shape = MappedVolumes(case.store), case.store.shape(0)
+    image, label = volumes.new_buffers(1, shape)
+    volumes.crop(0, (0, 0, 0), image[0], label[0], flip=True)
+    expected = flip(torch.tensor(case.store.image(0)).permute(3, 0, 1, 2))
+    np.testing.assert_array_equal(image[0].transpose(3, 0, 1, 2), expected)
+    np.testing.assert_array_equal(label[0, ..., 0], flip(torch.tensor(label_of(case.store, 0))[..., 0][None])[0])
 
 
 def test_z_score_matches_monai(case: Prepared) -> None:
@@ -179,7 +179,7 @@ def test_train_chain_matches_monai_with_monais_own_draws(case: Prepared, monkeyp
     assert len({d.flip for d in draws}) == 2
     assert any(d.scale for d in draws)
     assert any(d.shift for d in draws)
-    monkeypatch.setattr(dali, "draw_sample", lambda seed, epoch, position, *_: draws[position])
+    monkeypatch.setattr(loaders, "draw_sample", lambda seed, epoch, position, *_: draws[position])
     loader = TrainLoader(case.store, case.store.names, case.crop, 2, crops_per_case=DRAWS)
     images, labels = (torch.cat(batches) for batches in zip(*loader.epoch(0)))
     for image, label, wanted in zip(images, labels, expected, strict=True):

@@ -169,6 +169,16 @@ def test_resume_continues_the_same_loss_curve(finished: Path) -> None:
         assert [row[name] for row in found] == [row[name] for row in expected], name
 
 
+def test_training_on_scans_that_are_not_prepared_gives_the_same_losses(finished: Path) -> None:
+    config = str(write_small(finished))
+    done = train(finished, "--config", config, "--run_dir", "runs/raw", "--data.unprepared", "true",
+                 "--data.store_dir", "store_of_one")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((finished / "store_of_one").glob("*.image.npy"))) == 1  # the validation case
+    losses = [[float(row["loss"]) for row in rows_of(finished / "runs" / name)[:2]] for name in ("raw", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_run_killed_within_an_epoch_goes_on_as_if_it_had_not_been(finished: Path) -> None:
     config = str(write_small(finished))
     options = ("--config", config, "--train.epochs", "2", "--data.crops_per_case", "3")  # 12 steps an epoch

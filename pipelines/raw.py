@@ -1,0 +1,373 @@
+"""From raw volume to training crop in one DALI graph, for cases that are not prepared, on the CPU or on the GPU.
+
+    decode      pipelines/nifti.py, in threads, some cases ahead: DALI reads no NIfTI
+    box         the part of the raw volume that the crop needs, cut out of it; the other voxels go nowhere
+    resample    the box to the crop's own grid, oriented and flipped by the same operator (fn.resize, axis by axis)
+    support     a mask that leaves the voxels alone that MONAI leaves non-zero
+    z-score, jitter     as in pipelines/dali.py
+
+`RawLoader` yields the crops that `TrainLoader` yields from a store, for the same seed, epoch and step. Every sample
+decodes its case again, which costs more than all the rest: what is trained on for more than a few epochs is better
+prepared. `resample_case` is the resampling alone, of a whole volume, for filling a store by a GPU; on a CPU
+`geometry.resample_image` is faster and exact.
+
+Resampling. Where the file's axes run along the scanner's, the map from crop to raw volume scales and flips each axis by
+itself, so fn.resize does all of it, from fractional ends of a region that may run backwards. On a CPU it takes 56 ms
+where fn.warp_affine takes 500, and its positions, relative to the box, are exact for the usual spacings: images agree
+with the store's within 3e-6 of their range. An image with rotated or sheared axes is resampled when it is decoded, by
+geometry.py, and only cropped here.
+
+Support. The z-score counts what is not zero, and MONAI's rounding puts 1e-11 into zero voxels beside the head, which
+float32 positions can't reproduce: 1.6 % of the voxels that it counts in a BraTS scan, without which its deviation is 2
+to 12 % smaller. So the source says which voxels have a non-zero neighbour of non-zero weight, by the weights of
+geometry.py. Where these are the graph adds `TINY`, elsewhere it puts zero, the padding of small volumes included. Only
+voxels whose neighbours cancel to an exact zero are counted and should not be; intensities of one sign have none.
+
+A label map is resampled whole when it is decoded (15 ms), by geometry.py, and cropped: no voxel differs.
+
+Axes. The raw image is (C, Z, Y, X) as it is decoded, its axes in the order of RAS, in the file's directions; DALI's
+layout CDHW. From the resampling on everything is (X, Y, Z, C) of RAS.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import nvidia.dali.fn as fn
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import pipeline_def, types
+from nvidia.dali.pipeline import do_not_convert
+
+from pipelines.augment import Augment, input_names
+from pipelines.cases import CaseSet
+from pipelines.dali import BUFFERS, CPU_EXECUTION, NO_EXTRAS, augmented, torch_device
+from pipelines.geometry import Grid, Weights, axis_weights, label_grid, resample_image, resample_label, target_grid
+from pipelines.loaders import CropLoader
+from pipelines.nifti import RawCase, read_case, read_grid
+from pipelines.sampling import Size
+from pipelines.store import foreground_voxels
+from pipelines.volumes import copy_crop, overlap
+
+TINY = np.float32(1e-30)  # counts as a voxel, and changes no other number
+INPUTS = ("box", "support", "start", "end", "size")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A crop, or a whole prepared volume, as what `resample` needs.
+
+    Args:
+        box: float32 (C, z, y, x), a view of the raw volume.
+        support: uint8 (C, Z, Y, X) of the crop: 1 where MONAI's voxel is not zero.
+        start, end: float32 (3,), z, y, x: the crop's outer faces in voxels of the box; start > end on a flipped axis.
+        size: float32 (3,), z, y, x: voxels of the crop.
+    """
+
+    box: NDArray[np.float32]
+    support: NDArray[np.uint8]
+    start: NDArray[np.float32]
+    end: NDArray[np.float32]
+    size: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """A raw image, and where the voxels of its prepared grid lie in it.
+
+    Args:
+        image_CZYX: float32; axes in the order of RAS, directions the file's.
+        weights: along X, Y and Z of the prepared grid.
+        first: (3,), x, y, z: position of the grid's first voxel, in voxels of the image.
+        step: (3,), x, y, z: from one voxel of the grid to the next, negative on a flipped axis.
+    """
+
+    image_CZYX: NDArray[np.float32]
+    weights: tuple[Weights, ...]
+    first: NDArray[np.float64]
+    step: NDArray[np.float64]
+
+    @staticmethod
+    def of(image_XYZC: NDArray[np.float32], affine: NDArray[np.float64], grid: Grid) -> RawImage:
+        """An image in file orientation, as `geometry.resample_image` takes it; a rotated one is resampled here."""
+        weights = axis_weights(image_XYZC.shape[:3], affine, grid)
+        if weights is None:
+            image_XYZC = resample_image(image_XYZC, affine, grid)
+            whole = (Weights.at(torch.arange(n, dtype=torch.float64), n, False) for n in grid.shape)
+            return RawImage(image_XYZC.transpose(3, 2, 1, 0), tuple(whole), np.zeros(3), np.ones(3))
+        order = list(grid.permutation)
+        to_source = grid.to_source(affine)[order]
+        image_CZYX = image_XYZC.transpose(3, *reversed(order))
+        return RawImage(image_CZYX, tuple(weights[i] for i in order), to_source[:, 3], np.diag(to_source[:, :3]).copy())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(X, Y, Z) of the prepared grid."""
+        return tuple(len(weights.low) for weights in self.weights)
+
+    def window(self, start: Sequence[int], size: Sequence[int], flip: bool = False) -> Window:
+        """A crop of the prepared grid.
+
+        Args:
+            start: first voxel (x, y, z), in the volume as padded with zeros to at least `size`.
+            size: (x, y, z).
+            flip: reverse the first axis.
+        """
+        inside, target = overlap(self.shape, start, size)
+        low = [weights.low[part].numpy() for weights, part in zip(self.weights, inside, strict=True)]
+        high = [
+            torch.where(weights.high_weight > 0, weights.high, weights.low)[part].numpy()
+            for weights, part in zip(self.weights, inside, strict=True)
+        ]
+        begin = np.array([min(pair[0].min(), pair[1].min()) for pair in zip(low, high, strict=True)])
+        stop = np.array([max(pair[0].max(), pair[1].max()) + 1 for pair in zip(low, high, strict=True)])
+        box = self.image_CZYX[:, begin[2] : stop[2], begin[1] : stop[1], begin[0] : stop[0]]
+        support = np.zeros((len(box), *reversed(size)), np.uint8)
+        oriented = support[..., ::-1] if flip else support
+        oriented[:, target[2], target[1], target[0]] = _support(
+            box, [(low[axis] - begin[axis], high[axis] - begin[axis]) for axis in (2, 1, 0)]
+        )
+        index = np.array([a.start - b.start for a, b in zip(inside, target, strict=True)])
+        # Faces lie half a voxel of the crop before the first centre, and a centre is half a voxel of the box from 0.
+        faces = self.first + self.step * (index - 0.5) + 0.5 - begin
+        ends = [faces, faces + self.step * size]
+        if flip:
+            ends[0][0], ends[1][0] = ends[1][0], ends[0][0]
+        return Window(box, support, *(np.array(values[::-1], np.float32) for values in (*ends, size)))
+
+
+def _support(box: NDArray[np.float32], neighbours: Sequence[tuple[NDArray, NDArray]]) -> NDArray[np.bool_]:
+    """Where a voxel of the crop has a non-zero one among its neighbours in the box, given for axes 1, 2 and 3."""
+    reached = box != 0
+    for axis, (low, high) in enumerate(neighbours, 1):
+        reached = reached.take(low, axis) | reached.take(high, axis)
+    return reached
+
+
+def resample(box: Any, support: Any, start: Any, end: Any, size: Any) -> Any:
+    """Nodes of a `Window` to an image in layout DHWC, oriented, with MONAI's zeros."""
+    planar: Any = fn.resize(
+        box, roi_start=start, roi_end=end, size=size, interp_type=types.INTERP_LINEAR, antialias=False
+    )
+    planar = (planar + TINY) * support
+    # At once this transposition takes 62 ms on a CPU, in two steps 37 (128 x 128 x 64, 4 channels).
+    oriented = fn.transpose(planar, perm=[0, 3, 2, 1], transpose_layout=False)
+    return fn.transpose(oriented, perm=[1, 2, 3, 0], transpose_layout=False, output_layout="DHWC")
+
+
+@do_not_convert  # plain Python, which DALI's conditionals would otherwise rewrite
+def _inputs(source: Callable[[], tuple[tuple, tuple]], extras: int) -> list[Any]:
+    layouts = ["CDHW", "CDHW", "", "", "", "DHWC", "", "", ""]
+
+    def flat() -> list:
+        return [values for part in source() for values in part]
+
+    return [*fn.external_source(flat, num_outputs=len(layouts) + extras, layout=layouts, no_copy=True)]
+
+
+@pipeline_def(enable_conditionals=True)
+def raw_graph(source: Callable[[], tuple[tuple, tuple]], device: str, extras: Augment = NO_EXTRAS) -> tuple:
+    """Resample, orient, crop, flip, z-score, jitter, with the extra augmentations that are on.
+
+    Args:
+        source: returns a batch, read in place: (boxes, supports, starts, ends, sizes) of windows, and (labels
+            (B, X, Y, Z, 1) uint8, scales (B,), shifts (B,), tags (B, 2) int64, inputs of the extras), float32.
+        device: "cpu" or "gpu".
+        extras: extra augmentations.
+    """
+    box, support, start, end, size, label, scale, shift, tag, *rest = _inputs(source, len(input_names(extras)))
+    if device == "gpu":
+        box, support, label = box.gpu(), support.gpu(), label.gpu()
+    image = resample(box, support, start, end, size)
+    return (*augmented(image, label, scale, shift, extras, rest), tag)
+
+
+@pipeline_def
+def resample_graph(device: str) -> Any:
+    """`resample` of the window that is fed to `INPUTS`."""
+    box, support, start, end, size = (
+        fn.external_source(name=name, layout="CDHW" if name in INPUTS[:2] else None, no_copy=True) for name in INPUTS
+    )
+    if device == "gpu":
+        box, support = box.gpu(), support.gpu()
+    return resample(box, support, start, end, size)
+
+
+def resample_case(raw: RawCase, grid: Grid, device: str = "gpu", device_id: int | None = None) -> NDArray[np.float32]:
+    """Resample and orient the image of a case by the graph: `geometry.resample_image` for a GPU.
+
+    Args:
+        raw: the case, from `read_case`.
+        grid: from `target_grid` of its shape and affine.
+        device: "cpu" or "gpu". device_id: which GPU; None is torch's current one.
+
+    Returns:
+        float32 (X', Y', Z', C) in RAS, C order.
+    """
+    image = RawImage.of(raw.image, raw.affine, grid)
+    window = image.window((0, 0, 0), image.shape)
+    pipeline = _resample_pipeline(device, torch_device(device, device_id).index)
+    fed = [np.ascontiguousarray(getattr(window, name)) for name in INPUTS]
+    for name, array in zip(INPUTS, fed, strict=True):
+        pipeline.feed_input(name, [array])
+    return np.array(pipeline.run()[0].as_cpu().as_array()[0])
+
+
+@lru_cache
+def _resample_pipeline(device: str, device_id: int | None) -> Any:
+    options = CPU_EXECUTION if device == "cpu" else {}
+    return resample_graph(device, batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, **options)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A case in memory: its raw image, and its label as prepared, uint8 (X, Y, Z, 1)."""
+
+    image: RawImage
+    label: NDArray[np.uint8]
+
+
+class CaseReader:
+    """Decodes cases in threads, ahead of their use, and keeps at most `capacity`, those in the making included.
+
+    Args:
+        decode: from the index of a case to the case; runs in any thread.
+        capacity: at least 1.
+        threads: that decode at the same time.
+    """
+
+    def __init__(self, decode: Callable[[int], Decoded], capacity: int, threads: int) -> None:
+        self.decode, self.capacity = decode, capacity
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._cases: dict[int, Future[Decoded]] = {}
+
+    def get(self, wanted: Sequence[int]) -> Decoded:
+        """The first of the cases; the others are begun, in this order, as far as there is room, the rest dropped.
+
+        Raises:
+            CaseError: the first case has a fault. It is read anew the next time.
+        """
+        ahead = list(dict.fromkeys(wanted))[: self.capacity]
+        for case in self._cases.keys() - set(ahead):
+            if not self._cases[case].cancel():
+                wait([self._cases[case]])  # it can't be stopped, and takes memory until it ends
+            del self._cases[case]
+        for case in ahead:
+            if case not in self._cases:
+                self._cases[case] = self._pool.submit(self.decode, case)
+        try:
+            return self._cases[ahead[0]].result()
+        except Exception:
+            del self._cases[ahead[0]]
+            raise
+
+
+class RawCases:
+    """Cases that are in no store, as a loader asks for them: from headers, or decoded on demand."""
+
+    def __init__(self, case_set: CaseSet, spacing_mm: tuple[float, float, float]) -> None:
+        self.cases, self.names, self.modalities = case_set.cases, case_set.names, case_set.modalities
+        self.coding, self.spacing_mm = case_set.coding, spacing_mm
+        grids = [read_grid(case.images[0]) for case in case_set.cases]
+        self._shapes = [target_grid(shape[:3], affine, spacing_mm).shape for shape, affine in grids]
+        self._foreground: dict[int, NDArray[np.int32]] = {}  # at most 48 KB a case
+
+    def index(self, name: str) -> int:
+        """Position of a case."""
+        return self.names.index(name)
+
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """(X, Y, Z) of the prepared grid."""
+        return self._shapes[i]
+
+    def has_label(self, i: int) -> bool:
+        """Whether the case has a label."""
+        return self.cases[i].label is not None
+
+    def foreground(self, i: int) -> NDArray[np.int32]:
+        """As `Store.foreground`; the first time the case is decoded for it."""
+        if i not in self._foreground:
+            self.decode(i)
+        return self._foreground[i]
+
+    def decode(self, i: int) -> Decoded:
+        """Read a case, and resample its label. Raises CaseError as `read_case`."""
+        raw = read_case(self.cases[i], self.coding)
+        assert raw.label is not None and raw.label_affine is not None, "check_loader refuses cases without a label"
+        shape = raw.label.shape
+        grid = target_grid(shape, raw.affine, self.spacing_mm)
+        own = label_grid(grid, shape, raw.label_affine, self.spacing_mm)
+        label = resample_label(raw.label, raw.label_affine, own)
+        if i not in self._foreground:
+            self._foreground[i] = foreground_voxels(label)
+        return Decoded(RawImage.of(raw.image, raw.affine, grid), label[..., None])
+
+
+class RawLoader(CropLoader):
+    """The crops of `TrainLoader`, of cases that are not prepared: resampled and oriented on the way.
+
+    Args:
+        case_set: the cases; only their headers are read before the first batch.
+        names: cases to train on.
+        crop_size: (X, Y, Z) in voxels of the prepared grid.
+        batch_size, seed, options: as in `CropLoader`; as many threads decode as DALI has. At most `batch_size` + 2
+            decoded cases are in memory (143 MB each for BraTS), and `BUFFERS` batches of boxes (80 MB a sample of
+            128 x 128 x 64 at 1.5 x 1.5 x 2.0 mm from 1 mm).
+        spacing_mm: voxel size after resampling, along the axes of the files, as in `store.prepare`.
+
+    Raises:
+        CaseError: a header can't be read; while it runs: any fault of `read_case`.
+        DataError, ValueError: as `CropLoader`.
+    """
+
+    def __init__(
+        self,
+        case_set: CaseSet,
+        names: Sequence[str],
+        crop_size: Size,
+        batch_size: int,
+        seed: int = 0,
+        spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0),
+        **options: Any,
+    ) -> None:
+        cases = RawCases(case_set.select(names), spacing_mm)
+        super().__init__(cases, names, crop_size, batch_size, seed, **options)
+        self._reader = CaseReader(cases.decode, batch_size + 2, options.get("threads", 2))
+        self._boxes = deque([np.empty(0, np.float32)] * batch_size for _ in range(BUFFERS))
+        self._in_use: deque[tuple] = deque(maxlen=BUFFERS)  # DALI reads them in place
+        self._stream = self._start(partial(raw_graph, extras=self.extras))
+
+    def _read(self, epoch: int, step: int, tags: NDArray[np.int64]) -> tuple[tuple, tuple]:
+        self._boxes.rotate()
+        ahead = self._ahead(epoch, step)
+        samples = [
+            self._sample(b, epoch, position, ahead[b:]) for b, (_, position) in enumerate(self._batch(epoch, step))
+        ]
+        windows, labels = zip(*samples, strict=True)
+        inputs = tuple([getattr(window, name) for window in windows] for name in INPUTS)
+        self._in_use.append((inputs, (np.stack(labels), *self._numbers(epoch, step, tags))))
+        return self._in_use[-1]
+
+    def _ahead(self, epoch: int, step: int) -> list[int]:
+        """Cases of the samples of a batch, and of as many after it as the reader may have begun by its last one."""
+        first, steps = epoch * len(self) + step, -(-self._reader.capacity // self.batch_size)
+        tags = [divmod(n, len(self)) for n in range(first, first + 1 + steps)]
+        return [self.indices[case] for tag in tags for case, _ in self._batch(*tag)]
+
+    def _sample(self, b: int, epoch: int, position: int, ahead: Sequence[int]) -> tuple[Window, NDArray[np.uint8]]:
+        decoded = self._reader.get(ahead)
+        draw = self._draw(epoch, position, ahead[0])
+        label = np.empty((*self.crop_size, 1), np.uint8)
+        copy_crop(decoded.label, draw.start, label[::-1] if draw.flip else label)
+        window = decoded.image.window(draw.start, self.crop_size, draw.flip)
+        if self._boxes[0][b].size < window.box.size:
+            self._boxes[0][b] = np.empty(window.box.size, np.float32)
+        box = self._boxes[0][b][: window.box.size].reshape(window.box.shape)
+        np.copyto(box, window.box)
+        return replace(window, box=box), label
