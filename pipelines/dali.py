@@ -222,7 +222,13 @@ class Stream:
 
     def _image(self, image_BCXYZ: torch.Tensor) -> torch.Tensor:
         """A tensor of its own, as DALI overwrites its buffers, converted on the way."""
-        out = torch.empty(
-            image_BCXYZ.shape, dtype=self.dtype, device=image_BCXYZ.device, memory_format=self.memory_format
-        )
+        if self.device.type == "cuda":
+            out = torch.empty_like(image_BCXYZ, dtype=self.dtype, memory_format=self.memory_format)
+            return out.copy_(image_BCXYZ)
+        # NumPy asks for huge pages, torch does not: page faults of small ones cost more than all of DALI's arithmetic.
+        memory = torch.from_numpy(np.empty(image_BCXYZ.numel() * self.dtype.itemsize, np.uint8)).view(self.dtype)
+        if self.memory_format == torch.channels_last_3d:
+            out = memory.view(image_BCXYZ.permute(0, 2, 3, 4, 1).shape).permute(0, 4, 1, 2, 3)
+        else:
+            out = memory.view(image_BCXYZ.shape)
         return out.copy_(image_BCXYZ)

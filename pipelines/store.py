@@ -38,7 +38,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 StoreDtype = Literal["float32", "float16"]
 FOREGROUND_VOXELS = 4096
+MAPS = 16384  # arrays kept mapped, for a new map's pages are faulted in anew; a process may have 65,530 maps on Linux
 _INTENSITIES = "as in the files, resampled; not normalised"
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
 _TEMPORARY_LIFETIME_S = 3600.0  # for files of other hosts, whose processes can't be asked for
@@ -98,6 +99,7 @@ class Store:
         self._records = tuple(records)
         self._index = {name: i for i, name in enumerate(self.names)}
         self._found_whole: set[tuple[int, str]] = set()
+        self._map = lru_cache(MAPS)(partial(np.load, mmap_mode="r"))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -172,7 +174,7 @@ class Store:
                 log.warning("%s: %s; preparing case %s again", path, fault, self.names[i])
                 self._build_again(i, f"{path}: {fault}")
             self._found_whole.add((i, kind))
-        return np.load(path, mmap_mode="r")  # 0.1 ms; kept, they would meet the system's limit of maps at 20,000 cases
+        return self._map(path)
 
     def _fault(self, i: int, kind: str) -> str:
         """What is wrong with an array on disk; empty where nothing is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import monai.transforms as mt
 import numpy as np
 import pytest
+from monai.transforms.utils import correct_crop_centers
 
 from pipelines.sampling import Draw, Size, draw_sample, epoch_order
 
@@ -59,6 +60,17 @@ def test_foreground_crops_hold_the_tumour_voxel_at_their_centre_or_are_clamped()
     assert {d.start for d in draws(50, (40, 40, 24), (16, 16, 8), [corner], 1.0)} == {(0, 24, 0)}
     share = np.mean([d.start == (12, 10, 8) for d in draws(3000, (40, 40, 24), (16, 16, 8), [middle], 0.7)])
     assert share == pytest.approx(0.7, abs=0.03)
+
+
+@pytest.mark.parametrize("crop", [(16, 16, 8), (15, 40, 7), (1, 17, 24)])
+def test_foreground_crops_are_those_of_monai_about_the_same_voxel(crop: Size) -> None:
+    """MONAI's RandCropByPosNegLabel crops about a voxel once it has moved it so that the crop fits."""
+    shape = (40, 41, 24)
+    for voxel in np.random.default_rng(0).integers(0, shape, (200, 3)).tolist():
+        (draw,) = draws(1, shape, crop, [voxel], 1.0)
+        centre = correct_crop_centers(voxel, crop, shape)
+        expected = mt.SpatialCrop(roi_center=centre, roi_size=crop)
+        assert draw.start == tuple(s.start for s in expected.slices)
 
 
 def test_a_case_without_tumour_gets_uniform_crops_even_if_all_are_asked_on_the_tumour() -> None:

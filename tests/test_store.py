@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -262,6 +264,26 @@ def test_folder_that_can_not_be_made_is_one_clear_error(tmp_path: Path, cases: C
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"file/store: not writable \(Not a directory\).*--data\.store_dir"):
         prepare(cases, tmp_path / "file" / "store", SPACING, workers=1)
+
+
+def test_read_only_store_is_one_clear_error_and_may_still_be_read(
+    tmp_path: Path, cases: CaseSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "store"
+    prepare(cases.select(["case0"]), folder, SPACING, workers=1)
+    opened = Path.open
+
+    def read_only(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if folder in path.parents and "w" in mode:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    before = state(folder)
+    with pytest.raises(StoreError, match=r"store: not writable \(Read-only file system\).*--data\.store_dir"):
+        prepare(cases, folder, SPACING, workers=1)
+    assert prepare(cases.select(["case0"]), folder, SPACING, workers=1).image(0).any()
+    assert state(folder) == before
 
 
 @pytest.mark.parametrize("workers", [1, 2])

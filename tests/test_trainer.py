@@ -25,6 +25,7 @@ from monai.networks.nets import UNETR, UNet
 from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
 from engine.data import Data, load_data
 from engine.distributed import Ranks, init_ranks
+from engine.progress import DataWait
 from engine.trainer import Trainer
 from kernels.dice_ce import region_masks
 from models import build_model
@@ -95,6 +96,36 @@ def test_twenty_steps_give_the_losses_of_a_plain_monai_loop(
         plain.append(loss.item())
     assert ours == pytest.approx(plain, rel=1e-4)
     assert plain[-1] < plain[0]
+
+
+def test_time_spent_waiting_for_batches_is_measured_and_work_on_them_is_not() -> None:
+    def batches() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.05)
+            yield number
+
+    wait = DataWait(torch.device("cpu"))
+    for _ in wait.over(batches()):
+        time.sleep(0.1)
+    assert 0.15 <= wait.seconds() < 0.25
+
+
+@pytest.mark.gpu
+def test_waiting_is_measured_on_the_gpu_where_the_host_runs_ahead() -> None:
+    def batches() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.05)
+            yield number
+
+    work = torch.randn(4096, 4096, device="cuda")
+    times = []
+    for steps in (0, 200):  # without work the GPU waits; with enough of it in flight it does not
+        wait = DataWait(torch.device("cuda"))
+        for _ in wait.over(batches()):
+            for _ in range(steps):
+                work @ work
+        times.append(wait.seconds())
+    assert times[0] >= 0.1 > times[1]
 
 
 def start(folder: Path, *args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
