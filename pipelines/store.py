@@ -26,17 +26,12 @@ back: memory is about 0.4 GB per worker, whatever the set.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
-import os
 import re
-import socket
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -46,6 +41,17 @@ import numpy as np
 from isal import isal_zlib
 
 from pipelines.cases import Case, CaseSet, DataError
+from pipelines.files import (
+    FileHash,
+    StoreError,
+    file_state,
+    hash_file,
+    make_folder,
+    read_index,
+    remember,
+    write_array,
+    write_whole,
+)
 from pipelines.geometry import label_grid, resample_image, resample_label, target_grid
 from pipelines.labels import Coding
 from pipelines.layouts import CaseError
@@ -59,25 +65,6 @@ StoreDtype = Literal["float32", "float16"]
 FOREGROUND_VOXELS = 4096
 MAPS = 16384  # arrays kept mapped, for a new map's pages are faulted in anew; a process may have 65,530 maps on Linux
 _INTENSITIES = "as in the files, resampled; not normalised"
-_TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
-_TEMPORARY_LIFETIME_S = 3600.0  # for files of other hosts, whose processes can't be asked for
-
-
-class StoreError(DataError):
-    """The store's folder can't be written; `needed` is the size in bytes of the case that was being written."""
-
-    def __init__(self, folder: Path, problem: str, needed: int) -> None:
-        super().__init__(folder, problem, needed)
-        self.folder = folder
-        self.problem = problem
-        self.needed = needed
-
-    def __str__(self) -> str:
-        size = f" It needs about {self.needed / 1e6:.1f} MB more." if self.needed else ""
-        return (
-            f"store {self.folder}: {self.problem}.{size} Free space there or change its permissions, or choose another "
-            "folder with --data.store_dir. Cases that are done stay done."
-        )
 
 
 class Store:
@@ -190,7 +177,7 @@ class Store:
     def _build_again(self, i: int, fault: str) -> None:
         case, remedy = self._cases[i], "put the scans of this case back as they were, or leave the case out"
         try:
-            key = self._task.key(case, [_hash(path).digest for path in _files(case)])
+            key = self._task.key(case, [hash_file(path).digest for path in _files(case)])
             if key != self._records[i]["key"]:
                 raise DataError(f"{fault}, and the scans of {case.name} have changed since: {remedy}")
             _build(self._task, case, key)
@@ -233,10 +220,10 @@ def prepare(
     records = _complete_cases(task, case_set)
     pending = [case for case, record in zip(case_set.cases, records, strict=True) if record is None]
     if pending:
-        _make_folder(folder)
+        make_folder(folder)
         started = time.perf_counter()
         done, faults = {}, []
-        known: dict[str, _Hash] = {}
+        known: dict[str, FileHash] = {}
         try:
             for case, result in run_on_cases(partial(_prepare_case, task), pending, workers, "Preparing"):
                 if isinstance(result, CaseError):
@@ -247,7 +234,7 @@ def prepare(
         except StoreError as error:
             raise StoreError(folder, error.problem, error.needed * (len(pending) - len(done))) from error
         finally:
-            _remember(folder, known)
+            remember(folder, known)
         if faults and (not skip_faulty or len(faults) == len(case_set.cases)):
             raise _faults_error(faults, len(case_set.cases))
         for name, fault in faults:
@@ -310,15 +297,6 @@ def _faults_error(faults: Sequence[tuple[str, CaseError]], cases: int) -> DataEr
 
 
 @dataclass(frozen=True)
-class _Hash:
-    """Content hash of a file, and the state of the file that it holds for."""
-
-    size: int
-    mtime_ns: int
-    digest: str
-
-
-@dataclass(frozen=True)
 class _Task:
     """What is asked of each case, for a worker."""
 
@@ -357,15 +335,15 @@ def _complete_cases(task: _Task, case_set: CaseSet) -> list[dict[str, Any] | Non
     """The record of each case that is prepared, by the hashes that the index knows."""
     if not case_set.cases:
         raise DataError("there are no cases to prepare: check --data.root")
-    index = _read_index(task.folder)
+    index = read_index(task.folder)
     return [_complete_case(task, case, index) for case in case_set.cases]
 
 
-def _complete_case(task: _Task, case: Case, index: Mapping[str, _Hash]) -> dict[str, Any] | None:
+def _complete_case(task: _Task, case: Case, index: Mapping[str, FileHash]) -> dict[str, Any] | None:
     digests = []
     for path in _files(case):
         known = index.get(str(path.absolute()))
-        if known is None or not path.is_file() or _state(path) != (known.size, known.mtime_ns):
+        if known is None or not path.is_file() or file_state(path) != (known.size, known.mtime_ns):
             return None
         digests.append(known.digest)
     return _record(task, case, task.key(case, digests))
@@ -383,9 +361,9 @@ def _record(task: _Task, case: Case, key: str) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def _prepare_case(task: _Task, case: Case) -> tuple[dict[str, Any], dict[str, _Hash]]:
+def _prepare_case(task: _Task, case: Case) -> tuple[dict[str, Any], dict[str, FileHash]]:
     """Prepare one case, in a worker: its record, and the hashes of its files."""
-    hashes = {str(path.absolute()): _hash(path) for path in _files(case)}
+    hashes = {str(path.absolute()): hash_file(path) for path in _files(case)}
     key = task.key(case, [h.digest for h in hashes.values()])
     record = _record(task, case, key)
     if record is None:
@@ -415,7 +393,7 @@ def _build(task: _Task, case: Case, key: str) -> dict[str, Any]:
     stem = task.folder / _stem(case.name, key)
     files = {}
     for kind, array in arrays.items():
-        size = _write(Path(f"{stem}.{kind}.npy"), partial(_write_array, array), needed)
+        size = write_whole(Path(f"{stem}.{kind}.npy"), partial(write_array, array), needed)
         files[kind] = {"bytes": size, "crc32": _crc(array)}
     record = {
         "format": FORMAT,
@@ -433,7 +411,7 @@ def _build(task: _Task, case: Case, key: str) -> dict[str, Any]:
         "files": files,
     }
     content = json.dumps(record).encode()
-    _write(Path(f"{stem}.json"), lambda file: file.write(content), needed)
+    write_whole(Path(f"{stem}.json"), lambda file: file.write(content), needed)
     return record
 
 
@@ -457,97 +435,3 @@ def foreground_voxels(label_XYZ: np.ndarray) -> np.ndarray:
 
 def _crc(array: np.ndarray) -> int:
     return isal_zlib.crc32(array.reshape(-1).view(np.uint8))
-
-
-# Files
-
-
-def _write_array(array: np.ndarray, file: Any) -> None:
-    # Not np.save: its OSError on a full disk has no errno.
-    assert array.flags.c_contiguous
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    file.write(array.reshape(-1).view(np.uint8))
-
-
-def _write(path: Path, write: Callable[[Any], Any], needed: int) -> int:
-    """Write a file under a temporary name in its folder, move it into place, and return its size."""
-    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
-    try:
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-            size = temporary.stat().st_size
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise _store_error(path.parent, error, needed) from error
-    return size
-
-
-def _store_error(folder: Path, error: OSError, needed: int) -> StoreError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return StoreError(folder, f"{'no space left' if full else 'not writable'} ({error.strerror})", needed)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the store's folder, and remove the temporary files of runs that died."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _store_error(folder, error, 0) from error
-    for path in folder.glob(".*.tmp-*"):
-        match = _TEMPORARY.search(path.name)
-        if match is None:
-            continue
-        with contextlib.suppress(OSError):
-            here = match["host"] == socket.gethostname()
-            dead = here and not _is_alive(int(match["pid"]))
-            if dead or time.time() - path.stat().st_mtime > _TEMPORARY_LIFETIME_S:
-                path.unlink()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _state(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _hash(path: Path) -> _Hash:
-    try:
-        size, mtime_ns = _state(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
-    except FileNotFoundError:
-        raise CaseError(path, "there is no such file", "Put it there, or correct the path or the list") from None
-    except OSError as error:
-        raise CaseError(path, f"can't be read ({error.strerror})", "Check its permissions and the disk") from error
-    return _Hash(size, mtime_ns, digest)
-
-
-def _read_index(folder: Path) -> dict[str, _Hash]:
-    """Known hashes by absolute path; none where the index is missing or damaged: it only saves time."""
-    try:
-        entries = json.loads((folder / "index.json").read_text())
-        return {path: _Hash(*entry) for path, entry in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _remember(folder: Path, known: Mapping[str, _Hash]) -> None:
-    if not known:
-        return
-    entries = {path: [h.size, h.mtime_ns, h.digest] for path, h in {**_read_index(folder), **known}.items()}
-    content = json.dumps(entries, indent=0).encode()
-    with contextlib.suppress(StoreError):  # it only saves time, and must not hide the error of a full disk
-        _write(folder / "index.json", lambda file: file.write(content), len(content))

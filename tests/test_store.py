@@ -24,10 +24,11 @@ import pytest
 from isal import isal_zlib
 
 from pipelines.cases import Case, CaseSet, DataError
+from pipelines.files import StoreError
 from pipelines.geometry import resample_image, resample_label, target_grid
 from pipelines.labels import CODINGS
 from pipelines.nifti import read_case
-from pipelines.store import FOREGROUND_VOXELS, Store, StoreError, _compact, check_cases, prepare
+from pipelines.store import FOREGROUND_VOXELS, Store, _compact, check_cases, prepare
 
 SHAPE = (24, 21, 18)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]], float)
