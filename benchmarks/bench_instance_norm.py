@@ -1,113 +1,81 @@
 """Instance norm with activation and residual: ours, eager PyTorch, torch.compile, MONAI's modules.
 
-Work: the passes over a feature map that our algorithm makes (`kernels.instance_norm.PASSES`), for every variant, so
-that shares of the roofline compare times.
+Work: the passes over a feature map that our algorithm makes, for every variant, so that shares of the roofline compare
+times: those of one launch where a sample and channel fits a program, else of three (`kernels.instance_norm`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import cache, partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.common import DEVICE, DIRECTIONS, IS_GPU, Work, calls_of
+from benchmarks.common import DIRECTIONS, IS_GPU, Work, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
+from kernels.cases import FIRST, INSTANCE_NORM, SLOPE, InstanceNorm, launches
 from kernels.instance_norm import PASSES, instance_norm
 
-SLOPE = 0.01
-
-
-@dataclass(frozen=True)
-class Case:
-    """Shape, dtype, memory format, residual, and whether the activation is a PReLU."""
-
-    shape: tuple[int, int, int, int, int]
-    dtype: torch.dtype = torch.bfloat16
-    memory_format: torch.memory_format = torch.channels_last_3d
-    residual: Literal["none", "raw", "normalised"] = "none"
-    prelu: bool = False
-
-    def __str__(self) -> str:
-        layout = "channels_last" if self.memory_format == torch.channels_last_3d else "contiguous"
-        uses = ["PReLU" if self.prelu else ""] + [f"{self.residual} residual" if self.residual != "none" else ""]
-        return " ".join([str(self.shape), str(self.dtype).removeprefix("torch."), layout, *filter(None, uses)])
-
-    def inputs(self) -> list[Tensor]:
-        """x, then the residual and the slope where there are any."""
-        count = 1 if self.residual == "none" else 2
-        maps = [torch.randn(self.shape, device=DEVICE, dtype=self.dtype) for _ in range(count)]
-        tensors = [tensor.to(memory_format=self.memory_format) for tensor in maps]
-        if self.prelu:
-            tensors.append(torch.full((1,), 0.25, device=DEVICE))
-        return [tensor.requires_grad_() for tensor in tensors]
-
-    def work(self, direction: str) -> Work:
-        """Passes over the feature map, in bytes."""
-        forward, backward = PASSES[self.residual]
-        passes = forward if direction == DIRECTIONS[0] else forward + backward
-        return Work(passes * torch.Size(self.shape).numel() * self.dtype.itemsize)
-
-    def split(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x, residual and slope of a set of inputs."""
-        rest = list(tensors[1:])
-        residual = rest.pop(0) if self.residual != "none" else None
-        return tensors[0], residual, rest.pop() if rest else None
-
-
-GPU_CASES = (
-    Case((2, 16, 128, 128, 64)),
-    Case((8, 32, 128, 128, 64)),
-    Case((2, 16, 128, 128, 64), memory_format=torch.contiguous_format),
-    Case((2, 16, 128, 128, 64), residual="normalised"),
-    Case((2, 16, 128, 128, 64), residual="raw"),
-    Case((2, 16, 128, 128, 64), torch.float32, torch.contiguous_format, residual="normalised"),
-    Case((2, 16, 64, 64, 32), prelu=True),
-    Case((2, 3, 128, 128, 64), prelu=True),
-    Case((2, 64, 32, 32, 16)),
-    Case((2, 128, 16, 16, 8), residual="normalised"),
-    Case((2, 256, 8, 8, 4), prelu=True),
-)
+ONE_LAUNCH_PASSES = {"none": (2, 3), "raw": (3, 5), "normalised": (3, 5)}
 CPU_CASES = (
-    Case((1, 16, 32, 32, 32), torch.float32, torch.contiguous_format),
-    Case((1, 16, 32, 32, 32), torch.float32, torch.contiguous_format, residual="normalised"),
+    InstanceNorm((1, 16, 32, 32, 32), torch.float32, FIRST),
+    InstanceNorm((1, 16, 32, 32, 32), torch.float32, FIRST, residual="normalised"),
 )
+GPU_CASES = INSTANCE_NORM
 CASES = GPU_CASES if IS_GPU else CPU_CASES
+CHOICES = ("torch.compile",)
+"""What path "torch" can take."""
 
 
-def ours(case: Case, *tensors: Tensor) -> Tensor:
+def work(case: InstanceNorm, direction: str) -> Work:
+    """Passes over the feature map, and the maps that there are, in bytes."""
+    names = {launch.name for launch in launches(case)}
+    kernels = ("norm_forward_one_tile_kernel", "norm_backward_one_tile_kernel")
+    forward, backward = (
+        (ONE_LAUNCH_PASSES if kernel in names else PASSES)[case.residual][i] for i, kernel in enumerate(kernels)
+    )
+    nbytes = torch.Size(case.shape).numel() * case.dtype.itemsize
+    inputs = 1 if case.residual == "none" else 2
+    if direction == DIRECTIONS[0]:
+        return Work(forward * nbytes, (inputs + 1) * nbytes)
+    return Work((forward + backward) * nbytes, 2 * (inputs + 1) * nbytes)
+
+
+def ours(case: InstanceNorm, *tensors: Tensor) -> Tensor:
     """The one operation."""
-    x, residual, slope = case.split(tensors)
+    x, residual, slope, weight, bias = case.split(tensors)
     negative_slope = SLOPE if slope is None else slope
-    return instance_norm(x, None, None, 1e-5, negative_slope, residual, case.residual == "normalised")
+    return instance_norm(x, weight, bias, 1e-5, negative_slope, residual, case.residual == "normalised")
 
 
-def eager(case: Case, *tensors: Tensor) -> Tensor:
+def eager(case: InstanceNorm, *tensors: Tensor) -> Tensor:
     """The chain of functions that it replaces."""
-    x, residual, slope = case.split(tensors)
-    y = F.instance_norm(x)
+    x, residual, slope, weight, bias = case.split(tensors)
+    y = F.instance_norm(x, weight=weight, bias=bias)
     if residual is not None:
         y = y + (F.instance_norm(residual) if case.residual == "normalised" else residual)
     return F.leaky_relu(y, SLOPE) if slope is None else F.prelu(y, slope.to(y.dtype))
 
 
-def monai(case: Case, *tensors: Tensor) -> Tensor:
+@cache
+def _layers(channels: int) -> tuple[nn.Module, nn.Module]:
+    norm = get_norm_layer("instance", spatial_dims=3, channels=channels)
+    return norm, get_act_layer(("leakyrelu", {"inplace": True, "negative_slope": SLOPE}))
+
+
+def monai(case: InstanceNorm, *tensors: Tensor) -> Tensor:
     """The layers that MONAI's blocks call."""
-    x, residual, slope = case.split(tensors)
-    norm = get_norm_layer("instance", spatial_dims=3, channels=case.shape[1])
+    x, residual, slope, _, _ = case.split(tensors)
+    norm, activation = _layers(case.shape[1])
     y = norm(x)
     if residual is not None:
         y = y + (norm(residual) if case.residual == "normalised" else residual)
-    if slope is not None:
-        return F.prelu(y, slope.to(y.dtype))
-    return get_act_layer(("leakyrelu", {"inplace": True, "negative_slope": SLOPE}))(y)
+    return activation(y) if slope is None else F.prelu(y, slope.to(y.dtype))
 
 
 VARIANTS: dict[str, Callable[..., Tensor]] = {OURS: ours, "eager": eager, "MONAI": monai}
@@ -115,7 +83,7 @@ if IS_GPU:
     VARIANTS["torch.compile"] = torch.compile(eager, dynamic=False)
 
 
-def calls(case: Case, variant: str, direction: str) -> list[Callable[[], object]]:
+def calls(case: InstanceNorm, variant: str, direction: str) -> list[Callable[[], object]]:
     """Calls to time, on inputs that come from memory."""
     return calls_of(partial(VARIANTS[variant], case), case, direction, cached=False)
 
@@ -123,6 +91,6 @@ def calls(case: Case, variant: str, direction: str) -> list[Callable[[], object]
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def bench_instance_norm(case: Case, direction: str, variant: str, measure: Measure) -> None:
-    timed = calls(case, variant, direction)
-    measure(timed, case.work(direction), op="instance norm", case=str(case), direction=direction, variant=variant)
+def bench_instance_norm(case: InstanceNorm, direction: str, variant: str, measure: Measure) -> None:
+    labels = {"op": "instance norm", "case": str(case), "direction": direction, "variant": variant}
+    measure(partial(calls, case, variant, direction), work(case, direction), **labels)

@@ -2,7 +2,8 @@
 
 On a GPU a time is a median of replays of a CUDA graph that holds many calls, so that neither Python nor the launches
 are in it; the same calls dispatched eagerly are timed beside it. Calls take turns over several sets of inputs where
-the second-level cache must not serve them. On a CPU the calls are timed as they are.
+the second-level cache must not serve them, and each writes to memory of its own. On a CPU the calls are timed as they
+are. "forward" is without a gradient, as in inference; "forward + backward" is what training does.
 
 The floor of an operation is the longer of two times: the bytes that it must move over the measured bandwidth of a
 large copy, and its arithmetic over the measured rate of a large matrix product. Its share of the roofline is the floor
@@ -12,11 +13,15 @@ over the time. Bandwidth and rate are measured in the same run.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -24,17 +29,21 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from kernels import dispatch
+from kernels.dispatch import DIRECTIONS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
-DIRECTIONS = ("forward", "forward + backward")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MARGIN = 1.03
+"""A smaller difference between two times is noise."""
 CACHE_BYTES = 200_000_000
 """Sets of inputs that together are larger than this come from memory: four times the cache of an H100."""
-GRAPH_SECONDS = 4e-3
-"""Work in one replay: long enough that the wait for its end does not count."""
+GRAPH_SECONDS = 2e-3
+"""Work in one replay: the next is queued meanwhile, and what is between two does not count."""
+GRAPH_CALLS = 400
+"""Most calls in one replay, for each is recorded from Python; of 2.5 us they last a millisecond."""
 
 
 if IS_GPU:
@@ -47,30 +56,49 @@ class Work:
 
     Fields:
         bytes: to read and write, each tensor once for every pass that the algorithm needs.
+        tensors: bytes of all tensors that one call reads or writes: where the cache holds them, a second pass over one
+            need not come from memory.
         flops: floating-point operations of its matrix products; 0 where memory is the bound.
-        dtype: of those products.
+        rate: of those products, a key of `Roofline.rates`.
     """
 
     bytes: int
+    tensors: int
     flops: int = 0
-    dtype: torch.dtype = torch.bfloat16
+    rate: str = "bfloat16"
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Ceilings of this machine, measured: bytes per second of a copy (read + written), FLOP/s of matrix products."""
+    """Ceilings of this machine.
+
+    Fields:
+        bandwidth: measured, bytes per second of a copy (read + written).
+        rates: measured, FLOP/s of matrix products by dtype; "tf32 x 3" is float32 as three TF32 products.
+        cache: bytes of the GPU's second-level cache; 0 on a CPU.
+    """
 
     bandwidth: float
-    rates: dict[torch.dtype, float]
+    rates: dict[str, float]
+    cache: int
 
     def floor(self, work: Work) -> float:
         """Seconds that `work` takes at the ceilings."""
-        return max(work.bytes / self.bandwidth, work.flops / self.rates[work.dtype] if work.flops else 0.0)
+        return max(work.bytes / self.bandwidth, work.flops / self.rates[work.rate] if work.flops else 0.0)
 
 
 def measure_roofline() -> Roofline:
     """Copy bandwidth and matrix rates of this machine."""
-    return Roofline(_copy_bandwidth(2**30 if IS_GPU else 2**26), {dtype: _matrix_rate(dtype) for dtype in DTYPES})
+    names = ("bfloat16", "float16", "float32") if IS_GPU else ("float32",)
+    rates = {name: _matrix_rate(getattr(torch, name)) for name in names}
+    cache = 0
+    if IS_GPU:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        rates["tf32 x 3"] = _matrix_rate(torch.float32) / 3
+        torch.set_float32_matmul_precision(before)
+        cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return Roofline(_copy_bandwidth(2**30 if IS_GPU else 2**26), rates, cache)
 
 
 def _copy_bandwidth(nbytes: int) -> float:
@@ -87,77 +115,92 @@ def _matrix_rate(dtype: torch.dtype) -> float:
 class Case(Protocol):
     """What an operation is measured on. `str(case)` names it in the report."""
 
-    def inputs(self) -> list[Tensor]:
+    def inputs(self, device: torch.device | str) -> list[Tensor]:
         """A new set of inputs, random."""
         ...
 
-    def work(self, direction: str) -> Work:
-        """The least bytes and operations, for one of `DIRECTIONS`."""
-        ...
 
-
-def calls_of(op: Callable[..., Tensor], case: Case, direction: str, cached: bool) -> list[Callable[[], Any]]:
+def calls_of(
+    op: Callable[..., Tensor], case: Case, direction: str, cached: bool, parameters: Sequence[Tensor] = ()
+) -> list[Callable[[], Any]]:
     """Calls of `op(*inputs)`, each on inputs of its own.
 
     Args:
         op: from inputs to a tensor.
         case: where the inputs come from.
-        direction: of `DIRECTIONS`; backward takes the gradient of every input that wants one.
+        direction: of `DIRECTIONS`; backward takes the gradient of every input that wants one, and of `parameters`.
         cached: one set of inputs, which the cache may hold; else as many as outgrow it (on a CPU, one).
     """
-    sets = [case.inputs()]
+    sets = [case.inputs(DEVICE)]
     nbytes = sum(tensor.nbytes for tensor in sets[0])
     if IS_GPU and not cached:
-        sets += [case.inputs() for _ in range(math.ceil(CACHE_BYTES / nbytes))]
-    return [_call(op, inputs, direction) for inputs in sets]
+        sets += [case.inputs(DEVICE) for _ in range(math.ceil(CACHE_BYTES / nbytes))]
+    return [_call(op, inputs, direction, parameters) for inputs in sets]
 
 
-def _call(op: Callable[..., Tensor], inputs: list[Tensor], direction: str) -> Callable[[], Any]:
+def _call(
+    op: Callable[..., Tensor], inputs: list[Tensor], direction: str, parameters: Sequence[Tensor]
+) -> Callable[[], Any]:
     if direction == DIRECTIONS[0]:
-        return lambda: op(*inputs)
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        return torch.no_grad()(lambda: op(*inputs))
+    wanted = [*(tensor for tensor in inputs if tensor.requires_grad), *parameters]
     gradient = torch.randn_like(op(*inputs))
     return lambda: torch.autograd.grad(op(*inputs), wanted, gradient)
 
 
 def seconds(calls: Sequence[Callable[[], Any]], rounds: int = 10) -> float:
-    """Median time of one call, in seconds; a CUDA graph's on a GPU.
+    """Median time of one call, in seconds; in a CUDA graph on a GPU.
 
     Args:
         calls: the same work on different sets of inputs.
         rounds: repetitions, of which the median is taken.
     """
-    replay, count = graph_of(calls) if IS_GPU else (lambda: [call() for call in calls], len(calls))
-    return statistics.median(_timed(replay) for _ in range(rounds + 1)) / count
+    if IS_GPU:
+        graph, count = graph_of(calls)
+        return replay_seconds(graph, rounds) / count
+    return eager_seconds(calls, rounds)
 
 
 def eager_seconds(calls: Sequence[Callable[[], Any]], rounds: int = 10) -> float:
     """Median time of one call dispatched from Python, in seconds."""
-    return statistics.median(_timed(lambda: [call() for call in calls]) for _ in range(rounds + 1)) / len(calls)
+    some = calls[:32]  # small inputs come in hundreds of sets
+    return statistics.median(_timed(lambda: [call() for call in some]) for _ in range(rounds + 1)) / len(some)
 
 
-def graph_of(calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int]:
-    """A replay of a CUDA graph of the calls, repeated to `GRAPH_SECONDS`, and how many calls it holds."""
+def graph_of(calls: Sequence[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A CUDA graph of the calls, repeated to `GRAPH_SECONDS`, and how many calls it holds."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:  # compiles, tunes and allocates outside the capture
+        for call in (*calls[:2], *calls[:2]):  # compiles, tunes and allocates outside the capture
             call()
-        once = statistics.median(_timed(call) for call in calls)
     torch.cuda.current_stream().wait_stream(stream)
-    repeats = max(1, min(200, round(GRAPH_SECONDS / once / len(calls))))
+    graph = _captured(calls, 1)
+    repeats = min(round(GRAPH_SECONDS / replay_seconds(graph, 3)), GRAPH_CALLS // len(calls))
+    if repeats <= 1:
+        return graph, len(calls)
+    return _captured(calls, repeats), repeats * len(calls)
+
+
+def _captured(calls: Sequence[Callable[[], Any]], repeats: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
-            for call in calls:
-                call()
+            # What the calls return lives until the next round is done, so that they don't write to the same memory.
+            results = [call() for call in calls]  # noqa: F841
+    return graph
 
-    def replay() -> None:
+
+def replay_seconds(graph: torch.cuda.CUDAGraph, rounds: int) -> float:
+    """Median time from the end of one replay to that of the next, in seconds."""
+    graph.replay()  # while it runs the next is queued, and so on
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
         graph.replay()
-        torch.cuda.synchronize()
-
-    replay()
-    return replay, repeats * len(calls)
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairwise(marks)) / 1e3
 
 
 def path_taken(call: Callable[[], Any]) -> tuple[str, str]:
@@ -175,26 +218,40 @@ def path_taken(call: Callable[[], Any]) -> tuple[str, str]:
     return taken[-1]
 
 
-def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
-    if IS_GPU:
-        torch.cuda.synchronize()
+@contextmanager
+def forced(path: dispatch.Taken, choice: str = "") -> Iterator[None]:
+    """Have every operation take a path, and on path "torch" attention one backend, by its name and no other."""
+    backends = [SDPBackend.__members__[choice]] if choice in SDPBackend.__members__ else []
+    with (
+        mock.patch.object(dispatch, "path", lambda op, x, key: path),
+        mock.patch.object(dispatch, "sdpa_backends", lambda op, x, key: backends),
+    ):
+        yield
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    synchronize()
+    if IS_GPU:
+        torch.cuda.synchronize()
     started = time.perf_counter()
     run()
-    synchronize()
+    if IS_GPU:
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
+@cache
 def machine() -> dict[str, Any]:
-    """What a result must name to mean anything: GPU, versions, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    about = {"device": "cpu", "torch": torch.__version__, "triton": triton.__version__, "commit": commit or "unknown"}
+    """What a result must name to mean anything: GPU, versions, commit.
+
+    The commit is git's; where there is no git, or no repository, that in `GLIOFORGE_COMMIT`.
+    """
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        commit = ""
+    commit = commit or os.environ.get("GLIOFORGE_COMMIT") or "unknown"
+    about = {"device": "cpu", "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
     if IS_GPU:
         capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
         about |= {"device": torch.cuda.get_device_name(), "capability": capability, "cuda": torch.version.cuda or ""}

@@ -1,53 +1,139 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes: the tests marked gpu, tuning of the kernels, their benchmarks, the
-# demo, and UNETR at the published size on full-size synthetic scans, in float32 and bf16, with the kernels and without.
-# Prints a short table last; writes it, the test report, the tuned configurations and the benchmarks to $OUT.
+# What needs a GPU, in under ten minutes, a section at a time:
 #
-#   bash benchmarks/gpu_suite.sh
+#   bash benchmarks/gpu_suite.sh                      tests tune bench train
+#   bash benchmarks/gpu_suite.sh tune bench           these alone
+#   bash benchmarks/gpu_suite.sh pipeline             data, beside MONAI: not among the four above
+#
+#   tests     the tests marked gpu
+#   tune      every configuration of every kernel; writes kernels/tuned.json
+#   bench     the kernels' benchmarks
+#   train     the demo, and UNETR at the published size on full-size synthetic scans, in float32 and bf16, with the
+#             kernels and without
+#
+# A section that fails or runs out of time leaves what it has and stops no other; the exit status says so at the end. A
+# short table comes last. The time, $LIMIT seconds in all, is divided among the sections, and what one does not need the
+# next ones have. $OUT (benchmarks/results) gets it as JSON, with the tuned configurations, the benchmarks and
+# one archive of logs. $GLIOFORGE_COMMIT names the commit where there is no git.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-export OUT=${OUT:-benchmarks/results}
+export OUT=${OUT:-$(dirname "$0")/results}
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+if ! gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"); then
+  echo "error: $python can't import torch; PYTHON=... names one that can" >&2
+  exit 2
+fi
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-export GLIOFORGE_CACHE=${GLIOFORGE_CACHE:-$work/cache}
-python=${PYTHON:-python}
-mkdir -p "$OUT"
+logs=$work/logs
+mkdir "$logs"
+touch "$work/started"
+export GLIOFORGE_CACHE=${GLIOFORGE_CACHE:-$work/cache} PYTHONUNBUFFERED=1
+deadline=$((SECONDS + ${LIMIT:-560}))
 status=0
-
-parallel=$("$python" -c "import xdist; print('-n 8')" 2>/dev/null)
-timeout 150 "$python" -m pytest -m gpu -q $parallel --junitxml "$OUT/gpu_tests.xml" >"$OUT/gpu_tests.log" 2>&1 || status=1
-tail -n 25 "$OUT/gpu_tests.log"
-timeout 120 "$python" -m benchmarks.tune >"$OUT/tune.log" 2>&1 || { status=1; tail -n 5 "$OUT/tune.log"; }
-cp -f kernels/tuned.json "$OUT/" 2>/dev/null
-timeout 150 "$python" -m pytest --benchmark -q >"$OUT/benchmark.log" 2>&1 || status=1
-
-run() { # name, then options
-  local name=$1
-  shift
-  timeout 60 "$python" launch/train.py --train.device cuda --run_dir "$work/$name" "$@" >"$OUT/$name.log" 2>&1 ||
-    { status=1; tail -n 3 "$OUT/$name.log"; }
+finish() {
+  tar -C "$work" -czf "$OUT/logs.tar.gz" logs
+  rm -rf "$work"
 }
-size=(--config launch/configs/brats.yaml --data.phantom.cases 6 --data.crops_per_case 20 --train.epochs 2
-  --train.val_every_epochs 2)
-run demo --config launch/configs/demo.yaml
-run unetr_float32 "${size[@]}"
-run unetr_bf16 "${size[@]}" --train.precision bf16
-run unetr_bf16_reference "${size[@]}" --train.precision bf16 --kernels reference
+trap finish EXIT
 
-tail -n 90 "$OUT/benchmark.log"
-tail -n 1 "$OUT/tune.log"
-"$python" - "$work" "$OUT/gpu_suite.json" <<'PY'
+run() { # share of what is left of the section (4: a quarter), name of the log, command; prints how it ended
+  local left=$(((section_end - SECONDS) / $1)) name=$2 code=0 started=$SECONDS
+  shift 2
+  if ((left < 5)); then
+    echo "$name: skipped, no time is left"
+    status=1
+    return 1
+  fi
+  # A shell may ignore the interrupt for what it runs, and so would Python, unless told otherwise.
+  timeout -s INT -k 10 "$left" env --default-signal=INT "$@" >"$logs/$name.log" 2>&1 || code=$?
+  echo "$name: $((SECONDS - started)) s, $([[ $code == 0 ]] && echo done || echo "failed with status $code")"
+  if ((code != 0)); then
+    status=1
+    tail -n 5 "$logs/$name.log"
+  fi
+  return "$code"
+}
+
+tests() {
+  local parallel
+  parallel=$("$python" -c "import xdist; print('-n 8')" 2>/dev/null)
+  # shellcheck disable=SC2086 # two words or none
+  run 1 tests "$python" -m pytest -m gpu -q $parallel --continue-on-collection-errors --junitxml "$logs/tests.xml"
+  tail -n 12 "$logs/tests.log"
+}
+
+tune() {
+  run 1 tune "$python" -m benchmarks.tune && tail -n 1 "$logs/tune.log"
+  cp -f kernels/tuned.json "$OUT/" 2>/dev/null
+}
+
+bench() {
+  run 1 bench "$python" -m pytest --benchmark -q benchmarks/bench_{attention,instance_norm,dice_ce}.py
+}
+
+train() {
+  local size=(--config launch/configs/brats.yaml --data.phantom.cases 6 --data.crops_per_case 20 --train.epochs 2
+    --train.val_every_epochs 2)
+  train_one 4 demo --config launch/configs/demo.yaml
+  train_one 3 unetr_float32 "${size[@]}"
+  train_one 2 unetr_bf16 "${size[@]}" --train.precision bf16
+  train_one 1 unetr_bf16_reference "${size[@]}" --train.precision bf16 --kernels reference
+}
+
+train_one() { # share, name, then options
+  local share=$1 name=$2
+  shift 2
+  run "$share" "$name" "$python" launch/train.py --train.device cuda --run_dir "$work/runs/$name" "$@"
+}
+
+pipeline() {
+  run 1 pipeline "$python" -m benchmarks.bench_pipeline --rounds 1
+  tail -n 25 "$logs/pipeline.log"
+}
+
+declare -A weight=([tests]=20 [tune]=34 [bench]=30 [train]=16 [pipeline]=60) # of the time
+sections=("$@")
+((${#sections[@]})) || sections=(tests tune bench train)
+for section in "${sections[@]}"; do
+  if [[ -z ${weight[$section]:-} ]]; then
+    echo "error: section $section must be one of tests, tune, bench, train, pipeline" >&2
+    exit 2
+  fi
+done
+for i in "${!sections[@]}"; do
+  section=${sections[i]}
+  if [[ -z $gpu && $section != pipeline ]]; then
+    echo "$section: skipped, it needs a GPU and PyTorch sees none"
+    status=1
+    continue
+  fi
+  all=0
+  for later in "${sections[@]:i}"; do all=$((all + weight[$later])); done
+  section_end=$((SECONDS + (deadline - SECONDS) * weight[$section] / all))
+  "$section"
+done
+
+echo
+"$python" - "$work/runs" "$OUT/gpu_suite.json" "$gpu" <<'PY' || status=1
 import csv, json, pathlib, sys
 import torch
-work, out = map(pathlib.Path, sys.argv[1:])
+folder, out, gpu = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3] or "no GPU"
 runs = {}
-for log in sorted(work.glob("*/log.csv")):
+for log in sorted(folder.glob("*/log.csv")):
     row = list(csv.DictReader(log.open()))[-1]
     runs[log.parent.name] = {key: float(row[key]) for key in ("loss", "samples_per_s", "val_WT") if row.get(key)}
-gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-out.write_text(json.dumps({"gpu": gpu, "torch": torch.__version__, "runs": runs}, indent=2) + "\n")
-print(f"\n{gpu}, torch {torch.__version__}")
+print(f"{gpu}, torch {torch.__version__}")
+if runs:
+    out.write_text(json.dumps({"gpu": gpu, "torch": torch.__version__, "runs": runs}, indent=2) + "\n")
 for name, values in runs.items():
     print(f"{name:22}", *(f"{key} {value:.3g}" for key, value in values.items()), sep="  ")
 PY
+if [[ " ${sections[*]} " == *" bench "* && -n $gpu ]]; then
+  newest=$(find "$OUT" -maxdepth 1 -name "kernels_*.json" -newer "$work/started")
+  [[ -n $newest ]] && { "$python" -m benchmarks.report "$newest" || status=1; }
+fi
+[[ -n $gpu ]] || echo "PyTorch sees no GPU here: run this on a machine that has one"
+((status == 0)) && echo "all sections done" || echo "not everything is done: see above and $OUT/logs.tar.gz"
 exit "$status"

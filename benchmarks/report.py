@@ -1,8 +1,12 @@
-"""What `pytest --benchmark` leaves behind: a table on the terminal, a JSON file and a plot."""
+"""What `pytest --benchmark` leaves behind: a table on the terminal, a JSON file and a plot.
+
+`python -m benchmarks.report FILE.json` prints a line for each case of a JSON file: ours beside the best of the others.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -13,7 +17,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import Roofline, Work
+from benchmarks.common import MARGIN, Roofline, Work
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -32,6 +36,7 @@ class Row:
         variant: by whom; `path` which path that was, for ours.
         seconds: median of one call in a CUDA graph (on a CPU: of one call). eager_seconds: dispatched from Python.
         bytes, flops: the least that must be moved and done. roofline_share: of the time at the measured ceilings.
+        in_cache: whether the cache holds all tensors of one call, so that a share counts passes that memory never saw.
     """
 
     op: str
@@ -44,6 +49,7 @@ class Row:
     bytes: int
     flops: int
     roofline_share: float
+    in_cache: bool
 
     @classmethod
     def of(cls, labels: dict[str, str], seconds: float, eager_seconds: float, work: Work, roofline: Roofline) -> Row:
@@ -55,6 +61,7 @@ class Row:
             bytes=work.bytes,
             flops=work.flops,
             roofline_share=roofline.floor(work) / seconds,
+            in_cache=work.tensors <= roofline.cache,
         )
 
 
@@ -64,27 +71,51 @@ def groups(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, str, str], list[Row
         yield key, list(group)
 
 
-def lost(rows: Sequence[Row], margin: float = 1.02) -> list[str]:
-    """Where another variant was faster than ours by more than the margin, in words."""
+def ours_and_best(group: Sequence[Row]) -> tuple[Row, Row] | None:
+    """Our row of a group and the fastest of the others; None where one is missing."""
+    ours = next((row for row in group if row.variant == OURS), None)
+    others = [row for row in group if row.variant != OURS]
+    return (ours, min(others, key=lambda row: row.seconds)) if ours is not None and others else None
+
+
+def lost(rows: Sequence[Row]) -> list[str]:
+    """Where another variant was faster than ours by more than `MARGIN`, in either direction, in words."""
     lines = []
     for (op, case, direction), group in groups(rows):
-        ours = next((row for row in group if row.variant == OURS), None)
-        others = [row for row in group if row.variant != OURS]
-        if ours is None or not others:
-            continue
-        best = min(others, key=lambda row: row.seconds)
-        if ours.seconds > margin * best.seconds:
+        pair = ours_and_best(group)
+        if pair is not None and pair[0].seconds > MARGIN * pair[1].seconds:
+            ours, best = pair
             ratio = ours.seconds / best.seconds
             lines.append(f"{op} {case} {direction}: {best.variant} is {ratio:.2f} x as fast as ours ({ours.path} path)")
     return lines
 
 
+def ceilings(roofline: Roofline) -> str:
+    """The measured ceilings in words."""
+    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in roofline.rates.items())
+    return f"measured ceilings: copy {roofline.bandwidth / 1e9:.0f} GB/s; matrix products {rates} TFLOP/s"
+
+
+def summary(rows: Sequence[Row], roofline: Roofline) -> list[str]:
+    """Ceilings, a line for each case and direction, and what was lost."""
+    lines = [ceilings(roofline), "us: ours (eager dispatch), share of the roofline, path; the best other, and x ours"]
+    for (op, case, direction), group in groups(rows):
+        pair = ours_and_best(group)
+        if pair is not None:
+            ours, best = pair
+            times = f"{1e6 * ours.seconds:8.1f} ({1e6 * ours.eager_seconds:.0f})"
+            share = f"{100 * ours.roofline_share:3.0f} %{'*' if ours.in_cache else ' '} {ours.path:9}"
+            other = f"{1e6 * best.seconds:8.1f} {best.seconds / ours.seconds:5.2f} x {best.variant}"
+            which = "f+b" if "backward" in direction else "f"
+            lines.append(f"{op} {case} {which}".ljust(80) + f"{times:16} {share} {other}")
+    return [*lines, *(f"lost: {line}" for line in lost(rows))]
+
+
 def print_table(rows: Sequence[Row], roofline: Roofline, about: dict[str, Any], console: Console) -> None:
     """One line for each measurement, grouped by what was computed."""
-    rates = ", ".join(f"{str(t).removeprefix('torch.')} {rate / 1e12:.3g}" for t, rate in roofline.rates.items())
     console.print(
         f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}\n"
-        f"measured ceilings: copy {roofline.bandwidth / 1e9:.0f} GB/s; matrix products {rates} TFLOP/s",
+        f"{ceilings(roofline)}",
         highlight=False,
     )
     table = Table()
@@ -100,20 +131,18 @@ def print_table(rows: Sequence[Row], roofline: Roofline, about: dict[str, Any], 
                 f"{row.eager_seconds * 1e6:.1f}",
                 f"{row.bytes / row.seconds / 1e9:.0f}",
                 f"{row.flops / row.seconds / 1e12:.3g}" if row.flops else "",
-                f"{100 * row.roofline_share:.0f} %",
+                f"{100 * row.roofline_share:.0f} %{'*' if row.in_cache else ''}",
                 f"{row.seconds / ours:.2f}" if ours else "",
                 end_section=index == len(group) - 1,
             )
     console.print(table)
+    if any(row.in_cache for row in rows):
+        console.print(f"* all tensors of a call fit the cache, {roofline.cache / 2**20:.0f} MiB", highlight=False)
 
 
 def write_json(rows: Sequence[Row], roofline: Roofline, about: dict[str, Any], path: Path) -> None:
     """Machine, ceilings and rows."""
-    ceilings = {
-        "copy_bytes_per_s": roofline.bandwidth,
-        "flops_per_s": {str(dtype): rate for dtype, rate in roofline.rates.items()},
-    }
-    content = {"machine": about, "roofline": ceilings, "rows": [asdict(row) for row in rows]}
+    content = {"machine": about, "roofline": asdict(roofline), "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -148,3 +177,14 @@ def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
     figure.legend(handles, variants, loc="outside upper center", ncols=min(6, len(variants)), frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def main() -> int:
+    content = json.loads(Path(sys.argv[1]).read_text())
+    rows = [Row(**row) for row in content["rows"]]
+    print(*summary(rows, Roofline(**content["roofline"])), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,94 +2,150 @@
 
     python -m benchmarks.tune
 
-Each benchmark case runs forward and backward once while its launches are observed; every candidate of a launch is
-timed on the launch's own arguments, and where one beats the default by more than `MARGIN` it is written down. Then
-whole operations are timed against what PyTorch has for them; those that lose are written down too, and the dispatcher
-takes PyTorch's path there. What other GPUs are listed with stays.
+Every configuration is compiled beforehand, on all cores. Then, for each benchmark case, the operation runs forward and
+backward while its launches are observed; the candidates of each launch are timed on the launches' own arguments, and
+where one beats the default by more than `MARGIN` it is written down. With these, the operation is timed on our path and
+on PyTorch's, as a caller would run either, for attention with each backend of `scaled_dot_product_attention`.
+
+Where ours loses by more than `MARGIN`, the winner is written down and the dispatcher takes it: by forward + backward
+where a gradient is wanted, for training runs both, and a gain in the one must not cost more in the other; by the
+forward alone elsewhere.
+
+Results are written after each case, so that a run that is cut short leaves what it measured; what other GPUs are listed
+with stays, and so does, until the end, what this one was listed with.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any
 
-from triton.testing import do_bench
+import torch
+from triton import TritonError
 
 from benchmarks import bench_attention, bench_dice_ce, bench_instance_norm
-from benchmarks.common import DIRECTIONS, IS_GPU, machine, path_taken, seconds
+from benchmarks.common import DIRECTIONS, IS_GPU, MARGIN, forced, machine, path_taken, seconds
 from benchmarks.report import OURS
 from kernels import dispatch
+from kernels.aot import compile_cases
+from kernels.cases import MEASURED, Case
 
-MARGIN = 1.03
-"""A smaller gain is noise, and the default is the simpler answer."""
 BENCHES = (bench_attention, bench_instance_norm, bench_dice_ce)
 
 
-def tune_launch(launch: dispatch.Launch, configs: dict[str, dict[str, Any]]) -> None:
-    """Time the candidates of one launch, note the fastest in `configs` by kernel and key, and run it."""
-    times = [_milliseconds(launch, config) for config in launch.candidates]
-    best = min(range(len(times)), key=times.__getitem__)
-    if times[0] > MARGIN * times[best]:
-        configs.setdefault(launch.name, {})[launch.key] = dict(launch.candidates[best])
-    print(
-        f"{launch.name:32} {launch.key:60} default {1e3 * times[0]:9.1f} µs, best {1e3 * times[best]:9.1f} µs",
-        dict(launch.candidates[best]),
-    )
-    launch.run(launch.candidates[best])
-
-
-def _milliseconds(launch: dispatch.Launch, config: dispatch.Config) -> float:
-    return do_bench(lambda: launch.run(config), warmup=5, rep=20, return_mode="median")
-
-
-def tune_configs() -> dict[str, dict[str, Any]]:
-    """The fastest configuration by kernel and key, where it is not the default."""
-    configs: dict[str, dict[str, Any]] = {}
-    seen: set[tuple[str, str]] = set()
+def launches_of(calls: Sequence[Callable[[], Any]]) -> list[tuple[dispatch.Launch, ...]]:
+    """The launches of one call, each as many times as there are calls: on the inputs of each."""
+    found: list[list[dispatch.Launch]] = []
 
     def observer(launch: dispatch.Launch) -> None:
-        if (launch.name, launch.key) in seen:
-            launch.run(launch.candidates[0])
-            return
-        seen.add((launch.name, launch.key))
-        tune_launch(launch, configs)
+        found[-1].append(launch)
+        launch.run(launch.candidates[0])
 
+    with dispatch.observed(observer):
+        for call in calls:
+            found.append([])
+            call()
+    return list(zip(*found, strict=True))
+
+
+def tune_launch(launches: Sequence[dispatch.Launch]) -> dispatch.Config | None:
+    """The fastest configuration of a launch, if it beats the default; None if not.
+
+    Args:
+        launches: the same on different sets of inputs, which take turns.
+    """
+    first, times = launches[0], []
+    for config in first.candidates:
+        try:
+            times.append(seconds([partial(launch.run, config) for launch in launches], rounds=5))
+        except (RuntimeError, TritonError) as error:
+            if config is first.candidates[0]:
+                raise
+            print(f"{first.name} {first.key} {config}: {_first_line(error)}")
+            times.append(float("inf"))
+    best = min(range(len(times)), key=times.__getitem__)
+    print(
+        f"{first.name:32} {first.key:60} default {1e6 * times[0]:9.1f} us, best {1e6 * times[best]:9.1f} us",
+        first.candidates[best],
+    )
+    return first.candidates[best] if times[0] > MARGIN * times[best] else None
+
+
+def tune_case(bench: ModuleType, case: Case, configs: dict[str, dict[str, Any]], seen: set[tuple[str, str]]) -> None:
+    """Tune what a case launches and `seen` does not hold yet; note it in `configs`, by kernel and key."""
+    for launches in launches_of(bench.calls(case, OURS, DIRECTIONS[1])):
+        name, key = launches[0].name, launches[0].key
+        if (name, key) in seen or len(launches[0].candidates) == 1:
+            continue
+        seen.add((name, key))
+        best = tune_launch(launches)
+        configs.setdefault(name, {}).pop(key, None)
+        if best is not None:
+            configs[name][key] = dict(best)
+
+
+def faster_of_pytorch(bench: ModuleType, case: Case, direction: str) -> str:
+    """What PyTorch has that beats our kernels in one direction, of the module's `CHOICES`; empty if nothing does."""
+    with forced("triton"):
+        ours = seconds(bench.calls(case, OURS, direction), rounds=5)
+    times = {}
+    for choice in bench.CHOICES:
+        try:
+            with forced("torch", choice):
+                times[choice] = seconds(bench.calls(case, OURS, direction), rounds=5)
+        except RuntimeError as error:
+            print(f"{case} {choice}: {_first_line(error)}")
+    print(f"{case!s:64} {direction:20} ours {1e6 * ours:.1f} us", *(f"{n} {1e6 * t:.1f}" for n, t in times.items()))
+    best = min(times, key=times.__getitem__, default="")
+    return best if best and ours > MARGIN * times[best] else ""
+
+
+def tune(measured: dict[str, Any], write: Callable[[], None]) -> None:
+    """Measure all benchmark cases into `measured`; `write` is called after each."""
+    configs, torch_wins = measured["configs"], measured["torch"]
+    tuned: set[tuple[str, str]] = set()
+    compared: set[str] = set()
     for bench in BENCHES:
         for case in bench.CASES:
-            calls = bench.calls(case, OURS, DIRECTIONS[1])
-            with dispatch.observed(observer):
-                calls[0]()
-    return configs
+            dispatch.use("triton")  # what was written down before must not keep a case from being measured
+            tune_case(bench, case, configs, tuned)
+            write()
+            op_key = path_taken(bench.calls(case, OURS, DIRECTIONS[0])[0])[1]
+            compared.add(op_key)
+            for direction in DIRECTIONS:
+                torch_wins.setdefault(direction, {}).pop(op_key, None)
+                winner = faster_of_pytorch(bench, case, direction)
+                if winner:
+                    torch_wins[direction][op_key] = winner
+            write()
+    measured["configs"] = {
+        name: {key: config for key, config in by_key.items() if (name, key) in tuned}
+        for name, by_key in configs.items()
+    }
+    measured["torch"] = {
+        direction: {op_key: winner for op_key, winner in wins.items() if op_key in compared}
+        for direction, wins in torch_wins.items()
+    }
+    write()
 
 
-def slower_than_pytorch() -> list[str]:
-    """Operations and keys, as the dispatcher asks for them, for which our kernel loses to a path of PyTorch."""
-    slower = []
-    dispatch.use("triton")  # whatever was written down before
-    for bench in BENCHES:
-        for case in bench.CASES:
-            times = {}
-            for variant in bench.VARIANTS:
-                if variant in (OURS, "torch.compile") or variant.startswith("SDPA"):
-                    try:
-                        timed = bench.calls(case, variant, DIRECTIONS[1])
-                        times[variant] = seconds(timed, rounds=5)
-                    except RuntimeError as error:  # an SDPA backend that does not take this dtype
-                        if "No available kernel" not in str(error):
-                            raise
-            best = min(times, key=times.__getitem__)
-            print(f"{case!s:64}", *(f"{name} {1e6 * time:.1f} µs" for name, time in times.items()), sep="  ")
-            if times[OURS] > MARGIN * times[best]:
-                slower.append(path_taken(bench.calls(case, OURS, DIRECTIONS[0])[0])[1])
-    return slower
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _write(capability: str, measured: dict[str, Any]) -> None:
     """Put what was measured into the table of all GPUs, and have the dispatcher read it again."""
     table = dispatch.tuned_table() | {capability: measured}
-    dispatch.TUNED_FILE.write_text(json.dumps(table, indent=1) + "\n")
+    unfinished = dispatch.TUNED_FILE.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(table, indent=1) + "\n")
+    unfinished.replace(dispatch.TUNED_FILE)  # a run that is killed leaves one whole file
     dispatch.tuned_table.cache_clear()
 
 
@@ -99,13 +155,23 @@ def main() -> int:
     if not IS_GPU:
         print("error: tuning measures kernels on a GPU, and PyTorch sees none here", file=sys.stderr)
         return 2
-    about = machine()
-    measured: dict[str, Any] = {"machine": about, "configs": tune_configs()}
-    _write(about["capability"], measured)
-    measured["torch"] = slower_than_pytorch()
-    _write(about["capability"], measured)
-    print(f"wrote {dispatch.TUNED_FILE}; PyTorch's own is faster for: {', '.join(measured['torch']) or 'nothing'}")
-    return 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it for its children
+    about, started, finished = machine(), time.perf_counter(), False
+    listed = dispatch.tuned_table().get(about["capability"], {})
+    measured = {"configs": {}, "torch": {}, **listed, "machine": about}
+    try:
+        major, minor = torch.cuda.get_device_capability()
+        compiled = compile_cases(dict.fromkeys(MEASURED, [10 * major + minor]), every=True)
+        print(f"{len(compiled)} configurations compiled in {time.perf_counter() - started:.0f} s", flush=True)
+        tune(measured, lambda: _write(about["capability"], measured))
+        finished = True
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is written", file=sys.stderr)
+    finally:
+        dispatch.use("auto")
+    wins = [f"{op_key} ({direction})" for direction, won in measured["torch"].items() for op_key in won]
+    print(f"wrote {dispatch.TUNED_FILE}; PyTorch's own is faster for: {', '.join(wins) or 'nothing'}")
+    return 0 if finished else 1
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """Compile every kernel for GPUs that are not here, and refuse what would not run well on them.
 
     python -m kernels.aot             default configurations, on the shapes that the models use
-    python -m kernels.aot --every     every configuration that tuning may choose
+    python -m kernels.aot --every     every configuration that tuning may choose, and what other users bring
+
+Without `--arch` that is for all four GPUs, but what other users bring (`kernels.cases.OTHERS`) for sm_90 alone: a
+quarter of an hour of one core.
 
 The operations run on tensors without memory (`device="meta"`) while `dispatch.observed` collects their launches; each
 is compiled exactly as it would be at run time, argument specialisation included, with a stand-in for Triton's driver
-that knows nothing but the target. A kernel is refused on an architecture where it
+that knows nothing but the target, and so lies in Triton's cache for the launch itself. A kernel is refused on an
+architecture where it
 
     spills       a stack or local memory: registers did not suffice, and each use goes through memory
     does not fit shared memory beyond what one block may have, or tensor memory beyond 512 columns
     traps        ptxas turns an sm_100 kernel that does not fit into a bare `trap`, without a word
+    fails        an error of the compiler
 
 A row of the table is one compiled kernel; a column holds registers per thread and KiB of shared memory.
 """
@@ -22,20 +27,20 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from kernels import attention, dice_ce, dispatch, instance_norm
+from kernels import dispatch
+from kernels.cases import MEASURED, MODELS, OTHERS, Case, launches
 
 SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, in KiB, by compute capability (CUDA C++ Programming Guide, table of
@@ -53,17 +58,19 @@ class Compiled:
         arch: 80, 90, 100 or 120.
         registers: per thread. stack: bytes per thread, stack and local memory. shared: bytes per block.
         tensor_memory: columns. traps: whether the code holds a bare trap.
+        error: why it did not compile; then the rest is zero.
     """
 
     kernel: str
     case: str
     config: str
     arch: int
-    registers: int
-    stack: int
-    shared: int
-    tensor_memory: int
-    traps: bool
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    tensor_memory: int = 0
+    traps: bool = False
+    error: str = ""
 
     def faults(self) -> list[str]:
         """Why this kernel must not be used there; empty where it may."""
@@ -75,6 +82,7 @@ class Compiled:
                 (self.shared > limit * 1024, f"{self.shared} bytes of shared memory, the limit is {limit} KiB"),
                 (self.tensor_memory > MAX_TENSOR_MEMORY, f"{self.tensor_memory} columns of tensor memory, of 512"),
                 (self.traps, "is a bare trap"),
+                (bool(self.error), f"does not compile: {self.error}"),
             )
             if is_so
         ]
@@ -96,72 +104,6 @@ class _Target:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """What the models launch, forward and backward, at full size, on tensors without memory; named for the table."""
-    for batch, heads, tokens, features, dtype in (
-        (2, 10, 256, 51, torch.bfloat16),
-        (2, 10, 256, 51, torch.float32),
-        (2, 12, 512, 64, torch.bfloat16),
-        (2, 12, 4096, 64, torch.bfloat16),
-        (1, 8, 4096, 128, torch.float32),
-    ):
-        name = f"{tokens} tokens, {features} features, {_short(dtype)}"
-        yield name, partial(_run_attention, (batch, tokens, 3, heads, features), dtype)
-    last, first = torch.channels_last_3d, torch.contiguous_format
-    for shape, dtype, layout, uses in (
-        ((2, 16, 128, 128, 64), torch.bfloat16, last, ""),
-        ((2, 16, 128, 128, 64), torch.bfloat16, last, "normalised residual"),
-        ((2, 16, 128, 128, 64), torch.bfloat16, last, "raw residual"),
-        ((2, 16, 128, 128, 64), torch.float32, first, "normalised residual, affine"),
-        ((2, 3, 128, 128, 64), torch.bfloat16, last, "PReLU"),
-        ((2, 16, 16, 16, 16), torch.bfloat16, first, "normalised residual"),
-        ((2, 256, 8, 8, 4), torch.float32, last, "PReLU"),
-    ):
-        name = f"{shape[1]} channels{' last' if layout == last else ''}, {uses + ', ' if uses else ''}{_short(dtype)}"
-        yield name, partial(_run_norm, shape, dtype, layout, uses)
-    for ce, dtype, layout in (
-        ("bce", torch.bfloat16, first),
-        ("bce", torch.float32, last),
-        ("multihot", torch.bfloat16, first),
-        ("argmax", torch.float32, first),
-    ):
-        name = f"{ce}, {'channels last, ' if layout == last else ''}{_short(dtype)}"
-        yield name, partial(_run_loss, ce, dtype, layout)
-
-
-def _run_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    q, k, v = _empty(shape, dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    out, lse = attention.attention_forward(q, k, v, 0.1)
-    attention.attention_backward(q, k, v, out, lse, torch.empty_like(out), 0.1)
-
-
-def _run_norm(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, uses: str) -> None:
-    x, dy = (_empty(shape, dtype).to(memory_format=layout) for _ in range(2))
-    residual = torch.empty_like(x) if "residual" in uses else None
-    weight, bias = (_empty(shape[1:2], torch.float32) if "affine" in uses else None for _ in range(2))
-    slopes = _empty((1,), torch.float32) if "PReLU" in uses else None
-    slope = 0.01 if slopes is None else None
-    normalised = "normalised" in uses
-    _, stats = instance_norm.instance_norm_forward(x, weight, bias, 1e-5, slopes, slope, residual, normalised)
-    instance_norm.instance_norm_backward(dy, x, stats, weight, bias, slopes, slope, residual, normalised)
-
-
-def _run_loss(ce: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    logits = _empty((2, 3, 128, 128, 64), dtype).to(memory_format=layout)
-    labels = _empty((2, 128, 128, 64), torch.uint8)
-    regions, factors = [2, 3, -1, 1, 2, 3, -1, 3, -1], [1.0, 1.0, 1e-5, 1e-5]
-    loss, _, _, saved = dice_ce.dice_ce_forward(logits, labels, regions, None, ce, factors, False, False)
-    dice_ce.dice_ce_backward(loss, None, None, logits, labels, saved, regions, None, ce, factors, False, False)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def compile_launch(launch: dispatch.Launch, config: dispatch.Config, arch: int) -> Any:
     """The compiled kernel of a launch, for one architecture; nothing is run and no GPU is needed."""
     active = triton.runtime.driver._active
@@ -170,6 +112,24 @@ def compile_launch(launch: dispatch.Launch, config: dispatch.Config, arch: int) 
         return launch.kernel.run(**launch.args, **config, grid=(1,), warmup=True)
     finally:
         triton.runtime.driver._active = active
+
+
+def signature(launch: dispatch.Launch, config: dispatch.Config) -> tuple[Any, ...]:
+    """What Triton compiles a launch anew for: a kernel, its constants, and what it specialises arguments on."""
+    constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    args = {**launch.args, **config}
+    return launch.name, *((name, value if name in constants else _kind(value)) for name, value in sorted(args.items()))
+
+
+def _kind(value: Any) -> Any:
+    """What a kernel knows about an argument that is no constant."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
+    if isinstance(value, int) and value != 1:
+        return value % 16 == 0, value.bit_length() > 31
+    return None if isinstance(value, float) else (value,)
 
 
 def resources(compiled: Any, launch: dispatch.Launch, case: str, config: dispatch.Config) -> Compiled:
@@ -184,7 +144,7 @@ def resources(compiled: Any, launch: dispatch.Launch, case: str, config: dispatc
     return Compiled(
         kernel=launch.name,
         case=case,
-        config=" ".join(f"{name}={value}" for name, value in config.items()),
+        config=_words(config),
         arch=compiled.metadata.target.arch,
         registers=used["REG"],
         stack=used["STACK"] + used["LOCAL"],
@@ -194,20 +154,40 @@ def resources(compiled: Any, launch: dispatch.Launch, case: str, config: dispatc
     )
 
 
-def compile_cases(arch: int, every: bool) -> list[Compiled]:
-    """Every kernel of every case for one architecture, each distinct one once."""
-    done: dict[str, Compiled] = {}
-    for case, run in cases():
+def _words(config: dispatch.Config) -> str:
+    return " ".join(f"{name}={value}" for name, value in config.items())
 
-        def compile_it(launch: dispatch.Launch, case: str = case) -> None:
-            for config in launch.candidates if every else launch.candidates[:1]:
-                compiled = compile_launch(launch, config, arch)
-                if compiled.hash not in done:
-                    done[compiled.hash] = resources(compiled, launch, case, config)
 
-        with dispatch.observed(compile_it):
-            run()
-    return list(done.values())
+_launches = cache(launches)
+
+
+def _compile(case: Case, launch_index: int, config_index: int, arch: int) -> Compiled:
+    """One kernel; in a process of the pool, to which a launch itself can't be sent."""
+    launch = _launches(case)[launch_index]
+    config = launch.candidates[config_index]
+    try:
+        return resources(compile_launch(launch, config, arch), launch, str(case), config)
+    except Exception as error:  # whatever a compiler raises: a fault of this kernel, beside those of the others
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return Compiled(launch.name, str(case), _words(config), arch, error=reason[-1])
+
+
+def compile_cases(archs: Mapping[Case, Sequence[int]], every: bool) -> list[Compiled]:
+    """The kernels of cases for some architectures, each distinct one once, on all cores.
+
+    Args:
+        archs: of each case.
+        every: all configurations, not the default of each launch alone.
+    """
+    tasks: dict[tuple[Any, ...], tuple[Case, int, int, int]] = {}
+    for case in archs:
+        for i, launch in enumerate(_launches(case)):
+            for j, config in enumerate(launch.candidates if every else launch.candidates[:1]):
+                for arch in archs[case]:
+                    tasks.setdefault((arch, signature(launch, config)), (case, i, j, arch))
+    # Processes, not threads: Triton knows one target at a time. Spawned, for a caller may be using a GPU.
+    with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn")) as pool:
+        return list(pool.map(_compile, *zip(*tasks.values(), strict=True), chunksize=4))
 
 
 def table(compiled: list[Compiled]) -> str:
@@ -226,16 +206,14 @@ def table(compiled: list[Compiled]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", action="store_true", help="every configuration, not the defaults alone")
-    parser.add_argument(
-        "--arch", type=int, nargs="+", choices=SHARED_KIB, default=list(SHARED_KIB), help="for these GPUs"
-    )
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, help="for these GPUs alone")
     args = parser.parse_args()
     if dispatch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: unset it to compile")
-    # A process for each GPU: Triton keeps one target at a time.
-    with ProcessPoolExecutor(min(len(args.arch), os.cpu_count() or 1), get_context("spawn")) as pool:
-        found = pool.map(compile_cases, args.arch, [args.every] * len(args.arch))
-        compiled = [item for items in found for item in items]
+    archs = dict.fromkeys((*MODELS, *MEASURED) if args.every else MODELS, args.arch or list(SHARED_KIB))
+    if args.every:
+        archs |= dict.fromkeys(OTHERS, args.arch or [90])
+    compiled = compile_cases(archs, args.every)
     print(table(compiled))
     faults = [
         f"{item.kernel} ({item.case}; {item.config}) on sm_{item.arch}: {fault}"

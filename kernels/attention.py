@@ -22,13 +22,14 @@ The kernels keep S and P on the chip. A UNETR's grid is small (20 heads of 256 t
   other keeps a block of queries and goes over the keys, for dQ. That is seven products where five would do, for S and
   dP are made twice; in return nothing is summed across programs: no atomics, no partial sums, the same bits each time,
   and twice the programs to fill a GPU with.
-- delta = rowsum(dO * O) is made where it is used up to N = 512: a second launch costs more than it saves. Beyond, each
-  program would read all of O, so a launch of its own makes it once.
+- delta = rowsum(dO * O) is made where it is used up to N = 512, from few rows of O, which each program reads again: a
+  second launch is thought to cost more, though where that ends was not measured. Beyond, a launch of its own makes it.
 - Products are tensor-core products with float32 sums. P and dS are rounded to the dtype of the inputs for theirs, as
   in every fused attention. float32 inputs are split in three TF32 products each ("tf32x3"), which leaves an error near
   float32's own where TF32 alone keeps three digits.
 - Sizes and strides are compile-time constants. With 51 features a row may start at any even byte, so loads are 2 bytes
-  wide; constant strides make their addresses immediate offsets, a quarter fewer instructions (sm_90, forward).
+  wide; constant strides make their addresses immediate offsets, a quarter fewer instructions in the compiled code
+  (sm_90, forward).
 - O, dQ, dK and dV are (B, N, H, D) in memory, returned as (B, H, N, D) views: joining the heads is then free.
 
 Sources: Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762; Dao, FlashAttention-2,
@@ -38,6 +39,8 @@ https://arxiv.org/abs/2307.08691.
 from __future__ import annotations
 
 import math
+from functools import cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -45,6 +48,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from kernels import dispatch
 
@@ -52,7 +56,7 @@ MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOG2_E = math.log2(math.e)
 DELTA_IN_KERNEL_MAX = 512
-"""Tokens up to which the backward makes delta where it uses it."""
+"""Tokens up to which the backward makes delta where it uses it; not measured."""
 ENOUGH_PROGRAMS = 128
 """Programs that fill a GPU: an A100 has 108 multiprocessors, an H100 132."""
 Row = tuple[int, int, int, int]
@@ -311,24 +315,26 @@ def attention_backward_kernel(
         _store_tile(_head_ptr(dq_ptr, strides_grad, head, H), strides_grad, start, dq * scale, N, D, BLOCK_M, BLOCK_D)
 
 
-def _configs(q: Tensor, rows: list[Row], roles: int) -> list[dispatch.Config]:
+def _configs(shape: tuple[int, ...], rows: list[Row], roles: int) -> list[dispatch.Config]:
     """Configurations from rows, preferred first, their blocks cut down to what N needs.
 
     The default is the first that gives enough programs to fill a GPU, or else the one that gives most.
     """
-    batch, heads, tokens, _ = q.shape
+    batch, heads, tokens, _ = shape
     whole = max(16, triton.next_power_of_2(tokens))
     rows = list(dict.fromkeys((min(block_m, whole), min(block_n, whole), *rest) for block_m, block_n, *rest in rows))
-    programs = {row: roles * batch * heads * triton.cdiv(tokens, row[0]) for row in rows}
+    programs = {row: roles * batch * heads * _ceil_div(tokens, row[0]) for row in rows}
     default = next((row for row in rows if programs[row] >= ENOUGH_PROGRAMS), max(rows, key=programs.__getitem__))
     rows.sort(key=lambda row: row is not default)
     return [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), row, strict=True)) for row in rows]
 
 
-def _forward_configs(q: Tensor) -> list[dispatch.Config]:
-    tokens, features = q.shape[2:]
+@cache
+def _forward_configs(shape: tuple[int, ...], dtype: torch.dtype) -> list[dispatch.Config]:
+    """Configurations for q of (B, H, N, D), preferred first."""
+    tokens, features = shape[2:]
     rows: list[Row]
-    if q.dtype == torch.float32:
+    if dtype == torch.float32:
         rows = [(32, 128, 8, 1), (32, 64, 4, 1), (16, 64, 4, 1)]
         if features > 64:
             rows = [(32, 64, 8, 1), (32, 32, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)]
@@ -340,21 +346,23 @@ def _forward_configs(q: Tensor) -> list[dispatch.Config]:
             rows = [*rows, (32, 256, 8, 1)]
     elif tokens <= 256:  # one block of keys
         rows = [(32, 256, 8, 1), (32, 256, 4, 1), (16, 256, 4, 1), (64, 64, 4, 3)]
-    elif _has_wide_loads(q) and tokens % 128 == 0:
+    elif _has_wide_loads(features, dtype) and tokens % 128 == 0:
         rows = [(128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (32, 128, 4, 2), (32, 64, 4, 3)]
     else:
         rows = [(128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3)]
-    return _configs(q, rows, roles=1)
+    return _configs(shape, rows, roles=1)
 
 
-def _backward_configs(q: Tensor) -> list[dispatch.Config]:
-    tokens, features = q.shape[2:]
+@cache
+def _backward_configs(shape: tuple[int, ...], dtype: torch.dtype) -> list[dispatch.Config]:
+    """Configurations for q of (B, H, N, D), preferred first."""
+    tokens, features = shape[2:]
     rows: list[Row]
-    if q.dtype == torch.float32:
+    if dtype == torch.float32:
         rows = [(16, 32, 8, 1)] if features > 64 else [(32, 32, 8, 1), (16, 32, 4, 1), (16, 64, 8, 1)]
     elif features > 64:
         rows = [(64, 64, 8, 1), (64, 32, 8, 2)]
-    elif not _has_wide_loads(q):
+    elif not _has_wide_loads(features, dtype):
         rows = [(64, 32, 4, 1), (32, 64, 4, 1)]
     else:
         rows = [(64, 32, 4, 2)]
@@ -362,25 +370,30 @@ def _backward_configs(q: Tensor) -> list[dispatch.Config]:
             rows = [(64, 64, 4, 2), *rows, (32, 64, 4, 2)]
         if tokens > 512:
             rows = [(128, 64, 8, 3), *rows]
-    return _configs(q, rows, roles=2)
+    return _configs(shape, rows, roles=2)
 
 
-def _has_wide_loads(q: Tensor) -> bool:
+def _has_wide_loads(features: int, dtype: torch.dtype) -> bool:
     """Whether rows are whole 16-byte pieces. Narrow loads, as of 51 features, and masks take the registers that the
     larger blocks need.
     """
-    return q.shape[-1] * q.element_size() % 16 == 0
+    return features * dtype.itemsize % 16 == 0
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)  # `triton.cdiv` takes some microseconds
 
 
 def _key(q: Tensor) -> str:
+    """What the choice of a path and of a configuration depends on; batch x heads rounded up to a power of two."""
     batch, heads, tokens, features = q.shape
     dtype = str(q.dtype).removeprefix("torch.")
-    return f"N{-(-tokens // 64) * 64} D{features} heads{1 << (batch * heads - 1).bit_length()} {dtype}"
+    return f"N{tokens} D{features} heads{1 << (batch * heads - 1).bit_length()} {dtype}"
 
 
 def _sizes(q: Tensor) -> dict[str, int]:
     _, heads, tokens, features = q.shape
-    return {"H": heads, "N": tokens, "D": features, "BLOCK_D": max(16, triton.next_power_of_2(features))}
+    return {"H": heads, "N": tokens, "D": features, "BLOCK_D": max(16, 1 << (features - 1).bit_length())}
 
 
 def _empty_like(q: Tensor) -> Tensor:
@@ -395,7 +408,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _num_blocks(q: Tensor, config: dispatch.Config) -> int:
     batch, heads, tokens, _ = q.shape
-    return batch * heads * triton.cdiv(tokens, config["BLOCK_M"])
+    return batch * heads * _ceil_div(tokens, config["BLOCK_M"])
 
 
 def _pointers(**tensors: Tensor | None) -> dict[str, Any]:
@@ -424,9 +437,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
         **_sizes(q),
         "scale_log2": scale * LOG2_E,
     }
-    dispatch.launch(
-        attention_forward_kernel, lambda config: (_num_blocks(q, config),), args, _forward_configs(q), _key(q)
-    )
+    configs = _forward_configs(q.shape, q.dtype)
+    dispatch.launch(attention_forward_kernel, lambda config: (_num_blocks(q, config),), args, configs, _key(q))
     return out, lse
 
 
@@ -463,9 +475,8 @@ def attention_backward(
         "scale": scale,
         "scale_log2": scale * LOG2_E,
     }
-    dispatch.launch(
-        attention_backward_kernel, lambda config: (2 * _num_blocks(q, config),), args, _backward_configs(q), _key(q)
-    )
+    configs = _backward_configs(q.shape, q.dtype)
+    dispatch.launch(attention_backward_kernel, lambda config: (2 * _num_blocks(q, config),), args, configs, _key(q))
     return dq, dk, dv
 
 
@@ -502,6 +513,8 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; attention takes tensors: torch.as_tensor({name})")
         if tensor.dim() != 4 or 0 in tensor.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; attention takes (batch, heads, tokens, "
@@ -516,8 +529,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
             )
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"{q.shape[-1]} features per head; the limit is {MAX_HEAD_DIM}: use more heads")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale {scale} must be finite; leave it out for features ** -0.5")
+    if scale is not None and not (isinstance(scale, Real) and abs(scale) < math.inf):
+        raise ValueError(f"scale {scale!r} must be a finite number; leave it out for features ** -0.5")
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -531,16 +544,18 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
         (B, H, N, D), dtype of `q`; accumulated in float32.
 
     Raises:
-        ValueError: wrong rank, shapes, dtypes or devices that differ, D over 128, a scale that is not finite.
+        ValueError: wrong rank, shapes, dtypes or devices that differ, D over 128, a scale that is no finite number.
     """
     _check(q, k, v, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    path = dispatch.path("flash_attention", q, _key(q))
+    key = _key(q)
+    path = dispatch.path("flash_attention", q, key)
     if path == "triton":
         if scale < 0:
             q, scale = -q, -scale
         return _forward_op(q, k, v, scale)[0]
     if path == "torch":
-        with torch.autocast(q.device.type, enabled=False):
+        backends = dispatch.sdpa_backends("flash_attention", q, key)
+        with torch.autocast(q.device.type, enabled=False), sdpa_kernel(backends, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return attention_reference(q, k, v, scale)

@@ -21,9 +21,10 @@ turns to "bce" there and leaves the weight out of the Dice, and so does this. "a
 no voxel's target has a weight.
 
 Labels travel as one byte a voxel, and a table of 256 words says what each value belongs to. A value that is in no
-region and not in `background` is an error of the data: reporting it takes a count of the labels, 2.5 ms for
-2 x 128 x 128 x 64 on one core of a CPU, and on a GPU a wait for the device at each step. So labels are checked by
-default on a CPU alone; unchecked, such a voxel is background.
+region and not in `background` is an error of the data; unreported, its voxels are background. On a CPU the labels are
+counted before the loss is computed, 2.5 ms for 2 x 128 x 128 x 64 on one core. On a GPU nothing waits for that: the
+table marks such values, the forward notes whether it met one, that number is copied to the host behind it, and the
+first call to find it there raises the error, the next one as a rule.
 
 Algorithm. Three launches. Each reads what it needs once, and nothing but the gradient is as large as a volume:
 
@@ -60,9 +61,11 @@ Montgomery's simultaneous inversion (Mathematics of Computation 48, 1987).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections import deque
+from collections.abc import Iterable, Sequence
 from functools import cache, reduce
-from itertools import groupby
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -70,15 +73,18 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from triton.language.extra import libdevice
 
 from kernels import dispatch
 
 CrossEntropy = Literal["multihot", "argmax", "bce"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_REGIONS = 31  # bits of the table's words; more take the reference
+MAX_REGIONS = 31  # bits of half a word of the table beside its sign; more take the reference
 PROGRAMS, MIN_CHUNK, CHUNK_STEP = 2048, 4096, 2048
 """Aim, by the shape alone, at 2048 programs for the sums (two waves of an H100), each of 4096 voxels or more."""
+
+Regions = tuple[tuple[int, ...], ...]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -210,7 +216,7 @@ def dice_ce_forward_kernel(
     x_ptr, labels_ptr, table_ptr, partial_ptr, voxels, chunk, stride_xb, stride_xr, stride_xs, weight,
     R: tl.constexpr, CE: tl.constexpr, SQUARED: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one chunk of one sample; grid (chunks, B), partial_ptr (2 R + 2, B, chunks) float32."""
+    """Sums over one chunk of one sample; grid (chunks, B), partial_ptr (2 R + 3, B, chunks) float32."""
     start = tl.program_id(0).to(tl.int64) * chunk
     sample = tl.program_id(1).to(tl.int64)
     x_ptr += sample * stride_xb + start * stride_xs
@@ -220,10 +226,12 @@ def dice_ce_forward_kernel(
     overlap = (tl.zeros((ROWS,), tl.float32),) * R
     union = overlap
     ce, held = overlap[0], overlap[0]
+    least = tl.zeros((ROWS,), tl.int32)  # of the words: negative where a label is unknown
     for offset in range(0, count, ROWS * VEC):
         index = offset + tile
         mask = index < count
         members, counted = _targets(labels_ptr, table_ptr, index, mask, CE)
+        least = tl.minimum(least, tl.min(members, 1))
         xs = _logits(x_ptr + index * stride_xs, mask, stride_xr, R)
         es, before, product = _denominators(xs, R)
         inverse = _reciprocal(product)
@@ -261,8 +269,9 @@ def dice_ce_forward_kernel(
         tl.store(partial_ptr + r * step, tl.sum(overlap[r]))
         tl.store(partial_ptr + (R + r) * step, tl.sum(union[r]))
     tl.store(partial_ptr + 2 * R * step, tl.sum(ce) * LN2)
+    tl.store(partial_ptr + (2 * R + 1) * step, (tl.min(least) < 0).to(tl.float32))
     if CE == "argmax" and weight is not None:
-        tl.store(partial_ptr + (2 * R + 1) * step, tl.sum(held))
+        tl.store(partial_ptr + (2 * R + 2) * step, tl.sum(held))
 
 
 @triton.jit
@@ -300,12 +309,15 @@ def dice_ce_combine_kernel(
         by_predicted = (2 if SQUARED else 1) * share * score / denominator
         tl.store(coefficients_ptr + row, by_overlap, mask=mask)
         tl.store(coefficients_ptr + rows + row, by_predicted, mask=mask)
-    sums_ptr = partial_ptr + 2 * rows * columns + tl.arange(0, 1)
-    everywhere = tl.full((1,), True, tl.int1)
-    if CE == "argmax" and weight is not None:
-        ce_scale = 1 / tl.sum(_row_sums(sums_ptr + programs, everywhere, programs, 1, ROWS * COLUMNS))
-    ce = ce_scale * tl.sum(_row_sums(sums_ptr, everywhere, programs, 1, ROWS * COLUMNS))
+    HELD: tl.constexpr = CE == "argmax" and weight is not None
+    last = tl.arange(0, 4)  # rows of the cross-entropy, of unknown labels, and of the weights of a weighted argmax
+    last_ptr = partial_ptr + 2 * rows * columns + last * programs
+    sums = _row_sums(last_ptr, last < (3 if HELD else 2), programs, 4, ROWS * COLUMNS)
+    if HELD:
+        ce_scale = 1 / tl.sum(tl.where(last == 2, sums, 0.0))
+    ce = ce_scale * tl.sum(tl.where(last == 0, sums, 0.0))
     tl.store(coefficients_ptr + 2 * rows, ce_scale)
+    tl.store(coefficients_ptr + 2 * rows + 1, tl.sum(tl.where(last == 1, sums, 0.0)))
     tl.store(dice_ptr, dice)
     tl.store(ce_ptr, ce)
     tl.store(loss_ptr, dice_weight * dice + ce_weight * ce)
@@ -388,21 +400,30 @@ def _in_lines(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (x.stride(0), x.stride(1), axes[-1][1] if axes else 1)
 
 
-def _flat(regions: Sequence[Sequence[int]]) -> list[int]:
-    """Regions as an operator takes them: one list, -1 after each."""
-    return [value for region in regions for value in (*region, -1)]
+@torch.compiler.assume_constant_result
+def _table(regions: Regions, background: tuple[int, ...], device: torch.device) -> Tensor:
+    """What the kernels ask about a label value: 256 words of 64 bits.
+
+    In the lower half the regions that hold it, and the sign where neither they nor `background` do; in the upper half
+    the first of the regions, or the first of all. A compiled graph holds the table as a constant, made before and
+    outside of the memory of its CUDA graphs.
+    """
+    if _get_current_dispatch_mode() is not None:  # fake tensors must not outlive their mode
+        return _make_table(regions, background, device)
+    return _cached_table(regions, background, device)
 
 
-@cache
-def _table(regions: tuple[int, ...], device: torch.device) -> Tensor:
-    """For each label value, 64 bits: below, the regions that hold it; above, the first of them, or the first of all."""
-    words = [0] * 256
-    groups = [tuple(group) for ends, group in groupby(regions, lambda value: value < 0) if not ends]
-    for r, values in enumerate(groups):
-        for value in values:
-            words[value] |= 1 << r
-    words = [word | (max(word & -word, 1) << 32) for word in words]
-    return torch.tensor(words, dtype=torch.int64, device=device)
+def _make_table(regions: Regions, background: tuple[int, ...], device: torch.device) -> Tensor:
+    words = []
+    for value in range(256):
+        members = sum(1 << r for r, region in enumerate(regions) if value in region)
+        is_unknown = members == 0 and value not in background
+        words.append(members | is_unknown << 31 | max(members & -members, 1) << 32)
+    with torch.inference_mode(False):  # the backward of a later call may keep it
+        return torch.tensor(words, dtype=torch.int64, device=device)
+
+
+_cached_table = cache(_make_table)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -428,49 +449,74 @@ def _candidates(R: int, itemsize: int, voxels: int, stride: int) -> list[dispatc
 
 
 def _key(logits: Tensor, ce: str) -> str:
-    layout = "channels_last" if logits.stride(1) == 1 and logits.shape[1] > 1 else "contiguous"
-    return f"R{logits.shape[1]} {ce} {logits.dtype} {layout}".replace("torch.", "")
+    """What the choice of a path and of a configuration depends on; all voxels, rounded up to a power of two."""
+    batch, regions, *space = logits.shape
+    voxels, power = math.prod(space), 1
+    while power < batch * voxels:  # where sizes are symbols they stay so, within these bounds
+        power *= 2
+    odd = " odd" if voxels % 16 else ""  # as `_candidates` asks
+    layout = "channels_last" if logits.stride(1) == 1 and regions > 1 else "contiguous"
+    return f"R{regions} voxels{power}{odd} {ce} {str(logits.dtype).removeprefix('torch.')} {layout}"
+
+
+def _operands(
+    x: Tensor,
+    strides: tuple[int, int, int],
+    labels: Tensor,
+    table: Tensor,
+    weight: list[float] | None,
+    ce: str,
+    squared_pred: bool,
+) -> dict[str, Any]:
+    """Arguments that both kernels over the voxels take."""
+    R = x.shape[1]
+    return {
+        "x_ptr": x, "labels_ptr": labels.contiguous(), "table_ptr": table, "voxels": math.prod(x.shape[2:]),
+        "stride_xb": strides[0], "stride_xr": strides[1], "stride_xs": strides[2],
+        "weight": None if weight is None else tuple(weight), "R": R, "CE": _kind(ce, R), "SQUARED": squared_pred,
+    }  # fmt: skip
 
 
 def dice_ce_forward(
     logits: Tensor,
     labels: Tensor,
-    regions: list[int],
+    table: Tensor,
     weight: list[float] | None,
     ce: str,
     factors: list[float],
     squared_pred: bool,
     batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward: loss, dice, ce, and what `dice_ce_backward` needs of it (2 rows + 1 float32).
+    """Launch the forward.
 
-    `factors` are dice_weight, ce_weight, smooth_nr and smooth_dr: torch takes microseconds for each argument.
+    Args:
+        table: what each label value means, 256 words (`_table`).
+        factors: dice_weight, ce_weight, smooth_nr and smooth_dr; torch takes microseconds for each argument.
+        others: as `dice_ce_loss`.
+
+    Returns:
+        loss, dice, ce, and float32: the derivatives that `dice_ce_backward` needs, 2 rows + 1, and last how many
+        programs met a label that is unknown.
     """
-    x, (stride_xb, stride_xr, stride_xs) = _in_lines(logits)
-    B, R = x.shape[:2]
-    voxels = x[0, 0].numel()
-    weights = None if weight is None else tuple(weight)
-    kind, key = _kind(ce, R), _key(x, ce)
+    x, strides = _in_lines(logits)
+    args = _operands(x, strides, labels, table, weight, ce, squared_pred)
+    B, R, voxels, key = x.shape[0], x.shape[1], args["voxels"], _key(x, ce)
     chunks, chunk = _chunks(B, voxels)
-    partial = x.new_empty((2 * R + 2) * B * chunks, dtype=torch.float32)
-    args: dict[str, Any] = {
-        "x_ptr": x, "labels_ptr": labels.contiguous(), "table_ptr": _table(tuple(regions), x.device),
-        "partial_ptr": partial, "voxels": voxels, "chunk": chunk, "stride_xb": stride_xb, "stride_xr": stride_xr,
-        "stride_xs": stride_xs, "weight": weights, "R": R, "CE": kind, "SQUARED": squared_pred,
-    }  # fmt: skip
-    candidates = _candidates(R, x.element_size(), voxels, stride_xs)
+    partial = x.new_empty((2 * R + 3) * B * chunks, dtype=torch.float32)
+    candidates = _candidates(R, x.element_size(), voxels, strides[2])
+    args |= {"partial_ptr": partial, "chunk": chunk}
     dispatch.launch(dice_ce_forward_kernel, lambda config: (chunks, B), args, candidates, key)
 
     dice_weight, ce_weight, smooth_nr, smooth_dr = factors
     rows, columns = (R, B * chunks) if batch else (R * B, chunks)
-    loss, dice, total_ce = (x.new_empty((), dtype=torch.float32) for _ in range(3))
-    coefficients = x.new_empty(2 * rows + 1, dtype=torch.float32)
+    loss, dice, total_ce, coefficients = _forward_outputs(x, batch)
+    ce_scale = 1 / (B * voxels * (R if args["CE"] == "bce" else 1))
     args = {
         "partial_ptr": partial, "coefficients_ptr": coefficients, "loss_ptr": loss, "dice_ptr": dice,
         "ce_ptr": total_ce, "rows": rows, "columns": columns, "rows_per_region": rows // R, "programs": B * chunks,
         "dice_weight": dice_weight, "ce_weight": ce_weight, "smooth_nr": smooth_nr, "smooth_dr": smooth_dr,
-        "ce_scale": 1 / (B * voxels * (R if kind == "bce" else 1)), "weight": weights if R > 1 else None, "R": R,
-        "CE": kind, "SQUARED": squared_pred,
+        "ce_scale": ce_scale, "weight": args["weight"] if R > 1 else None, "R": R, "CE": args["CE"],
+        "SQUARED": squared_pred,
     }  # fmt: skip
     tile_rows = min(1 << (rows - 1).bit_length(), 64)
     tile_columns = min(1 << (columns - 1).bit_length(), 2048 // tile_rows)
@@ -481,35 +527,44 @@ def dice_ce_forward(
     return loss, dice, total_ce, coefficients
 
 
+def _forward_outputs(x: Tensor, batch: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[1] * (1 if batch else x.shape[0])
+    loss, dice, ce = (x.new_empty((), dtype=torch.float32) for _ in range(3))
+    return loss, dice, ce, x.new_empty(2 * rows + 2, dtype=torch.float32)
+
+
 def dice_ce_backward(
     dloss: Tensor | None,
     ddice: Tensor | None,
     dce: Tensor | None,
     logits: Tensor,
     labels: Tensor,
+    table: Tensor,
     coefficients: Tensor,
-    regions: list[int],
     weight: list[float] | None,
     ce: str,
     factors: list[float],
     squared_pred: bool,
     batch: bool,
 ) -> Tensor:
-    """Launch the backward: the gradient of the logits, in their dtype and memory format."""
-    x, (stride_xb, stride_xr, stride_xs) = _in_lines(logits)
+    """Launch the backward: the gradient of the logits, in their dtype and memory format.
+
+    Args:
+        dloss, ddice, dce: gradients of what the forward returned, None for zero.
+        coefficients: what it returned last.
+        others: as `dice_ce_forward`.
+    """
+    x, strides = _in_lines(logits)
     dx, (stride_dxb, stride_dxr, stride_dxs) = _in_lines(torch.empty_like(x))
-    B, R = x.shape[:2]
-    voxels = x[0, 0].numel()
-    args: dict[str, Any] = {
-        "dloss_ptr": dloss, "ddice_ptr": ddice, "dce_ptr": dce, "x_ptr": x, "labels_ptr": labels.contiguous(),
-        "table_ptr": _table(tuple(regions), x.device), "coefficients_ptr": coefficients, "dx_ptr": dx,
-        "voxels": voxels, "stride_xb": stride_xb, "stride_xr": stride_xr, "stride_xs": stride_xs,
+    args = _operands(x, strides, labels, table, weight, ce, squared_pred)
+    B, R, voxels = x.shape[0], x.shape[1], args["voxels"]
+    args |= {
+        "dloss_ptr": dloss, "ddice_ptr": ddice, "dce_ptr": dce, "coefficients_ptr": coefficients, "dx_ptr": dx,
         "stride_dxb": stride_dxb, "stride_dxr": stride_dxr, "stride_dxs": stride_dxs, "rows": R if batch else R * B,
         "rows_per_region": 1 if batch else B, "row_stride_b": 0 if batch else 1, "dice_weight": factors[0],
-        "ce_weight": factors[1], "weight": None if weight is None else tuple(weight), "R": R, "CE": _kind(ce, R),
-        "SQUARED": squared_pred,
+        "ce_weight": factors[1],
     }  # fmt: skip
-    candidates = _candidates(R, x.element_size(), voxels, stride_xs)
+    candidates = _candidates(R, x.element_size(), voxels, strides[2])
 
     def grid(config: dispatch.Config) -> tuple[int, int]:
         return _ceil_div(voxels, config["ROWS"] * config["VEC"]), B
@@ -524,10 +579,7 @@ _backward_op = torch.library.custom_op("glioforge::dice_ce_backward", mutates_ar
 
 @_forward_op.register_fake
 def _(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = options[-1]
-    rows = logits.shape[1] * (1 if batch else logits.shape[0])
-    loss, dice, ce = (logits.new_empty((), dtype=torch.float32) for _ in range(3))
-    return loss, dice, ce, logits.new_empty(2 * rows + 1, dtype=torch.float32)
+    return _forward_outputs(logits, options[-1])
 
 
 @_backward_op.register_fake
@@ -536,8 +588,8 @@ def _(dloss: Tensor | None, ddice: Tensor | None, dce: Tensor | None, logits: Te
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, *options = inputs
-    ctx.save_for_backward(logits, labels, output[3])
+    logits, labels, table, *options = inputs
+    ctx.save_for_backward(logits, labels, table, output[3])
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
     ctx.options = options
@@ -552,17 +604,22 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 @cache
 def _compiled_reference() -> Any:
-    return torch.compile(dice_ce_loss_reference)
+    # Made anew for every shape: what was measured faster was. Dynamo would go back to eager after 8 of them.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(dice_ce_loss_reference, dynamic=False)
 
 
 def _check_tensors(logits: Tensor, labels: Tensor) -> None:
+    for name, tensor in (("logits", logits), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} are {type(tensor).__name__}; the loss takes tensors: torch.as_tensor({name})")
     if logits.dim() != 5 or 0 in logits.shape:
         raise ValueError(
             f"logits have shape {tuple(logits.shape)}; the loss takes (batch, regions, X, Y, Z), five "
             "axes, none of them empty"
         )
     if logits.dtype not in DTYPES:
-        raise ValueError(f"logits are {logits.dtype}; the loss takes floating point")
+        raise ValueError(f"logits are {logits.dtype}; the loss takes floating point: convert with logits.float()")
     if labels.dtype != torch.uint8:
         raise ValueError(
             f"labels are {labels.dtype}; the loss takes the label map as uint8, not one channel per "
@@ -577,40 +634,128 @@ def _check_tensors(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels are on {labels.device} but logits on {logits.device}; move both to one device")
 
 
-def _check_options(
-    logits: Tensor, regions: Sequence[Sequence[int]], ce: str, weight: Sequence[float] | None, **factors: float
-) -> None:
-    if len(regions) != logits.shape[1]:
+def _check_values(values: Iterable[int]) -> tuple[int, ...] | None:
+    """Label values as plain integers; None for anything else."""
+    try:
+        plain = tuple(operator.index(value) for value in values)  # constants under torch.compile too
+    except TypeError:
+        return None
+    return plain if all(0 <= value <= 255 for value in plain) else None
+
+
+def _check_regions(
+    regions: Sequence[Sequence[int]], background: Sequence[int], channels: int
+) -> tuple[Regions, tuple[int, ...]]:
+    """Regions and background as tuples of plain integers."""
+    if not isinstance(regions, Iterable):
+        raise ValueError(f"regions {regions!r} must be label values, a sequence for each channel: ((2, 3), (3,)), say")
+    checked = []
+    for region in regions:
+        values = _check_values(region)
+        if not values:
+            raise ValueError(
+                f"region {region!r} must name at least one label value, integers from 0 to 255, in a sequence of "
+                "its own: ((1,), (2,)) for regions of one label each"
+            )
+        checked.append(values)
+    if len(checked) != channels:
         raise ValueError(
-            f"{len(regions)} regions {regions} for logits of {logits.shape[1]} channels; give one region "
+            f"{len(checked)} regions {regions} for logits of {channels} channels; give one region "
             "for each channel, or build the model with as many output channels as regions"
         )
-    for region in regions:
-        if len(region) == 0 or not all(isinstance(value, int) and 0 <= value <= 255 for value in region):
-            raise ValueError(f"region {region!r} must name at least one label value, integers from 0 to 255")
+    outside = _check_values(background)
+    if outside is None:
+        raise ValueError(f"background {background!r} must be a sequence of label values, integers from 0 to 255: (0,)")
+    return tuple(checked), outside
+
+
+def _check_options(ce: str, channels: int, **factors: float) -> None:
     if ce not in get_args(CrossEntropy):
         raise ValueError(f"ce {ce!r} must be one of {', '.join(get_args(CrossEntropy))}")
-    if ce == "argmax" and len(regions) == 1:
+    if ce == "argmax" and channels == 1:
         raise ValueError("ce 'argmax' over a single region is always zero; use 'bce'")
     for name, factor in factors.items():
-        if not 0 <= factor < math.inf:
-            raise ValueError(f"{name} {factor} must be zero or a positive finite number")
-    if weight is not None and (len(weight) != len(regions) or not all(0 <= factor < math.inf for factor in weight)):
+        if not isinstance(factor, Real) or not 0 <= factor < math.inf:
+            raise ValueError(f"{name} {factor!r} must be zero or a positive finite number; leave it out if unsure")
+
+
+def _check_weight(weight: Sequence[float] | None, channels: int) -> list[float] | None:
+    """Weights of the regions as plain numbers."""
+    if weight is None:
+        return None
+    try:
+        weights = [float(value) for value in weight]
+    except (TypeError, ValueError):
+        weights = []
+    if len(weights) != channels or not all(0 <= value < math.inf for value in weights):
         raise ValueError(
-            f"weight {weight!r} must be {len(regions)} numbers, one for each region, zero or positive and finite"
+            f"weight {weight!r} must be {channels} numbers, one for each region, zero or positive and finite; None "
+            "weighs all alike"
         )
+    return weights
 
 
-def _check_labels(labels: Tensor, regions: Sequence[Sequence[int]], background: Sequence[int]) -> None:
-    known = {*background, *(value for region in regions for value in region)}
+def _check_labels(labels: Tensor, regions: Regions, background: tuple[int, ...], whose: str = "") -> None:
+    known = _known(regions, background)
     counts = torch.bincount(labels.reshape(-1), minlength=256)
     unknown = [value for value in counts.nonzero().flatten().tolist() if value not in known]
     if unknown:
         raise ValueError(
-            f"labels hold {', '.join(map(str, unknown))}, in none of the regions {regions} and not background "
-            f"{tuple(background)}; check the coding of the data, or name what counts as background: "
+            f"labels{whose} hold {', '.join(map(str, unknown))}, in none of the regions {regions} and not background "
+            f"{background}; check the coding of the data, or name what counts as background: "
             f"background={(*background, *unknown)}"
         )
+
+
+def _known(regions: Regions, background: tuple[int, ...]) -> set[int]:
+    return {*background, *(value for region in regions for value in region)}
+
+
+class _Note(NamedTuple):
+    """How many unknown labels a call on a GPU met, on its way to the host, and what to say of them."""
+
+    unknown: Tensor
+    arrived: torch.cuda.Event
+    labels: Tensor
+    regions: Regions
+    background: tuple[int, ...]
+
+
+_notes: deque[_Note] = deque()
+
+
+def _note(unknown: Tensor, labels: Tensor, regions: Regions, background: tuple[int, ...]) -> None:
+    """Send `unknown`, a scalar, to the host without waiting for it."""
+    on_host = torch.empty_like(unknown, device="cpu", pin_memory=True).copy_(unknown, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(unknown.device))
+    _notes.append(_Note(on_host, arrived, labels, regions, background))
+
+
+def _read_notes() -> None:
+    """Raise for unknown labels of an earlier call, if it is known by now that it had any."""
+    while _notes and _notes[0].arrived.query():
+        unknown, _, labels, regions, background = _notes.popleft()
+        if unknown.item():
+            _check_labels(labels, regions, background, " of an earlier call")
+            raise ValueError(
+                f"labels of an earlier call held a value in none of the regions {regions} and not background "
+                f"{background}, and were overwritten since; check_labels=True names it, at once"
+            )
+
+
+def _when_to_look(check_labels: bool | None, device: torch.device) -> Literal["now", "later", "never"]:
+    """When the labels of a call are looked at. CUDA graphs and `torch.compile` would not repeat a note, and the fake
+    tensors of a dispatch mode have nothing to note.
+    """
+    if check_labels is not None:
+        return "now" if check_labels else "never"
+    if torch.compiler.is_compiling():
+        return "never"
+    if device.type != "cuda":
+        return "now"
+    notes_nothing = _get_current_dispatch_mode() is not None or torch.cuda.is_current_stream_capturing()
+    return "never" if notes_nothing else "later"
 
 
 def dice_ce_loss(
@@ -629,7 +774,7 @@ def dice_ce_loss(
     background: Sequence[int] = (0,),
     check_labels: bool | None = None,
 ) -> DiceCE:
-    """Sigmoid Dice plus cross-entropy, differentiable in the logits.
+    """Sigmoid Dice plus cross-entropy, differentiable once in the logits.
 
     Args:
         logits: (B, R, X, Y, Z), before any sigmoid, one channel for each region.
@@ -642,9 +787,10 @@ def dice_ce_loss(
         smooth_nr, smooth_dr: added to numerator and denominator; they decide the Dice of an empty region.
         weight: a fixed number for each region, in the Dice (of several regions) and in the cross-entropy (see above).
         background: label values that may occur outside every region.
-        check_labels: whether to look for labels that are neither in a region nor background. None looks on a CPU in
-            eager mode only; True always, which on a GPU waits for the device at each call, and inside `torch.compile`
-            breaks the graph; False never.
+        check_labels: whether to look for labels that are neither in a region nor background. None looks on a CPU
+            before all else, and on a GPU without waiting for it, so that a later call raises the error, but not inside
+            `torch.compile` nor while a CUDA graph is captured. True always looks before all else, which on a GPU waits
+            for the device at each call, and inside `torch.compile` breaks the graph. False never looks.
 
     Returns:
         loss, dice and ce, scalars in float32, each with its gradient.
@@ -654,17 +800,26 @@ def dice_ce_loss(
             the channels; an unknown `ce`; a negative or infinite factor or weight; unknown labels, where looked for.
     """
     _check_tensors(logits, labels)
+    channels = logits.shape[1]
+    regions, background = _check_regions(regions, background, channels)
     factors = {"dice_weight": dice_weight, "ce_weight": ce_weight, "smooth_nr": smooth_nr, "smooth_dr": smooth_dr}
-    weights = None if weight is None else [float(value) for value in weight]
-    _check_options(logits, regions, ce, weights, **factors)
-    if check_labels is None:
-        check_labels = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    if check_labels:
+    _check_options(ce, channels, **factors)
+    weight = _check_weight(weight, channels)
+    look = _when_to_look(check_labels, labels.device)
+    if look == "now":
         _check_labels(labels, regions, background)
-    chosen = dispatch.path("dice_ce", logits, _key(logits, ce)) if len(regions) <= MAX_REGIONS else "reference"
+    elif look == "later":
+        _read_notes()
+    chosen = dispatch.path("dice_ce", logits, _key(logits, ce)) if channels <= MAX_REGIONS else "reference"
     if chosen == "triton":
-        options = (_flat(regions), weights, ce, list(factors.values()), squared_pred, batch)
-        return DiceCE(*_forward_op(logits, labels, *options)[:3])
+        options = (weight, ce, list(factors.values()), squared_pred, batch)
+        *values, coefficients = _forward_op(logits, labels, _table(regions, background, labels.device), *options)
+        if look == "later":
+            _note(coefficients[-1], labels, regions, background)
+        return DiceCE(*values)
+    if look == "later":
+        known = region_masks(labels, [sorted(_known(regions, background))])
+        _note(known.logical_not().any(), labels, regions, background)
     compiled = chosen == "torch" and not torch.compiler.is_compiling()
     loss = _compiled_reference() if compiled else dice_ce_loss_reference
-    return loss(logits, labels, regions, ce, dice_weight, ce_weight, squared_pred, batch, smooth_nr, smooth_dr, weights)
+    return loss(logits, labels, regions, ce, dice_weight, ce_weight, squared_pred, batch, smooth_nr, smooth_dr, weight)

@@ -13,7 +13,9 @@ asks. float64 always takes the reference, and so does bfloat16 in the interprete
 
 A kernel comes with several configurations (block sizes, warps, pipeline stages): `candidates`, of which the first is
 the default, good on every GPU. `tuned.json` holds what `python -m benchmarks.tune` found fastest, by compute
-capability, kernel and key, the key being what the best choice depends on: sizes, dtype, memory layout.
+capability, kernel and key, the key being what the best choice depends on: sizes, dtype, memory layout. It also holds
+where PyTorch's own won, and which of its implementations: once for forward + backward, which decides where a gradient
+will be taken, for there the two are run together, and once for the forward alone, which decides elsewhere.
 """
 
 from __future__ import annotations
@@ -25,21 +27,31 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
+from warnings import warn
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 Kernels = Literal["auto", "triton", "reference"]
 Taken = Literal["triton", "torch", "reference"]
 Config = Mapping[str, int]
 """Values of a kernel's block-size arguments, and `num_warps`, `num_stages`."""
 
+Direction = Literal["forward", "forward + backward"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter; fixed when triton is imported."""
 TUNED_FILE = Path(__file__).with_name("tuned.json")
+_SDPA_BACKENDS = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
 
 _mode: Kernels = "auto"
 
@@ -93,7 +105,7 @@ def use(kernels: Kernels, device: torch.device | str = "cuda") -> str:
     if kernels not in get_args(Kernels):
         raise ValueError(f"kernels {kernels!r} must be one of {', '.join(get_args(Kernels))}")
     device = torch.device(device)
-    refusal = _refusal(device.type)
+    refusal = _refusal(device)
     if kernels == "triton" and refusal:
         raise ValueError(f"kernels 'triton': {refusal}; leave the choice to 'auto'")
     _mode = kernels
@@ -103,8 +115,9 @@ def use(kernels: Kernels, device: torch.device | str = "cuda") -> str:
         return f"kernels: reference ({refusal})"
     if INTERPRETED:
         return "kernels: triton, interpreted on the CPU (TRITON_INTERPRET is set): slow, for tests"
-    chosen = f"kernels: triton ({torch.cuda.get_device_name(device)}, {_capability()})"
-    slower = _tuned().get("torch", []) if kernels == "auto" else []
+    chosen = f"kernels: triton ({torch.cuda.get_device_name(device)}, {_capability(device)})"
+    won = _tuned(device).get("torch", {}) if kernels == "auto" else {}
+    slower = [f"{op_key} ({direction})" for direction in DIRECTIONS for op_key in won.get(direction, ())]
     return f"{chosen}; PyTorch's own where it was measured faster: {', '.join(slower)}" if slower else chosen
 
 
@@ -113,7 +126,7 @@ def path(op: str, x: Tensor, key: str) -> Taken:
 
     Args:
         op: name of the operation, as in `tuned.json`.
-        x: a tensor of the call, for its device and dtype.
+        x: a tensor of the call, for its device and dtype, and for whether a gradient will be taken.
         key: what decides whether our kernel wins: sizes, dtype, layout.
 
     Raises:
@@ -121,14 +134,23 @@ def path(op: str, x: Tensor, key: str) -> Taken:
     """
     if _mode == "reference" or x.dtype not in DTYPES or (INTERPRETED and x.dtype == torch.bfloat16):
         return "reference"
-    refusal = _refusal(x.device.type)
+    refusal = _refusal(x.device)
     if refusal:
         if _mode == "triton":
             raise ValueError(f"kernels 'triton': {refusal}; leave the choice to 'auto', or move the tensors")
         return "reference"
-    if _mode == "auto" and _is_slower(f"{op} {key}"):
+    if _mode == "auto" and _faster_of_pytorch(f"{op} {key}", _direction(x), x.device):
         return "torch"
     return "triton"
+
+
+def sdpa_backends(op: str, x: Tensor, key: str) -> list[SDPBackend]:
+    """Backends of `scaled_dot_product_attention` for path "torch", that which was measured fastest first.
+
+    The others follow for inputs that it does not take. Arguments as `path`.
+    """
+    fastest = _faster_of_pytorch(f"{op} {key}", _direction(x), x.device)
+    return sorted(_SDPA_BACKENDS, key=lambda backend: backend.name != fastest)
 
 
 def launch(
@@ -149,10 +171,12 @@ def launch(
     if INTERPRETED:
         it.run(candidates[0])
         return
-    config = _tuned().get("configs", {}).get(it.name, {}).get(key)
-    if config not in candidates:  # nothing was measured, or it was before the kernel changed
+    x = next(value for value in args.values() if isinstance(value, Tensor))
+    config = _tuned(x.device).get("configs", {}).get(it.name, {}).get(key, candidates[0])
+    if config not in candidates:
+        warn(f"{TUNED_FILE} holds {config} for {it.name} {key}, which is no candidate: tune again", stacklevel=2)
         config = candidates[0]
-    with torch.cuda.device_of(next(value for value in args.values() if isinstance(value, Tensor))):
+    with torch.cuda.device_of(x):
         it.run(config)
 
 
@@ -168,36 +192,42 @@ def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
 
 
 @torch.compiler.assume_constant_result
-def _refusal(device_type: str) -> str:
-    """Why the kernels can't run on a kind of device; empty where they can."""
+def _refusal(device: torch.device) -> str:
+    """Why the kernels can't run on a device; empty where they can."""
     if INTERPRETED:
-        elsewhere = f"TRITON_INTERPRET runs kernels on the CPU, the tensors are on {device_type}"
-        return "" if device_type == "cpu" else elsewhere
-    if device_type != "cuda":
-        return f"Triton kernels need an NVIDIA GPU, the tensors are on {device_type}"
+        elsewhere = f"TRITON_INTERPRET runs kernels on the CPU, the tensors are on {device.type}"
+        return "" if device.type == "cpu" else elsewhere
+    if device.type != "cuda":
+        return f"Triton kernels need an NVIDIA GPU, the tensors are on {device.type}"
     if not torch.cuda.is_available():
         return "no NVIDIA GPU is to be seen"
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip or capability < MIN_CAPABILITY:
-        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip:
+        return f"Triton kernels need an NVIDIA GPU, the tensors are on {name}"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return f"{name} is older than compute capability 8.0"
     return ""
 
 
 @cache
-def _capability() -> str:
-    major, minor = torch.cuda.get_device_capability()
+def _capability(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
+def _direction(x: Tensor) -> Direction:
+    return "forward + backward" if torch.is_grad_enabled() and x.requires_grad else "forward"
+
+
 @torch.compiler.assume_constant_result
-def _is_slower(op_key: str) -> bool:
-    """Whether PyTorch's own was measured faster than our kernel on this GPU."""
-    return op_key in _tuned().get("torch", [])
+def _faster_of_pytorch(op_key: str, direction: Direction, device: torch.device) -> str:
+    """What PyTorch has that was measured faster than our kernel on this GPU; empty where nothing was."""
+    return _tuned(device).get("torch", {}).get(direction, {}).get(op_key, "")
 
 
-def _tuned() -> dict[str, Any]:
-    """What was measured for this GPU: {"configs": {kernel: {key: config}}, "torch": ["op key", ...]}."""
-    return {} if INTERPRETED else tuned_table().get(_capability(), {})
+def _tuned(device: torch.device) -> dict[str, Any]:
+    """What was measured for a GPU: {"configs": {kernel: {key: config}}, "torch": {direction: {"op key": name}}}."""
+    return {} if INTERPRETED else tuned_table().get(_capability(device), {})
 
 
 @cache

@@ -72,6 +72,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +166,17 @@ def _tile(C, S, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.
 def _parameter(ptr, index, mask, default: tl.constexpr):
     """Float32 values of a parameter of each channel; `default` where it is not given."""
     return default if ptr is None else tl.load(ptr + index, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _statistics(stats_ptr, row, rows, mask, NORMALISED: tl.constexpr):
+    """mean and rstd of x, and of a normalised residual (without one, of x again)."""
+    mean, rstd = _parameter(stats_ptr, row, mask, 0.0), _parameter(stats_ptr + rows, row, mask, 0.0)
+    mean_r, rstd_r = mean, rstd
+    if NORMALISED:
+        mean_r = _parameter(stats_ptr + 2 * rows, row, mask, 0.0)
+        rstd_r = _parameter(stats_ptr + 3 * rows, row, mask, 0.0)
+    return mean, rstd, mean_r, rstd_r
 
 
 @triton.jit
@@ -291,10 +303,7 @@ def norm_apply_kernel(
     c, row, offset = _program(tl.num_programs(0) - 1 - tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c = c < C
-    mean, rstd = _parameter(stats_ptr, row, in_c, 0.0), _parameter(stats_ptr + rows, row, in_c, 0.0)
-    if NORMALISED:
-        mean_r = _parameter(stats_ptr + 2 * rows, row, in_c, 0.0)
-        rstd_r = _parameter(stats_ptr + 3 * rows, row, in_c, 0.0)
+    mean, rstd, mean_r, rstd_r = _statistics(stats_ptr, row, rows, in_c, NORMALISED)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
     if slope_ptr is not None:
         slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
@@ -328,7 +337,7 @@ def norm_backward_one_tile_kernel(
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c = c < C
     inside = (s < S) & in_c
-    mean, rstd = _parameter(stats_ptr, row, in_c, 0.0), _parameter(stats_ptr + rows, row, in_c, 0.0)
+    mean, rstd, mean_r, rstd_r = _statistics(stats_ptr, row, rows, in_c, NORMALISED)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
     if slope_ptr is not None:
         slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
@@ -338,8 +347,6 @@ def norm_backward_one_tile_kernel(
     if r_ptr is not None:
         rhat = tl.load(r_ptr + offset + tile, mask=inside, other=0.0).to(tl.float32)
     if NORMALISED:
-        mean_r = _parameter(stats_ptr + 2 * rows, row, in_c, 0.0)
-        rstd_r = _parameter(stats_ptr + 3 * rows, row, in_c, 0.0)
         rhat = (rhat - mean_r) * rstd_r
     if slope is not None:
         z = _pre_activation(xhat, rhat, weight, bias)
@@ -371,10 +378,7 @@ def norm_gradient_sums_kernel(
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     split, splits = tl.program_id(1), tl.num_programs(1)
     in_c = c < C
-    mean, rstd = _parameter(stats_ptr, row, in_c, 0.0), _parameter(stats_ptr + rows, row, in_c, 0.0)
-    if NORMALISED:
-        mean_r = _parameter(stats_ptr + 2 * rows, row, in_c, 0.0)
-        rstd_r = _parameter(stats_ptr + 3 * rows, row, in_c, 0.0)
+    mean, rstd, mean_r, rstd_r = _statistics(stats_ptr, row, rows, in_c, NORMALISED)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
     if slope_ptr is not None:
         slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
@@ -466,11 +470,9 @@ def norm_gradient_apply_kernel(
     c, row, offset = _program(tl.num_programs(0) - 1 - tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c = c < C
-    mean, rstd = _parameter(stats_ptr, row, in_c, 0.0), _parameter(stats_ptr + rows, row, in_c, 0.0)
+    mean, rstd, mean_r, rstd_r = _statistics(stats_ptr, row, rows, in_c, NORMALISED)
     mean_g, mean_gxhat = _parameter(means_ptr, row, in_c, 0.0), _parameter(means_ptr + rows, row, in_c, 0.0)
     if NORMALISED:
-        mean_r = _parameter(stats_ptr + 2 * rows, row, in_c, 0.0)
-        rstd_r = _parameter(stats_ptr + 3 * rows, row, in_c, 0.0)
         mean_grhat = _parameter(means_ptr + 2 * rows, row, in_c, 0.0)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
     if slope_ptr is not None:
@@ -499,18 +501,29 @@ def norm_gradient_apply_kernel(
             tl.store(dr_ptr + at + tile, dr, mask=inside)
 
 
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)  # `triton.cdiv` takes some microseconds
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below `n`."""
+    return 1 << (n - 1).bit_length()
+
+
 class _Plan(NamedTuple):
-    """How a feature map is divided among programs; by its shape and layout alone."""
+    """How a feature map is divided among programs; by its shape, dtype and layout alone."""
 
     samples: int
     channels: int
     voxels: int
-    channels_last: bool
+    itemsize: int
     block_c: int
     chunk: int
     """Voxels that one program walks."""
     one_tile: bool
     """Whether a program holds all voxels of its channels at once."""
+    sizes: dict[str, Any]
+    """Arguments that every kernel over the map takes."""
 
     @property
     def rows(self) -> int:
@@ -518,46 +531,53 @@ class _Plan(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        return self.samples * triton.cdiv(self.channels, self.block_c)
+        return self.samples * _ceil_div(self.channels, self.block_c)
 
     @property
     def splits(self) -> int:
-        return triton.cdiv(self.voxels, self.chunk)
+        return _ceil_div(self.voxels, self.chunk)
 
     def grid(self, config: dispatch.Config) -> tuple[int, int]:
         return self.blocks, self.splits
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Arguments that every kernel over the map takes."""
-        own = {"BLOCK_S": triton.next_power_of_2(self.voxels)} if self.one_tile else {"chunk": self.chunk}
-        layout = {"CHANNELS_LAST": self.channels_last, "BLOCK_C": self.block_c}
-        return {"rows": self.rows, "C": self.channels, "S": self.voxels, **layout, **own}
-
-    def configs(self, x: Tensor, *walks: tuple[int, int, int]) -> list[dict[str, int]]:
+    def configs(self, *walks: tuple[int, int, int]) -> list[dispatch.Config]:
         """Candidates: of a walk from (KiB of one map in a tile, warps, stages); of one tile by its elements."""
         if self.one_tile:
-            warps = min(max(triton.next_power_of_2(self.voxels) * self.block_c // 256, 1), 16)
-            return [{"num_warps": n, "num_stages": 1} for n in (warps, 2 * warps) if n <= 16]
-        voxels = 1024 // x.element_size() // self.block_c
-        return [{"BLOCK_S": kib * voxels, "num_warps": warps, "num_stages": stages} for kib, warps, stages in walks]
+            return _one_tile_configs(_power_of_two(self.voxels) * self.block_c)
+        return _walk_configs(1024 // self.itemsize // self.block_c, walks)
 
 
-def _plan(x: Tensor, maps: int) -> _Plan:
-    """The division of a dense `x`; one tile holds a sample and channel block whole where all `maps` to be read fit."""
-    samples, channels = x.shape[:2]
-    voxels = math.prod(x.shape[2:])
-    channels_last = _is_channels_last(x)
-    block_c = min(triton.next_power_of_2(channels), ONE_TILE_BLOCK_C) if channels_last else 1
+@cache
+def _one_tile_configs(elements: int) -> list[dispatch.Config]:
+    warps = min(max(elements // 256, 1), 16)
+    return [{"num_warps": n, "num_stages": 1} for n in (warps, 2 * warps) if n <= 16]
+
+
+@cache
+def _walk_configs(voxels: int, walks: tuple[tuple[int, int, int], ...]) -> list[dispatch.Config]:
+    return [{"BLOCK_S": kib * voxels, "num_warps": warps, "num_stages": stages} for kib, warps, stages in walks]
+
+
+@cache
+def _plan(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, maps: int) -> _Plan:
+    """The division of a dense map; one tile holds a sample and channel block whole where all `maps` to be read fit."""
+    samples, channels = shape[:2]
+    voxels = math.prod(shape[2:])
+    most = _power_of_two(channels) if channels_last else 1
+    block_c = min(most, ONE_TILE_BLOCK_C)
     # Values that can't be loaded 16 bytes at a time take a register each.
-    size = x.element_size() if (channels if channels_last else voxels) % 16 == 0 else 4
-    if triton.next_power_of_2(voxels) * block_c * size * maps <= ONE_TILE:
-        return _Plan(samples, channels, voxels, channels_last, block_c, voxels, True)
-    block_c = min(triton.next_power_of_2(channels), LARGE_BLOCK_C) if channels_last else 1
-    splits = max(1, PROGRAMS // (samples * triton.cdiv(channels, block_c)))
-    step = triton.cdiv(CHUNK_STEP, block_c)
-    chunk = triton.cdiv(triton.cdiv(voxels, splits), step) * step
-    return _Plan(samples, channels, voxels, channels_last, block_c, chunk, False)
+    size = dtype.itemsize if (channels if channels_last else voxels) % 16 == 0 else 4
+    one_tile = _power_of_two(voxels) * block_c * size * maps <= ONE_TILE
+    if one_tile:
+        chunk, own = voxels, {"BLOCK_S": _power_of_two(voxels)}
+    else:
+        block_c = min(most, LARGE_BLOCK_C)
+        splits = max(1, PROGRAMS // (samples * _ceil_div(channels, block_c)))
+        step = _ceil_div(CHUNK_STEP, block_c)
+        chunk = _ceil_div(_ceil_div(voxels, splits), step) * step
+        own = {"chunk": chunk}
+    sizes = {"rows": samples * channels, "C": channels, "S": voxels, "CHANNELS_LAST": channels_last, "BLOCK_C": block_c}
+    return _Plan(samples, channels, voxels, dtype.itemsize, block_c, chunk, one_tile, sizes | own)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -570,11 +590,14 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _key(x: Tensor, residual: Tensor | None, residual_norm: bool) -> str:
-    """What the choice of a path and of a configuration depends on; voxels rounded up to a power of two."""
-    voxels = triton.next_power_of_2(math.prod([int(size) for size in x.shape[2:]]))
+    """What the choice of a path and of a configuration depends on; samples and voxels rounded up to powers of two."""
+    samples, channels, *space = [int(size) for size in x.shape]
+    voxels = math.prod(space)
+    odd = " odd" if voxels % 16 else ""  # as `_plan` asks
     layout = "channels_last" if _is_channels_last(x) else "contiguous"
     kind = "" if residual is None else " normalised" if residual_norm else " residual"
-    return f"C{int(x.shape[1])} S{voxels} {layout} {str(x.dtype).removeprefix('torch.')}{kind}"
+    sizes = f"N{_power_of_two(samples)} C{channels} S{_power_of_two(voxels)}{odd}"
+    return f"{sizes} {layout} {str(x.dtype).removeprefix('torch.')}{kind}"
 
 
 def _parameters(
@@ -619,31 +642,32 @@ def instance_norm_forward(
     x = _dense(x)
     residual = None if residual is None else _like(residual, x)
     y, stats = _forward_outputs(x, residual_norm)
-    plan, key = _plan(x, 1 if residual is None else 2), _key(x, residual, residual_norm)
+    plan = _plan(x.shape, x.dtype, _is_channels_last(x), 1 if residual is None else 2)
+    key = _key(x, residual, residual_norm)
     common = {"x_ptr": x, "r_ptr": residual, **plan.sizes}
     write = {"y_ptr": y, "stats_ptr": stats, "NORMALISED": residual_norm}
     write |= _parameters(weight, bias, slope_tensor, slope)
     if plan.one_tile:
         args = {**common, **write, "eps": eps}
-        dispatch.launch(norm_forward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(x), key)
+        dispatch.launch(norm_forward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(), key)
         return y, stats
     partial = x.new_empty((*stats.shape, plan.splits), dtype=torch.float32)
     args = {**common, "r_ptr": residual if residual_norm else None, "partial_ptr": partial}
-    configs = plan.configs(x, (4, 4, 3), (4, 4, 1), (8, 8, 3), (8, 8, 1), (4, 8, 3), (8, 4, 2))
+    configs = plan.configs((4, 4, 3), (4, 4, 1), (8, 8, 3), (8, 8, 1), (4, 8, 3), (8, 4, 2))
     maps = stats.shape[0] // 2
     dispatch.launch(norm_statistics_kernel, lambda config: (plan.blocks, plan.splits, maps), args, configs, key)
     _combine_statistics(partial, stats, eps, plan, key)
-    configs = plan.configs(x, (4, 4, 1), (4, 4, 3), (8, 8, 1), (8, 8, 2), (2, 4, 1))
+    configs = plan.configs((4, 4, 1), (4, 4, 3), (8, 8, 1), (8, 8, 2), (2, 4, 1))
     dispatch.launch(norm_apply_kernel, plan.grid, {**common, **write}, configs, key)
     return y, stats
 
 
 def _combine_statistics(partial: Tensor, stats: Tensor, eps: float, plan: _Plan, key: str) -> None:
-    block_splits = triton.next_power_of_2(plan.splits)
-    block_rows = min(triton.next_power_of_2(plan.rows), max(COMBINE_TILE // block_splits, 1))
+    block_splits = _power_of_two(plan.splits)
+    block_rows = min(_power_of_two(plan.rows), max(COMBINE_TILE // block_splits, 1))
     args = {"partial_ptr": partial, "stats_ptr": stats, "eps": eps, "rows": plan.rows, "S": plan.voxels}
     args |= {"chunk": plan.chunk, "splits": plan.splits, "BLOCK_ROWS": block_rows, "BLOCK_SPLITS": block_splits}
-    grid = triton.cdiv(plan.rows, block_rows), stats.shape[0] // 2
+    grid = _ceil_div(plan.rows, block_rows), stats.shape[0] // 2
     dispatch.launch(norm_combine_kernel, lambda config: grid, args, [{"num_warps": 4, "num_stages": 1}], key)
 
 
@@ -685,7 +709,8 @@ def instance_norm_backward(
     dy = _like(dy, x)
     residual = None if residual is None else _like(residual, x)
     dx, dweight, dbias, dslope, dresidual = _backward_outputs(x, weight, bias, slope_tensor, residual)
-    plan, key = _plan(x, 2 if residual is None else 3), _key(x, residual, residual_norm)
+    plan = _plan(x.shape, x.dtype, _is_channels_last(x), 2 if residual is None else 3)
+    key = _key(x, residual, residual_norm)
     sums = x.new_empty((4, *x.shape[:2], plan.splits), dtype=torch.float32)
     common = {"x_ptr": x, "r_ptr": residual, "stats_ptr": stats, "NORMALISED": residual_norm, **plan.sizes}
     common |= _parameters(weight, bias, slope_tensor, slope)
@@ -694,7 +719,7 @@ def instance_norm_backward(
     of_channels = dweight, dbias, x.new_empty(0) if dslope.shape[0] == 1 else dslope
     if plan.one_tile:
         args = {**common, **write, "dy_ptr": dy, "sums_ptr": sums}
-        dispatch.launch(norm_backward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(x), key)
+        dispatch.launch(norm_backward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(), key)
         if any(gradient.numel() for gradient in of_channels):
             _combine_gradients(sums, None, *of_channels, False, plan, key)
     else:
@@ -702,13 +727,13 @@ def instance_norm_backward(
         writes_g = residual is not None and not residual_norm
         args = {**common, "dy_ptr": dy, "g_ptr": dresidual if writes_g else None, "sums_ptr": sums}
         tile = 2 if residual_norm else 4  # a third map and one more sum, or the registers do not suffice
-        configs = plan.configs(x, (tile, 4, 3), (tile, 4, 1), (tile, 8, 3), (2 * tile, 8, 2), (2, 4, 2))
+        configs = plan.configs((tile, 4, 3), (tile, 4, 1), (tile, 8, 3), (2 * tile, 8, 2), (2, 4, 2))
         dispatch.launch(norm_gradient_sums_kernel, plan.grid, args, configs, key)
         _combine_gradients(sums, means, *of_channels, residual_norm, plan, key)
         args = {**common, **write, "g_ptr": dy, "means_ptr": means}
         if writes_g:
             args |= {"g_ptr": dresidual, "r_ptr": None, "dr_ptr": None, "slope_ptr": None, "slope": None}
-        configs = plan.configs(x, (4, 4, 1), (4, 4, 2), (2, 4, 1), (4, 8, 2), (4, 8, 3))
+        configs = plan.configs((4, 4, 1), (4, 4, 2), (2, 4, 1), (4, 8, 2), (4, 8, 3))
         dispatch.launch(norm_gradient_apply_kernel, plan.grid, args, configs, key)
     if dslope.shape[0] == 1:
         dslope = sums[3].sum().view(1).to(dslope.dtype)
@@ -725,12 +750,12 @@ def _combine_gradients(
     plan: _Plan,
     key: str,
 ) -> None:
-    block_splits = triton.next_power_of_2(plan.splits)
+    block_splits = _power_of_two(plan.splits)
     args = {"sums_ptr": sums, "means_ptr": means, "N": plan.samples, "C": plan.channels, "S": plan.voxels}
     for name, gradient in (("dweight_ptr", dweight), ("dbias_ptr", dbias), ("dslope_ptr", dslope)):
         args[name] = gradient if gradient.numel() else None
     args |= {"splits": plan.splits, "NORMALISED": residual_norm, "BLOCK_SPLITS": block_splits}
-    args |= {"BLOCK_N": min(triton.next_power_of_2(plan.samples), max(COMBINE_TILE // block_splits, 1))}
+    args |= {"BLOCK_N": min(_power_of_two(plan.samples), max(COMBINE_TILE // block_splits, 1))}
     configs = [{"num_warps": 4, "num_stages": 1}]
     dispatch.launch(norm_gradient_combine_kernel, lambda config: (plan.channels,), args, configs, key)
 
@@ -782,12 +807,16 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 @cache
 def _compiled_reference() -> Callable[..., Tensor]:
-    return torch.compile(instance_norm_reference)
+    # Made anew for every shape: what was measured faster was. Dynamo would go back to eager after 8 of them.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(instance_norm_reference, dynamic=False)
 
 
 def _check_channels(name: str, tensor: Tensor | None, x: Tensor, sizes: tuple[int, ...]) -> None:
     if tensor is None:
         return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} {tensor!r} must be a tensor, on {x.device}: torch.tensor({name}, device=x.device)")
     if tensor.dim() != 1 or tensor.shape[0] not in sizes or tensor.dtype not in DTYPES:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)} {tensor.dtype}; x has {x.shape[1]} channels, so it must be "
@@ -806,6 +835,8 @@ def _check(
     residual: Tensor | None,
     residual_norm: bool,
 ) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x is a {type(x).__name__}; instance_norm takes tensors: torch.as_tensor(x)")
     if x.dim() != 5 or 0 in x.shape:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; instance_norm takes (batch, channels, X, Y, Z), five axes, "
@@ -813,18 +844,27 @@ def _check(
         )
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}; instance_norm takes floating point: convert with x.float()")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps {eps} must be positive: a constant channel has variance 0; the usual value is 1e-5")
+    if not isinstance(eps, Real) or not 0 < eps < math.inf:
+        raise ValueError(
+            f"eps {eps!r} must be a positive number: a constant channel has variance 0; the usual value is 1e-5"
+        )
     channels = x.shape[1]
     _check_channels("weight", weight, x, (channels,))
     _check_channels("bias", bias, x, (channels,))
     if isinstance(negative_slope, Tensor):
         _check_channels("negative_slope", negative_slope, x, (1, channels))
-    elif negative_slope is not None and not math.isfinite(negative_slope):
-        raise ValueError(f"negative_slope {negative_slope} must be finite; None leaves the activation out")
+    elif negative_slope is not None and not (isinstance(negative_slope, Real) and abs(negative_slope) < math.inf):
+        raise ValueError(
+            f"negative_slope {negative_slope!r} must be a finite number, or a tensor of 1 or {channels}; None leaves "
+            "the activation out"
+        )
     if residual is None:
         if residual_norm:
             raise ValueError("residual_norm is True but there is no residual: give one, or leave residual_norm out")
+    elif not isinstance(residual, Tensor):
+        raise ValueError(
+            f"residual is a {type(residual).__name__}; it must be a tensor as x is: torch.as_tensor(residual)"
+        )
     elif (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
             f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device} but x is "
@@ -841,7 +881,7 @@ def instance_norm(
     residual: Tensor | None = None,
     residual_norm: bool = False,
 ) -> Tensor:
-    """leaky_relu(IN(x) * weight + bias + residual), differentiable in every tensor given.
+    """leaky_relu(IN(x) * weight + bias + residual), differentiable once in every tensor given.
 
     Args:
         x: (B, C, X, Y, Z), contiguous or channels_last_3d; any other strides cost a copy to contiguous.
@@ -856,7 +896,7 @@ def instance_norm(
         Shape, dtype and memory format of `x`; statistics in float32.
 
     Raises:
-        ValueError: wrong rank, dtype, shape or device of a tensor, eps not positive, a slope that is not finite,
+        ValueError: wrong rank, dtype, shape or device of a tensor, eps not positive, a slope that is no finite number,
             `residual_norm` without a residual.
     """
     _check(x, weight, bias, eps, negative_slope, residual, residual_norm)

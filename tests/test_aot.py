@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import aot, dispatch
+from benchmarks import bench_attention, bench_dice_ce, bench_instance_norm, tune
+from benchmarks.report import OURS
+from kernels import aot, attention, cases, dice_ce, dispatch, instance_norm
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="TRITON_INTERPRET is set: nothing compiles")
 FITS = aot.Compiled("kernel", "case", "", 90, registers=128, stack=0, shared=227 * 1024, tensor_memory=512, traps=False)
@@ -74,16 +77,64 @@ def test_the_driver_that_was_there_is_there_again() -> None:
     assert triton.runtime.driver._active is before
 
 
+def test_a_kernel_that_does_not_compile_is_a_fault_beside_the_others() -> None:
+    (fault,) = aot.Compiled("kernel", "case", "", 90, error="out of registers").faults()
+    assert fault == "does not compile: out of registers"
+
+
+def signatures(all_cases: Iterable[cases.Case], every: bool) -> set[tuple[Any, ...]]:
+    return {
+        aot.signature(launch, config)
+        for case in all_cases
+        for launch in cases.launches(case)
+        for config in (launch.candidates if every else launch.candidates[:1])
+    }
+
+
 def test_every_kernel_of_the_package_is_among_the_cases() -> None:
-    launched: set[str] = set()
-    with dispatch.observed(lambda launch: launched.add(launch.name)):
-        for _, run in aot.cases():
-            run()
-    modules = (aot.attention, aot.dice_ce, aot.instance_norm)
     kernels = {
         name
-        for module in modules
+        for module in (attention, dice_ce, instance_norm)
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and (name.endswith("_kernel") or not name.startswith("_"))
     }
-    assert kernels and kernels == launched
+    assert kernels and kernels == {signature[0] for signature in signatures(cases.MODELS, every=False)}
+
+
+def test_continuous_integration_compiles_no_more_than_it_has_time_for() -> None:
+    assert len(signatures(cases.MODELS, every=False)) < 60
+
+
+SMALL = (
+    cases.Attention(2, 10, 24, 51),
+    cases.Attention(1, 2, 520, 16, torch.float32),
+    cases.InstanceNorm((2, 16, 32, 32, 16), residual="normalised", prelu=True, affine=True),
+    cases.InstanceNorm((2, 3, 32, 32, 33), torch.float32, cases.FIRST, residual="raw"),
+    cases.InstanceNorm((2, 5, 4, 4, 4), affine=True),
+    cases.DiceCE((2, 3, 16, 16, 16)),
+    cases.DiceCE((1, 3, 9, 7, 5), torch.float32, "argmax", cases.LAST),
+)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_what_is_compiled_ahead_is_what_a_training_step_launches(
+    case: cases.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Triton's own key, so that its cache serves the launch; and by the key of the tuned configurations."""
+    bench = {cases.Attention: bench_attention, cases.InstanceNorm: bench_instance_norm, cases.DiceCE: bench_dice_ce}
+    monkeypatch.setattr(dispatch, "path", lambda *args: "triton")
+    launched: list[dispatch.Launch] = []
+    with dispatch.observed(launched.append):
+        (call, *_) = bench[type(case)].calls(case, OURS, "forward + backward")
+        launched.clear()
+        call()
+
+    def described(launches: Iterable[dispatch.Launch]) -> list[Any]:
+        return [(it.key, aot.signature(it, it.candidates[0]), list(it.candidates)) for it in launches]
+
+    assert described(launched) == described(cases.launches(case))
+
+
+def test_what_the_benchmarks_launch_is_compiled_before() -> None:
+    measured = [case for bench in tune.BENCHES for case in bench.GPU_CASES]
+    assert signatures(measured, every=True) <= signatures((*cases.MODELS, *cases.MEASURED), every=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from kernels import attention, dispatch
 from kernels.attention import attention_backward, attention_forward, flash_attention
@@ -34,7 +35,10 @@ SHAPES = [
     (1, 1, 300, 51),
     (1, 1, 515, 51),
     (1, 1, 640, 64),
+    (1, 1, 1024, 16),
 ]
+# The two UNETRs at their crops, a crop of 96 voxels a side, and a long sequence.
+MODELS = [(2, 10, 256, 51), (2, 12, 512, 64), (2, 10, 216, 51), (1, 4, 4096, 64)]
 
 
 @pytest.fixture(params=DEVICES)
@@ -119,6 +123,28 @@ def test_output_and_gradients_equal_torch_attention(shape: tuple[int, ...], scal
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_size_equals_float64(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     assert_attention_is_right(random_qkv(shape, dtype, device))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", MODELS, ids=str)
+def test_views_of_the_models_sizes_equal_float64_and_themselves(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    batch, heads, tokens, features = shape
+    qkv, *_ = random_qkv((batch, tokens, 3, heads, features), dtype, device)
+    inputs = [view.requires_grad_() for view in qkv.detach().permute(2, 0, 3, 1, 4).unbind(0)]
+    assert_attention_is_right(inputs)
+    assert_the_same_bits(inputs)
+
+
+def assert_the_same_bits(inputs: list[Tensor]) -> None:
+    """Of output and gradients in two calls."""
+    results = []
+    for _ in range(2):
+        out = flash_attention(*inputs)  # type: ignore[arg-type]
+        results.append([out, *torch.autograd.grad(out, inputs, random_like(out))])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (128, 32), (64, 128)], ids=str)
@@ -231,6 +257,7 @@ def test_autocast_does_not_lower_float32(path: str, device: str, monkeypatch: py
     if path == "triton":
         needs_kernels(device)
     monkeypatch.setattr(dispatch, "path", lambda *_: path)
+    monkeypatch.setattr(dispatch, "_tuned", lambda device: {})
     assert_attention_is_right(random_qkv((1, 2, 33, 51), torch.float32, device), autocast=True)
 
 
@@ -239,7 +266,16 @@ def test_torchs_own_attention_has_the_same_meaning(
     scale: float | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "path", lambda *_: "torch")
+    monkeypatch.setattr(dispatch, "_tuned", lambda device: {})
     assert_attention_is_right(random_qkv((2, 2, 33, 51), torch.float32, device), scale)
+
+
+def test_torchs_own_attention_takes_the_backend_that_was_measured_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "path", lambda *_: "torch")
+    q, k, v = random_qkv((1, 2, 33, 51), torch.float32)
+    for backend, is_flash in ((SDPBackend.FLASH_ATTENTION, True), (SDPBackend.MATH, False)):
+        monkeypatch.setattr(dispatch, "sdpa_backends", lambda *_, backend=backend: [backend])
+        assert ("Flash" in type(flash_attention(q, k, v).grad_fn).__name__) == is_flash
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -286,14 +322,7 @@ def test_nan_in_one_head_stays_there(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [70, pytest.param(520, marks=pytest.mark.gpu)])
 def test_a_second_call_gives_the_same_bits(tokens: int, dtype: torch.dtype, device: str) -> None:
-    q, k, v = random_qkv((1, 2, tokens, 51), dtype, device)
-
-    def once() -> list[Tensor]:
-        out = flash_attention(q, k, v)
-        return [out, *torch.autograd.grad(out, (q, k, v), random_like(out))]
-
-    for first, second in zip(once(), once(), strict=True):
-        assert torch.equal(first, second)
+    assert_the_same_bits(random_qkv((1, 2, tokens, 51), dtype, device))
 
 
 @pytest.mark.parametrize(
@@ -327,6 +356,16 @@ def test_launches_can_be_collected_without_memory(tokens: int) -> None:
     for launch in launches:
         assert all(min(launch.grid(config)) > 0 for config in launch.candidates)
         assert len({tuple(sorted(config.items())) for config in launch.candidates}) == len(launch.candidates)
+
+
+def test_what_is_tuned_apart_has_a_key_of_its_own() -> None:
+    def key(*shape: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        return attention._key(torch.empty(shape, dtype=dtype, device="meta"))
+
+    assert key(2, 10, 216, 51) == "N216 D51 heads32 bfloat16"
+    others = [(2, 10, 256, 51), (2, 10, 216, 64), (4, 10, 216, 51)]
+    assert key(2, 10, 216, 51) == key(2, 16, 216, 51) not in [key(*shape) for shape in others]
+    assert key(2, 10, 216, 51) != key(2, 10, 216, 51, dtype=torch.float16)
 
 
 def test_a_models_grid_fills_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +426,9 @@ def test_a_second_derivative_is_refused(device: str) -> None:
         ({"v": torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)}, "v is .*bfloat16.*must agree"),
         ({"q": torch.zeros(1, 2, 4, 8, dtype=torch.int32)}, "q is torch.int32.*floating point"),
         (dict.fromkeys("qkv", torch.zeros(1, 2, 4, 129)), "129 features per head; the limit is 128"),
-        ({"scale": float("nan")}, "scale nan must be finite"),
+        ({"q": [[0.0]]}, "q is a list.*tensors"),
+        ({"scale": float("nan")}, "scale nan must be a finite number"),
+        ({"scale": "x"}, "scale 'x' must be a finite number; leave it out"),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict, message: str) -> None:

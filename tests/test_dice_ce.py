@@ -7,6 +7,9 @@ The public function takes whichever path there is: the reference in a plain run,
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -14,6 +17,8 @@ import pytest
 import torch
 from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import dice_ce, dispatch
 from kernels.dice_ce import CrossEntropy, DiceCE, bytes_moved, dice_ce_loss, dice_ce_loss_reference, region_masks
@@ -32,6 +37,7 @@ TOLERANCES = {torch.float32: (2e-6, 2e-6), torch.float16: (2e-6, 1e-3), torch.bf
 GRADIENT_FLOOR = 1e-3
 LABELS = ("random", "no enhancing tumour", "background only", "one sample background")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+COMPILED = [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)]
 # (B, R, X, Y, Z): one voxel, odd and even sizes, several chunks and tiles with a ragged end, one region to five
 SIZES = ((1, 2, 1, 1, 1), (2, 3, 8, 7, 6), (3, 1, 4, 4, 4), (1, 3, 16, 20, 13), (2, 5, 9, 4, 3))
 
@@ -252,12 +258,65 @@ def test_background_is_what_it_is_said_to_be() -> None:
         dice_ce_loss(make_logits(torch.float32), labels, DECATHLON, background=(5,))
 
 
+class Arrival:
+    """An event that has happened from the moment it is told so."""
+
+    happened = False
+
+    def query(self) -> bool:
+        return self.happened
+
+
+@pytest.mark.parametrize("path", ["triton", "torch", "reference"])
+def test_labels_looked_at_later_are_named_by_the_first_call_that_knows_of_them(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "triton":
+        device_with_kernels("cpu")
+    arrival: Any = Arrival()
+    monkeypatch.setattr(dispatch, "path", lambda *_: path)
+    monkeypatch.setattr(dice_ce, "_compiled_reference", lambda: dice_ce_loss_reference)
+    monkeypatch.setattr(dice_ce, "_when_to_look", lambda *_: "later")
+    monkeypatch.setattr(
+        dice_ce, "_note", lambda unknown, *about: dice_ce._notes.append(dice_ce._Note(unknown, arrival, *about))
+    )
+    logits, right, wrong = make_logits(torch.float32).detach(), *(make_labels("no enhancing tumour") for _ in range(2))
+    wrong[1, 7, 6, 5] = 9
+    for labels in (right, wrong, right):
+        dice_ce_loss(logits, labels, DECATHLON)  # nothing has arrived
+    arrival.happened = True
+    with pytest.raises(ValueError, match=r"labels of an earlier call hold 9, in none of .*; .*background=\(0, 9\)"):
+        dice_ce_loss(logits, right, DECATHLON)
+    for labels in (right, wrong):
+        dice_ce_loss(logits, labels, DECATHLON)
+    wrong[:] = 0
+    with pytest.raises(ValueError, match="an earlier call held a value .* overwritten since; check_labels=True"):
+        dice_ce_loss(logits, right, DECATHLON)
+    assert not dice_ce._notes
+
+
+def test_labels_on_a_gpu_are_looked_at_later_unless_nothing_could_be_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for capturing, when in ((False, "later"), (True, "never")):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert [dice_ce._when_to_look(check, cuda) for check in (None, True, False)] == [when, "now", "never"]
+    assert [dice_ce._when_to_look(check, cpu) for check in (None, True, False)] == ["now", "now", "never"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with FakeTensorMode():
+        assert dice_ce._when_to_look(None, cuda) == "never"
+
+
 @pytest.mark.gpu
-def test_on_a_gpu_labels_are_checked_only_if_asked() -> None:
+def test_on_a_gpu_unknown_labels_are_reported_by_a_later_call_or_at_once_if_asked() -> None:
     logits, labels = make_logits(torch.float32).cuda(), make_labels("random").cuda()
     dice_ce_loss(logits, labels, DECATHLON)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="labels of an earlier call hold 4"):
+        dice_ce_loss(logits, labels, DECATHLON)
     with pytest.raises(ValueError, match="labels hold 4"):
         dice_ce_loss(logits, labels, DECATHLON, check_labels=True)
+    dice_ce_loss(logits, labels, DECATHLON, check_labels=False)
+    assert not dice_ce._notes
 
 
 @pytest.mark.parametrize(
@@ -266,6 +325,8 @@ def test_on_a_gpu_labels_are_checked_only_if_asked() -> None:
         ({"logits": torch.zeros(2, 3, 8, 7)}, r"logits have shape \(2, 3, 8, 7\).*five axes"),
         ({"logits": torch.zeros(0, 3, 8, 7, 6)}, r"logits have shape \(0, 3, 8, 7, 6\).*none of them empty"),
         ({"logits": torch.zeros(SHAPE, dtype=torch.int32)}, "logits are torch.int32.*floating point"),
+        ({"logits": np.zeros(SHAPE)}, "logits are ndarray.*tensors"),
+        ({"labels": [[0]]}, "labels are list.*tensors"),
         ({"labels": torch.zeros(2, 8, 7, 6)}, "labels are torch.float32.*uint8"),
         (
             {"labels": torch.zeros(2, 1, 8, 7, 6, dtype=torch.uint8)},
@@ -274,11 +335,19 @@ def test_on_a_gpu_labels_are_checked_only_if_asked() -> None:
         ({"regions": ((1,), (2,))}, "2 regions .* 3 channels"),
         ({"regions": ((1,), (), (2,))}, r"region \(\) must name at least one label value"),
         ({"regions": ((1,), (256,), (2,))}, r"region \(256,\) .* integers from 0 to 255"),
+        ({"regions": [1, 2, 3]}, r"region 1 must name .*a sequence of its own: \(\(1,\), \(2,\)\)"),
+        ({"regions": ((1,), (2.0,), (3,))}, r"region \(2.0,\) must name .* integers from 0 to 255"),
+        ({"regions": 3}, "regions 3 must be label values, a sequence for each channel"),
+        ({"background": 0}, r"background 0 must be a sequence of label values.*: \(0,\)"),
+        ({"background": (-1,)}, r"background \(-1,\) must be .* from 0 to 255"),
         ({"ce": "softmax"}, "ce 'softmax' must be one of multihot, argmax, bce"),
         ({"logits": torch.zeros(2, 1, 8, 7, 6), "regions": ((1,),), "ce": "argmax"}, "single region is always zero"),
         ({"ce_weight": -1.0}, "ce_weight -1.0 must be zero or a positive"),
         ({"smooth_dr": float("nan")}, "smooth_dr nan must be"),
-        ({"weight": (1.0, 2.0)}, r"weight \[1.0, 2.0\] must be 3 numbers, one for each region"),
+        ({"dice_weight": "1"}, "dice_weight '1' must be"),
+        ({"weight": (1.0, 2.0)}, r"weight \(1.0, 2.0\) must be 3 numbers, one for each region"),
+        ({"weight": 2.0}, "weight 2.0 must be 3 numbers, one for each region.*None"),
+        ({"weight": ("a", 1.0, 1.0)}, "weight .'a', 1.0, 1.0. must be 3 numbers"),
         ({"weight": (1.0, -2.0, 1.0)}, "weight .* zero or positive"),
         ({"weight": (1.0, float("inf"), 1.0)}, "weight .* finite"),
     ],
@@ -309,6 +378,19 @@ def test_every_size_kind_and_dtype_equals_float64(
         pytest.skip("argmax over one region is refused")
     logits, labels, regions = make_case(size, dtype, device)
     assert_equals_float64(logits, labels, regions, ce=ce)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("ce", get_args(CrossEntropy))
+def test_the_models_logits_equal_float64_and_themselves(
+    ce: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    logits, labels, regions = make_case((2, 3, 128, 128, 64), dtype, device_with_kernels("cuda"))
+    logits = logits.to(memory_format=memory_format)
+    first, second = (assert_equals_float64(logits, labels, regions, ce=ce) for _ in range(2))
+    assert torch.equal(first, second) and first.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -427,14 +509,19 @@ def test_more_than_31_regions_take_the_reference(monkeypatch: pytest.MonkeyPatch
     assert_equals_float64(logits, labels, regions)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_pytorchs_own_path_is_the_reference_compiled(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("device", "backend"), COMPILED)
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+@pytest.mark.parametrize("ce", get_args(CrossEntropy))
+def test_pytorchs_own_path_is_the_reference_compiled_as_one_graph(
+    ce: str, weight: tuple[float, ...] | None, device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
     monkeypatch.setattr(dispatch, "path", lambda op, x, key: "torch")
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *args: function(*args))
-    dice_ce._compiled_reference.cache_clear()
-    logits, labels, regions = make_case(SHAPE, torch.float32, device)
-    assert_equals_float64(logits, labels, regions, weight=WEIGHT)
-    dice_ce._compiled_reference.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    monkeypatch.setattr(dice_ce, "_compiled_reference", dice_ce._compiled_reference.__wrapped__)  # not the cached one
+    for size in (SHAPE, (1, *SHAPE[1:])):
+        logits, labels, regions = make_case(size, torch.float32, device)
+        assert_equals_float64(logits, labels, regions, ce=ce, weight=weight)
 
 
 # Under torch.compile
@@ -452,6 +539,42 @@ def test_the_loss_traces_as_one_graph(ce: CrossEntropy, weight: tuple[float, ...
         result = function(given, labels, regions, ce, weight=weight)
         results.append([*result, *torch.autograd.grad(result.loss + result.ce, given)])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_holds_the_table_as_a_constant_made_once(
+    dynamic: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "path", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "launch", lambda *_: None)
+    dice_ce._cached_table.cache_clear()
+    tables: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        ops = [node for node in graph.graph.nodes if node.target is torch.ops.glioforge.dice_ce_forward.default]
+        tables.extend(op.args[2].op for op in ops)
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    compiled = torch.compile(dice_ce_loss, backend=backend, fullgraph=True, dynamic=dynamic)
+    logits, labels, regions = make_case(SHAPE, torch.float32, device)
+    for _ in range(2):
+        torch.autograd.grad(compiled(logits.requires_grad_(), labels, regions).loss, logits)
+    assert set(tables) == {"get_attr"} and dice_ce._cached_table.cache_info().misses == 1
+    compiled(logits, labels, ((5, 4), *regions[1:]))
+    assert set(tables) == {"get_attr"} and dice_ce._cached_table.cache_info().misses == 2
+
+
+def test_a_table_made_in_inference_mode_or_beside_fake_tensors_harms_no_later_call() -> None:
+    device_with_kernels("cpu")
+    logits, labels, regions = make_case(SHAPE)
+    dice_ce._cached_table.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss_of(torch.empty(SHAPE), torch.empty(2, *SHAPE[2:], dtype=torch.uint8), regions, check_labels=False)
+    with torch.inference_mode():
+        loss_of(logits, labels, regions)
+    assert_equals_float64(logits, labels, regions)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -478,7 +601,76 @@ def test_inductor_gives_the_eager_loss_and_gradient(device: str) -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.gpu
+def test_a_compiled_cuda_graph_repeats_the_eager_loss_and_gradient() -> None:
+    """In a process of its own, in which nothing has made the table before."""
+    code = """if True:
+        import torch
+        from kernels.dice_ce import dice_ce_loss
+
+        logits = torch.randn(2, 3, 16, 16, 32, device="cuda", requires_grad=True)
+        labels = torch.randint(0, 4, (2, 16, 16, 32), device="cuda", dtype=torch.uint8)
+
+        def step(logits, labels):
+            return dice_ce_loss(2 * logits, labels, ((2, 3), (1, 2, 3), (3,))).loss
+
+        compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+        for _ in range(5):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = compiled(logits, labels)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            loss, gradient = loss.detach().clone(), gradient.clone()
+        expected = step(logits, labels)
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(gradient, *torch.autograd.grad(expected, logits))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "skipping cudagraphs" not in done.stderr
+
+
+@pytest.mark.gpu
+def test_a_captured_cuda_graph_repeats_the_eager_loss_and_gradient() -> None:
+    logits, labels, regions = make_case(SHAPE, torch.float32, "cuda")
+    logits.requires_grad_()
+
+    def step() -> list[Tensor]:
+        loss = loss_of(logits, labels, regions).loss
+        return [loss, *torch.autograd.grad(loss, logits)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles the kernels and makes the table
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        logits *= -1
+    graph.replay()
+    torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+
+
 # The kernels themselves
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [200])
+def test_the_forward_counts_programs_that_met_an_unknown_label(
+    value: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, labels, _ = make_case((2, 3, 8, 8, 7), torch.float32, device_with_kernels(device))
+    monkeypatch.setattr(dice_ce, "MIN_CHUNK", 64)
+    monkeypatch.setattr(dice_ce, "CHUNK_STEP", 64)
+    labels.clamp_(max=3)
+    options = (None, "multihot", [1.0, 1.0, 1e-5, 1e-5], False, False)
+    for background, unknown in (((0,), 2), ((0, value), 0)):
+        table = dice_ce._table(DECATHLON, background, labels.device)
+        assert dice_ce.dice_ce_forward(logits, labels, table, *options)[3][-1] == 0
+        marked = labels.clone()
+        marked[0, 0, 0, 0] = marked[1, 7, 7, 6] = value
+        assert dice_ce.dice_ce_forward(logits, marked, table, *options)[3][-1] == unknown
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -498,7 +690,7 @@ def test_forward_takes_two_launches_and_backward_one(device: str, monkeypatch: p
     assert launched == ["dice_ce_forward_kernel", "dice_ce_combine_kernel"]
     (result.loss + result.dice).backward()
     assert launched[2:] == ["dice_ce_backward_kernel"]
-    assert absent == ["dce_ptr", "weight"]  # no zeros are written for what has no gradient
+    assert set(absent) == {"dce_ptr", "weight"}  # no zeros are written for what has no gradient
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -561,23 +753,36 @@ def test_a_batch_may_pass_two_to_the_31_elements(device: str) -> None:
 @pytest.mark.parametrize("ce", get_args(CrossEntropy))
 def test_the_operators_keep_the_rules_of_torch_library(ce: str, device: str) -> None:
     logits, labels, regions = make_case(SHAPE, torch.float32, device_with_kernels(device))
-    flat, weight = dice_ce._flat(regions), list(WEIGHT)
-    options = (ce, [0.7, 1.3, 1e-5, 1e-5], True, False)
-    torch.library.opcheck(dice_ce._forward_op, (logits.clone().requires_grad_(), labels, flat, weight, *options))
-    *_, coefficients = dice_ce._forward_op(logits, labels, flat, weight, *options)
+    table = dice_ce._table(regions, (0,), labels.device)
+    options = (list(WEIGHT), ce, [0.7, 1.3, 1e-5, 1e-5], True, False)
+    torch.library.opcheck(dice_ce._forward_op, (logits.clone().requires_grad_(), labels, table, *options))
+    *_, coefficients = dice_ce._forward_op(logits, labels, table, *options)
     upstream = torch.ones((), device=device)
-    args = (upstream, None, upstream, logits, labels, coefficients, flat, None, *options)
+    args = (upstream, None, upstream, logits, labels, table, coefficients, None, *options[1:])
     torch.library.opcheck(dice_ce._backward_op, args)
+
+
+def test_what_is_tuned_apart_has_a_key_of_its_own() -> None:
+    def key(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = False) -> str:
+        logits = torch.empty(shape, dtype=dtype, device="meta")
+        return dice_ce._key(logits.to(memory_format=torch.channels_last_3d) if last else logits, "bce")
+
+    crop = (3, 128, 128, 64)
+    assert key(2, *crop) == "R3 voxels2097152 bce bfloat16 contiguous"
+    assert key(3, *crop) == key(4, *crop)
+    others = [key(16, *crop), key(2, 4, *crop[1:]), key(2, *crop, dtype=torch.float32), key(2, *crop, last=True)]
+    assert len({key(2, *crop), key(2, 3, 127, 127, 63), *others}) == 6
 
 
 def test_launches_need_shapes_only() -> None:
     launched: list[dispatch.Launch] = []
     logits = torch.empty(2, 3, 128, 128, 64, dtype=torch.bfloat16, device="meta")
     labels = torch.empty(2, 128, 128, 64, dtype=torch.uint8, device="meta")
-    options = (dice_ce._flat(DECATHLON), None, "multihot", [1.0, 1.0, 1e-5, 1e-5], False, False)
+    table = torch.empty(256, dtype=torch.int64, device="meta")
+    options = (None, "multihot", [1.0, 1.0, 1e-5, 1e-5], False, False)
     with dispatch.observed(launched.append):
-        loss, *_, coefficients = dice_ce.dice_ce_forward(logits, labels, *options)
-        dx = dice_ce.dice_ce_backward(loss, None, None, logits, labels, coefficients, *options)
+        loss, *_, coefficients = dice_ce.dice_ce_forward(logits, labels, table, *options)
+        dx = dice_ce.dice_ce_backward(loss, None, None, logits, labels, table, coefficients, *options)
     assert dx.shape == logits.shape and dx.dtype == logits.dtype
     forward, _, backward = launched
     assert forward.grid(forward.candidates[0]) == (256, 2)

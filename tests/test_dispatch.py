@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import dispatch
+from kernels import cases, dispatch
 
 needs_compiled_kernels = pytest.mark.skipif(dispatch.INTERPRETED, reason="TRITON_INTERPRET is set")
 
@@ -26,14 +28,20 @@ def auto_afterwards() -> Iterator[None]:
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """As on an H100 on which two things were measured."""
-    measured = {"configs": {"a_kernel": {"N256": {"BLOCK": 64, "num_warps": 8}}}, "torch": ["attention N4096"]}
+    """As on an H100 on which three things were measured."""
+    measured = {
+        "configs": {"a_kernel": {"N256": {"BLOCK": 64, "num_warps": 8}}},
+        "torch": {
+            "forward": {"attention N512": "EFFICIENT_ATTENTION"},
+            "forward + backward": {"attention N4096": "FLASH_ATTENTION"},
+        },
+    }
     file = tmp_path / "tuned.json"
     file.write_text(json.dumps({"sm_90": measured}))
     monkeypatch.setattr(dispatch, "TUNED_FILE", file)
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    monkeypatch.setattr(dispatch, "_refusal", lambda device_type: "")
-    monkeypatch.setattr(dispatch, "_capability", lambda: "sm_90")
+    monkeypatch.setattr(dispatch, "_refusal", lambda device: "")
+    monkeypatch.setattr(dispatch, "_capability", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
     dispatch.tuned_table.cache_clear()
     yield
@@ -70,11 +78,49 @@ def test_float64_and_the_asked_for_reference_never_run_a_kernel(on_a_gpu: None) 
 
 def test_pytorch_takes_over_where_it_was_measured_faster_and_the_log_says_where(on_a_gpu: None) -> None:
     said = dispatch.use("auto", "cuda")
-    assert said == "kernels: triton (NVIDIA H100, sm_90); PyTorch's own where it was measured faster: attention N4096"
-    assert dispatch.path("attention", torch.zeros(1), "N4096") == "torch"
-    assert dispatch.path("attention", torch.zeros(1), "N256") == "triton"
+    assert said == (
+        "kernels: triton (NVIDIA H100, sm_90); PyTorch's own where it was measured faster: "
+        "attention N512 (forward), attention N4096 (forward + backward)"
+    )
+    q = torch.zeros(1, requires_grad=True)
+    assert dispatch.path("attention", q, "N4096") == "torch"
+    assert dispatch.path("attention", q, "N256") == "triton"
     dispatch.use("triton", "cuda")
-    assert dispatch.path("attention", torch.zeros(1), "N4096") == "triton"
+    assert dispatch.path("attention", q, "N4096") == "triton"
+
+
+def test_training_goes_by_forward_and_backward_and_inference_by_the_forward(on_a_gpu: None) -> None:
+    q = torch.zeros(1, requires_grad=True)
+    assert [dispatch.path("attention", q, key) for key in ("N512", "N4096")] == ["triton", "torch"]
+    assert [dispatch.path("attention", q.detach(), key) for key in ("N512", "N4096")] == ["torch", "triton"]
+    with torch.no_grad():
+        assert [dispatch.path("attention", q, key) for key in ("N512", "N4096")] == ["torch", "triton"]
+
+
+def test_the_backend_measured_fastest_goes_before_the_others_also_when_compiled(on_a_gpu: None) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(dispatch.sdpa_backends("attention", q, "N4096"), set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    q, k, v = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))
+    backends = dispatch.sdpa_backends("attention", q, "N4096")
+    assert backends[0] == SDPBackend.FLASH_ATTENTION and len(set(backends)) == 4
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+
+
+def test_each_device_is_asked_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device.index}")
+    first, second = (torch.device("cuda", index) for index in capabilities)
+    assert dispatch._refusal(first) == ""
+    assert dispatch._refusal(second) == "GPU 1 is older than compute capability 8.0"
+    assert (dispatch._capability(first), dispatch._capability(second)) == ("sm_90", "sm_75")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert dispatch._refusal(first) == "Triton kernels need an NVIDIA GPU, the tensors are on GPU 0"
 
 
 class Kernel:
@@ -99,9 +145,10 @@ def test_a_measured_configuration_goes_before_the_default(on_a_gpu: None) -> Non
     ]
 
 
-def test_a_configuration_measured_for_an_older_kernel_is_not_used(on_a_gpu: None) -> None:
-    kernel = Kernel()
-    dispatch.launch(kernel, lambda c: (1,), {"x_ptr": torch.zeros(1)}, [{"BLOCK_S": 128, "num_warps": 4}], "N256")
+def test_a_configuration_measured_for_an_older_kernel_is_not_used_and_said_to_be_stale(on_a_gpu: None) -> None:
+    kernel, candidates = Kernel(), [{"BLOCK_S": 128, "num_warps": 4}]
+    with pytest.warns(UserWarning, match="'BLOCK': 64.* for a_kernel N256, which is no candidate: tune again"):
+        dispatch.launch(kernel, lambda c: (1,), {"x_ptr": torch.zeros(1)}, candidates, "N256")
     assert kernel.launched[0][1]["BLOCK_S"] == 128
 
 
@@ -113,12 +160,35 @@ def test_an_observed_launch_does_not_run() -> None:
     assert [launch.name for launch in seen] == ["a_kernel"] and not kernel.launched
 
 
+def stale(measured: dict[str, Any]) -> list[str]:
+    """What a table holds that no benchmark case would take: kernels and keys, configurations, operations and keys."""
+    candidates: dict[tuple[str, str], list[Any]] = {}
+    for case in cases.MEASURED:
+        for launch in cases.launches(case):
+            candidates.setdefault((launch.name, launch.key), []).extend(launch.candidates)
+    keys = {key for _, key in candidates}
+    configs = [
+        f"{kernel} {key}"
+        for kernel, by_key in measured["configs"].items()
+        for key, config in by_key.items()
+        if config not in candidates.get((kernel, key), [])
+    ]
+    ops = ("flash_attention", "instance_norm", "dice_ce")
+    won = [op_key for direction in measured["torch"] for op_key in measured["torch"][direction]]
+    return configs + [op_key for op_key in won if op_key not in {f"{op} {key}" for op in ops for key in keys}]
+
+
 def test_what_was_measured_names_kernels_and_configurations_that_there_are() -> None:
-    if not dispatch.TUNED_FILE.is_file():
-        pytest.skip("nothing was measured yet")
-    sources = "".join(path.read_text() for path in dispatch.TUNED_FILE.parent.glob("*.py"))
-    for measured in json.loads(dispatch.TUNED_FILE.read_text()).values():
-        assert all(f"def {kernel}(" in sources for kernel in measured["configs"])
+    launch = cases.launches(cases.ATTENTION[0])[0]
+    key, last = launch.key, dict(launch.candidates[-1])
+    ours = {"configs": {launch.name: {key: last}}, "torch": {"forward": {f"flash_attention {key}": "MATH"}}}
+    assert not stale(ours)
+    assert stale({"configs": {launch.name: {key: last | {"num_warps": 3}}}, "torch": {}}) == [f"{launch.name} {key}"]
+    assert stale({"configs": {launch.name: {"N7": last}}, "torch": {}}) == [f"{launch.name} N7"]
+    assert stale({"configs": {"gone_kernel": {key: last}}, "torch": {}}) == [f"gone_kernel {key}"]
+    assert stale({"configs": {}, "torch": {"forward": {"attention N7": "MATH"}}}) == ["attention N7"]
+    for measured in dispatch.tuned_table().values():
+        assert not stale(measured)
 
 
 @needs_compiled_kernels
