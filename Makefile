@@ -13,6 +13,7 @@ KERNEL_TESTS = $(addprefix tests/test_,attention.py dice_ce.py dispatch.py fused
 train: $(VENV)/installed
 	$(BIN)/deepspeed launch/train.py $(ARGS)
 
+test: export OMP_NUM_THREADS = 1 # for each of two workers
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNEL_TESTS)

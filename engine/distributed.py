@@ -93,9 +93,9 @@ def first_on_node(work: Callable[[], T], ranks: Ranks) -> T:
         except (ValueError, OSError) as error:
             failure = error
     if ranks.world_size > 1:
-        group = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
         messages: list[str | None] = [None] * ranks.world_size
         try:
+            group = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
             dist.all_gather_object(messages, str(failure) if failure else None, group=group)
         except RuntimeError as error:
             raise TimeoutError(
