@@ -8,9 +8,9 @@ Preparing a case is load, resample to 1.5 x 1.5 x 2.0 mm, orient to RAS; ours al
 result to the store. One process with one thread each.
 
 Training batches are the published recipe's: two crops of 128 x 128 x 64, four modalities, flip, z-score, jitter. MONAI
-runs from the files (`Dataset`), and with everything that is not random cached in memory (`CacheDataset`); each under a
-DataLoader with as many workers as there are cores. Ours comes out of the prepared store, on as many threads. On a GPU,
-batches end there.
+runs from the files (`Dataset`), under a DataLoader with as many workers as there are cores, and with everything that is
+not random cached in memory (`CacheDataset`), in the process itself and with workers. Ours comes out of the prepared
+store, on as many threads. On a GPU, batches end there.
 
 Each variant runs in a process of its own, and the variants take turns, `ROUNDS` times; a figure is the median of its
 rounds. Memory is the peak of what the processes of a variant hold together beyond file contents (proportional set size
@@ -90,7 +90,7 @@ def batches_ours(cases: CaseSet, work: Path, residence: str = "auto") -> Iterato
     return _per_sample(batch for epoch in count() for batch in loader.epoch(epoch))
 
 
-def batches_monai(cases: CaseSet, work: Path, cached: bool) -> Iterator[float]:
+def batches_monai(cases: CaseSet, work: Path, cached: bool, workers: int = CORES) -> Iterator[float]:
     """Batches of MONAI's chain, from the files or from a cache of all that is deterministic."""
     from monai.data import CacheDataset, DataLoader, Dataset
 
@@ -103,9 +103,10 @@ def batches_monai(cases: CaseSet, work: Path, cached: bool) -> Iterator[float]:
         dataset: Any = torch.utils.data.ConcatDataset([entries] * 64)
     else:
         dataset = Dataset(data, chain)
+    options = {"persistent_workers": True} if workers else {}
     loader = DataLoader(
-        dataset, batch_size=BATCH, shuffle=True, num_workers=CORES, persistent_workers=True, pin_memory=IS_GPU
-    )
+        dataset, batch_size=BATCH, shuffle=True, num_workers=workers, pin_memory=IS_GPU, **options
+    )  # fmt: skip
 
     def batches() -> Iterator[Any]:
         while True:
@@ -128,7 +129,8 @@ VARIANTS: dict[str, dict[str, Callable[[CaseSet, Path], Iterator[float]]]] = {
             if IS_GPU
             else {"glioforge": batches_ours}
         ),
-        "MONAI CacheDataset": partial(batches_monai, cached=True),
+        "MONAI CacheDataset": partial(batches_monai, cached=True, workers=0),
+        "MONAI CacheDataset, workers": partial(batches_monai, cached=True),
         "MONAI Dataset": partial(batches_monai, cached=False),
     },
 }
