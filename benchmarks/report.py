@@ -164,7 +164,9 @@ def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
             ticks.append((y + (len(group) - 1) / 2, f"{case}\n{direction}"))
             for row in group:
                 axis.barh(y, 100 * row.roofline_share, color=colours[row.variant], height=0.9)
-                axis.text(100 * row.roofline_share + 0.5, y, f"{row.seconds * 1e6:.0f} µs", va="center", fontsize=6)
+                label = f"{row.seconds * 1e6:.0f} µs"
+                at = (100 * row.roofline_share, y)
+                axis.annotate(label, at, (3, 0), textcoords="offset points", va="center", fontsize=6)
                 y += 1
             y += 1
         axis.set_yticks(*zip(*ticks, strict=True), fontsize=7)
