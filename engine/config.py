@@ -217,6 +217,11 @@ class Config:
             raise ValueError(f"--data.workers {self.data.workers} must be at least 1; leave it out for one per core")
         if self.data.download and self.data.root is None:
             raise ValueError("--data.download needs --data.root, the folder that the scans go to")
+        if self.data.unprepared and self.data.skip_faulty:
+            raise ValueError(
+                "--data.skip_faulty true finds faulty scans when they are prepared, --data.unprepared true prepares "
+                "none: leave one of the two out, or find the faults first with launch/prepare.py --check"
+            )
         if min(self.data.crop_size_voxels) < 1 or min(self.data.spacing_mm) <= 0:
             raise ValueError(
                 f"--data.crop_size_voxels {self.data.crop_size_voxels} and --data.spacing_mm {self.data.spacing_mm} "

@@ -182,16 +182,15 @@ class CropLoader:
         draw = draw_sample(self.seed, epoch, position, (x, y, z), self.crop_size, foreground, self.foreground_prob)
         return draw if self.augment else Draw(draw.start, flip=False, scale=0.0, shift=0.0)
 
-    def _numbers(self, epoch: int, step: int, tags: NDArray[np.int64]) -> tuple[Any, ...]:
-        """Scales, shifts, tags and inputs of the extra augmentations, as the graph takes them."""
-        jitters = [(draw.scale, draw.shift) for draw in self.draws_of(epoch, step)]
-        scales, shifts = np.array(jitters, np.float32).T.copy()
+    def _numbers(self, draws: Sequence[Draw], epoch: int, step: int, tags: NDArray[np.int64]) -> tuple[Any, ...]:
+        """Scales, shifts, tags and inputs of the extra augmentations of a batch, as the graph takes them."""
+        scales, shifts = np.array([(draw.scale, draw.shift) for draw in draws], np.float32).T.copy()
         channels = len(self.cases.modalities)
-        draws = [
+        extras = [
             draw_augment(generator(self.seed, epoch, position, stream=1), self.extras, channels)
             for _, position in self._batch(epoch, step)
         ]
-        return scales, shifts, tags, *graph_inputs(self.extras, draws, self.crop_size, channels).values()
+        return scales, shifts, tags, *graph_inputs(self.extras, extras, self.crop_size, channels).values()
 
 
 class TrainLoader(CropLoader):
@@ -228,10 +227,11 @@ class TrainLoader(CropLoader):
     def _read(self, epoch: int, step: int, tags: NDArray[np.int64]) -> tuple[tuple, tuple]:
         self._buffers.rotate()
         image, label = self._buffers[0]
-        for b, (draw, (case, _)) in enumerate(zip(self.draws_of(epoch, step), self._batch(epoch, step), strict=True)):
+        draws = self.draws_of(epoch, step)
+        for b, (draw, (case, _)) in enumerate(zip(draws, self._batch(epoch, step), strict=True)):
             self._volumes.crop(self.indices[case], draw.start, image[b], label[b], draw.flip)
         statistics = _statistics(image) if brings_statistics(self._device, self.extras) else ()
-        return (image, label), (*self._numbers(epoch, step, tags), *statistics)
+        return (image, label), (*self._numbers(draws, epoch, step, tags), *statistics)
 
 
 class ValLoader:

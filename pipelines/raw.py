@@ -51,7 +51,7 @@ from pipelines.dali import BUFFERS, CPU_EXECUTION, NO_EXTRAS, augmented, torch_d
 from pipelines.geometry import Grid, Weights, axis_weights, label_grid, resample_image, resample_label, target_grid
 from pipelines.loaders import CropLoader
 from pipelines.nifti import RawCase, read_case, read_grid
-from pipelines.sampling import Size
+from pipelines.sampling import Draw, Size
 from pipelines.store import foreground_voxels
 from pipelines.volumes import copy_crop, overlap
 
@@ -349,9 +349,9 @@ class RawLoader(CropLoader):
         samples = [
             self._sample(b, epoch, position, ahead[b:]) for b, (_, position) in enumerate(self._batch(epoch, step))
         ]
-        windows, labels = zip(*samples, strict=True)
+        windows, labels, draws = zip(*samples, strict=True)
         inputs = tuple([getattr(window, name) for window in windows] for name in INPUTS)
-        self._in_use.append((inputs, (np.stack(labels), *self._numbers(epoch, step, tags))))
+        self._in_use.append((inputs, (np.stack(labels), *self._numbers(draws, epoch, step, tags))))
         return self._in_use[-1]
 
     def _ahead(self, epoch: int, step: int) -> list[int]:
@@ -360,7 +360,9 @@ class RawLoader(CropLoader):
         tags = [divmod(n, len(self)) for n in range(first, first + 1 + steps)]
         return [self.indices[case] for tag in tags for case, _ in self._batch(*tag)]
 
-    def _sample(self, b: int, epoch: int, position: int, ahead: Sequence[int]) -> tuple[Window, NDArray[np.uint8]]:
+    def _sample(
+        self, b: int, epoch: int, position: int, ahead: Sequence[int]
+    ) -> tuple[Window, NDArray[np.uint8], Draw]:
         decoded = self._reader.get(ahead)
         draw = self._draw(epoch, position, ahead[0])
         label = np.empty((*self.crop_size, 1), np.uint8)
@@ -370,4 +372,4 @@ class RawLoader(CropLoader):
             self._boxes[0][b] = np.empty(window.box.size, np.float32)
         box = self._boxes[0][b][: window.box.size].reshape(window.box.shape)
         np.copyto(box, window.box)
-        return replace(window, box=box), label
+        return replace(window, box=box), label, draw

@@ -12,6 +12,7 @@ Axes. Volumes are (X, Y, Z, C); X, Y, Z are the axes of RAS.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +86,9 @@ def draw_sample(
     return Draw((int(start[0]), int(start[1]), int(start[2])), bool(flip), float(scale), float(shift))
 
 
+@lru_cache(4)  # every batch asks for it
 def epoch_order(seed: int, epoch: int, samples: int, multiple: int) -> NDArray[np.int64]:
-    """A fresh permutation of `samples`, padded from its own start to a multiple of `multiple`."""
-    order = generator(seed, epoch, -1).permutation(samples)
-    return np.resize(order, -(-samples // multiple) * multiple)
+    """A fresh permutation of `samples`, padded from its own start to a multiple of `multiple`; read-only."""
+    order = np.resize(generator(seed, epoch, -1).permutation(samples), -(-samples // multiple) * multiple)
+    order.flags.writeable = False
+    return order

@@ -81,6 +81,10 @@ def test_the_launchers_local_rank_is_no_error() -> None:
         (("--train.batch_size", "0"), "train.batch_size 0 must be at least 1"),
         (("--data.val_fraction", "2"), "val_fraction 2.0 must lie between 0 and 1"),
         (("--data.crop_size_voxels", "[0,64,64]"), "must be positive on every axis"),
+        (
+            ("--data.unprepared", "true", "--data.skip_faulty", "true"),
+            "--data.skip_faulty true finds faulty scans when",
+        ),
     ],
 )
 def test_values_against_a_rule_are_refused_with_the_value(args: tuple[str, ...], message: str) -> None:
