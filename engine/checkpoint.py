@@ -1,41 +1,136 @@
 """What a run writes to go on from, and what its users take away.
 
-    checkpoints/last/     everything that training needs to continue, in DeepSpeed's format
-    checkpoints/last.pt   weights, model and data settings of the same moment
-    checkpoints/best.pt   the same of the epoch with the best validation Dice
+    checkpoints/step-00001200/state.pt     everything that training needs to continue
+    checkpoints/step-00001200/about.json   its size and content hash, and by which ranks it was written
+    checkpoints/last.pt                    weights, model and data settings of the newest
+    checkpoints/best.pt                    the same of the epoch with the best validation Dice
 
-A `.pt` file holds plain values and tensors and loads with `torch.load(weights_only=True)`. Each write goes to another
-name first and is moved into place when complete, so that a crash leaves the previous one whole.
+States are whole, not by rank: one file serves any number of ranks and any ZeRO stage. (These networks have 5 to 100
+million parameters; with two moments each that is 60 MB to 1.2 GB.) Files hold plain values and tensors and load with
+`torch.load(weights_only=True)`. A folder is written under another name, its hash beside it, synced, and moved into
+place when complete: a crash leaves the ones before as they were. Training goes on meanwhile, in another thread.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from engine.distributed import Ranks
+from engine.config import STATES
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+HASH = "blake2b"
 
 
-def save_weights(path: Path, model: torch.nn.Module, about: dict[str, Any]) -> None:
+class CheckpointWriter:
+    """Writes checkpoints in the background, one after the other.
+
+    Args:
+        folder: `checkpoints` of a run. keep: newest states that stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    def write(
+        self, step: int, state: dict[str, Any], about: dict[str, Any], weights: Mapping[str, dict[str, Any]]
+    ) -> None:
+        """Start writing.
+
+        Args:
+            step: optimizer steps done; names the folder.
+            state: content of `state.pt`, tensors on the CPU that nobody changes any more.
+            about: more for `about.json`.
+            weights: content of weights files by their name.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._write, step, state, about, weights)
+
+    def wait(self) -> None:
+        """Return when all is on disk.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _write(self, step: int, state: dict, about: dict, weights: Mapping[str, dict[str, Any]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, content in weights.items():
+            save_weights(self.folder / name, content)
+        for left_over in self.folder.glob("*.partial"):
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        partial, final = self.folder / f"step-{step:08d}.partial", self.folder / f"step-{step:08d}"
+        partial.mkdir()
+        _save_synced({"format": FORMAT, **state}, partial / "state.pt")
+        size, digest = (partial / "state.pt").stat().st_size, _digest(partial / "state.pt")
+        _write_synced(json.dumps({**about, "step": step, "bytes": size, HASH: digest}), partial / "about.json")
+        shutil.rmtree(final, ignore_errors=True)  # a resumed run may come by here again
+        partial.rename(final)
+        _sync(self.folder)
+        kept = states(self.folder)[: self.keep]
+        for folder in self.folder.glob("step-*"):
+            if folder not in kept:  # old, or half removed when the run was killed
+                shutil.rmtree(folder)
+
+
+def states(folder: Path) -> list[Path]:
+    """Folders of complete states, the newest first."""
+    return sorted((path.parent for path in folder.glob(STATES)), reverse=True)
+
+
+def find_state(folder: Path) -> Path:
+    """The newest state that is whole; damaged ones are named in the log.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = states(folder)
+    for path in found:
+        fault = _fault(path)
+        if fault is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s): going back to the one before", path, fault)
+    damaged = f"; all {len(found)} there are damaged" if found else "; the run ended before it wrote one"
+    raise ValueError(f"--resume: no checkpoint in {folder}{damaged}")
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The content of a state, onto the CPU, without running code from the file."""
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    if state.get("format") != FORMAT:
+        raise ValueError(f"--resume: {path} has format {state.get('format')}, this program reads {FORMAT}")
+    return state
+
+
+def save_weights(path: Path, content: dict[str, Any]) -> None:
     """Write weights for evaluation and prediction.
 
     Args:
-        path: the `.pt` file. model: the plain module. about: plain values: configuration, coding, metrics.
+        path: the `.pt` file.
+        content: "weights", a state dict, and plain values about them: configuration, coding, metrics.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save({"format": FORMAT, "weights": model.state_dict(), **about}, partial)
+    _save_synced({"format": FORMAT, **content}, partial)
     os.replace(partial, path)
 
 
@@ -56,46 +151,41 @@ def load_weights(path: Path) -> dict[str, Any]:
     return content
 
 
-def save_state(engine: Any, folder: Path, state: dict[str, Any], ranks: Ranks, zero_stage: int) -> None:
-    """Write `folder/last` on every rank: weights, optimizer, schedule and `state` (plain values)."""
-    engine.save_checkpoint(str(folder), tag="last.partial", client_state=state, save_latest=False)
-    dist.barrier()
-    if ranks.is_first:
-        partial, last, previous = (folder / name for name in ("last.partial", "last", "last.previous"))
-        (partial / "ranks.json").write_text(json.dumps({"world_size": ranks.world_size, "zero_stage": zero_stage}))
-        shutil.rmtree(previous, ignore_errors=True)
-        if last.exists():
-            last.rename(previous)
-        partial.rename(last)
-        shutil.rmtree(previous, ignore_errors=True)
-    dist.barrier()
-
-
-def load_state(engine: Any, folder: Path, ranks: Ranks, zero_stage: int) -> dict[str, Any]:
-    """Load `folder/last` into the engine, or the one before where a crash came between the two moves.
-
-    Returns:
-        The `state` that was saved.
-
-    Raises:
-        ValueError: neither is there; saved by another number of ranks or at another ZeRO stage; another model.
-    """
-    tag = next((tag for tag in ("last", "last.previous") if (folder / tag / "ranks.json").is_file()), None)
-    if tag is None:
-        raise ValueError(f"--resume: no checkpoint in {folder}; the run ended before it wrote one")
-    saved = json.loads((folder / tag / "ranks.json").read_text())
-    found = {"world_size": ranks.world_size, "zero_stage": zero_stage}
-    if saved != found and (saved["zero_stage"] or zero_stage):
-        raise ValueError(
-            f"--resume: {folder / tag} was saved by {saved['world_size']} rank(s) at ZeRO stage {saved['zero_stage']}, "
-            f"this is {found['world_size']} at stage {found['zero_stage']}; optimizer states are sharded by both, so "
-            "resume with the same --num_gpus and --train.zero_stage"
-        )
-    if saved != found:
-        log.warning("saved by %d rank(s), resumed by %d: a step now has another number of crops",
-                    saved["world_size"], found["world_size"])  # fmt: skip
+def _fault(path: Path) -> str | None:
+    """What is wrong with a state, or None."""
     try:
-        _, state = engine.load_checkpoint(str(folder), tag=tag)
-    except RuntimeError as error:
-        raise ValueError(f"--resume: {folder / tag} holds the weights of another model: {error}") from error
-    return state
+        about = json.loads((path / "about.json").read_text())
+        size = (path / "state.pt").stat().st_size
+        if size != about["bytes"]:
+            return f"state.pt has {size} bytes, not {about['bytes']}"
+        return None if _digest(path / "state.pt") == about[HASH] else "state.pt has another content than was written"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, HASH).hexdigest()
+
+
+def _save_synced(content: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_synced(text: str, path: Path) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Have the folder's entries on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

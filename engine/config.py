@@ -27,6 +27,8 @@ from pipelines.volumes import Residence
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+STATES = "step-????????/about.json"
+"""Below `checkpoints`: one for each state that a run can go on from."""
 CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
 
 
@@ -145,6 +147,10 @@ class OptimConfig:
     """Learning rate after the warm-up: constant, or a cosine to zero at the last step."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
+    grad_clip: float = 0.0
+    """Largest norm of all gradients together; a step with more is scaled down. 0: no limit."""
+    ema_decay: float = 0.0
+    """Validate and keep an exponential moving average of the weights, e.g. 0.999; 0: the weights themselves."""
 
 
 @dataclass
@@ -154,17 +160,34 @@ class TrainConfig:
     epochs: int = 180
     """Passes over the training cases."""
     batch_size: int = 2
-    """Crops per rank and step."""
+    """Crops per rank and pass."""
+    accumulate_steps: int = 1
+    """Passes whose gradients are averaged in one optimizer step."""
     save_every_steps: int = 0
-    """Write a checkpoint after so many steps too; 0: after validations alone."""
+    """Write a checkpoint after so many optimizer steps too; 0: after validations alone."""
+    keep_checkpoints: int = 2
+    """Checkpoints to resume from that are kept, the newest; the one before steps in where the newest is damaged."""
     val_every_epochs: int = 5
     """Validate after this many epochs, and after the last."""
     validation: Literal["center_crop", "full_volume"] = "center_crop"
     """Dice on the centre crop of the tutorial, or by sliding window on the full prepared volume."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16: torch autocast; weights, losses and Dice stay in float32."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO stage."""
+    patience: int = 0
+    """Stop after so many validations without a better mean Dice; 0: never."""
+    precision: Literal["float32", "tf32", "bf16", "fp16"] = "float32"
+    """tf32: float32 with products in TF32 on a GPU; bf16, fp16: torch autocast, fp16 with loss scaling. Weights,
+    gradients, losses and Dice are float32 in each."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: 1 shards the optimizer's states over ranks, 2 the gradients too, 3 the weights too."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON file; what it sets goes before the options here."""
+    compile: bool = False
+    """Compile the network with torch.compile; validation runs it as it is."""
+    cuda_graph: bool = False
+    """Replay forward and backward as one CUDA graph: for small batches, where launches take longer than the work."""
+    deterministic: bool = False
+    """The same bits at each run on a GPU too, from slower algorithms; a CPU's are the same in any case."""
+    max_skipped_steps: int = 10
+    """Give up, with a diagnosis, after so many steps in a row whose gradients are not finite."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     seed: int = 0
@@ -185,7 +208,8 @@ class Config:
     run_dir: Path | None = None
     """Folder of logs, checkpoints and pictures. None: `runs/<config>-<model>-<time>`."""
     resume: str | None = None
-    """Continue a run: its folder; alone or `auto`: `run_dir`, or the newest folder in `runs/`."""
+    """Continue a run: its folder; alone or `auto`: `run_dir`, begun if it has no checkpoint yet, or else the newest
+    folder in `runs/`."""
 
     def __post_init__(self) -> None:
         """Refuse what can be known to be wrong before any work is done."""
@@ -198,9 +222,15 @@ class Config:
             "optim.lr": 0,
             "optim.weight_decay": 0,
             "optim.warmup_steps": 0,
+            "optim.grad_clip": 0,
+            "optim.ema_decay": 0,
             "train.epochs": 1,
             "train.batch_size": 1,
+            "train.accumulate_steps": 1,
             "train.save_every_steps": 0,
+            "train.keep_checkpoints": 1,
+            "train.patience": 0,
+            "train.max_skipped_steps": 1,
             "train.seed": 0,
             "train.val_every_epochs": 1,
         }
@@ -215,6 +245,8 @@ class Config:
                 raise ValueError(f"--data.{name} {value} must lie between 0 and 1")
         if self.data.workers is not None and self.data.workers < 1:
             raise ValueError(f"--data.workers {self.data.workers} must be at least 1; leave it out for one per core")
+        if self.optim.ema_decay >= 1:
+            raise ValueError(f"--optim.ema_decay {self.optim.ema_decay} must be below 1, e.g. 0.999")
         if self.data.download and self.data.root is None:
             raise ValueError("--data.download needs --data.root, the folder that the scans go to")
         if self.data.unprepared and self.data.skip_faulty:
@@ -271,32 +303,41 @@ def parse_config(parser: ArgumentParser, args: list[str] | None = None) -> tuple
     first.add_argument("--local_rank", type=int)  # the DeepSpeed launcher passes it; the environment says the same
     known, rest = first.parse_known_args(sys.argv[1:] if args is None else args)
     named = {arg.split("=")[0] for arg in rest}
-    if known.resume:
-        run_dir = find_run(known.resume, rest)
+    run_dir = find_run(known.resume, rest) if known.resume else None
+    if run_dir:
         rest = ["--config", str(run_dir / "config.yaml"), *rest, "--run_dir", str(run_dir)]
     elif not named & {"--config", "--data", "--data.root", "--help", "-h"}:
         rest = ["--config", str(CONFIGS / "demo.yaml"), *rest]
     namespace = parser.parse_args(rest)
     values = parser.instantiate(namespace)
     fields = {item.name: values[item.name] for item in dataclasses.fields(Config)}
-    config = Config(**fields | {"resume": known.resume})
+    config = Config(**fields | {"resume": known.resume if run_dir else None})
     if config.run_dir is None:
         source = Path(str(namespace.config[0])).stem if namespace.config else "run"
         config.run_dir = Path("runs") / f"{source}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return config, namespace
 
 
-def find_run(resume: str, args: list[str]) -> Path:
-    """The run folder that `--resume` means: named itself, by `--run_dir`, or the newest in `runs/`."""
+def find_run(resume: str, args: list[str]) -> Path | None:
+    """The run folder that `--resume` means: named itself, by `--run_dir`, or the newest in `runs/`.
+
+    None for `auto` with a `--run_dir` that has no checkpoint yet: a job that is started again whenever it was stopped
+    can always be given both.
+
+    Raises:
+        ValueError: no run to go on with.
+    """
     if resume != "auto":
         run_dir = Path(resume)
     else:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--run_dir", type=Path)
         run_dir = parser.parse_known_args(args)[0].run_dir
+        if run_dir is not None and not any(run_dir.glob(f"checkpoints/{STATES}")):
+            return None
         if run_dir is None:
-            saved = sorted(Path("runs").glob("*/checkpoints/last"), key=lambda path: path.stat().st_mtime)
-            run_dir = saved[-1].parent.parent if saved else Path("runs")
+            saved = sorted(Path("runs").glob(f"*/checkpoints/{STATES}"), key=lambda path: path.stat().st_mtime)
+            run_dir = saved[-1].parent.parent.parent if saved else Path("runs")
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"--resume: no run with a checkpoint in {run_dir}; give the folder that a run wrote")
     return run_dir

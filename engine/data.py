@@ -5,11 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from engine.config import DataConfig, cache_dir
+import torch
+
+from engine.config import Config, DataConfig, cache_dir
+from engine.distributed import Ranks
 from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
+from pipelines.loaders import CropLoader, TrainLoader, ValLoader
 from pipelines.phantom import FORMAT, make_phantoms
+from pipelines.raw import RawLoader
 from pipelines.store import Store, prepare
 
 log = logging.getLogger(__name__)
@@ -81,3 +87,45 @@ def load_data(config: DataConfig) -> Data:
     if not train:
         raise DataError("every training case has a fault and was left out (--data.skip_faulty): nothing to train on")
     return Data(store, train, val)
+
+
+def make_loaders(config: Config, ranks: Ranks, data: Data) -> tuple[CropLoader, ValLoader | None]:
+    """This rank's training crops, and its validation cases where there are any.
+
+    Raises:
+        ValueError: as the loaders say.
+    """
+    settings, on_gpu = config.data, ranks.device.type == "cuda"
+    shard: dict[str, Any] = {
+        "device": "gpu" if on_gpu else "cpu",
+        "device_id": ranks.local_rank if on_gpu else None,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "pad": settings.pad,
+        # A GPU's convolutions want the channels last in memory, a CPU's first.
+        "memory_format": torch.channels_last_3d if on_gpu else torch.contiguous_format,
+    }
+    crops: dict[str, Any] = {
+        "names": data.train,
+        "crop_size": settings.crop_size_voxels,
+        "batch_size": config.train.batch_size,
+        "accumulate_steps": config.train.accumulate_steps,
+        "seed": config.train.seed,
+        "crops_per_case": settings.crops_per_case,
+        "foreground_prob": settings.foreground_prob,
+        "extras": settings.augment,
+        # Autocast rounds the input of the first convolutions in any case; so half the bytes come.
+        "dtype": torch.bfloat16 if on_gpu and config.train.precision == "bf16" else torch.float32,
+        **shard,
+    }
+    train: CropLoader
+    if data.scans is None:
+        crops |= {"residence": settings.residence, "ranks_on_node": ranks.ranks_on_node}
+        train = TrainLoader(data.store, **crops)
+    else:
+        train = RawLoader(data.scans, spacing_mm=settings.spacing_mm, **crops)
+    if not data.val:
+        return train, None
+    full = config.train.validation == "full_volume"
+    size = None if full else settings.crop_size_voxels
+    return train, ValLoader(data.store, data.val, size, normalise=not full, **shard)

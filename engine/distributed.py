@@ -1,23 +1,33 @@
-"""Ranks, devices and DeepSpeed.
+"""Ranks and devices.
 
-One process per GPU (or per `--num_gpus` on a CPU). The `deepspeed` launcher and `torchrun` say through the environment
-which rank a process is; without them there is one rank, which needs neither a port nor MPI. PyTorch's process group is
-made here and DeepSpeed takes it as it is: NCCL on GPUs, gloo on a CPU.
+One process per GPU (or per `--num_gpus` on a CPU). The `deepspeed` launcher, `torchrun` and SLURM's `srun` say through
+the environment which rank a process is; without them there is one rank, which needs neither a port nor MPI. PyTorch's
+process group is made here and DeepSpeed takes it as it is: NCCL on GPUs, gloo on a CPU.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
 PREPARATION_LIMIT = timedelta(hours=12)  # one rank of a node prepares the data while the others wait
+
+
+class Place(NamedTuple):
+    """What a launcher says of a process: its rank of so many, and its local rank of so many on this node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    ranks_on_node: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,39 @@ class Ranks:
         return self.rank == 0
 
 
+class PeerFailed(ValueError):
+    """Another rank could not do its part; that rank tells why."""
+
+
+def read_place(variables: Mapping[str, str] | None = None) -> Place:
+    """The place of this process, from the variables of `torchrun` and `deepspeed`, or else of SLURM's `srun`.
+
+    SLURM's are heeded where `MASTER_ADDR` is given: a shell inside an allocation has them too.
+
+    Args:
+        variables: None takes the process's environment.
+
+    Raises:
+        ValueError: variables that are missing, no numbers, or contradict each other.
+    """
+    variables = os.environ if variables is None else variables
+    if "RANK" in variables:
+        on_node = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in variables), "WORLD_SIZE")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", on_node)
+        rank, world_size, ranks_on_node = (_number(name, variables) for name in ("RANK", "WORLD_SIZE", on_node))
+        return _checked(Place(rank, world_size, _number("LOCAL_RANK", variables, 0), ranks_on_node), names)
+    if "MASTER_ADDR" in variables and _number("SLURM_NTASKS", variables, 1) > 1:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        rank, world_size, local_rank = (_number(name, variables) for name in names[:3])
+        return _checked(Place(rank, world_size, local_rank, _tasks_on_node(variables)), names)
+    if _number("WORLD_SIZE", variables, 1) > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {variables['WORLD_SIZE']} and RANK is not set: start every rank by deepspeed, torchrun or "
+            "srun, or unset WORLD_SIZE to train on one"
+        )
+    return Place()
+
+
 def init_ranks(device: str = "auto") -> Ranks:
     """Join the process group.
 
@@ -48,25 +91,36 @@ def init_ranks(device: str = "auto") -> Ranks:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
 
     Raises:
-        ValueError: "cuda" without a GPU that PyTorch can use.
+        ValueError: "cuda" without a GPU that PyTorch can use; more ranks on this node than GPUs; variables of a
+            launcher that contradict each other.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--train.device cuda: PyTorch sees no GPU here; use --train.device auto or cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if not use_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is first imported
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on the variable
+    place = read_place()
+    export(place)
     if use_cuda:
-        torch.cuda.set_device(local_rank)
+        _check_gpu(place, torch.cuda.device_count())
+        torch.cuda.set_device(place.local_rank)
     backend = "nccl" if use_cuda else "gloo"
     if not dist.is_initialized():
-        if world_size == 1:
+        if place.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend)
-    computes_on = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    return Ranks(rank, world_size, local_rank, computes_on, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    computes_on = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
+    return Ranks(place.rank, place.world_size, place.local_rank, computes_on, place.ranks_on_node)
+
+
+def export(place: Place) -> None:
+    """Set the variables that PyTorch and DeepSpeed read, whichever launcher started this process."""
+    os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed insists on it, of one rank too
+    if place.world_size > 1:
+        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(place.rank), str(place.world_size)
+        os.environ["LOCAL_WORLD_SIZE"] = str(place.ranks_on_node)
+        os.environ.setdefault("MASTER_PORT", "29500")  # PyTorch's own choice; srun sets none
 
 
 def gather(value: T, ranks: Ranks) -> list[T]:
@@ -82,7 +136,7 @@ def first_on_node(work: Callable[[], T], ranks: Ranks) -> T:
     """Run `work` on one rank of each node, and on the others when it is done there, so that they find it done.
 
     Raises:
-        ValueError, OSError: as `work` raised it; a ValueError with its message on the other ranks.
+        ValueError, OSError: as `work` raised it; `PeerFailed` with its message on the other ranks.
         TimeoutError: a rank was lost, or one is at work for longer than `PREPARATION_LIMIT`.
     """
     result: T | None = None
@@ -104,47 +158,63 @@ def first_on_node(work: Callable[[], T], ranks: Ranks) -> T:
             ) from error
         dist.destroy_process_group(group)
         elsewhere = next((message for message in messages if message), None)
-        failure = failure or (ValueError(elsewhere) if elsewhere else None)
+        failure = failure or (PeerFailed(elsewhere) if elsewhere else None)
     if failure:
         raise failure
     return result if result is not None else work()
 
 
-def deepspeed_engine(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    batch_size: int,
-    zero_stage: int,
-) -> Any:
-    """The model under DeepSpeed: gradients averaged over ranks, optimizer states sharded from ZeRO 1 on.
+def _number(name: str, variables: Mapping[str, str], default: int | None = None) -> int:
+    """A variable's value; it must be set where there is no default."""
+    value = variables.get(name, default)
+    try:
+        return int(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        found = "not set" if value is None else f"{value!r}, which is no number"
+        raise ValueError(f"{name} is {found}: deepspeed, torchrun and srun set it for each rank") from error
 
-    Args:
-        model: float32 weights, on the device already.
-        optimizer: of its parameters. schedule: of the optimizer, stepped by the engine after each step.
-        batch_size: crops per rank and step.
-        zero_stage: 0, 1 or 2.
 
-    Returns:
-        `deepspeed.DeepSpeedEngine`.
+def _tasks_on_node(variables: Mapping[str, str]) -> int:
+    """How many tasks of the step are on this node; SLURM writes "4(x2),3" for 4, 4 and 3."""
+    listed = variables.get("SLURM_STEP_TASKS_PER_NODE")
+    if listed is None:
+        return _number("SLURM_NTASKS_PER_NODE", variables)
+    counts: list[int] = []
+    for part in listed.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE is {listed!r}, which should read like 4(x2),3")
+        counts += [int(match[1])] * int(match[2] or 1)
+    node = _number("SLURM_NODEID", variables, 0)
+    if node >= len(counts):
+        raise ValueError(f"SLURM_NODEID is {node}, and SLURM_STEP_TASKS_PER_NODE {listed!r} lists {len(counts)} nodes")
+    return counts[node]
+
+
+def _checked(place: Place, names: tuple[str, ...]) -> Place:
+    """The place, if its numbers can be true together.
+
+    Raises:
+        ValueError: naming the two variables that can't.
     """
-    import deepspeed
-    import deepspeed.ops
+    for few, many in ((0, 1), (2, 3)):
+        if not 0 <= place[few] < place[many]:
+            raise ValueError(
+                f"{names[few]} is {place[few]} and {names[many]} {place[many]}: ranks count from 0 to one less than "
+                "there are; is a variable left over from another job? unset it"
+            )
+    if place.ranks_on_node > place.world_size:
+        raise ValueError(
+            f"{names[3]} is {place.ranks_on_node} and {names[1]} {place.world_size}: a node can't hold more ranks than "
+            "there are; is a variable left over from another job? unset it"
+        )
+    return place
 
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        # Left to itself, DeepSpeed probes all its ops at start and compiles this one, for which it wants ninja and a
-        # C++ compiler on PATH.
-        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        config={
-            "train_micro_batch_size_per_gpu": batch_size,
-            "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": zero_stage},
-            "gradient_clipping": 0.0,  # DeepSpeed 0.19 clips at norm 1.0 unless told otherwise
-            "steps_per_print": 1_000_000_000,  # the trainer logs
-        },
-    )
-    return engine
+
+def _check_gpu(place: Place, gpus: int) -> None:
+    if place.local_rank >= gpus:
+        raise ValueError(
+            f"local rank {place.local_rank} has no GPU: there are {place.ranks_on_node} ranks on this node and PyTorch "
+            f"sees {gpus} GPU(s) (CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start as "
+            "many ranks as GPUs, and under SLURM let each task see all of its node (--gres, not --gpus-per-task)"
+        )

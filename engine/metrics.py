@@ -27,6 +27,11 @@ class CaseDice:
     predicted: tuple[int, ...]
     truth: tuple[int, ...]
 
+    @classmethod
+    def of(cls, name: str, counts: torch.Tensor) -> CaseDice:
+        """From what `count_voxels` gave; waits for it."""
+        return cls(name, *(tuple(row) for row in counts.tolist()))
+
     def dice(self, empty_as_one: bool = False) -> tuple[float, ...]:
         """Dice per region; where the truth is empty NaN, or the challenge's 1 (nothing predicted) or 0."""
 
@@ -38,8 +43,8 @@ class CaseDice:
         return tuple(map(one, self.intersection, self.predicted, self.truth))
 
 
-def case_dice(name: str, prediction_RXYZ: torch.Tensor, truth_RXYZ: torch.Tensor) -> CaseDice:
-    """Count one case's voxels.
+def count_voxels(name: str, prediction_RXYZ: torch.Tensor, truth_RXYZ: torch.Tensor) -> torch.Tensor:
+    """Voxels of the intersection, the prediction and the truth by region: int64 (3, R), on the masks' device.
 
     Args:
         name: of the case.
@@ -54,8 +59,12 @@ def case_dice(name: str, prediction_RXYZ: torch.Tensor, truth_RXYZ: torch.Tensor
             "same shape (regions, X, Y, Z)"
         )
     axes = (1, 2, 3)
-    counts = torch.stack([(prediction_RXYZ & truth_RXYZ).sum(axes), prediction_RXYZ.sum(axes), truth_RXYZ.sum(axes)])
-    return CaseDice(name, *(tuple(row) for row in counts.tolist()))
+    return torch.stack([(prediction_RXYZ & truth_RXYZ).sum(axes), prediction_RXYZ.sum(axes), truth_RXYZ.sum(axes)])
+
+
+def case_dice(name: str, prediction_RXYZ: torch.Tensor, truth_RXYZ: torch.Tensor) -> CaseDice:
+    """Count one case's voxels; arguments and errors as in `count_voxels`."""
+    return CaseDice.of(name, count_voxels(name, prediction_RXYZ, truth_RXYZ))
 
 
 def summarise(cases: list[CaseDice], empty_as_one: bool = False) -> dict[str, Any]:

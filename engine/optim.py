@@ -1,34 +1,106 @@
-"""AdamW and the learning rate by step.
+"""AdamW that looks at its gradients before it takes a step, and the learning rate by step.
 
-torch's AdamW, fused where it can be: DeepSpeed's own builds for minutes and is no faster on these models. A parameter
-that never gets a gradient is never decayed, as with plain AdamW.
+A step without waiting for the device: the norm of all gradients is a tensor, and so is whether it is finite. The fused
+AdamW of torch takes both, `grad_scale` to divide the gradients by (the loss's scale, and what clipping asks for) and
+`found_inf` to leave everything as it is. Under ZeRO, DeepSpeed gives this optimizer flat shards in place of the
+parameters; then the norm is summed over ranks. So all stages and precisions share this one way, DeepSpeed's own
+clipping, loss scaling and checks are off, and the host reads the results a step later, with the losses.
+
+torch's AdamW and not DeepSpeed's, which builds for minutes and is no faster on these models.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+import torch.distributed as dist
 
 from engine.config import OptimConfig
 
-
-def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters, fused on a GPU."""
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+FIRST_SCALE = 2.0**16  # of the loss in fp16
+GROWTH_INTERVAL = 2000  # steps with finite gradients before the scale is doubled, as in torch.amp.GradScaler
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
-    """Learning rate of step 0, 1, ... `total_steps` - 1: linear warm-up, then constant or a cosine towards zero."""
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW that clips, unscales, and leaves out a step whose gradients are not finite.
 
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / (config.warmup_steps + 1)
-        if config.schedule == "constant":
-            return 1.0
-        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    Args:
+        parameters: float32.
+        config: learning rate, weight decay, clipping.
+        scales_loss: dynamic loss scaling, for fp16: multiply the loss by `scale` before its backward.
+        is_sharded: each rank holds other elements of the gradients (ZeRO 1 and up, several ranks).
 
-    return LambdaLR(optimizer, factor)
+    Attributes:
+        scale: of the loss, float32 (); 1 without loss scaling.
+        norm: of the gradients of the last step, before clipping, float32 ().
+        found_inf: 1 where the last step was left out, else 0, float32 ().
+        in_row: steps left out in a row, float32 (); with loss scaling those alone that a lower scale can't help.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        config: OptimConfig,
+        scales_loss: bool = False,
+        is_sharded: bool = False,
+    ) -> None:
+        parameters = list(parameters)
+        super().__init__(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        device = parameters[0].device
+        self.grad_clip, self.scales_loss, self.is_sharded = config.grad_clip, scales_loss, is_sharded
+        self.scale = torch.full((), FIRST_SCALE if scales_loss else 1.0, device=device)
+        self.norm, self.found_inf, self.in_row = (torch.zeros((), device=device) for _ in range(3))
+        self._growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step from the gradients that are there."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        total = torch.linalg.vector_norm(norms)
+        if self.is_sharded:
+            total = total.square()
+            dist.all_reduce(total)
+            total = total.sqrt()
+        self.norm = total / self.scale
+        self.found_inf = 1 - torch.isfinite(total).float()
+        self.grad_scale = self.scale.clone()
+        if self.grad_clip:
+            self.grad_scale *= (self.norm / self.grad_clip).nan_to_num(1.0, 1.0).clamp(min=1)
+        super().step()
+        self._note()
+
+    @torch.no_grad()
+    def skip(self) -> None:
+        """Take note of a step that was left out before it came here (DeepSpeed's ZeRO 3 looks at the norm itself)."""
+        self.found_inf = torch.ones_like(self.found_inf)
+        self._note()
+
+    def scalars(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the moments."""
+        return {"scale": float(self.scale), "growth": int(self._growth), "in_row": float(self.in_row)}
+
+    def load_scalars(self, values: dict[str, Any]) -> None:
+        """Take `scalars` back."""
+        self.scale.fill_(values["scale"] if self.scales_loss else 1.0)
+        self._growth.fill_(values["growth"])
+        self.in_row.fill_(values["in_row"])
+
+    def _note(self) -> None:
+        final = self.found_inf if not self.scales_loss else self.found_inf * (self.scale <= 1)
+        self.in_row = (self.in_row + final) * self.found_inf
+        if self.scales_loss:
+            torch._amp_update_scale_(self.scale, self._growth, self.found_inf, 2.0, 0.5, GROWTH_INTERVAL)
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Rate of step 0, 1, ... `total_steps` - 1: linear warm-up, then constant or a cosine towards zero."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -84,7 +84,6 @@ class TrainingProgress:
         )  # fmt: skip
         self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, detail="")
         self.times: deque[float] = deque(maxlen=50)
-        self.loss: torch.Tensor | None = None
         self.last_line = time.perf_counter()
 
     def __enter__(self) -> TrainingProgress:
@@ -94,22 +93,25 @@ class TrainingProgress:
     def __exit__(self, *failure: Any) -> None:
         self.bar.__exit__(*failure)
 
-    def step(self, loss: torch.Tensor, samples: int) -> None:
-        """After a step over `samples` crops of all ranks; the loss shown is the one before, so nothing waits for it."""
-        shown, self.loss = self.loss, loss
-        self.done += 1
+    def step(self, loss: float | None, done: int, samples: int) -> None:
+        """After a pass over `samples` crops of all ranks.
+
+        Args:
+            loss: of the pass before, for nothing waits for this one's. done: optimizer steps so far.
+        """
+        self.done = done
         now = time.perf_counter()
         self.times.append(now)
-        if not self.is_shown or shown is None or len(self.times) < 2:
+        if not self.is_shown or loss is None or len(self.times) < 2:
             return
         rate = (len(self.times) - 1) / (self.times[-1] - self.times[0])
         if self.is_live:
-            detail = f"loss {shown.item():.3f}  {rate * samples:.2f} samples/s"
+            detail = f"loss {loss:.3f}  {rate * samples:.2f} samples/s"
             self.bar.update(self.task, description="training", completed=self.done, detail=detail)
         elif now - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = now
             left = (self.total - self.done) / rate
-            log.info("step %d/%d  loss %.3f  %.2f samples/s  %.0f min left", self.done, self.total, shown.item(),
+            log.info("step %d/%d  loss %.3f  %.2f samples/s  %.0f min left", self.done, self.total, loss,
                      rate * samples, left / 60)  # fmt: skip
 
     def validating(self, done: int) -> None:
@@ -132,3 +134,37 @@ class TrainingProgress:
             self.bar.console.print(line, highlight=False)
         else:
             log.info(line)
+
+
+class LateValues:
+    """Numbers of a step, read when the next one is under way, so that nothing waits for them.
+
+    `push` takes a tensor with the values of a step and returns those of the step before; `last` the last ones.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+
+    def push(self, values: torch.Tensor) -> list[float] | None:
+        """Values of the step before, None at the first."""
+        before = self.last()
+        event = None
+        if values.is_cuda:
+            # Page-locked memory: a copy to other memory would wait for the step.
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            values = host
+        self.waiting = (values, event)
+        return before
+
+    def last(self) -> list[float] | None:
+        """Values of the newest step that was pushed, waited for; None where they were read already."""
+        waiting, self.waiting = self.waiting, None
+        if waiting is None:
+            return None
+        values, event = waiting
+        if event is not None:
+            event.synchronize()
+        return values.tolist()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-import warnings
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,10 @@ from engine import checkpoint, metrics, report
 from engine.config import Config, ModelConfig, to_dict
 from engine.data import Data, load_data
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
+from engine.failure import Watch, join_watch
 from engine.progress import percent
 from engine.trainer import Trainer
+from engine.watch import STOP_SIGNALS, Interrupted, Preempted
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import build_model, check_img_size, parameter_count
@@ -31,27 +34,61 @@ log = logging.getLogger(__name__)
 
 
 def start_run(read: Callable[[], Config]) -> int:
-    """Run a command's work; returns the exit status.
+    """Run a command's work; returns the exit status, or ends the process where one of several ranks fails.
 
     A user's mistake (`ValueError`: a bad value, a faulty scan) becomes one line on standard error and status 2; the
-    traceback goes to the run's log. Ctrl-C says how to go on.
+    traceback goes to the run's log. Ctrl-C (130) and a signal that stops training (75) say how to go on. Of several
+    ranks, the first to fail gives the line and the status of all.
     """
     config: Config | None = None
+    watch: Watch | None = None
+    status, line = 0, ""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not (watch and watch.is_ending):
+            raise Interrupted(signal.Signals(number).name)
+
+    handlers = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
+        watch = join_watch()
         config = read()
         run(config)
-    except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except Preempted as stop:
+        status, line = _told(stop, config)
+        log.debug(line)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         log.debug("traceback", exc_info=True)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {_how_to_go_on(config)}", file=sys.stderr)
-        return 130
+        status, line = _told(error, config)
+        if watch and status:
+            watch.fail(error, line, status)
+        if watch:
+            watch.close()
+        if not isinstance(error, ValueError | OSError | KeyboardInterrupt):
+            raise
+        line = f"error: {line}" if status == 2 else line
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if watch:
+        watch.close()
+    if line and (watch is None or watch.rank == 0):
+        print(line, file=sys.stderr)
+    return status
+
+
+def _told(error: BaseException, config: Config | None) -> tuple[int, str]:
+    """Exit status and words for the user."""
+    if isinstance(error, ValueError | OSError):
+        return 2, str(error)
+    if isinstance(error, Preempted | Interrupted):
+        return os.EX_TEMPFAIL, f"stopped by {error}; {_how_to_go_on(config)}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"\ninterrupted; {_how_to_go_on(config)}"
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0, "the command line was refused, see above"
+    return 1, f"{type(error).__name__}: {error}"
 
 
 def run(config: Config) -> None:
@@ -69,11 +106,8 @@ def run(config: Config) -> None:
     run_dir = config.run_dir
     assert run_dir is not None
 
-    def begin() -> Data:
-        _start_log(run_dir, ranks)
-        return load_data(config.data)
-
-    data = first_on_node(begin, ranks)
+    _start_log(run_dir, ranks)
+    data = first_on_node(lambda: load_data(config.data), ranks)
     torch.manual_seed(config.train.seed)
     model = make_model(config, channels=len(data.store.modalities))
     log.info(
@@ -121,14 +155,13 @@ def make_model(config: Config, channels: int) -> torch.nn.Module:
 
 def finish(trainer: Trainer, run_dir: Path) -> None:
     """Pictures, page and the closing table, from the best weights."""
-    best = run_dir / "checkpoints" / "best.pt"
-    if best.is_file():
-        trainer.model.load_state_dict(checkpoint.load_weights(best)["weights"])
     pictures = ["curves.png", "samples.png"]
-    example = next(iter(trainer.val_loader), None)
+    example = next(iter(trainer.val_loader or ()), None)
     if example:
-        name, image, labels = example
-        prediction, truth = trainer.predict(image), trainer.truth(labels)
+        name, (image, labels) = example[0], (part.to(trainer.ranks.device) for part in example[1:])
+        with torch.no_grad():
+            prediction = trainer.masks(_best_network(trainer), image)
+        truth = region_masks(labels, trainer.regions)[0]
         dice = metrics.case_dice(name, prediction, truth).dice()
         scan, truth_masks, predicted = (report.as_numpy(array) for array in (image[0, 0], truth, prediction))
         report.draw_prediction(name, scan, truth_masks, predicted, dice, run_dir / "prediction.png")
@@ -138,6 +171,15 @@ def finish(trainer: Trainer, run_dir: Path) -> None:
     page = report.write_html(run_dir, to_dict(trainer.config), summary, pictures)
     _print_table(summary)
     print(f"pictures, logs and checkpoints: {run_dir}\nopen {page}")
+
+
+def _best_network(trainer: Trainer) -> torch.nn.Module:
+    """A network of its own, for the trained one may be sharded over ranks."""
+    folder = trainer.run_dir / "checkpoints"
+    path = folder / "best.pt" if (folder / "best.pt").is_file() else folder / "last.pt"
+    network = make_model(trainer.config, channels=len(trainer.data.store.modalities))
+    network.load_state_dict(checkpoint.load_weights(path)["weights"])
+    return network.to(trainer.ranks.device).eval()
 
 
 def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:
@@ -166,25 +208,34 @@ def _print_table(summary: dict) -> None:
 
 
 def _start_log(run_dir: Path, ranks: Ranks) -> None:
-    """Lines on the terminal and everything in `run.log`, from the first rank alone."""
-    if not ranks.is_first:
-        warnings.simplefilter("ignore")
-        logging.lastResort = None
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
+    """Everything in a file, and lines on the terminal from the first rank alone.
+
+    The file is `run.log`, the first rank's; of several ranks each also writes one of its own, `logs/rank-0003.log`.
+    """
+    (run_dir / "logs" if ranks.world_size > 1 else run_dir).mkdir(parents=True, exist_ok=True)
+    files = [run_dir / "logs" / f"rank-{ranks.rank:04d}.log"] if ranks.world_size > 1 else []
+    handlers: list[logging.Handler] = []
+    if ranks.is_first:
+        files.append(run_dir / "run.log")
+        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers[0].setLevel(logging.INFO)
+    for file in files:
+        handler = logging.FileHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(handler)
     logging.captureWarnings(True)
-    terminal, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "run.log")
-    terminal.setLevel(logging.INFO)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("engine", "models", "pipelines", "py.warnings"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.DEBUG)
-        logger.handlers = [terminal, file]
+        logging.getLogger(name).setLevel(logging.DEBUG)
+        if ranks.is_first:
+            logging.getLogger(name).handlers = list(handlers)
+    if not ranks.is_first:
+        logging.getLogger().handlers = handlers  # with the warnings of other packages, too
 
 
 def _how_to_go_on(config: Config | None) -> str:
-    if config and config.run_dir and (config.run_dir / "checkpoints" / "last").is_dir():
-        return f"the same command with --resume {config.run_dir} continues from its last checkpoint"
+    saved = checkpoint.states(config.run_dir / "checkpoints") if config and config.run_dir else []
+    if config and saved:
+        return f"{saved[0]} is saved; the same command with --resume {config.run_dir} continues from it"
     return (
         "there is no checkpoint yet (they are written at validations, and every --train.save_every_steps): start again"
     )

@@ -1,45 +1,51 @@
 """The training loop: crops in, weights and a table of Dice out.
 
-An epoch draws `crops_per_case` crops of every training case; a step is forward, Dice + CE, backward and AdamW under
-DeepSpeed. Every few epochs the validation cases are scored and a checkpoint is written. The draws of an epoch depend
-only on its number and the seed, so a resumed run sees the crops that it would have seen.
+An epoch draws `crops_per_case` crops of every training case. Every few epochs the validation cases are scored and a
+checkpoint is written, in the background. The draws of an epoch depend only on its number and the seed, and a checkpoint
+holds all else, so a run that was stopped at any step goes on as if it had not been, at another number of ranks too.
+
+A step is never waited for: its losses, and whether its gradients were finite, are read when the next one is under way.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import logging
-import math
 import time
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from engine import checkpoint, metrics
+from engine import checkpoint, memory, metrics
 from engine.config import Config, to_dict
-from engine.data import Data
-from engine.distributed import Ranks, deepspeed_engine, gather
+from engine.data import Data, make_loaders
+from engine.diagnosis import Diverged, first_nonfinite
+from engine.distributed import Ranks, gather
 from engine.inference import sliding_window_logits
-from engine.optim import make_optimizer, make_schedule
-from engine.progress import DataWait, TrainingProgress
-from kernels.dice_ce import DiceCE, dice_ce_loss, region_masks
+from engine.parallel import copy_moments, copy_weights, load_moments, read_deepspeed_json
+from engine.progress import DataWait, LateValues, TrainingProgress
+from engine.records import EpochLog, write_validation
+from engine.step import TrainingStep, set_up_torch
+from engine.watch import Preempted, StopSignal
+from kernels.dice_ce import region_masks
 from pipelines.labels import REGIONS
-from pipelines.loaders import CropLoader, TrainLoader, ValLoader
-from pipelines.raw import RawLoader
 
 log = logging.getLogger(__name__)
+
+SUMS = 5  # of an epoch: loss, Dice loss and CE over passes with a finite loss, those passes, steps left out
 
 
 class Trainer:
     """One run, from loaders to checkpoints.
 
     Args:
-        config: of the run. ranks: who this process is. data: prepared volumes and the split. model: on the CPU.
+        config: of the run; what `--train.deepspeed` sets is changed in it.
+        ranks: who this process is.
+        data: prepared volumes and the split.
+        model: float32, on the CPU.
+
+    Raises:
+        ValueError: options that do not fit together, or a run that can't be resumed.
     """
 
     def __init__(self, config: Config, ranks: Ranks, data: Data, model: torch.nn.Module) -> None:
@@ -47,177 +53,79 @@ class Trainer:
         assert config.run_dir is not None
         self.run_dir = config.run_dir
         self.regions = data.store.coding.regions
-        settings, on_gpu = config.data, ranks.device.type == "cuda"
-        shard: dict[str, Any] = {
-            "device": "gpu" if on_gpu else "cpu",
-            "device_id": ranks.local_rank if on_gpu else None,
-            "rank": ranks.rank,
-            "world_size": ranks.world_size,
-            "pad": settings.pad,
-            # A GPU's convolutions want the channels last in memory, a CPU's first.
-            "memory_format": torch.channels_last_3d if on_gpu else torch.contiguous_format,
-        }
-        crop = settings.crop_size_voxels
-        crops: dict[str, Any] = {
-            "names": data.train,
-            "crop_size": crop,
-            "batch_size": config.train.batch_size,
-            "seed": config.train.seed,
-            "crops_per_case": settings.crops_per_case,
-            "foreground_prob": settings.foreground_prob,
-            "extras": settings.augment,
-            # Autocast rounds the input of the first convolutions in any case; so half the bytes come.
-            "dtype": torch.bfloat16 if on_gpu and config.train.precision == "bf16" else torch.float32,
-            **shard,
-        }
-        self.train_loader: CropLoader
-        if data.scans is None:
-            crops |= {"residence": settings.residence, "ranks_on_node": ranks.ranks_on_node}
-            self.train_loader = TrainLoader(data.store, **crops)
-        else:
-            self.train_loader = RawLoader(data.scans, spacing_mm=settings.spacing_mm, **crops)
-        self.full_volume = config.train.validation == "full_volume"
-        self.val_loader: Iterable[tuple[str, torch.Tensor, torch.Tensor]] = ()
-        if data.val:
-            size = None if self.full_volume else crop
-            self.val_loader = ValLoader(data.store, data.val, size, normalise=not self.full_volume, **shard)
-        self.model = model.to(ranks.device)
-        if config.train.precision == "bf16":
-            # Inside the module: DeepSpeed turns off an autocast that it finds around its own forward.
-            self.model.forward = torch.autocast(ranks.device.type, torch.bfloat16)(self.model.forward)
-        optimizer = make_optimizer(self.model, config.optim)
-        schedule = make_schedule(optimizer, config.optim, config.train.epochs * len(self.train_loader))
-        self.engine = deepspeed_engine(
-            self.model, optimizer, schedule, config.train.batch_size, config.train.zero_stage
-        )
-        self.epoch, self.first_step = 0, 0
-        self.epoch_sums: list[float] | None = None
+        settings = read_deepspeed_json(config, ranks.world_size)
+        set_up_torch(config.train)
+        self.train_loader, self.val_loader = make_loaders(config, ranks, data)
+        self.steps = len(self.train_loader) // config.train.accumulate_steps  # optimizer steps of an epoch
+        state = self._read_state() if config.resume else None
+        if state:
+            _load_weights(model, state["weights"])
+        self.step = TrainingStep(config, settings, ranks, model, self.regions, config.train.epochs * self.steps)
+        self.writer = checkpoint.CheckpointWriter(self.run_dir / "checkpoints", config.train.keep_checkpoints)
+        self.epoch, self.first_batch = 0, 0
+        self.sums = torch.zeros(SUMS, device=ranks.device)
         self.history: list[dict[str, Any]] = []
         self.cases: list[metrics.CaseDice] = []
         self.best: dict[str, Any] = {"epoch": None, "mean": None}
-        if config.resume:
-            self._load()
+        if state:
+            self._restore(state)
 
     def fit(self) -> None:
-        """Train from the current epoch to the last."""
-        train = self.config.train
-        writer = self._writer() if self.ranks.is_first else None
-        steps = len(self.train_loader)
-        done = self.epoch * steps + self.first_step
-        with TrainingProgress(train.epochs * steps, done, self.ranks.is_first) as progress:
-            for epoch in range(self.epoch, train.epochs):
-                row = self._train_epoch(epoch, progress)
-                self.epoch, self.first_step, self.epoch_sums = epoch + 1, 0, None
-                is_due = self.epoch % train.val_every_epochs == 0 or self.epoch == train.epochs
-                if is_due:
-                    row |= self.validate(progress)
-                self.history.append(row)
-                progress.epoch(row, train.epochs)
-                if writer:
-                    _write_scalars(writer, row)
-                    _write_log(self.run_dir, self.history)
-                if is_due:
-                    self._save(row)
-                elif self._is_save_due(self.epoch * steps):
-                    self._save_state()
-        if writer:
-            writer.close()
+        """Train from the current position to the last epoch.
 
-    def step(self, image: torch.Tensor, labels: torch.Tensor) -> DiceCE:
-        """One optimizer step.
-
-        Args:
-            image: float32 (B, C, X, Y, Z). labels: uint8 (B, X, Y, Z). Both on this rank's device.
+        Raises:
+            Preempted: a signal asked to stop; a checkpoint is written.
+            Diverged: the gradients were not finite for `max_skipped_steps` steps in a row.
+            ValueError: memory ran out.
         """
-        loss = self._loss(self.engine(image), labels)
-        self.engine.backward(loss.loss)
-        self.engine.step()
-        return loss
+        train, is_first = self.config.train, self.ranks.is_first
+        if is_first:
+            self._log_memory()
+        records = EpochLog(self.run_dir, self.step.done) if is_first else None
+        try:
+            with (
+                StopSignal(self.ranks) as stop,
+                TrainingProgress(train.epochs * self.steps, self.step.done, is_first) as progress,
+            ):
+                for epoch in range(self.epoch, train.epochs):
+                    if self._is_patience_over():
+                        break
+                    self._fit_epoch(epoch, progress, stop, records)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            device, limit = self.ranks.device, self._memory_limit()
+            message = memory.out_of_memory_message(error, self._estimate_memory(), device, limit)
+            raise ValueError(message) from error
+        finally:
+            self.writer.wait()
+            if records:
+                records.close()
 
-    def validate(self, progress: TrainingProgress) -> dict[str, Any]:
+    def validate(self, progress: TrainingProgress | None = None) -> dict[str, Any]:
         """Score the validation cases of all ranks; returns the columns that the log gains."""
-        cases = []
-        for name, image, labels in self.val_loader:
-            cases.append(metrics.case_dice(name, self.predict(image), self.truth(labels)))
-            progress.validating(len(cases))
+        started, scored = time.perf_counter(), []
+        with self.step.evaluating() as network:
+            for name, image, labels in self.val_loader or ():
+                image, labels = image.to(self.ranks.device), labels.to(self.ranks.device)
+                masks, truth = self.masks(network, image), region_masks(labels, self.regions)[0]
+                scored.append((name, metrics.count_voxels(name, masks, truth)))
+                if progress:
+                    progress.validating(len(scored))
+        cases = [metrics.CaseDice.of(name, counts) for name, counts in scored]
         self.cases = sorted((case for part in gather(cases, self.ranks) for case in part), key=lambda case: case.name)
         summary = metrics.summarise(self.cases)
-        return {"val_mean": summary["mean"], **{f"val_{region}": summary[region] for region in REGIONS}}
+        return {"val_mean": summary["mean"], **{f"val_{region}": summary[region] for region in REGIONS},
+                "val_seconds": time.perf_counter() - started}  # fmt: skip
 
-    @torch.inference_mode()
-    def predict(self, image: torch.Tensor) -> torch.Tensor:
-        """Masks, bool (R, X, Y, Z), of a batch (1, C, X, Y, Z) as the validation loader gives it."""
-        self.engine.eval()
-        image = image.to(self.ranks.device)
-        if self.full_volume:
-            logits = sliding_window_logits(self.engine, image, self.config.data.crop_size_voxels)
+    @torch.no_grad()
+    def masks(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+        """Regions, bool (R, X, Y, Z), of a batch (1, C, X, Y, Z) as the validation loader gives it."""
+        if self.config.train.validation == "full_volume":
+            logits = sliding_window_logits(network, image, self.config.data.crop_size_voxels)
         else:
-            logits = self.engine(image)
+            logits = network(image)
         return (logits > 0)[0]  # sigmoid(x) > 0.5
-
-    def truth(self, labels: torch.Tensor) -> torch.Tensor:
-        """Masks, bool (R, X, Y, Z), of a label map (1, X, Y, Z)."""
-        return region_masks(labels.to(self.ranks.device), self.regions)[0]
-
-    def _train_epoch(self, epoch: int, progress: TrainingProgress) -> dict[str, Any]:
-        self.engine.train()
-        rate = self.engine.get_lr()[0]
-        sums = torch.tensor(self.epoch_sums or [0.0, 0.0, 0.0], device=self.ranks.device)
-        started, steps = time.perf_counter(), len(self.train_loader)
-        samples = self.config.train.batch_size * self.ranks.world_size
-        wait = DataWait(self.ranks.device)
-        for image, labels in wait.over(self.train_loader.epoch(epoch, self.first_step)):
-            loss = self.step(image, labels)
-            sums += torch.stack([loss.loss.detach(), loss.dice.detach(), loss.ce.detach()])
-            progress.step(loss.loss.detach(), samples)
-            _, step = self.train_loader.position
-            if step < steps and self._is_save_due(epoch * steps + step):
-                self._save_state(gather(sums.tolist(), self.ranks))
-        total, dice, ce = (sum(values) / len(values) for values in zip(*gather((sums / steps).tolist(), self.ranks)))
-        if not math.isfinite(total):
-            raise ValueError(
-                f"the loss became {total} in epoch {epoch + 1}; lower --optim.lr ({self.config.optim.lr}) or give it "
-                "--optim.warmup_steps"
-            )
-        seconds = time.perf_counter() - started
-        return {"epoch": epoch + 1, "step": (epoch + 1) * steps, "lr": rate, "loss": total, "dice_loss": dice,
-                "ce_loss": ce, "samples_per_s": (steps - self.first_step) * samples / seconds,
-                "data_wait": wait.seconds() / seconds}  # fmt: skip
-
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> DiceCE:
-        loss = self.config.loss
-        return dice_ce_loss(logits, labels, self.regions, ce=loss.ce, dice_weight=loss.dice_weight,
-                            ce_weight=loss.ce_weight, squared_pred=loss.squared_pred)  # fmt: skip
-
-    def _save(self, row: dict[str, Any]) -> None:
-        score = row["val_mean"]
-        is_best = score is not None and (self.best["mean"] is None or score > self.best["mean"])
-        if is_best:
-            self.best = {"epoch": row["epoch"], **metrics.summarise(self.cases)}
-        folder = self.run_dir / "checkpoints"
-        self._save_state()
-        if not self.ranks.is_first:
-            return
-        coding = self.data.store.coding
-        about = {"config": to_dict(self.config), "epoch": self.epoch, "validation": metrics.summarise(self.cases),
-                 "modalities": list(self.data.store.modalities), "release": coding.release,
-                 "regions": [list(values) for values in coding.regions]}  # fmt: skip
-        checkpoint.save_weights(folder / "last.pt", self.model, about)
-        if is_best:
-            checkpoint.save_weights(folder / "best.pt", self.model, about)
-        _write_validation(self.run_dir, self.cases, self.summary())
-
-    def _is_save_due(self, step: int) -> bool:
-        every = self.config.train.save_every_steps
-        return every > 0 and step % every == 0
-
-    def _save_state(self, epoch_sums: list[list[float]] | None = None) -> None:
-        """All that training needs to continue; within an epoch also each rank's sums of losses so far."""
-        cases = [dataclasses.asdict(case) for case in self.cases]
-        state = {"epoch": self.epoch, "history": self.history, "best": self.best, "cases": cases,
-                 "loader": self.train_loader.state_dict(), "epoch_sums": epoch_sums}  # fmt: skip
-        folder = self.run_dir / "checkpoints"
-        checkpoint.save_state(self.engine, folder, state, self.ranks, self.config.train.zero_stage)
 
     def summary(self) -> dict[str, Any]:
         """What `metrics.json` holds: definition, last and best validation, length."""
@@ -231,47 +139,211 @@ class Trainer:
             "best": self.best,
         }
 
-    def _load(self) -> None:
-        folder, stage = self.run_dir / "checkpoints", self.config.train.zero_stage
-        state = checkpoint.load_state(self.engine, folder, self.ranks, stage)
+    # An epoch
+
+    def _fit_epoch(self, epoch: int, progress: TrainingProgress, stop: StopSignal, records: EpochLog | None) -> None:
+        train = self.config.train
+        row = self._train_epoch(epoch, progress, stop)
+        self.epoch, self.first_batch = epoch + 1, 0
+        self.sums.zero_()
+        is_due = self.epoch % train.val_every_epochs == 0 or self.epoch == train.epochs
+        if is_due:
+            row |= self.validate(progress)
+        self.history.append(row)
+        progress.epoch(row, train.epochs)
+        if records:
+            records.write(self.history)
+        if is_due:
+            self._save_validated(row)
+        elif self._is_save_due():
+            self._save()
+
+    def _train_epoch(self, epoch: int, progress: TrainingProgress, stop: StopSignal) -> dict[str, Any]:
+        train, rate = self.config.train, self.step.rate
+        samples = train.batch_size * self.ranks.world_size
+        started, passes = time.perf_counter(), len(self.train_loader) - self.first_batch
+        wait, late = DataWait(self.ranks.device), LateValues()
+        for batch in wait.over(self.train_loader.epoch(epoch, self.first_batch)):
+            done = self.step.done
+            self.step(*batch)
+            stepped = self.step.done > done
+            self._add(self.step.values, stepped)
+            values = late.push(self.step.values)
+            progress.step(values[0] if values else None, self.step.done, samples)
+            self._give_up_if_due(values, batch)
+            if stepped:
+                self._stop_or_save(stop)
+        losses, skipped = self._means(gather(self.sums.tolist(), self.ranks))
+        seconds = time.perf_counter() - started
+        return {"epoch": epoch + 1, "step": self.step.done, "lr": rate, **losses, "skipped_steps": skipped,
+                "samples_per_s": passes * samples / seconds, "data_wait": wait.seconds() / seconds}  # fmt: skip
+
+    def _add(self, values: torch.Tensor, stepped: bool) -> None:
+        losses = values[:3]
+        is_finite = losses.isfinite().all()
+        left_out = values[4:5] if stepped else torch.zeros_like(values[4:5])
+        self.sums += torch.cat([losses.where(is_finite, 0), is_finite.float()[None], left_out])
+
+    @staticmethod
+    def _means(sums: list[list[float]]) -> tuple[dict[str, float | None], int]:
+        """Losses over the passes of all ranks, and steps left out (which all ranks leave out together)."""
+        count = sum(rank[3] for rank in sums)
+        names = ("loss", "dice_loss", "ce_loss")
+        means = {name: sum(rank[i] for rank in sums) / count if count else None for i, name in enumerate(names)}
+        return means, int(sums[0][4])
+
+    def _stop_or_save(self, stop: StopSignal) -> None:
+        """After a step: a checkpoint where one is due within the epoch, and the end where a signal asks for it."""
+        asked = stop.due()
+        is_within = self.train_loader.position[1] < len(self.train_loader)
+        if asked or (is_within and self._is_save_due()):
+            self._save()
+        if asked:
+            self.writer.wait()
+            raise Preempted(stop.name)
+
+    def _give_up_if_due(self, values: list[float] | None, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        limit = self.config.train.max_skipped_steps
+        if not values or values[5] < limit:
+            return
+        epoch, done = self.train_loader.position
+        with torch.enable_grad():
+            step = self.step
+            found = first_nonfinite(step.model, step.engine, lambda *pair: step.loss_of(*pair).loss, *batch)
+        names = ", ".join(self.train_loader.names_of(epoch, done - 1))
+        findings = [part for part in gather(found and f"{found}, for crops of {names}", self.ranks) if part]
+        where = f"first in {'; '.join(findings[:3])}" if findings else "the batch at hand gives finite ones"
+        raise Diverged(
+            f"the gradients were not finite in {limit} steps in a row, up to step {self.step.done} of epoch "
+            f"{epoch + 1}; {where}; lower --optim.lr ({self.config.optim.lr:g}), give it --optim.warmup_steps or "
+            "--optim.grad_clip 1, or, with --train.precision fp16, take bf16"
+        )
+
+    def _is_patience_over(self) -> bool:
+        patience = self.config.train.patience
+        since = [row for row in self.history if "val_mean" in row and row["epoch"] > (self.best["epoch"] or 0)]
+        if not patience or len(since) < patience:
+            return False
+        log.info("stopped after epoch %d: no better mean Dice in %d validations", self.epoch, len(since))
+        return True
+
+    # Checkpoints
+
+    def _is_save_due(self) -> bool:
+        every = self.config.train.save_every_steps
+        return every > 0 and self.step.done % every == 0
+
+    def _save_validated(self, row: dict[str, Any]) -> None:
+        score = row["val_mean"]
+        is_best = score is not None and (self.best["mean"] is None or score > self.best["mean"])
+        if is_best:
+            self.best = {"epoch": row["epoch"], **metrics.summarise(self.cases)}
+        self._save(("last.pt", "best.pt") if is_best else ("last.pt",))
+        if self.ranks.is_first:
+            write_validation(self.run_dir, self.cases, self.summary())
+
+    def _save(self, weights_files: tuple[str, ...] = ()) -> None:
+        """Copy all that training needs to go on, and write it in the background."""
+        step, average = self.step, self.step.average
+        weights = copy_weights(step.model)
+        averaged = average.copy() if average else None
+        rank = {"sums": self.sums.tolist(), "random": _random_states(self.ranks.device)}
+        state = {
+            "weights": weights,
+            "average": {"weights": averaged, "steps": average.steps} if average else None,
+            "moments": copy_moments(step.engine, step.optimizer),
+            "optimizer": step.optimizer.scalars(),
+            "loader": self.train_loader.state_dict(),
+            "epoch": self.epoch,
+            "history": self.history.copy(),
+            "best": self.best,
+            "cases": [dataclasses.asdict(case) for case in self.cases],
+            "ranks": gather(rank, self.ranks),
+        }
+        if not self.ranks.is_first:
+            return
+        coding = self.data.store.coding
+        content = {"weights": averaged or weights, "config": to_dict(self.config), "epoch": self.epoch,
+                   "validation": metrics.summarise(self.cases), "modalities": list(self.data.store.modalities),
+                   "release": coding.release, "regions": [list(values) for values in coding.regions]}  # fmt: skip
+        about = {"epoch": self.epoch, "world_size": self.ranks.world_size, "zero_stage": self.config.train.zero_stage}
+        self.writer.write(step.done, state, about, {name: content for name in weights_files})
+
+    def _read_state(self) -> dict[str, Any]:
+        """The newest state that is whole, the same on all ranks."""
+        folder = self.run_dir / "checkpoints"
+        path = checkpoint.find_state(folder) if self.ranks.is_first else None
+        path = gather(path, self.ranks)[0]
+        assert path is not None
+        return checkpoint.load_state(path)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        step, ranks = self.step, state["ranks"]
+        load_moments(step.engine, step.optimizer, state["moments"])
+        step.optimizer.load_scalars(state["optimizer"])
+        if step.average and state["average"]:
+            step.average.load(state["average"]["weights"], state["average"]["steps"])
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
         self.cases = [metrics.CaseDice(**case) for case in state["cases"]]
-        within = state["epoch_sums"]
-        if within:
-            _, self.first_step = self.train_loader.load_state_dict(state["loader"])
-            self.epoch_sums = within[self.ranks.rank]
-        log.info(
-            "resumed %s after epoch %d of %d%s", self.run_dir, self.epoch, self.config.train.epochs,
-            f", step {self.first_step} of {len(self.train_loader)}" if within else "",
-        )  # fmt: skip
+        epoch, batch = self.train_loader.load_state_dict(state["loader"])
+        if epoch == self.epoch:  # else the position is the end of the epoch before
+            self.first_batch = batch
+        step.done = self.epoch * self.steps + self.first_batch // self.config.train.accumulate_steps
+        if len(ranks) == self.ranks.world_size:
+            self.sums += torch.tensor(ranks[self.ranks.rank]["sums"], device=self.ranks.device)
+            _set_random_states(ranks[self.ranks.rank]["random"], self.ranks.device)
+        else:
+            log.warning("saved by %d rank(s), resumed by %d: a step now has another number of crops",
+                        len(ranks), self.ranks.world_size)  # fmt: skip
+            if self.ranks.is_first:
+                self.sums += torch.tensor([rank["sums"] for rank in ranks], device=self.ranks.device).sum(0)
+        within = f", step {self.first_batch // self.config.train.accumulate_steps} of {self.steps}"
+        log.info("resumed %s after epoch %d of %d%s", self.run_dir, self.epoch, self.config.train.epochs,
+                 within if self.first_batch else "")  # fmt: skip
 
-    def _writer(self) -> SummaryWriter:
-        first_step = self.epoch * len(self.train_loader) + 1
-        return SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step)
+    # Memory
+
+    def _log_memory(self) -> None:
+        device = self.ranks.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+        log.info(self._estimate_memory().describe(self._memory_limit(), name))
+
+    def _memory_limit(self) -> int:
+        return memory.limit_bytes(self.ranks.device, self.ranks.ranks_on_node)
+
+    def _estimate_memory(self) -> memory.MemoryEstimate:
+        train = self.config.train
+        return memory.estimate(
+            self.step.spare or self.step.model,
+            (len(self.data.store.modalities), *self.config.data.crop_size_voxels),
+            train.batch_size,
+            self.ranks.device,
+            regions=self.regions,
+            loss=self.config.loss,
+            precision=train.precision,
+            zero_stage=train.zero_stage,
+            world_size=self.ranks.world_size,
+            accumulate_steps=train.accumulate_steps,
+            ema=self.config.optim.ema_decay > 0,
+            volume_bytes=self.train_loader.gpu_bytes,
+        )
 
 
-def _write_scalars(writer: SummaryWriter, row: dict[str, Any]) -> None:
-    for name, value in row.items():
-        if name not in ("epoch", "step") and value is not None:
-            writer.add_scalar(name.replace("val_", "val/"), value, row["step"])
-    writer.flush()
+def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"--resume: the checkpoint holds the weights of another model: {error}") from error
 
 
-def _write_log(run_dir: Path, history: list[dict]) -> None:
-    """`log.csv`, a row for each epoch."""
-    columns = list(dict.fromkeys(name for row in history for name in row))
-    with open(run_dir / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def _write_validation(run_dir: Path, cases: list[metrics.CaseDice], summary: dict) -> None:
-    """`validation.csv` by case (of the last validation), `metrics.json`."""
-    with open(run_dir / "validation.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["case", *REGIONS, *(f"{region}_voxels" for region in REGIONS)])
-        for case in cases:
-            dice = ["" if math.isnan(value) else f"{value:.4f}" for value in case.dice()]
-            table.writerow([case.name, *dice, *case.truth])
-    (run_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+def _set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -59,6 +59,7 @@ class CropLoader:
         device: "cpu" or "gpu": where the graph runs and the batches are.
         rank, world_size: of this process.
         crops_per_case: crops of each case in an epoch.
+        accumulate_steps: an epoch has a multiple of so many batches.
         foreground_prob: share of crops centred on a random tumour voxel; 0 is the published experiment.
         pad: fill volumes smaller than the crop with zeros, symmetrically, instead of refusing them.
         augment: flip, scale and shift; crops stay random without it.
@@ -85,6 +86,7 @@ class CropLoader:
         rank: int = 0,
         world_size: int = 1,
         crops_per_case: int = 1,
+        accumulate_steps: int = 1,
         foreground_prob: float = 0.0,
         pad: bool = False,
         augment: bool = True,
@@ -95,12 +97,15 @@ class CropLoader:
         memory_format: torch.memory_format = torch.channels_last_3d,
     ) -> None:
         self.indices = check_loader(cases, names, crop_size, pad, device, rank, world_size)
-        if min(batch_size, crops_per_case) < 1:
-            raise ValueError(f"batch_size ({batch_size}) and crops_per_case ({crops_per_case}) must be at least 1")
+        if min(batch_size, crops_per_case, accumulate_steps) < 1:
+            raise ValueError(
+                f"batch_size ({batch_size}), crops_per_case ({crops_per_case}) and accumulate_steps "
+                f"({accumulate_steps}) must be at least 1"
+            )
         if not 0 <= foreground_prob <= 1:
             raise ValueError(f"foreground_prob {foreground_prob} must lie between 0 and 1")
         self.cases, self.names, self.crop_size, self.batch_size = cases, tuple(names), crop_size, batch_size
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.accumulate_steps = seed, rank, world_size, accumulate_steps
         self.foreground_prob, self.augment, self.extras = foreground_prob, augment, extras
         self.samples = len(self.names) * crops_per_case
         self._device, self._device_id = device, device_id
@@ -116,8 +121,13 @@ class CropLoader:
         raise NotImplementedError
 
     def __len__(self) -> int:
-        """Steps of an epoch on this rank."""
-        return -(-self.samples // (self.batch_size * self.world_size))
+        """Batches of an epoch on this rank."""
+        return -(-self.samples // self._stride) * self.accumulate_steps
+
+    @property
+    def _stride(self) -> int:
+        """Samples of all ranks in one optimizer step."""
+        return self.batch_size * self.world_size * self.accumulate_steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (image (B, C, X, Y, Z), label uint8 (B, X, Y, Z)) of an epoch, in tensors of their own.
@@ -129,35 +139,43 @@ class CropLoader:
             self.position = (epoch, step + 1)
             yield image, label
 
+    @property
+    def gpu_bytes(self) -> int:
+        """Volumes in the memory of the GPU."""
+        return 0
+
     def state_dict(self) -> dict[str, Any]:
         """What makes the batches to come: position, and what else decides their content; plain values."""
         epoch, step = self.position
-        return {"epoch": epoch, "step": step, "recipe": self._recipe}
+        return {"epoch": epoch, "samples": step * self.batch_size * self.world_size, "recipe": self._recipe}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> tuple[int, int]:
-        """Epoch and step to go on from, for `epoch`: from there on come the batches that would have come.
+        """Epoch and batch to go on from, for `epoch`: from there on come the samples that would have come.
+
+        Another number of ranks, or another batch size, divides an epoch into other steps; then it goes on from the
+        start of the step that the position is in.
 
         Raises:
-            DataError: another recipe would make other batches.
+            DataError: another recipe would make other samples.
         """
         differing = [name for name, value in self._recipe.items() if state["recipe"].get(name) != value]
         if differing:
             was, now = ({name: recipe.get(name) for name in differing} for recipe in (state["recipe"], self._recipe))
             raise DataError(
-                f"the checkpoint's batches were made with {was}, this run has {now}: resume with the same data, crops, "
-                "seed, batch size and ranks, or start a new run"
+                f"the checkpoint's batches were made with {was}, this run has {now}: resume with the same data, crops "
+                "and seed, or start a new run"
             )
-        self.position = (state["epoch"], state["step"])
+        batch = state["samples"] // self._stride * self.accumulate_steps
+        self.position = (state["epoch"], min(batch, len(self)))
         return self.position
 
     @property
     def _recipe(self) -> dict[str, Any]:
-        """All that decides which batches come, beside epoch and step."""
+        """All that decides which samples come, beside the position."""
         names = blake2b("\n".join(self.names).encode(), digest_size=8).hexdigest()
         return {
             "seed": self.seed, "cases": names, "samples": self.samples, "crop_size": list(self.crop_size),
-            "batch_size": self.batch_size, "world_size": self.world_size, "foreground_prob": self.foreground_prob,
-            "augment": self.augment, "extras": repr(self.extras),
+            "foreground_prob": self.foreground_prob, "augment": self.augment, "extras": repr(self.extras),
         }  # fmt: skip
 
     def names_of(self, epoch: int, step: int) -> list[str]:
@@ -171,7 +189,7 @@ class CropLoader:
     def _batch(self, epoch: int, step: int) -> list[tuple[int, int]]:
         """(case, position in the epoch) of each sample of a batch of this rank."""
         stride = self.batch_size * self.world_size
-        order = epoch_order(self.seed, epoch, self.samples, stride)
+        order = epoch_order(self.seed, epoch, self.samples, self._stride)
         positions = range(step * stride + self.rank, (step + 1) * stride, self.world_size)
         return [(int(order[p]) % len(self.names), p) for p in positions]
 
@@ -223,6 +241,11 @@ class TrainLoader(CropLoader):
         self._buffers = deque(self._volumes.new_buffers(batch_size, crop_size) for _ in range(BUFFERS))
         in_place = isinstance(self._volumes, LoadedVolumes)
         self._stream = self._start(partial(train_graph, in_place=in_place, extras=self.extras))
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Volumes in the memory of the GPU."""
+        return self._volumes.gpu_bytes
 
     def _read(self, epoch: int, step: int, tags: NDArray[np.int64]) -> tuple[tuple, tuple]:
         self._buffers.rotate()

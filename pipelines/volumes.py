@@ -38,7 +38,9 @@ HOST_SHARE = 0.5
 
 
 class Volumes(Protocol):
-    """Volumes of some cases of a store."""
+    """Volumes of some cases of a store; `gpu_bytes` of them are in a GPU's memory."""
+
+    gpu_bytes: int
 
     def new_buffers(self, batch_size: int, size: Size) -> tuple[Any, Any]:
         """Image (B, x, y, z, C) float32 and label (B, x, y, z, 1) uint8, to be filled by `crop`."""
@@ -56,6 +58,8 @@ class Volumes(Protocol):
 
 class MappedVolumes:
     """Volumes in the files of a store; crops are NumPy arrays."""
+
+    gpu_bytes = 0
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -95,6 +99,8 @@ class LoadedVolumes:
             )
             if scale is not None:
                 self.scales[case] = torch.from_numpy(scale).to(device)
+        held = (part for volume in self.volumes.values() for part in volume if part.is_cuda)
+        self.gpu_bytes = sum(part.nbytes for part in held)
 
     def new_buffers(self, batch_size: int, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
         image = torch.empty((batch_size, *size, self.channels), dtype=torch.float32, device=self.device)

@@ -1,21 +1,29 @@
-"""Weights files: what they hold, and what is refused."""
+"""States and weights files: whole or not at all, checked, and what is refused."""
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from engine.checkpoint import load_state, load_weights, save_weights
-from engine.distributed import Ranks
+from engine.checkpoint import CheckpointWriter, find_state, load_state, load_weights, save_weights, states
+
+
+def write(folder: Path, step: int, keep: int = 2, **content: Any) -> None:
+    writer = CheckpointWriter(folder, keep)
+    writer.write(step, {"value": torch.full((100,), float(step)), **content}, {"epoch": 1}, {})
+    writer.wait()
 
 
 def test_weights_and_settings_come_back(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
-    save_weights(tmp_path / "checkpoints" / "best.pt", model, {"epoch": 4, "config": {"lr": 0.1}})
-    content = load_weights(tmp_path / "checkpoints" / "best.pt")
+    path = tmp_path / "checkpoints" / "best.pt"
+    save_weights(path, {"weights": model.state_dict(), "epoch": 4, "config": {"lr": 0.1}})
+    content = load_weights(path)
     assert content["epoch"] == 4 and content["config"] == {"lr": 0.1}
     assert torch.equal(content["weights"]["weight"], model.weight)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best.pt"]
@@ -23,10 +31,76 @@ def test_weights_and_settings_come_back(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_previous_file_whole(tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
-    save_weights(path, torch.nn.Linear(3, 2), {"epoch": 1})
+    save_weights(path, {"epoch": 1})
     with pytest.raises((pickle.PicklingError, AttributeError)):
-        save_weights(path, torch.nn.Linear(3, 2), {"epoch": lambda: 2})
+        save_weights(path, {"epoch": lambda: 2})
     assert load_weights(path)["epoch"] == 1
+
+
+def test_the_newest_states_are_kept(tmp_path: Path) -> None:
+    for step in (5, 20, 100):
+        write(tmp_path, step)
+    assert [path.name for path in states(tmp_path)] == ["step-00000100", "step-00000020"]
+    assert load_state(find_state(tmp_path))["value"][0] == 100
+    about = json.loads((tmp_path / "step-00000100" / "about.json").read_text())
+    assert about["step"] == 100 and about["epoch"] == 1
+
+
+def test_a_crash_within_a_save_leaves_the_one_before_and_the_next_save_clears_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    for function in ("_digest", "_write_synced", "_sync"):  # after the state, after its hash, after the move
+        with monkeypatch.context() as patch:
+            patch.setattr(f"engine.checkpoint.{function}", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                write(tmp_path, 2)
+        assert load_state(find_state(tmp_path))["value"][0] == (2 if function == "_sync" else 1)
+    (tmp_path / "step-00000001" / "about.json").unlink()  # killed while it was removed
+    write(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("damage", ["content", "length", "state", "about"])
+def test_a_damaged_state_is_named_and_the_one_before_taken(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    newest = tmp_path / "step-00000002"
+    content = bytearray((newest / "state.pt").read_bytes())
+    if damage == "content":
+        content[len(content) // 2] ^= 1
+        (newest / "state.pt").write_bytes(content)
+    elif damage == "length":
+        (newest / "state.pt").write_bytes(content[:-10])
+    elif damage == "state":
+        (newest / "state.pt").unlink()
+    else:
+        (newest / "about.json").write_text("{")
+    assert find_state(tmp_path).name == "step-00000001"
+    assert "step-00000002 is damaged" in caplog.text and "going back to the one before" in caplog.text
+
+
+def test_states_that_are_all_damaged_are_not_resumed(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    (tmp_path / "step-00000001" / "state.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="all 1 there are damaged"):
+        find_state(tmp_path)
+
+
+def test_resuming_where_nothing_was_saved_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        find_state(tmp_path)
+
+
+def test_a_full_disk_is_told_at_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    writer = CheckpointWriter(tmp_path / "checkpoints", 2)
+    writer.write(1, {}, {}, {})
+    with pytest.raises(OSError):
+        writer.wait()
+    writer.wait()  # told once
 
 
 class Evil:
@@ -40,7 +114,7 @@ class Evil:
         (None, "no checkpoint"),
         (b"not a checkpoint", "can't be read"),
         ({"weights": {}}, "format"),
-        ({"format": 1, "weights": Evil()}, "can't be read"),
+        ({"format": 2, "weights": Evil()}, "can't be read"),
     ],
 )
 def test_other_files_are_refused_with_their_path(content: object, message: str, tmp_path: Path) -> None:
@@ -54,13 +128,7 @@ def test_other_files_are_refused_with_their_path(content: object, message: str, 
     assert str(path) in str(raised.value)
 
 
-def test_resuming_where_nothing_was_saved_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no checkpoint in"):
-        load_state(None, tmp_path, Ranks(0, 1, 0, torch.device("cpu")), 0)
-
-
-def test_a_checkpoint_of_other_ranks_is_refused_where_states_are_sharded(tmp_path: Path) -> None:
-    (tmp_path / "last").mkdir()
-    (tmp_path / "last" / "ranks.json").write_text('{"world_size": 2, "zero_stage": 1}')
-    with pytest.raises(ValueError, match=r"saved by 2 rank\(s\) at ZeRO stage 1"):
-        load_state(None, tmp_path, Ranks(0, 1, 0, torch.device("cpu")), 1)
+def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 1, format=1)
+    with pytest.raises(ValueError, match="format 1, this program reads 2"):
+        load_state(find_state(tmp_path))

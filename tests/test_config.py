@@ -107,6 +107,15 @@ def test_resume_reads_the_runs_own_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("train: {epochs: 11}\n")
     config = parse("--resume", str(tmp_path))
     assert (config.train.epochs, config.run_dir) == (11, tmp_path)
-    assert parse("--resume", "--run_dir", str(tmp_path), "--train.epochs", "12").train.epochs == 12
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000003" / "about.json").touch()
+    config = parse("--resume", "--run_dir", str(tmp_path), "--train.val_every_epochs", "3")
+    assert (config.train.epochs, config.train.val_every_epochs, config.resume) == (11, 3, "auto")
     with pytest.raises(ValueError, match="no run with a checkpoint in"):
         parse("--resume", str(tmp_path / "nothing"))
+
+
+def test_a_job_that_was_never_begun_is_begun_by_the_command_that_resumes_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {epochs: 11}\n")  # it ended before its first checkpoint
+    config = parse("--resume", "auto", "--run_dir", str(tmp_path), "--train.epochs", "7")
+    assert (config.train.epochs, config.resume, config.run_dir) == (7, None, tmp_path)

@@ -199,16 +199,44 @@ def test_a_new_loader_goes_on_from_the_state_of_another(store: Store, taken: int
     assert position == ((2, taken) if taken else first.position)
     if taken:
         assert_same(list(again.epoch(*position)), expected[taken:])
+    assert list(again.epoch(2, len(again))) == []  # stopped behind the last batch
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"batch_size": 1, "world_size": 2}, 3),  # as many samples in a step
+        ({"batch_size": 1}, 6),
+        ({"batch_size": 4}, 1),  # begins again with the samples 4 and 5
+        ({"batch_size": 1, "accumulate_steps": 4}, 4),  # the start of a step of four batches
+    ],
+)
+def test_other_ranks_and_batch_sizes_go_on_from_the_same_sample(store: Store, changed: dict, expected: int) -> None:
+    arguments: dict = {"names": store.names, "crop_size": CROP, "batch_size": 2, "seed": 5}
+    first = TrainLoader(store, **arguments)
+    batch = first.epoch(2)
+    for _ in range(3):
+        next(batch)
+    again = TrainLoader(store, **(arguments | changed))
+    assert again.load_state_dict(first.state_dict()) == (2, expected)
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2, 3])
+def test_an_epoch_has_a_multiple_of_the_batches_of_a_step(store: Store, accumulate_steps: int) -> None:
+    plain = TrainLoader(store, store.names, CROP, 3)
+    loader = TrainLoader(store, store.names, CROP, 3, accumulate_steps=accumulate_steps)
+    assert len(loader) % accumulate_steps == 0 and 0 <= len(loader) - len(plain) < accumulate_steps
+    names = [loader.names_of(1, step) for step in range(len(loader))]
+    assert names[: len(plain) - 1] == [plain.names_of(1, step) for step in range(len(plain) - 1)]
+    assert len(batches(loader, 1)) == len(loader)
 
 
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
         ({"seed": 6}, "'seed': 5"),
-        ({"batch_size": 3}, "'batch_size': 2"),
         ({"crop_size": (16, 12, 6)}, "'crop_size'"),
         ({"names": 7}, "'cases'"),
-        ({"world_size": 2}, "'world_size': 1"),
         ({"foreground_prob": 0.2}, "'foreground_prob': 0.0"),
         ({"augment": False}, "'augment': True"),
         ({"crops_per_case": 2}, "'samples': 8"),

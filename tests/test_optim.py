@@ -1,4 +1,4 @@
-"""Learning rate by step, and weight decay."""
+"""Learning rate by step, and weight decay. Steps themselves: tests/test_step.py."""
 
 from __future__ import annotations
 
@@ -6,18 +6,11 @@ import pytest
 import torch
 
 from engine.config import OptimConfig
-from engine.optim import make_optimizer, make_schedule
+from engine.optim import GuardedAdamW, learning_rate
 
 
 def rates(config: OptimConfig, steps: int) -> list[float]:
-    optimizer = make_optimizer(torch.nn.Linear(2, 2), config)
-    schedule = make_schedule(optimizer, config, steps)
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
+    return [learning_rate(config, step, steps) for step in range(steps)]
 
 
 def test_a_constant_rate_is_constant() -> None:
@@ -38,8 +31,30 @@ def test_the_cosine_ends_near_zero_and_halves_in_the_middle() -> None:
 
 def test_a_parameter_without_a_gradient_is_not_decayed() -> None:
     layer = torch.nn.Linear(2, 2)
-    optimizer = make_optimizer(layer, OptimConfig(weight_decay=0.5, lr=0.1))
+    optimizer = GuardedAdamW(layer.parameters(), OptimConfig(weight_decay=0.5, lr=0.1))
     layer.weight.grad = torch.ones_like(layer.weight)
     bias, weight = layer.bias.detach().clone(), layer.weight.detach().clone()
     optimizer.step()
     assert torch.equal(layer.bias, bias) and not torch.equal(layer.weight, weight)
+
+
+def test_gradients_that_were_scaled_give_the_step_of_those_that_were_not() -> None:
+    """The norm that is reported is that of the loss itself, before clipping."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = GuardedAdamW([parameter], OptimConfig(grad_clip=1.0), scales_loss=True)
+    parameter.grad = torch.tensor([3.0, 4.0]) * optimizer.scale
+    optimizer.step()
+    assert optimizer.norm.item() == pytest.approx(5.0)
+    assert optimizer.state[parameter]["exp_avg"].tolist() == pytest.approx([0.06, 0.08])
+
+
+def test_loss_scale_and_skipped_steps_come_back_from_a_checkpoint() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    first, again = (GuardedAdamW([parameter], OptimConfig(), scales_loss=True) for _ in range(2))
+    for value in (1.0, float("inf")):
+        parameter.grad = torch.full((2,), value)
+        first.step()
+    first.scale.fill_(0.5)
+    first.skip()
+    again.load_scalars(first.scalars())
+    assert again.scalars() == first.scalars() == {"scale": 0.25, "growth": 0, "in_row": 1.0}

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ import psutil
 import pytest
 import torch
 import yaml
+
+from engine.checkpoint import states
 
 ROOT = Path(__file__).resolve().parent.parent
 CROP = (32, 32, 16)
@@ -30,9 +33,11 @@ SMALL = {
 }
 
 
-def start(folder: Path, *args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+def start(
+    folder: Path, *args: str, launcher: tuple[str, ...] = (sys.executable,), environment: dict[str, str] | None = None
+) -> subprocess.Popen:
     """Start the command as a user would; scans and volumes go to `folder/cache`."""
-    environment = os.environ | {"GLIOFORGE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | (environment or {}) | {"GLIOFORGE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     for name in ("DS_ACCELERATOR", "LOCAL_RANK"):  # `init_ranks` sets them in this process
         environment.pop(name, None)
     command = [*launcher, str(ROOT / "launch" / "train.py"), *args]
@@ -118,8 +123,8 @@ def test_a_run_killed_within_an_epoch_goes_on_as_if_it_had_not_been(finished: Pa
     through = train(finished, *options, "--run_dir", "runs/unbroken")
     assert through.returncode == 0, through.stderr
     process = start(finished, *options, "--run_dir", "runs/killed", "--train.save_every_steps", "1")
-    saved = finished / "runs" / "killed" / "checkpoints" / "last" / "ranks.json"
-    while not saved.is_file() and process.poll() is None:
+    checkpoints = finished / "runs" / "killed" / "checkpoints"
+    while not states(checkpoints) and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.communicate()
@@ -168,13 +173,42 @@ def test_a_killed_rank_ends_the_job_with_the_reason(finished: Path) -> None:
     ranks[0].kill()
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "remote worker" in errors  # gloo's words: connection closed, or reset
+    told = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and re.match(r"error: rank 1 on \S+: ended without a message: it was killed", told[0])
 
 
-def test_other_ranks_cannot_resume_sharded_states(two_ranks: tuple[Path, str]) -> None:
+def test_one_rank_goes_on_from_the_shards_of_two(two_ranks: tuple[Path, str]) -> None:
+    """At another ZeRO stage too; the learning rate has no jump, steps are those of one rank from there on."""
     run, _ = two_ranks
-    done = train(run.parent.parent, "--resume", str(run), "--train.epochs", "3")
-    assert done.returncode == 2 and "saved by 2 rank(s) at ZeRO stage 1" in done.stderr
+    done = train(run.parent.parent, "--resume", str(run), "--train.epochs", "3", "--train.zero_stage", "3")
+    assert done.returncode == 0, done.stderr
+    assert "saved by 2 rank(s), resumed by 1" in done.stdout
+    rows = rows_of(run)
+    assert [int(row["step"]) for row in rows] == [2, 4, 12]  # four crops a step of two ranks, then one
+    assert float(rows[2]["loss"]) < float(rows[0]["loss"])
+
+
+def test_a_signal_to_one_of_two_ranks_ends_both_with_a_checkpoint(finished: Path) -> None:
+    """Started as a SLURM step is, without a launcher in between; the same command goes on."""
+    options = ("--config", str(write_small(finished)), "--run_dir", "runs/preempted", "--resume", "auto",
+               "--train.epochs", "200", "--train.val_every_epochs", "1000")  # fmt: skip
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29584", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    log = finished / "runs" / "preempted" / "log.csv"
+    for wanted in (2, None):  # rows when the signal is sent, to the first job and, later on, to the second
+        ranks = [
+            start(finished, *options, environment=place | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+            for rank in range(2)
+        ]
+        before = len(rows_of(log.parent)) if log.is_file() else 0
+        while (not log.is_file() or len(rows_of(log.parent)) < (wanted or before + 2)) and ranks[0].poll() is None:
+            time.sleep(0.05)
+        ranks[1].send_signal(signal.SIGUSR1)
+        outputs = [rank.communicate(timeout=60) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [os.EX_TEMPFAIL] * 2, outputs
+        assert "stopped by SIGUSR1" in outputs[0][1] and "--resume runs/preempted" in outputs[0][1]
+        saved = states(log.parent / "checkpoints")
+        assert len(saved) == 1 if wanted else saved
+        assert ("resumed runs/preempted" in outputs[0][0]) == (wanted is None)
 
 
 @pytest.mark.parametrize(

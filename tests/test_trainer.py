@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ import torch.distributed as dist
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR, UNet
 
+from engine.checkpoint import states
 from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
 from engine.data import Data, load_data
+from engine.diagnosis import Diverged
 from engine.distributed import Ranks, init_ranks
 from engine.progress import DataWait
+from engine.step import TrainingStep
 from engine.trainer import Trainer
+from engine.watch import Preempted
 from kernels.dice_ce import region_masks
 from models import build_model
 from models.convert import to_reference
@@ -113,29 +119,75 @@ def test_waiting_is_measured_on_the_gpu_where_the_host_runs_ahead() -> None:
     assert times[0] >= 0.1 > times[1]
 
 
-def test_a_run_stopped_at_any_step_sees_the_batches_that_it_would_have_seen(
-    data: Data, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fit(name: str, stop_at: int | None = None, resume: bool = False) -> tuple[list[torch.Tensor], Trainer]:
+Hook = Callable[[int, torch.Tensor], None]
+
+
+@pytest.fixture
+def make(data: Data, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+    """Trainer of a small UNETR: name of its run, a hook that sees step and image before each pass, options."""
+    hooks: dict[int, tuple[list[int], Hook]] = {}
+    call = TrainingStep.__call__
+
+    def hooked(step: TrainingStep, image: torch.Tensor, labels: torch.Tensor) -> Any:
+        if id(step) in hooks:
+            count, hook = hooks[id(step)]
+            hook(count[0], image)
+            count[0] += 1
+        return call(step, image, labels)
+
+    monkeypatch.setattr(TrainingStep, "__call__", hooked)
+    monkeypatch.setattr(Trainer, "_log_memory", lambda trainer: None)  # two seconds each
+
+    def make(name: str = "run", hook: Hook | None = None, resume: bool = False, **options: Any) -> Trainer:
+        optim = OptimConfig(**options.pop("optim", {}))
+        train = {"epochs": 2, "batch_size": 1, "save_every_steps": 1, "val_every_epochs": 2, **options}
         config = Config(
             data=DataConfig(crop_size_voxels=CROP),
-            train=TrainConfig(epochs=2, batch_size=1, save_every_steps=1, val_every_epochs=2),
+            optim=optim,
+            train=TrainConfig(**train),
             run_dir=tmp_path / name,
             resume=name if resume else None,
         )
         torch.manual_seed(0)
         widths = {"feature_size": 8, "hidden_size": 24, "mlp_dim": 32, "num_heads": 2}
         trainer = Trainer(config, ranks, data, build_model("unetr", in_channels=4, img_size=CROP, **widths))
-        seen: list[torch.Tensor] = []
-        step = trainer.step
+        if hook:
+            hooks[id(trainer.step)] = ([0], hook)
+        return trainer
 
-        def recorded(image: torch.Tensor, labels: torch.Tensor) -> Any:
-            if len(seen) == stop_at:
+    return make
+
+
+def equal_weights(one: Trainer, other: Trainer) -> bool:
+    pairs = zip(one.step.model.parameters(), other.step.model.parameters(), strict=True)
+    return all(torch.equal(value, wanted) for value, wanted in pairs)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [row["loss"] for row in trainer.history]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"zero_stage": 2, "accumulate_steps": 2, "optim": {"ema_decay": 0.9, "schedule": "cosine", "warmup_steps": 3}},
+    ],
+)
+def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(
+    make: Callable[..., Trainer], options: dict[str, Any]
+) -> None:
+    """The batches that it sees, losses, weights: bit for bit."""
+
+    def fit(name: str, stop_at: int | None = None, resume: bool = False) -> tuple[list[torch.Tensor], Trainer]:
+        seen: list[torch.Tensor] = []
+
+        def hook(step: int, image: torch.Tensor) -> None:
+            if step == stop_at:
                 raise KeyboardInterrupt
             seen.append(image.clone())
-            return step(image, labels)
 
-        monkeypatch.setattr(trainer, "step", recorded)
+        trainer = make(name, hook, resume, **options)
         with contextlib.suppress(KeyboardInterrupt):
             trainer.fit()
         return seen, trainer
@@ -144,13 +196,89 @@ def test_a_run_stopped_at_any_step_sees_the_batches_that_it_would_have_seen(
     assert len(expected) == 8
     for stop_at in (1, 4, 6):  # within an epoch, between two, in the second
         before, _ = fit(f"stopped{stop_at}", stop_at)
+        passes = options.get("accumulate_steps", 1)
+        saved = stop_at - stop_at % passes
+        if not saved:
+            continue
         after, resumed = fit(f"stopped{stop_at}", resume=True)
         assert len(before) == stop_at
-        equal = [torch.equal(image, wanted) for image, wanted in zip([*before, *after], expected, strict=True)]
+        pairs = zip([*before[:saved], *after], expected, strict=True)
+        equal = [torch.equal(image, wanted) for image, wanted in pairs]
         assert all(equal), (stop_at, equal)
-        assert [row["loss"] for row in resumed.history] == [row["loss"] for row in whole.history]
-        for value, wanted in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-            assert torch.equal(value, wanted)
+        assert losses(resumed) == losses(whole)
+        assert equal_weights(resumed, whole)
+        if whole.step.average and resumed.step.average:
+            averages = zip(resumed.step.average.averages, whole.step.average.averages, strict=True)
+            assert all(torch.equal(value, wanted) for value, wanted in averages)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(make: Callable[..., Trainer]) -> None:
+    whole = make("whole")
+    whole.fit()
+    make("damaged").fit()
+    newest = states(whole.run_dir.parent / "damaged" / "checkpoints")[0]
+    (newest / "state.pt").write_bytes(b"")
+    resumed = make("damaged", resume=True)
+    assert resumed.step.done == whole.step.done - 1
+    resumed.fit()
+    assert losses(resumed) == losses(whole) and equal_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("at", [2, 3])  # within an epoch, at its last step
+def test_a_signal_ends_a_run_after_a_checkpoint(make: Callable[..., Trainer], at: int) -> None:
+    def hook(step: int, image: torch.Tensor) -> None:
+        if step == at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    whole = make("whole")
+    whole.fit()
+    stopped = make("stopped", hook, save_every_steps=0)
+    with pytest.raises(Preempted, match="SIGUSR1"):
+        stopped.fit()
+    assert stopped.step.done == at + 1
+    resumed = make("stopped", resume=True)
+    assert resumed.step.done == at + 1
+    resumed.fit()
+    assert losses(resumed) == losses(whole) and equal_weights(resumed, whole)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_a_batch_with_a_nonfinite_loss_is_left_out_and_counted(make: Callable[..., Trainer]) -> None:
+    def hook(step: int, image: torch.Tensor) -> None:
+        if step == 1:
+            image.fill_(float("nan"))
+
+    trainer = make(hook=hook)
+    trainer.fit()
+    assert [row["skipped_steps"] for row in trainer.history] == [1, 0]
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+def test_a_run_that_diverged_ends_with_the_layer_and_the_cases(make: Callable[..., Trainer]) -> None:
+    trainer = make(max_skipped_steps=3)
+    with torch.no_grad():
+        trainer.step.model.get_parameter("decoder1.block.conv2.weight").fill_(float("inf"))
+    cases = trainer.train_loader.names_of(0, 3)
+    with pytest.raises(Diverged, match=r"in 3 steps in a row, up to step 4 of epoch 1; first in the output of "
+                       rf"decoder1.block.conv2, for crops of {cases[0]}; lower --optim.lr"):  # fmt: skip
+        trainer.fit()
+
+
+def test_training_stops_when_the_dice_no_longer_improves(make: Callable[..., Trainer]) -> None:
+    trainer = make(epochs=9, val_every_epochs=1, patience=2, save_every_steps=0, optim={"lr": 0.0})
+    trainer.fit()
+    assert trainer.best["epoch"] in (None, 1) and trainer.epoch == (3 if trainer.best["epoch"] else 2)
+    resumed = make(epochs=9, val_every_epochs=1, patience=2, optim={"lr": 0.0}, resume=True)
+    resumed.fit()
+    assert resumed.epoch == trainer.epoch
+
+
+def test_memory_that_runs_out_says_what_to_lower(make: Callable[..., Trainer]) -> None:
+    def hook(step: int, image: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with pytest.raises(ValueError, match="--train.batch_size"):
+        make(hook=hook).fit()
 
 
 WAITING = """
@@ -188,6 +316,6 @@ def test_bf16_lowers_the_networks_arithmetic_under_deepspeed(data: Data, ranks: 
     model = build_model("unet", in_channels=4, img_size=CROP)
     trainer = Trainer(config, ranks, data, model)
     image, labels = next(iter(trainer.train_loader.epoch(0)))
-    assert trainer.engine(image.to(ranks.device)).dtype == torch.bfloat16
+    assert trainer.step.engine(image.to(ranks.device)).dtype == torch.bfloat16
     assert trainer.step(image, labels).loss.dtype == torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

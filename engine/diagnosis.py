@@ -1,0 +1,62 @@
+"""Where a training that broke down broke first: which cases, which layer.
+
+A pass over the batch at hand, with the output of every layer and its gradient looked at in the order in which they come
+about. It costs a pass or two and is made once, before the run gives up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Diverged(ValueError):
+    """Training can't go on; the message says since when, where, and what to change."""
+
+
+def first_nonfinite(
+    model: torch.nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    image: Tensor,
+    labels: Tensor,
+) -> str | None:
+    """What is the first not to be finite in a pass over this batch, or None.
+
+    Args:
+        model: whose layers are looked at. forward: image -> logits, by way of `model`.
+        loss_of: (logits, labels) -> scalar.
+        image: (B, C, X, Y, Z). labels: as `loss_of` takes them.
+    """
+    if not torch.isfinite(image).all():
+        return "the images themselves"
+    outputs: list[tuple[str, Tensor]] = []
+    layers = [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
+
+    def noting(name: str) -> Callable:
+        def note(module: torch.nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((name, output))
+
+        return note
+
+    hooks = [module.register_forward_hook(noting(name)) for name, module in layers]
+    try:
+        logits = forward(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, output in outputs:
+        if not torch.isfinite(output).all():
+            return f"the output of {name}"
+    loss = loss_of(logits, labels)
+    if not torch.isfinite(loss):
+        return "the loss, from finite logits"
+    tracked = [(name, output) for name, output in outputs if output.requires_grad]
+    gradients = torch.autograd.grad(loss, [output for _, output in tracked], allow_unused=True)
+    for (name, _), gradient in reversed(list(zip(tracked, gradients, strict=True))):
+        if gradient is not None and not torch.isfinite(gradient).all():
+            return f"the gradient of the output of {name}"
+    return None

@@ -1,0 +1,410 @@
+"""How much memory a training step will take, known before the first one, and what to do when it was too much.
+
+    weights      float32, all of them; ZeRO 3: a shard, and all while they are gathered
+    gradients    float32, all of them; ZeRO 2 and 3: a shard
+    optimizer    AdamW's two moments, float32; from ZeRO 1 on a shard, and with it a shard of the weights' copy
+    buffers      from ZeRO 1 on the bucket in which gradients are reduced, allocated whole; on a GPU two of them
+    activations  the peak of forward, loss and backward: what autograd saved and not yet freed, the temporaries of the
+                 operation at work, and the gradients that are there by then
+    volumes      prepared volumes that the GPU keeps
+
+    total = weights + optimizer + buffers + EMA + volumes + max(activations, gradients)
+
+The peak lies where the backward has just begun: nearly all is still saved, and few gradients are there. It is not
+modelled but found: forward, loss and backward run once on fake tensors, which have shapes and no memory, and every
+storage is counted from the operation that makes it until nothing refers to it. So autocast, the path that
+`kernels.dispatch` takes and the order in which autograd frees are all as in a step. A second forward, with another
+number of crops, tells what grows with the batch (activations) from what does not (autocast's copies of the weights).
+
+Not in it: cuDNN's workspaces, the fragments of an allocator and the CUDA context, for which `HEADROOM` is kept; what
+`torch.compile` saves by recomputing (under it the estimate is an upper bound); and, where PyTorch's compiled form of
+an operation was measured faster than our kernel, that it saves less than the plain one that is counted here.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.config import LossConfig
+from engine.parallel import BUCKET_ELEMENTS
+from kernels.dice_ce import dice_ce_loss
+
+FLOAT32 = 4
+HEADROOM = 0.1
+"""Share of the memory that `largest_batch` leaves to cuDNN's workspaces and the allocator's fragments."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CGROUP = Path("/sys/fs/cgroup")
+MESSAGES = (
+    "can't allocate memory",  # DefaultCPUAllocator
+    "not enough memory",  # the same on Windows
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a rank takes.
+
+    Attributes:
+        weights, gradients, optimizer, buffers, ema, volumes: see the head of this file; 0 where there are none.
+        saved: what autograd saves for the backward, without parameters.
+        activations: peak of forward, loss and backward; `activations_per_crop` of it for each crop of the batch.
+        accumulates: gradients of the passes before are there while a forward runs.
+        crop: (C, X, Y, Z). batch_size, precision, zero_stage, world_size: what was asked about.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    ema: int
+    volumes: int
+    saved: int
+    activations: int
+    activations_per_crop: int
+    accumulates: bool
+    crop: tuple[int, ...]
+    batch_size: int
+    precision: str
+    zero_stage: int
+    world_size: int
+
+    @property
+    def lasting(self) -> int:
+        """What is there between steps too."""
+        return self.weights + self.optimizer + self.buffers + self.ema + self.volumes
+
+    @property
+    def total(self) -> int:
+        """Peak of a step."""
+        return self._total(self.activations)
+
+    def largest_batch(self, limit: int) -> int:
+        """Largest number of crops whose step fits into `limit` bytes less `HEADROOM`; 0: not even one."""
+        room = math.floor(limit * (1 - HEADROOM))
+        constant = self.activations - self.batch_size * self.activations_per_crop
+        others = self._total(0)
+        if others > room:
+            return 0
+        kept = self.lasting + (self.gradients if self.accumulates else 0)
+        return max(0, (room - kept - constant) // self.activations_per_crop)
+
+    def describe(self, limit: int, device: str) -> str:
+        """The line for the log.
+
+        Args:
+            limit: bytes that there are. device: what has them, in words.
+        """
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
+                 "buffers": self.buffers, "EMA": self.ema}  # fmt: skip
+        shown = [f"{name} {_gb(size)}" for name, size in parts.items() if size]
+        shown.append(f"activations {_gb(self.activations)} ({_gb(self.activations_per_crop)} per crop)")
+        if self.volumes:
+            shown.append(f"volumes {_gb(self.volumes)}")
+        fits = self.largest_batch(limit)
+        advice = f"--train.batch_size up to {fits} would fit" if fits else "not even one crop would fit"
+        return f"memory: {', '.join(shown)}; about {_gb(self.total)} of {_gb(limit)} on {device}: {advice}"
+
+    def _total(self, activations: int) -> int:
+        """Peak with so many bytes of activations."""
+        if self.accumulates:
+            return self.lasting + activations + self.gradients
+        return self.lasting + max(activations, self.gradients)
+
+
+def estimate(
+    model: torch.nn.Module,
+    crop: Sequence[int],
+    batch_size: int,
+    device: torch.device | str,
+    *,
+    regions: Sequence[Sequence[int]],
+    loss: LossConfig | None = None,
+    precision: str = "float32",
+    zero_stage: int = 0,
+    world_size: int = 1,
+    accumulate_steps: int = 1,
+    ema: bool = False,
+    volume_bytes: int = 0,
+    bucket_elements: int = BUCKET_ELEMENTS,
+) -> MemoryEstimate:
+    """What training will take on each rank. Takes about two seconds and no memory.
+
+    Args:
+        model: the network before DeepSpeed and `torch.compile` take it; on any device, "meta" too.
+        crop: (C, X, Y, Z). batch_size: crops per rank and pass.
+        device: where it will train.
+        regions: label values of each region. loss: of the configuration; None: its defaults.
+        precision: float32, tf32, bf16 or fp16. zero_stage: 0 to 3. world_size: ranks that share the shards.
+        accumulate_steps: passes of an optimizer step. ema: whether averaged weights are kept.
+        volume_bytes: prepared volumes in the memory of `device`.
+        bucket_elements: DeepSpeed's `reduce_bucket_size`.
+
+    Raises:
+        ValueError: "cuda" where PyTorch sees no GPU: it then has no kernels whose shapes it could tell.
+    """
+    crop, device = tuple(crop), torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"memory on {device} can't be estimated where PyTorch sees no GPU: ask on the machine that has it"
+        )
+    other_size = 1 if batch_size > 1 else 2
+    saved, activations = _simulate(model, crop, batch_size, device, regions, loss or LossConfig(), precision, True)
+    other, _ = _simulate(model, crop, other_size, device, regions, loss or LossConfig(), precision, False)
+    saved_per_crop = (saved - other) // (batch_size - other_size)
+    constant = saved - batch_size * saved_per_crop + activations.gradients
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * FLOAT32
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model).values())
+    shard = math.ceil(trained / world_size)
+    return MemoryEstimate(
+        weights=weights + shard if zero_stage == 3 else weights,
+        gradients=shard if zero_stage >= 2 else trained,
+        optimizer=3 * shard if zero_stage else 2 * trained,
+        buffers=bucket_elements * FLOAT32 * (2 if device.type == "cuda" else 1) if zero_stage else 0,
+        ema=(shard if zero_stage == 3 else trained) if ema else 0,
+        volumes=volume_bytes,
+        saved=saved,
+        activations=activations.peak,
+        activations_per_crop=(activations.peak - constant) // batch_size,
+        accumulates=accumulate_steps > 1,
+        crop=crop,
+        batch_size=batch_size,
+        precision=precision,
+        zero_stage=zero_stage,
+        world_size=world_size,
+    )
+
+
+class SavedBytes:
+    """A context in which what autograd saves is counted: unique storages, but for those of `parameters`."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
+        self._sizes: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    @property
+    def total(self) -> int:
+        """Bytes so far."""
+        return sum(self._sizes.values())
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._parameters:
+            self._sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+
+class LiveBytes(TorchDispatchMode):
+    """A mode that counts the storages that operations make, from then until nothing refers to them.
+
+    Args:
+        known: tensors not to be counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.gradients_now = self.gradients = 0
+        """Bytes of parameters' gradients: now, and at the peak."""
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace != "prim":  # questions about a tensor
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.meet(tensor.untyped_storage())
+        return out
+
+    def gradient(self, parameter: Tensor) -> None:
+        """Hook for `register_post_accumulate_grad_hook`."""
+        self.gradients_now += parameter.numel() * parameter.element_size()
+
+    def meet(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, unless it is known."""
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.gradients = self.now, self.gradients_now
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def run_forward(
+    network: Callable[[Tensor], Tensor],
+    image: Tensor,
+    labels: Tensor,
+    regions: Sequence[Sequence[int]],
+    loss: LossConfig,
+    precision: str,
+) -> Tensor:
+    """Forward and loss as the trainer runs them, on real or fake tensors; returns the loss.
+
+    Args:
+        image: (B, C, X, Y, Z). labels: uint8 (B, X, Y, Z), not looked at: fake ones have no values.
+    """
+    dtype = AUTOCAST.get(precision)
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        logits = network(image)
+    return dice_ce_loss(logits, labels, regions, ce=loss.ce, dice_weight=loss.dice_weight, ce_weight=loss.ce_weight,
+                        squared_pred=loss.squared_pred, check_labels=False).loss  # fmt: skip
+
+
+def _simulate(
+    model: torch.nn.Module,
+    crop: tuple[int, ...],
+    batch_size: int,
+    device: torch.device,
+    regions: Sequence[Sequence[int]],
+    loss: LossConfig,
+    precision: str,
+    backward: bool,
+) -> tuple[int, LiveBytes]:
+    """A step of fake tensors: what autograd saved, and what was live."""
+    on_gpu = device.type == "cuda"
+    with FakeTensorMode(), torch.device(device), torch.compiler.set_stance("force_eager"):
+        given = {name: _fake(tensor) for name, tensor in _tensors(model).items()}
+        dtype = torch.bfloat16 if on_gpu and precision == "bf16" else torch.float32  # as the loaders give it
+        layout = torch.channels_last_3d if on_gpu else torch.contiguous_format
+        image = torch.empty((batch_size, *crop), dtype=dtype).contiguous(memory_format=layout)
+        labels = torch.empty((batch_size, *crop[1:]), dtype=torch.uint8)
+        with LiveBytes(given.values()) as live, SavedBytes(given.values()) as saved:
+            for batch in (image, labels):
+                live.meet(batch.untyped_storage())
+            result = run_forward(
+                lambda x: torch.func.functional_call(model, given, (x,)), image, labels, regions, loss, precision
+            )
+            if backward:
+                for parameter in given.values():
+                    if parameter.requires_grad:
+                        parameter.register_post_accumulate_grad_hook(live.gradient)
+                result.backward()
+        return saved.total, live
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    """As large as `tensor`, on the default device, a leaf of its own."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+
+
+def limit_bytes(device: torch.device, ranks_on_node: int = 1) -> int:
+    """Memory that this process may take in all, what it has already included.
+
+    On a GPU: what is free, and what PyTorch holds there for this process. On a CPU: a rank's share of what is available
+    on the node, or of what is left below the limit of its control group, where that is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    available = psutil.virtual_memory().available
+    left = _left_in_cgroup(CGROUP)
+    own = psutil.Process().memory_info().rss
+    return (available if left is None else min(available, left)) // ranks_on_node + own
+
+
+def _left_in_cgroup(folder: Path) -> int | None:
+    """Bytes below the limit of a control group (version 2), page cache not counted as used; None: no limit."""
+    try:
+        most = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if most == "max" else max(0, int(most) - used + int(cached.get("inactive_file", 0)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
+
+
+def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device: torch.device, limit: int) -> str:
+    """What happened and what to lower, by how much, the simplest first.
+
+    Args:
+        estimate: of the run. limit: `limit_bytes(device)` as it was before the run.
+    """
+    fits = estimate.largest_batch(limit)
+    if fits >= estimate.batch_size:  # there was less than `limit`, or something took more than can be foreseen
+        fits = estimate.batch_size // 2
+    ways = []
+    if fits:
+        ways.append(f"--train.batch_size {fits}, with --train.accumulate_steps for the same number of crops a step")
+    if estimate.precision in ("float32", "tf32"):
+        ways.append("--train.precision bf16, whose activations take fewer bytes")
+    smaller = _smaller_crop(estimate.crop[1:])
+    if smaller:
+        share = math.prod(smaller) / math.prod(estimate.crop[1:])
+        size = ",".join(map(str, smaller))
+        ways.append(f"--data.crop_size_voxels '[{size}]', which takes {share:.0%} of the activations")
+    shared = estimate.optimizer + estimate.gradients
+    if estimate.zero_stage < 2 and estimate.world_size > 1:
+        spared = shared - math.ceil(shared / estimate.world_size)
+        ways.append(f"--train.zero_stage 2, which spares about {_gb(spared)} a rank")
+    if estimate.volumes:
+        ways.append(f"--data.residence mapped, which spares the {_gb(estimate.volumes)} of volumes")
+    advice = f"Try {'; or '.join(ways)}" if ways else "There is nothing left to lower: take a device with more memory"
+    return (
+        f"out of memory on {device} ({_first_line(error)}): {_gb(_peak_bytes(device))} were taken at the most; "
+        f"--train.batch_size {estimate.batch_size} at {estimate.precision} takes about {_gb(estimate.total)} of "
+        f"{_gb(limit)}. {advice}"
+    )
+
+
+def _smaller_crop(size: Sequence[int]) -> tuple[int, ...] | None:
+    """The crop with its longest axes a quarter shorter, a multiple of 16; None where that is below 32."""
+    longest = max(size)
+    shorter = longest * 3 // 4 // 16 * 16
+    return None if shorter < 32 else tuple(shorter if axis == longest else axis for axis in size)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _gb(size: int) -> str:
+    """GB of 10^9 bytes, or MB, with two digits that count or more: 3.9 MB, 0.20 GB, 15.1 GB, 139 GB."""
+    value, unit = (size / 1e9, "GB") if size >= 0.0995e9 else (size / 1e6, "MB")
+    digits = 0 if value >= 99.5 else 1 if value >= 0.995 else 2
+    return f"{value:.{digits}f} {unit}"

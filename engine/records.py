@@ -1,0 +1,54 @@
+"""The tables that a run leaves: by epoch, by case, and what they come to."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from engine.metrics import CaseDice
+from pipelines.labels import REGIONS
+
+
+class EpochLog:
+    """`log.csv` with a row for each epoch, and the same as TensorBoard scalars.
+
+    Args:
+        run_dir: of the run. done_steps: of a run that goes on; what TensorBoard has of later ones is dropped.
+    """
+
+    def __init__(self, run_dir: Path, done_steps: int) -> None:
+        self.run_dir = run_dir
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
+
+    def write(self, history: list[dict[str, Any]]) -> None:
+        """After an epoch: its row is the last of `history`."""
+        row = history[-1]
+        for name, value in row.items():
+            if name not in ("epoch", "step") and value is not None:
+                self.writer.add_scalar(name.replace("val_", "val/"), value, row["step"])
+        self.writer.flush()
+        columns = list(dict.fromkeys(name for row in history for name in row))
+        with open(self.run_dir / "log.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(history)
+
+    def close(self) -> None:
+        """At the end of the run."""
+        self.writer.close()
+
+
+def write_validation(run_dir: Path, cases: list[CaseDice], summary: dict[str, Any]) -> None:
+    """`validation.csv` by case (of the last validation), `metrics.json`."""
+    with open(run_dir / "validation.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["case", *REGIONS, *(f"{region}_voxels" for region in REGIONS)])
+        for case in cases:
+            dice = ["" if math.isnan(value) else f"{value:.4f}" for value in case.dice()]
+            table.writerow([case.name, *dice, *case.truth])
+    (run_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -1,0 +1,191 @@
+"""One optimizer step: forward, loss, backward, AdamW.
+
+Precision. Weights, gradients, moments, losses are float32; `precision` is what the network computes in:
+
+    float32   IEEE products everywhere          bf16   autocast
+    tf32      TF32 products on a GPU            fp16   autocast, the loss scaled so that no gradient underflows
+
+Nothing here waits for the device. The values of a pass stay on it as one tensor, which the trainer reads a step later.
+The order of wrapping: autocast inside, torch.compile around it, DeepSpeed around that. Validation runs the network
+without the compiled code, so that no compilation can fail there.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.average import WeightAverage
+from engine.config import Config, TrainConfig
+from engine.distributed import Ranks
+from engine.graph import GraphedPass
+from engine.optim import GuardedAdamW, learning_rate
+from engine.parallel import copy_weights, deepspeed_engine
+from kernels.dice_ce import DiceCE, dice_ce_loss
+
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def set_up_torch(train: TrainConfig) -> None:
+    """Process-wide switches: TF32, and bits that do not depend on the run."""
+    torch.set_float32_matmul_precision("high" if train.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = train.precision == "tf32"
+    torch.backends.cudnn.benchmark = not train.deterministic  # crops have one size: the search pays
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(train.deterministic)
+
+
+class TrainingStep:
+    """The network under training; called with a batch, it makes a pass, and a step where one is due.
+
+    Args:
+        config: of the run, as `read_deepspeed_json` left it. settings: what that returned.
+        ranks: who this process is.
+        model: float32 weights; moved to the device.
+        regions: labels of each region, as `dice_ce_loss` takes them.
+        total_steps: optimizer steps of the whole run, for the learning rate.
+
+    Attributes:
+        done: optimizer steps so far.
+        values: float32 (6,) of the last pass, on the device: loss, Dice loss, CE, gradient norm, 1 where the step was
+            left out, such steps in a row.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        settings: dict[str, Any],
+        ranks: Ranks,
+        model: torch.nn.Module,
+        regions: Sequence[Sequence[int]],
+        total_steps: int,
+    ) -> None:
+        _check_options(config.train, ranks)
+        train, self.config = config.train, config
+        self.regions, self.total_steps, self.done = regions, total_steps, 0
+        on_gpu = ranks.device.type == "cuda"
+        # Under ZeRO 3 a forward gathers weights, which all ranks must do as often.
+        self.spare = copy.deepcopy(model).to("meta") if train.zero_stage == 3 else None
+        self.model = model.to(ranks.device)
+        if on_gpu:  # whose convolutions want the channels last in memory
+            self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if train.precision in LOW_PRECISION:
+            # Inside the module: DeepSpeed turns off an autocast that it finds around its own forward.
+            lowered = torch.autocast(ranks.device.type, LOW_PRECISION[train.precision])
+            self.model.forward = lowered(self.model.forward)
+        if train.compile:
+            self.model.forward = torch.compile(self.model.forward, dynamic=False)
+        self.optimizer = GuardedAdamW(
+            self.model.parameters(),
+            config.optim,
+            scales_loss=train.precision == "fp16",
+            is_sharded=train.zero_stage > 0 and ranks.world_size > 1,
+        )
+        self.engine = deepspeed_engine(self.model, self.optimizer, config, settings, ranks)
+        self.average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.graph = GraphedPass(self._plain_pass, self.model) if train.cuda_graph else None
+        self.values = torch.zeros(6, device=ranks.device)
+
+    def __call__(self, image: Tensor, labels: Tensor) -> DiceCE:
+        """A pass over a batch, and an optimizer step after every `accumulate_steps` of them.
+
+        Args:
+            image: (B, C, X, Y, Z), float32 or the precision's own. labels: uint8 (B, X, Y, Z). On this rank's device.
+        """
+        if self.graph:
+            loss = self.graph(image, labels)
+            self.engine.allreduce_gradients()
+        else:
+            loss = self.loss(image, labels)
+            self.backward(loss)
+        self.update()
+        optimizer = self.optimizer
+        terms = [loss.loss.detach(), loss.dice.detach(), loss.ce.detach()]
+        self.values = torch.stack([*terms, optimizer.norm, optimizer.found_inf, optimizer.in_row])
+        return loss
+
+    def loss(self, image: Tensor, labels: Tensor) -> DiceCE:
+        """Forward and loss."""
+        return self.loss_of(self.engine(image), labels)
+
+    def backward(self, loss: DiceCE) -> None:
+        """Gradients, averaged over ranks where a step is due."""
+        self.engine.backward(loss.loss * self.optimizer.scale if self.optimizer.scales_loss else loss.loss)
+
+    def update(self) -> None:
+        """The optimizer's step, where one is due."""
+        is_due = self.engine.is_gradient_accumulation_boundary()
+        if is_due:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate
+        self.engine.step()
+        if not is_due:
+            return
+        self.done += 1
+        if getattr(self.engine.optimizer, "overflow", False):
+            self.optimizer.skip()
+        if self.average:
+            self.average.update()
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the step that comes next."""
+        return learning_rate(self.config.optim, self.done, self.total_steps)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[torch.nn.Module]:
+        """The network as validation wants it: averaged weights where there are any, nothing compiled, no gradients."""
+        plain = torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext()
+        self.engine.eval()
+        with torch.no_grad(), plain, self.averaged():
+            yield self._whole() if self.spare else self.engine
+        self.engine.train()
+
+    def _whole(self) -> torch.nn.Module:
+        """The network with its weights whole, for ranks that have different numbers of cases to go through."""
+        assert self.spare is not None
+        network = copy.deepcopy(self.spare)
+        weights = {name: value.to(self.values.device) for name, value in copy_weights(self.model).items()}
+        network.load_state_dict(weights, assign=True)
+        return network.eval()
+
+    def averaged(self) -> Any:
+        """Within it the weights are the averaged ones, where an average is kept."""
+        return self.average.applied() if self.average else nullcontext()
+
+    def _plain_pass(self, image: Tensor, labels: Tensor) -> DiceCE:
+        loss = self.loss_of(self.model(image), labels)
+        (loss.loss * self.optimizer.scale).backward()
+        return loss
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> DiceCE:
+        """The loss of logits (B, R, X, Y, Z)."""
+        loss = self.config.loss
+        return dice_ce_loss(logits, labels, self.regions, ce=loss.ce, dice_weight=loss.dice_weight,
+                            ce_weight=loss.ce_weight, squared_pred=loss.squared_pred)  # fmt: skip
+
+
+def _check_options(train: TrainConfig, ranks: Ranks) -> None:
+    if train.compile and train.zero_stage == 3:
+        raise ValueError(
+            "--train.compile true with --train.zero_stage 3 compiles anew at every layer: take a stage from 0 to 2"
+        )
+    if not train.cuda_graph:
+        return
+    if ranks.device.type != "cuda":
+        raise ValueError("--train.cuda_graph true needs a GPU; leave it out on a CPU")
+    if train.zero_stage or train.accumulate_steps > 1:
+        raise ValueError(
+            f"--train.cuda_graph true records gradients at fixed places, which --train.zero_stage {train.zero_stage} "
+            f"and --train.accumulate_steps {train.accumulate_steps} move: use stage 0 and 1 pass a step"
+        )

@@ -1,0 +1,101 @@
+"""Signals that ask a run to stop: all ranks stop at one step, save, and can be started again.
+
+Schedulers send SIGTERM or SIGUSR1 before they take the nodes away, to all ranks or to one, and each hears of it at a
+moment of its own. So the ranks agree: an all-reduce of the signal's number over a gloo group, which runs beside the
+steps on the CPU. It is started at one step and read at a later one, and no step waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.distributed import Ranks
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AGREE_EVERY_S = 1.0
+SAME_SIGNAL_S = 1.0  # launchers and schedulers both pass a signal on: ranks get it twice
+
+
+class Preempted(Exception):
+    """A signal stopped training, which can go on from its checkpoint; the argument is the signal's name."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came outside training, where nothing can be saved; the argument is its name."""
+
+
+class StopSignal:
+    """Whether a signal asks to stop: SIGTERM or SIGUSR1, sent to any of the ranks. A context manager.
+
+    It is due about two seconds after the signal, or two steps where those take longer. A second SIGTERM ends the
+    process at once.
+
+    Args:
+        ranks: which of them this process is. All of them make one, at the same place.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.number = 0  # of the signal; that of this process, until all agree
+        self.is_agreed = False
+        self.first_sigterm: float | None = None
+        self.is_first, self.group = ranks.is_first, None
+        self.work: Any = None
+        self.step, self.due_at, self.every, self.started = 0, 1, 1, time.monotonic()
+        if ranks.world_size > 1:
+            self.group = dist.new_group(backend="gloo")
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.work and kind is None:
+            self.work.wait()
+
+    @property
+    def name(self) -> str:
+        """Of the signal, e.g. SIGTERM."""
+        return signal.Signals(self.number).name
+
+    def due(self) -> bool:
+        """Whether to stop now. Called once a step by each rank; True on all of them at the same step."""
+        if self.group is None or self.is_agreed:
+            return self.number != 0
+        self.step += 1
+        if self.step < self.due_at:
+            return False
+        if self.work:
+            self.work.wait()
+            number, self.every = self.values.tolist()
+            if number:
+                self.number, self.is_agreed, self.work = number, True, None
+                return True
+        self._ask_all()
+        return False
+
+    def _ask_all(self) -> None:
+        """Start the next all-reduce: the signal, and how many steps of rank 0 make `AGREE_EVERY_S`."""
+        now = time.monotonic()
+        step_s = max((now - self.started) / self.every, 1e-3)
+        steps = max(1, min(100, round(AGREE_EVERY_S / step_s))) if self.is_first else 0
+        self.values = torch.tensor([self.number, steps])
+        self.work = dist.all_reduce(self.values, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self.started, self.due_at = now, self.step + self.every
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGTERM:
+            if self.first_sigterm is not None and now - self.first_sigterm > SAME_SIGNAL_S:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self.first_sigterm = self.first_sigterm or now
+        self.number = self.number or number

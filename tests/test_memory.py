@@ -1,0 +1,265 @@
+"""The estimate of a step's memory against what steps on real tensors take, and what is said when it was too much."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from engine import memory
+from engine.config import LossConfig
+from engine.memory import MemoryEstimate, SavedBytes, estimate, is_out_of_memory, out_of_memory_message, run_forward
+from kernels import dispatch
+from models import MODELS, build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+REGIONS = ((2, 3), (1, 2, 3), (3,))
+SIZE = (32, 32, 16)
+WIDTHS: dict[str, dict[str, Any]] = {
+    "unetr": {"feature_size": 4, "hidden_size": 40, "mlp_dim": 56, "num_heads": 6},
+    "unetr_monai": {"feature_size": 4, "hidden_size": 40, "mlp_dim": 56, "num_heads": 5},
+    "unet": {"feature_size": 4},
+}
+GB = 10**9
+
+
+def network(name: str, size: tuple[int, int, int] = SIZE, **widths: int) -> torch.nn.Module:
+    return build_model(name, in_channels=4, img_size=size, **(widths or WIDTHS[name]))
+
+
+def batch(count: int, size: tuple[int, int, int], device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    image = torch.randn(count, 4, *size, device=device)
+    return image, torch.randint(0, 4, (count, *size), dtype=torch.uint8, device=device)
+
+
+def saved_by_real_tensors(name: str, count: int, precision: str) -> int:
+    model = network(name)
+    with SavedBytes([*model.parameters(), *model.buffers()]) as saved:
+        run_forward(model, *batch(count, SIZE), REGIONS, LossConfig(), precision)
+    return saved.total
+
+
+def known(**changes: Any) -> MemoryEstimate:
+    """60 GB: 10 lasting, 50 of activations, of which 2 don't grow with the batch."""
+    plain = MemoryEstimate(
+        weights=2 * GB, gradients=2 * GB, optimizer=4 * GB, buffers=0, ema=0, volumes=4 * GB, saved=40 * GB,
+        activations=50 * GB, activations_per_crop=6 * GB, accumulates=False, crop=(4, 128, 128, 64), batch_size=8,
+        precision="float32", zero_stage=0, world_size=4,
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fake_tensors_save_exactly_the_bytes_that_real_ones_do(name: str, precision: str) -> None:
+    for count in (1, 3):
+        guess = estimate(network(name), (4, *SIZE), count, "cpu", regions=REGIONS, precision=precision)
+        assert guess.saved == saved_by_real_tensors(name, count, precision)
+
+
+def test_through_the_kernels_too_they_save_exactly_what_real_ones_do() -> None:
+    """In Triton's interpreter, which a process chooses before it imports triton."""
+    code = (
+        "import test_memory as t; from kernels import dispatch; assert dispatch.INTERPRETED\n"
+        "guess = t.estimate(t.network('unetr'), (4, *t.SIZE), 1, 'cpu', regions=t.REGIONS)\n"
+        "print(guess.saved, t.saved_by_real_tensors('unetr', 1, 'float32'))"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    guess, real = done.stdout.split()
+    assert guess == real
+    plain = estimate(network("unetr"), (4, *SIZE), 1, "cpu", regions=REGIONS)
+    assert int(guess) < 0.8 * plain.saved
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "widths"),
+    [
+        ("unetr", (64, 64, 32), {"feature_size": 8, "hidden_size": 96, "mlp_dim": 192, "num_heads": 4}),
+        ("unet", (64, 64, 32), {"feature_size": 16}),
+    ],
+)
+def test_the_peak_of_real_steps_is_within_a_quarter_of_the_estimate(name: str, size: Any, widths: Any) -> None:
+    """Two optimizer steps in float32, every allocation of PyTorch's on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model = network(name, size, **widths)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for _ in range(2):
+            run_forward(model, *batch(2, size), REGIONS, LossConfig(), "float32").backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    peak = np.cumsum(sizes).max()
+    guess = estimate(model, (4, *size), 2, "cpu", regions=REGIONS)
+    assert guess.total == pytest.approx(peak, rel=0.25)
+
+
+def test_a_gigabyte_model_costs_seconds_and_no_memory_to_ask_about() -> None:
+    with torch.device("meta"):
+        model = build_model("unetr", in_channels=4)
+    before = psutil.Process().memory_info().rss
+    guess = estimate(model, (4, 128, 128, 64), 2, "cpu", regions=REGIONS)
+    assert guess.total > 3 * GB
+    assert psutil.Process().memory_info().rss - before < 0.2 * GB
+
+
+def test_in_bf16_a_crop_takes_less_through_autocast() -> None:
+    full, half = (estimate(network("unetr"), (4, *SIZE), 2, "cpu", regions=REGIONS, precision=precision)
+                  for precision in ("float32", "bf16"))  # fmt: skip
+    assert half.activations_per_crop < 0.95 * full.activations_per_crop
+
+
+def test_the_estimate_of_a_batch_foretells_that_of_a_larger_one() -> None:
+    for precision in ("float32", "bf16"):
+        two, nine = (
+            estimate(network("unetr"), (4, *SIZE), count, "cpu", regions=REGIONS, precision=precision)
+            for count in (2, 9)
+        )
+        assert two.activations + 7 * two.activations_per_crop == pytest.approx(nine.activations, rel=0.03)
+
+
+def test_parts_are_sharded_as_the_zero_stage_says() -> None:
+    model = network("unet")
+    size = sum(parameter.numel() for parameter in model.parameters()) * 4
+    shard = -(-size // 4)
+
+    def parts(stage: int) -> tuple[int, ...]:
+        it = estimate(model, (4, *SIZE), 1, "cpu", regions=REGIONS, zero_stage=stage, world_size=4,
+                      bucket_elements=1000, ema=True)  # fmt: skip
+        return it.weights, it.gradients, it.optimizer, it.buffers, it.ema
+
+    assert parts(0) == (size, size, 2 * size, 0, size)
+    assert parts(1) == (size, size, 3 * shard, 4000, size)
+    assert parts(2) == (size, shard, 3 * shard, 4000, size)
+    assert parts(3) == (size + shard, shard, 3 * shard, 4000, shard)
+
+
+def test_accumulated_gradients_are_there_during_the_forward() -> None:
+    once, twice = (
+        estimate(network("unet"), (4, *SIZE), 1, "cpu", regions=REGIONS, accumulate_steps=steps) for steps in (1, 2)
+    )
+    assert twice.total == once.total + once.gradients
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_the_largest_batch_fits_and_one_crop_more_does_not(accumulates: bool) -> None:
+    it, limit = known(accumulates=accumulates, gradients=7 * GB), 139 * GB
+    fits = it.largest_batch(limit)
+
+    def total(count: int) -> int:
+        more = (count - it.batch_size) * it.activations_per_crop
+        return dataclasses.replace(it, activations=it.activations + more).total
+
+    assert total(fits) <= limit * (1 - memory.HEADROOM) < total(fits + 1)
+
+
+def test_nothing_fits_where_weights_alone_do_not() -> None:
+    assert known().largest_batch(9 * GB) == 0
+    assert known(weights=200 * GB).largest_batch(139 * GB) == 0
+    assert known(gradients=120 * GB).largest_batch(139 * GB) == 0
+    assert known(activations=52 * GB).largest_batch(27 * GB // 2) == 0
+    assert "not even one crop would fit" in known().describe(9 * GB, "cpu")
+
+
+def test_the_line_before_training_names_every_part_and_the_batch_that_fits() -> None:
+    assert known().describe(139 * GB, "cuda:0") == (
+        "memory: weights 2.0 GB, gradients 2.0 GB, optimizer 4.0 GB, activations 50.0 GB (6.0 GB per crop), "
+        "volumes 4.0 GB; about 60.0 GB of 139 GB on cuda:0: --train.batch_size up to 18 would fit"
+    )
+    assert "EMA 3.9 MB" in known(ema=3_900_000).describe(139 * GB, "cuda:0")
+    assert "EMA 0.25 GB" in known(ema=GB // 4).describe(139 * GB, "cuda:0")
+
+
+def test_real_errors_of_memory_are_recognised_and_no_others() -> None:
+    def error_of(work: Any) -> Exception:
+        with pytest.raises(Exception) as caught:
+            work()
+        return caught.value
+
+    assert is_out_of_memory(error_of(lambda: torch.empty(2**50)))
+    assert is_out_of_memory(error_of(lambda: np.empty(2**60, np.uint8)))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not is_out_of_memory(error_of(lambda: torch.empty(2) @ torch.empty(3)))
+    assert not is_out_of_memory(ValueError("CUDA out of memory"))
+
+
+def test_the_message_says_what_to_lower_and_to_what() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+    text = out_of_memory_message(error, known(), torch.device("cpu"), 40 * GB)
+    assert "\n" not in text and "More" not in text
+    for part in ("Tried to allocate 2.00 GiB", "about 60.0 GB of 40.0 GB", "--train.batch_size 4,",
+                 "--train.precision bf16,", "'[96,96,64]', which takes 56%",
+                 "--train.zero_stage 2, which spares about 4.5 GB",
+                 "--data.residence mapped, which spares the 4.0 GB"):  # fmt: skip
+        assert part in text, (part, text)
+
+
+def test_the_message_leaves_out_what_is_done_already() -> None:
+    it = known(precision="bf16", zero_stage=2, volumes=0, crop=(4, 32, 32, 32), batch_size=1)
+    text = out_of_memory_message(MemoryError(), it, torch.device("cpu"), 40 * GB)
+    for option in ("precision bf16,", "zero_stage 2,", "--data.residence", "--data.crop_size_voxels"):
+        assert option not in text, (option, text)
+    assert "MemoryError" in text and text.endswith("take a device with more memory")
+
+
+def test_what_should_have_fitted_is_halved() -> None:
+    text = out_of_memory_message(MemoryError(), known(), torch.device("cpu"), 139 * GB)
+    assert "--train.batch_size 4, with --train.accumulate_steps" in text
+
+
+def test_a_control_group_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    free = memory.limit_bytes(torch.device("cpu"))
+    assert 0 < free <= psutil.virtual_memory().total
+    for name, content in (
+        ("max", "900000000"),
+        ("current", "700000000"),
+        ("stat", "anon 9\ninactive_file 300000000\n"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(content)
+    own = psutil.Process().memory_info().rss
+    assert memory.limit_bytes(torch.device("cpu")) - own == pytest.approx(500_000_000, abs=50_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.limit_bytes(torch.device("cpu")) > 0.5 * free
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="cuda can't be estimated where PyTorch sees no GPU"):
+        estimate(network("unet"), (4, *SIZE), 1, "cuda", regions=REGIONS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_peak_on_a_gpu_is_within_15_percent_of_the_estimate(name: str, precision: str) -> None:
+    dispatch.use("auto", "cuda")
+    size = (128, 128, 64)
+    before = torch.cuda.memory_allocated()
+    model = build_model(name, in_channels=4, img_size=size).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    image, labels = batch(2, size, "cuda")
+    if precision == "bf16":
+        image = image.bfloat16()
+    image = image.contiguous(memory_format=torch.channels_last_3d)
+    guess = estimate(model, (4, *size), 2, "cuda", regions=REGIONS, precision=precision)
+    for step in range(3):
+        if step == 1:  # the first finds cuDNN's algorithms
+            torch.cuda.reset_peak_memory_stats()
+        run_forward(model, image, labels, REGIONS, LossConfig(), precision).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert guess.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)

@@ -1,0 +1,339 @@
+"""An optimizer step: every precision and ZeRO stage against torch's AdamW, clipping, steps left out, averages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.config import Config, OptimConfig, TrainConfig
+from engine.distributed import Ranks, init_ranks
+from engine.parallel import copy_moments, copy_weights
+from engine.step import LOW_PRECISION, TrainingStep, set_up_torch
+from kernels.dice_ce import dice_ce_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+REGIONS = [[2, 3], [1, 2, 3], [3]]
+CROP = (8, 8, 8)
+RATE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    yield init_ranks("cpu")
+    dist.destroy_process_group()
+
+
+def network() -> torch.nn.Module:
+    """Without norms: the true gradient of a bias before one is zero, and Adam makes steps of its rounding."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv3d(2, 5, 3, padding=1), torch.nn.GELU(), torch.nn.Conv3d(5, 7, 3, padding=1), torch.nn.GELU(),
+        torch.nn.Conv3d(7, 3, 1),
+    )  # fmt: skip
+
+
+def batch(number: int, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    labels = torch.randint(0, 4, (size, *CROP), generator=generator, dtype=torch.uint8)
+    return torch.randn(size, 2, *CROP, generator=generator), labels
+
+
+def make_step(ranks: Ranks, model: torch.nn.Module | None = None, **options: Any) -> TrainingStep:
+    optim = {"lr": RATE, "weight_decay": 0.1, "grad_clip": options.pop("grad_clip", 0.0)}
+    optim["ema_decay"] = options.pop("ema_decay", 0.0)
+    config = Config(optim=OptimConfig(**optim), train=TrainConfig(**options))
+    return TrainingStep(config, {}, ranks, model or network(), REGIONS, total_steps=100)
+
+
+def plain_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, pair: tuple[torch.Tensor, torch.Tensor],
+    precision: str, grad_clip: float = 0.0,
+) -> float:  # fmt: skip
+    """What PyTorch's documentation shows."""
+    optimizer.zero_grad()
+    dtype = LOW_PRECISION.get(precision)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        logits = model(pair[0])
+    loss = dice_ce_loss(logits, pair[1], REGIONS, ce="bce").loss
+    loss.backward()
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_the_first_updates_are_those_of_torchs_adamw(precision: str, stage: int, ranks: Ranks) -> None:
+    """Adam's first steps have the largest corrections for bias: a step counted twice shows at once."""
+    plain = network()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=0.1)
+    step = make_step(ranks, precision=precision, zero_stage=stage)
+    start = copy_weights(step.model)
+    for number in range(3):
+        step(*batch(number))
+        plain_step(plain, optimizer, batch(number), precision)
+        found, expected = copy_weights(step.model), plain.state_dict()
+        for name, value in expected.items():
+            change = (value - start[name]).norm()
+            assert (found[name] - value).norm() <= 1e-3 * change, (name, number)
+
+
+def test_fp16_scales_the_loss_and_takes_the_step_of_float32(ranks: Ranks) -> None:
+    plain = network()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=0.1)
+    step = make_step(ranks, precision="fp16")
+    losses = []
+    for number in range(8):  # the first scale of 65,536 may be too large
+        step(*batch(number))
+        losses.append((step.values[0].item(), plain_step(plain, optimizer, batch(number), "float32")))
+    assert step.optimizer.scale.item() >= 256
+    assert step.optimizer.state[next(step.model.parameters())]["step"].item() >= 4
+    assert all(ours == pytest.approx(theirs, rel=0.02) for ours, theirs in losses)
+
+
+def test_an_overflow_in_fp16_halves_the_scale_and_leaves_the_weights(ranks: Ranks) -> None:
+    step = make_step(ranks, precision="fp16")
+    step.optimizer.scale.fill_(2.0**127)
+    before = copy_weights(step.model)
+    step(*batch(0))
+    assert step.optimizer.scale.item() == 2.0**126
+    assert step.values[4].item() == 1 and step.values[5].item() == 0  # a lower scale can help: no sign of divergence
+    assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
+
+
+def test_a_scale_that_served_for_long_is_doubled(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.optim.GROWTH_INTERVAL", 2)
+    step = make_step(ranks, precision="fp16")
+    step.optimizer.scale.fill_(16.0)
+    for number in range(2):
+        step(*batch(number))
+    assert step.optimizer.scale.item() == 32.0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_with_nonfinite_gradients_is_left_out_and_counted(stage: int, ranks: Ranks) -> None:
+    step = make_step(ranks, zero_stage=stage)
+    step(*batch(0))
+    before, moments = copy_weights(step.model), copy_moments(step.engine, step.optimizer)
+    image, labels = batch(1)
+    image[0, 0, 0, 0, 0] = float("inf")
+    for count in (1, 2):
+        step(image, labels)
+        assert step.values[4].item() == 1 and step.values[5].item() == count
+    after = copy_weights(step.model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    again = copy_moments(step.engine, step.optimizer)
+    assert again["step"] == moments["step"] == 1
+    assert all(torch.equal(again["exp_avg"][name], value) for name, value in moments["exp_avg"].items())
+    step(*batch(2))
+    assert step.values[4].item() == 0 and step.values[5].item() == 0
+    assert any(not torch.equal(value, before[name]) for name, value in copy_weights(step.model).items())
+    assert step.done == 4
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_clipped_to_their_common_norm(stage: int, ranks: Ranks) -> None:
+    """Against clip_grad_norm_; with a weight decay and two sizes of gradients, for Adam itself ignores their scale."""
+    plain = network()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=0.1)
+    step = make_step(ranks, zero_stage=stage, grad_clip=0.05)
+    norms = []
+    for number in range(4):
+        step(*batch(number))
+        plain_step(plain, optimizer, batch(number), "float32", grad_clip=0.05)
+        norms.append(step.values[3].item())
+    assert min(norms) > 0.05
+    moments = copy_moments(step.engine, step.optimizer)
+    for name, parameter in plain.named_parameters():
+        expected = optimizer.state[parameter]["exp_avg"]
+        torch.testing.assert_close(moments["exp_avg"][name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_accumulated_passes_are_one_step_over_all_their_crops(ranks: Ranks) -> None:
+    """BCE alone is a mean over crops, so two passes of two crops are one of four."""
+    whole, parts = make_step(ranks, batch_size=4), make_step(ranks, batch_size=2, accumulate_steps=2)
+    for step in (whole, parts):
+        step.config.loss.dice_weight = 0
+    image, labels = batch(0, size=4)
+    whole(image, labels)
+    parts(image[:2], labels[:2])
+    assert parts.done == 0
+    parts(image[2:], labels[2:])
+    assert parts.done == whole.done == 1
+    for name, value in copy_weights(whole.model).items():
+        torch.testing.assert_close(copy_weights(parts.model)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_follows_the_weights_and_is_what_is_validated(ranks: Ranks) -> None:
+    step = make_step(ranks, ema_decay=0.5)
+    expected = copy_weights(step.model)
+    for number in range(1, 6):
+        step(*batch(number))
+        decay = min(0.5, (1 + number) / (10 + number))
+        expected = {
+            name: decay * value + (1 - decay) * step.model.state_dict()[name] for name, value in expected.items()
+        }
+    assert step.average
+    weights = copy_weights(step.model)
+    for name, value in step.average.copy().items():
+        torch.testing.assert_close(value, expected[name])
+    with step.evaluating():
+        inside = copy_weights(step.model)
+    assert all(torch.allclose(inside[name], value) for name, value in expected.items())
+    assert all(torch.equal(value, weights[name]) for name, value in step.model.state_dict().items())
+
+
+def test_a_compiled_network_takes_the_same_steps_and_is_validated_as_it_is(ranks: Ranks) -> None:
+    plain, compiled = make_step(ranks), make_step(ranks, compile=True)
+    for number in range(2):
+        plain(*batch(number))
+        compiled(*batch(number))
+        assert compiled.values[0].item() == pytest.approx(plain.values[0].item(), rel=1e-4)
+    with compiled.evaluating() as network, torch._dynamo.config.patch(error_on_recompile=True):
+        network(batch(0, size=3)[0])  # another shape would be compiled anew
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": True, "zero_stage": 3}, "take a stage from 0 to 2"),
+        ({"cuda_graph": True}, "needs a GPU"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str, ranks: Ranks) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_step(ranks, **options)
+
+
+def test_float32_means_ieee_products_and_deterministic_means_all() -> None:
+    try:
+        set_up_torch(TrainConfig(precision="tf32", deterministic=True))
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    finally:
+        set_up_torch(TrainConfig())
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+TWO_RANKS = """
+import json, sys
+import torch, torch.distributed as dist
+from engine.distributed import init_ranks
+from engine.parallel import copy_moments, copy_weights, load_moments
+from test_step import batch, make_step, network
+ranks = init_ranks("cpu")
+result, states = {}, {}
+
+def run(step, numbers):
+    losses = []
+    for number in numbers:
+        image, labels = batch(number, size=4)
+        step(image[ranks.rank::2], labels[ranks.rank::2])
+        loss = step.values[:1].clone()
+        dist.all_reduce(loss)
+        losses.append(loss.item() / 2)
+    return losses
+
+for stage in range(4):
+    step = make_step(ranks, zero_stage=stage, grad_clip=0.5, ema_decay=0.9)
+    losses = run(step, range(20))
+    states[stage] = copy_weights(step.model), copy_moments(step.engine, step.optimizer), step.average.copy()
+    result[stage] = losses + run(step, range(20, 23))
+    wrong = batch(0, size=4)[0]
+    if ranks.rank == 1:
+        wrong[3] = float("nan")
+    step(wrong[ranks.rank::2], batch(0, size=4)[1][ranks.rank::2])
+    result[f"left out at {stage}"] = step.values[4].item()
+for stage in range(4):  # each goes on from the state of the one before it
+    weights, moments, average = states[(stage - 1) % 4]
+    model = network()
+    model.load_state_dict(weights)
+    step = make_step(ranks, model, zero_stage=stage, grad_clip=0.5, ema_decay=0.9)
+    load_moments(step.engine, step.optimizer, moments)
+    step.average.load(average, 20)
+    step.done = 20
+    result[f"resumed at {stage}"] = run(step, range(20, 23))
+    result[f"average at {stage}"] = sum(float(value.double().sum()) for value in average.values())
+if ranks.is_first:
+    print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks() -> dict[str, Any]:
+    """What `TWO_RANKS` prints, from two processes."""
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29591"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS],
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    outputs = [process.communicate(timeout=400) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs[0][1] + outputs[1][1]
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_zero_stage_gives_the_losses_of_stage_0(stage: int, on_two_ranks: dict[str, Any]) -> None:
+    """Two ranks, float32, 20 steps and more."""
+    assert on_two_ranks[str(stage)] == pytest.approx(on_two_ranks["0"], rel=1e-5)
+    assert on_two_ranks["0"][19] < on_two_ranks["0"][0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_state_saved_at_one_stage_goes_on_at_another(stage: int, on_two_ranks: dict[str, Any]) -> None:
+    assert on_two_ranks[f"resumed at {stage}"] == pytest.approx(on_two_ranks["0"][20:], rel=1e-5)
+    assert on_two_ranks[f"average at {stage}"] == pytest.approx(on_two_ranks["average at 0"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_all_ranks_leave_a_step_out_when_one_has_nonfinite_gradients(stage: int, on_two_ranks: dict[str, Any]) -> None:
+    assert on_two_ranks[f"left out at {stage}"] == 1
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_for_nothing(ranks: Ranks) -> None:
+    here = Ranks(0, 1, 0, torch.device("cuda", 0))
+    step = make_step(here, grad_clip=1.0, ema_decay=0.9, precision="bf16")
+    image, labels = (tensor.cuda() for tensor in batch(0))
+    for _ in range(3):  # compilation, allocation and cuDNN's search wait
+        step(image, labels)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step(image, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.values[4].item() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_recorded_graph_takes_the_steps_of_the_eager_one(precision: str, ranks: Ranks) -> None:
+    here = Ranks(0, 1, 0, torch.device("cuda", 0))
+    eager, recorded = make_step(here, precision=precision), make_step(here, precision=precision, cuda_graph=True)
+    for number in range(6):
+        image, labels = (tensor.cuda() for tensor in batch(number))
+        eager(image, labels)
+        recorded(image, labels)
+        assert recorded.values[0].item() == pytest.approx(eager.values[0].item(), rel=1e-3)
+    for name, value in copy_weights(eager.model).items():
+        torch.testing.assert_close(copy_weights(recorded.model)[name], value, rtol=1e-2, atol=1e-4)
