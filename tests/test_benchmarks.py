@@ -1,23 +1,41 @@
-"""Tuning and the benchmarks' report on a machine without a GPU: what is decided, written and said, from given times."""
+"""The benchmarks on a machine without a GPU: what is decided, written and said, from given times; scaling's limits."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from rich.console import Console
 
-from benchmarks import bench_attention, bench_instance_norm, common, report, tune
+from benchmarks import (
+    bench_attention,
+    bench_instance_norm,
+    bench_train,
+    common,
+    report,
+    scaling,
+    step_profile,
+    training,
+    tune,
+)
 from benchmarks.common import MARGIN, Roofline
+from engine.distributed import init_ranks
 from kernels import cases, dispatch
+from kernels.dice_ce import region_masks
+from models.convert import to_reference
+from pipelines.phantom import make_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = (cases.Attention(1, 2, 32, 16, torch.float32), cases.Attention(1, 2, 64, 16, torch.float32))
@@ -182,3 +200,235 @@ def test_without_pytest_benchmark_the_tests_run_and_the_benchmarks_say_what_they
         says = pytest.raises(pytest.UsageError, match="pip install pytest-benchmark") if asked else nullcontext()
         with says:
             conftest.pytest_configure(config)
+
+
+# ---------- training steps
+
+
+TINY = training.Size((32, 32, 16), {"feature_size": 4, "hidden_size": 24, "mlp_dim": 32, "num_heads": 2})
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[training.Scene]:
+    """A small network and two small synthetic scans."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLIOFORGE_CACHE", str(folder))
+        root = make_phantoms(folder / "scans", 2, (64, 64, 48))
+        yield training.Scene.of("unetr_monai", TINY, root, init_ranks("cpu"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few steps as there can be."""
+    monkeypatch.setattr(training, "SECONDS", 0.0)
+    monkeypatch.setattr(training, "LEAST_STEPS", 1)
+    for module in (training, bench_train):
+        monkeypatch.setattr(module, "WARM_STEPS", 1)
+
+
+def test_both_loops_do_the_same_steps(scene: training.Scene) -> None:
+    """Same weights, same batch: the same losses before a step, and after one."""
+    ours = training.Ours(scene, training.Variant("glioforge float32"), 2)
+    plain = training.Plain(scene, training.Variant("plain"), 2)
+    plain.network.load_state_dict(to_reference("unetr_monai", ours.network.state_dict()))
+    image, labels = next(ours.batches)
+    regions = scene.data.store.coding.regions
+    values = torch.tensor([0, *{value for region in regions for value in region}], dtype=torch.uint8)
+    labels = values[torch.randint(len(values), labels.shape)]
+    target = region_masks(labels, regions).float()
+    losses = [ours.step(image, labels).loss.item() for _ in range(3)]
+    plain_losses = []
+    for _ in range(3):
+        before = plain.epoch_loss
+        plain.step(image, target)
+        plain_losses.append(plain.epoch_loss - before)
+    assert losses[2] < losses[0] and losses == pytest.approx(plain_losses, rel=1e-4)
+
+
+def test_the_plain_loop_loads_what_ours_loads(scene: training.Scene) -> None:
+    for from_files in (True, False):
+        plain = training.Plain(scene, training.Variant("plain", from_files=from_files), 2)
+        image, target = next(plain.batches)
+        assert type(image) is torch.Tensor and image.shape == (2, 4, *TINY.crop)
+        assert target.shape == (2, 3, *TINY.crop) and set(target.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_a_breakdown_has_every_part_of_the_step(scene: training.Scene, quick: None, tmp_path: Path) -> None:
+    found = bench_train.breakdown(scene, training.Variant("glioforge float32"), tmp_path / "trace.json", steps=2)
+    parts = found["seconds"]
+    assert list(parts) == ["data", "forward", "loss", "backward", "optimizer", "communication", "wait"]
+    assert all(parts[name] > 0 for name in ("forward", "loss", "backward", "optimizer")) and parts["wait"] is None
+    assert parts["forward"] > parts["loss"] and parts["backward"] > parts["optimizer"]
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    bench_train.print_breakdown(found, Console(file=StringIO()))
+
+
+class FakeTimed:
+    """Takes as many seconds as its variant's name says; what is built and timed goes to `calls`."""
+
+    calls: list[str] = []
+    peak_bytes = 8
+
+    def __init__(self, scene: Any, variant: training.Variant, batch: int = 2) -> None:
+        if variant.compiled or batch > 8:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB\nmore")
+        self.variant, self.batch = variant, batch
+
+    def step_seconds(self) -> float:
+        self.calls.append(self.variant.name)
+        return float(self.variant.name.split()[-1]) * max(self.batch, 4)
+
+    def loop_seconds(self) -> float:
+        return 2 * self.step_seconds()
+
+
+def test_variants_take_turns_and_one_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_train, "Timed", FakeTimed)
+    FakeTimed.calls.clear()
+    which = [training.Variant("glioforge 1"), training.Variant("bad 2", compiled=True), training.Variant("plain 3")]
+    notes: list[int] = []
+    anywhere: Any = None
+    rows = bench_train.measure_steps(
+        anywhere, which, 2, lambda rows: notes.append(sum(len(row["step_rounds"]) for row in rows))
+    )
+    assert FakeTimed.calls == 2 * [*2 * ["glioforge 1"], *2 * ["plain 3"]]
+    assert notes == [1, 1, 2, 3, 4]
+    assert rows[1]["failed"] == "out of memory: tried to allocate 2 GiB" and "step_seconds" not in rows[1]
+    assert (rows[2]["step_seconds"], rows[2]["loop_seconds"], rows[2]["peak_bytes"]) == (12.0, 24.0, 8)
+    said = StringIO()
+    bench_train.print_steps(rows, "", Console(file=said, width=200))
+    (line,) = [line for line in said.getvalue().splitlines() if "plain 3" in line]
+    assert line.count("3.00") == 2 and "out of memory" in said.getvalue()
+
+
+def test_the_best_batch_has_the_largest_throughput_of_those_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_train, "Timed", FakeTimed)
+    monkeypatch.setattr(bench_train, "LARGEST_BATCH", 64)
+    row = bench_train.best_batch(None, training.Variant("plain 2"))  # type: ignore[arg-type]
+    assert row["rates"] == {1: 0.125, 2: 0.25, 4: 0.5, 8: 0.5}
+    assert (row["batch"], row["stopped_by"]) == (8, "batch 16: out of memory: tried to allocate 2 GiB")
+    row = bench_train.best_batch(None, training.Variant("bad 2", compiled=True))  # type: ignore[arg-type]
+    assert row["failed"].startswith("batch 1: out of memory")
+
+
+def test_a_variant_brings_its_own_flags_and_leaves_none_behind() -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    timed = training.Timed.__new__(training.Timed)
+    timed.flags = ("high", False, not before[1], False)
+    with pytest.raises(RuntimeError), timed.own_flags():
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", not before[1])
+        raise RuntimeError
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
+
+
+def test_peak_memory_is_what_a_step_holds_at_once() -> None:
+    mib = 2**18  # of float32
+    kept = [torch.zeros(4 * mib)]
+
+    def step() -> None:
+        kept.clear()
+        first = torch.zeros(8 * mib)
+        torch.zeros(16 * mib)
+        kept.append(torch.zeros(4 * mib))
+        del first
+
+    assert step_profile.allocated_peak(step) == 20 * 2**20
+
+
+def event(name: str, start: float, end: float, device: str = "CPU", annotation: bool = False) -> SimpleNamespace:
+    span = SimpleNamespace(start=start, end=end)
+    kind = getattr(torch.autograd.DeviceType, device)
+    return SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=annotation)
+
+
+def test_launches_and_waits_are_counted_within_steps_alone() -> None:
+    host = [
+        event("step", 0, 100), event("step", 200, 300),
+        event("cudaLaunchKernel", 10, 11), event("cudaLaunchKernel", 20, 21), event("cuLaunchKernelEx", 210, 211),
+        event("cudaLaunchKernel", 150, 151),  # between steps
+        event("cudaStreamSynchronize", 30, 60), event("cudaDeviceSynchronize", 400, 500),
+        event("aten::_local_scalar_dense", 30, 60),
+    ]  # fmt: skip
+    kernels = [
+        event("gemm", 0, 40, "CUDA"), event("ncclDevKernel_AllReduce", 20, 60, "CUDA"), event("gemm", 80, 100, "CUDA"),
+        event("step", 0, 100, "CUDA"), event("Optimizer.step", 0, 100, "CUDA", annotation=True),
+    ]  # fmt: skip
+    found = step_profile.count_events([*host, *kernels], steps=2)
+    assert found["launches"] == {"cudaLaunchKernel": 1.0, "cuLaunchKernelEx": 0.5}
+    assert found["waits"] == {"cudaStreamSynchronize": 0.5}
+    assert found["communication"] == pytest.approx(20e-6) and found["idle"] == pytest.approx(0.2)
+    on_cpu = step_profile.count_events(host, steps=2)
+    assert on_cpu["waits"] == {"aten::_local_scalar_dense": 0.5} and on_cpu["idle"] is None
+
+
+# ---------- scaling
+
+
+STEP = scaling.Step(0.1, 0.03, 0.06, gradients=200_000_000, weights=200_000_000, batch=2)
+NODES = scaling.Cluster(8, scaling.Link(400e9, 2e-6), scaling.Link(50e9, 5e-6))
+FREE = scaling.Cluster(8, scaling.Link(math.inf, 0.0), scaling.Link(math.inf, 0.0))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_one_gpu_takes_the_step_and_a_network_without_limits_scales_wholly(stage: int) -> None:
+    (row,) = scaling.predict(STEP, stage, NODES, 40e6, [1])
+    assert (row["step_seconds"], row["efficiency"], row["samples_per_s"]) == (0.1, 1.0, 20.0)
+    for row in scaling.predict(STEP, stage, FREE, 40e6):
+        assert row["efficiency"] == 1.0 and row["samples_per_s"] == pytest.approx(20.0 * row["gpus"])
+
+
+def test_a_ring_and_a_tree_are_as_computed_by_hand() -> None:
+    link = scaling.Link(100e9, 1e-6)
+    # 8 GB over 8 ranks: 14 messages of 1 GB, 10 ms each, and 14 latencies; a tree would take 160 ms and 6 latencies.
+    assert scaling.all_reduce(8e9, 8, link) == pytest.approx(0.14 + 14e-6)
+    # 100 KB over 1024 ranks: a tree of ten levels, 2 us and 20 latencies; a ring would take 2046.
+    assert scaling.all_reduce(1e5, 1024, link) == pytest.approx(22e-6)
+
+
+def test_an_all_reduce_over_nodes_goes_through_each_node_twice() -> None:
+    # 200 MB, 2 nodes of 8: half a ring of 7 messages of 25 MB at 400 GB/s, twice; between the nodes 25 MB by each GPU.
+    inside = 7 * (25e6 / 400e9 + 2e-6)
+    between = 2 * (12.5e6 / 50e9 + 5e-6)
+    assert scaling.over_nodes(scaling.all_reduce, 2e8, 16, NODES) == pytest.approx(2 * inside + between)
+    assert scaling.over_nodes(scaling.half_ring, 2e8, 16, NODES) == pytest.approx(inside + between / 2)
+    assert scaling.over_nodes(scaling.all_reduce, 2e8, 8, NODES) == pytest.approx(2 * inside)
+
+
+def test_buckets_hide_behind_the_backward_all_but_the_last() -> None:
+    assert scaling.exposed_after([1.0] * 4, backward=4.0) == pytest.approx(1.0)
+    assert scaling.exposed_after([2.0] * 4, backward=4.0) == pytest.approx(5.0)  # done at 3, 5, 7 and 9
+    assert scaling.exposed_after([4.0], backward=4.0) == pytest.approx(4.0)
+
+
+def test_zero_stages_send_what_deepspeed_sends() -> None:
+    whole = scaling.over_nodes(scaling.all_reduce, 2e8, 64, NODES)
+    half = scaling.over_nodes(scaling.half_ring, 2e8, 64, NODES)
+    sent = [scaling.communication(STEP, stage, 64, NODES, 1e9) for stage in range(4)]
+    assert sent[0] == pytest.approx((whole, whole))
+    assert sent[1] == sent[2] == pytest.approx((whole + half, whole + half))
+    assert sent[3][0] == pytest.approx(3 * half) and half <= sent[3][1] < 3 * half
+    small = scaling.communication(STEP, 1, 64, NODES, 40e6)
+    assert small[1] < sent[1][1]  # buckets of 40 MB are sent during the backward
+
+
+def test_latency_and_bandwidth_come_out_of_two_times() -> None:
+    link = scaling.Link(2e9, 1e-4)
+    found = scaling.fit({size: scaling.all_reduce(size, 2, link) for size in scaling.SIZES})
+    assert (found.bandwidth, found.latency) == (pytest.approx(2e9), pytest.approx(1e-4))
+
+
+def test_a_measured_step_brings_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"data": 9.0, "forward": 1.0, "loss": 0.5, "backward": 2.0, "optimizer": 0.5, "wait": None}
+    row = {"variant": "glioforge bf16", "step_rounds": [0.08], "step_seconds": 0.08, "batch": 2}
+    result = {"machine": {"device": "H100"}, "model": "unetr", "parameters": 10**6, "steps": [row],
+              "breakdown": {"seconds": parts}}  # fmt: skip
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(result))
+    step, source = scaling.read_step(scaling.make_parser().parse_args(["--results", str(path)]))
+    assert step == scaling.Step(0.08, 0.02, 0.04, 4_000_000, 4_000_000, 2) and source == "unetr on H100"
+    for content, says in (({**result, "steps": []}, "no step of ours"), (None, "run python -m benchmarks.bench_train")):
+        path.unlink() if content is None else path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=says):
+            scaling.read_step(scaling.make_parser().parse_args(["--results", str(path)]))
