@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu_suite.sh                      tests tune bench train
 #   bash benchmarks/gpu_suite.sh tune bench           these alone
-#   bash benchmarks/gpu_suite.sh pipeline             data, beside MONAI: not among the four above
+#   bash benchmarks/gpu_suite.sh pipeline             data and sliding window, beside MONAI: not among the four above
 #
 #   tests     the tests marked gpu
 #   tune      every configuration of every kernel; writes kernels/tuned.json
@@ -80,8 +80,10 @@ train() {
 }
 
 pipeline() {
-  run 1 pipeline "$python" -m benchmarks.bench_pipeline --rounds 1
+  run 2 pipeline "$python" -m benchmarks.bench_pipeline --rounds 1
   tail -n 25 "$logs/pipeline.log"
+  run 1 inference "$python" -m benchmarks.bench_inference
+  tail -n 12 "$logs/inference.log"
 }
 
 declare -A weight=([tests]=20 [tune]=34 [bench]=30 [train]=30 [pipeline]=60) # of the time

@@ -310,8 +310,8 @@ def print_check(found: dict[str, Any], console: Console) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Bandwidths are what NCCL attains on H100 nodes with NVLink 4 and a 400 Gb/s port per GPU: to be replaced by what
-    nccl-tests says on the cluster in question."""
+    """Bandwidths and latencies are assumed for H100 nodes with NVLink 4 (450 GB/s a direction) and a 400 Gb/s port per
+    GPU, at 80 and 90 % of their nominal rates: to be replaced by what nccl-tests says on the cluster in question."""
     parser = argparse.ArgumentParser(description="Weak scaling, predicted from one GPU's step.")
     parser.add_argument("--results", type=Path, help="A file of bench_train; without it this device's.")
     parser.add_argument("--step_ms", type=float, help="One GPU's step, in place of a file.")

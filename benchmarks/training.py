@@ -13,10 +13,10 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -164,6 +164,9 @@ class Ours:
         self.network: nn.Module = self.step.model
         self.batches = (batch for epoch in count() for batch in self.trainer.train_loader.epoch(epoch))
 
+    def rest(self) -> None:
+        """DALI stops by itself when enough batches lie ready."""
+
 
 class Plain:
     """The tutorial's loop."""
@@ -178,7 +181,13 @@ class Plain:
         self.loss = DiceCELoss(to_onehot_y=False, sigmoid=True)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, weight_decay=1e-5)
         self.epoch_loss = 0.0
-        self.batches = self._batches(scene, batch)
+        self.start = partial(self._batches, scene, batch)
+        self.batches = self.start()
+
+    def rest(self) -> None:
+        """End the workers, which would go on loading beside the steps; they start anew when a batch is asked for."""
+        self.batches.close()
+        self.batches = self.start()
 
     def step(self, image: Tensor, target: Tensor) -> None:
         """Image (B, C, X, Y, Z) and regions (B, 3, X, Y, Z), float32."""
@@ -189,7 +198,7 @@ class Plain:
         self.optimizer.step()
         self.epoch_loss += loss.item()
 
-    def _batches(self, scene: Scene, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, scene: Scene, batch: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         if self.variant.from_files:
             data = [case_to_dict(case) for case in scene.cases.cases]
             one: Any = Dataset(data, seed_transforms(scene.cases.coding, scene.size.crop))
@@ -222,6 +231,7 @@ class Timed:
         self.loop = (Ours if variant.is_ours else Plain)(scene, variant, batch_size)
         self.flags = _flags()
         self.batch = next(self.loop.batches)
+        self.loop.rest()
         _reset_peak()
         for _ in range(WARM_STEPS):
             self.step()
@@ -241,7 +251,9 @@ class Timed:
         with self.own_flags():
             for _ in range(WARM_STEPS):
                 self._load_and_step()
-            return seconds(self._load_and_step)
+            result = seconds(self._load_and_step)
+        self.loop.rest()
+        return result
 
     @contextmanager
     def own_flags(self) -> Iterator[None]:

@@ -211,6 +211,41 @@ def test_a_signal_to_one_of_two_ranks_ends_both_with_a_checkpoint(finished: Path
         assert ("resumed runs/preempted" in outputs[0][0]) == (wanted is None)
 
 
+def test_two_nodes_train_together_and_go_on_after_one_was_lost(finished: Path) -> None:
+    """A launcher for each of two nodes on this machine; the second node, launcher and all, is killed."""
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    options = ("--config", str(write_small(finished)), "--resume", "auto", "--train.epochs", "3",
+               "--train.save_every_steps", "1")  # fmt: skip
+
+    def nodes(name: str, port: int) -> list[subprocess.Popen]:
+        meet = ("--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port))
+        return [
+            start(finished, *options, "--run_dir", f"runs/{name}", launcher=(torchrun, *meet, "--node_rank", str(node)))
+            for node in range(2)
+        ]
+
+    def finish(running: list[subprocess.Popen]) -> None:
+        outputs = [node.communicate(timeout=120) for node in running]
+        assert [node.returncode for node in running] == [0, 0], outputs
+
+    finish(nodes("nodes", 29585))
+    running = nodes("lost_node", 29586)
+    checkpoints = finished / "runs" / "lost_node" / "checkpoints"
+    while not states(checkpoints) and running[0].poll() is None:
+        time.sleep(0.01)
+    for process in (*psutil.Process(running[1].pid).children(recursive=True), running[1]):
+        process.kill()
+    _, errors = running[0].communicate(timeout=60)
+    assert running[0].returncode != 0 and "error: rank 1 on " in errors
+    assert not (finished / "runs" / "lost_node" / "metrics.json").exists()
+    finish(nodes("lost_node", 29587))
+    weights = [
+        torch.load(finished / "runs" / name / "checkpoints" / "last.pt", weights_only=True)["weights"]
+        for name in ("nodes", "lost_node")
+    ]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
