@@ -96,11 +96,11 @@ class Run:
         """Whether a checkpoint of this step, or a later one, is there."""
         found = states(self.dir / "checkpoints")
         time.sleep(0.002)
-        return bool(found) and int(found[0].name.removeprefix("step-")) >= step
+        return bool(found) and int(found[0].name.split("-")[1]) >= step
 
     def is_saving(self, after: int) -> bool:
         """Whether a checkpoint is being written, and one of step `after` was."""
-        return self.has_reached(after) and any((self.dir / "checkpoints").glob("*.partial"))
+        return self.has_reached(after) and any((self.dir / "checkpoints").glob("partial-*"))
 
 
 def kill_and_resume(folder: Path, ranks: int, kills: int, within_save: int, seed: int = 0) -> dict[str, int]:

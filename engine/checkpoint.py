@@ -2,6 +2,7 @@
 
     checkpoints/step-00001200/state.pt     everything that training needs to continue
     checkpoints/step-00001200/about.json   its size and content hash, and by which ranks it was written
+    checkpoints/step-00001200-validated/   the same when the epoch's validation is done
     checkpoints/last.pt                    weights, model and data settings of the newest
     checkpoints/best.pt                    the same of the epoch with the best validation Dice
 
@@ -46,12 +47,12 @@ class CheckpointWriter:
         self._pending: Future | None = None
 
     def write(
-        self, step: int, state: dict[str, Any], about: dict[str, Any], weights: Mapping[str, dict[str, Any]]
+        self, name: str, state: dict[str, Any], about: dict[str, Any], weights: Mapping[str, dict[str, Any]]
     ) -> None:
         """Start writing.
 
         Args:
-            step: optimizer steps done; names the folder.
+            name: of the folder, as `state_name` makes it.
             state: content of `state.pt`, tensors on the CPU that nobody changes any more.
             about: more for `about.json`.
             weights: content of weights files by their name.
@@ -60,7 +61,7 @@ class CheckpointWriter:
             OSError: the one before could not be written.
         """
         self.wait()
-        self._pending = self._thread.submit(self._write, step, state, about, weights)
+        self._pending = self._thread.submit(self._write, name, state, about, weights)
 
     def wait(self) -> None:
         """Return when all is on disk.
@@ -72,24 +73,34 @@ class CheckpointWriter:
         if pending:
             pending.result()
 
-    def _write(self, step: int, state: dict, about: dict, weights: Mapping[str, dict[str, Any]]) -> None:
+    def _write(self, name: str, state: dict, about: dict, weights: Mapping[str, dict[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name, content in weights.items():
-            save_weights(self.folder / name, content)
-        for left_over in self.folder.glob("*.partial"):
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-        partial, final = self.folder / f"step-{step:08d}.partial", self.folder / f"step-{step:08d}"
+        for file, content in weights.items():
+            save_weights(self.folder / file, content)
+        for left_over in self.folder.glob("partial-*"):
+            shutil.rmtree(left_over)
+        partial, final = self.folder / f"partial-{name}", self.folder / name
         partial.mkdir()
         _save_synced({"format": FORMAT, **state}, partial / "state.pt")
         size, digest = (partial / "state.pt").stat().st_size, _digest(partial / "state.pt")
-        _write_synced(json.dumps({**about, "step": step, "bytes": size, HASH: digest}), partial / "about.json")
-        shutil.rmtree(final, ignore_errors=True)  # a resumed run may come by here again
+        _write_synced(json.dumps({**about, "bytes": size, HASH: digest}), partial / "about.json")
+        shutil.rmtree(final, ignore_errors=True)  # damaged: the run went back, and comes by here again
         partial.rename(final)
         _sync(self.folder)
-        kept = states(self.folder)[: self.keep]
+        # Later ones than this are damaged, else the run would have gone on from them.
+        kept = [path for path in states(self.folder) if path.name <= name][: self.keep]
         for folder in self.folder.glob("step-*"):
-            if folder not in kept:  # old, or half removed when the run was killed
+            if folder not in kept:  # old, later, or half removed when the run was killed
                 shutil.rmtree(folder)
+
+
+def state_name(steps: int, is_validated: bool) -> str:
+    """Names that sort as the states were written.
+
+    Args:
+        steps: optimizer steps since the run began, by whatever number of ranks. is_validated: after a validation.
+    """
+    return f"step-{steps:08d}{'-validated' if is_validated else ''}"
 
 
 def states(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from pipelines.volumes import Residence
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-STATES = "step-????????/about.json"
+STATES = "step-*/about.json"
 """Below `checkpoints`: one for each state that a run can go on from."""
 CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
 

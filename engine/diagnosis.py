@@ -17,17 +17,12 @@ class Diverged(ValueError):
 
 
 def first_nonfinite(
-    model: torch.nn.Module,
-    forward: Callable[[Tensor], Tensor],
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    image: Tensor,
-    labels: Tensor,
+    model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], image: Tensor, labels: Tensor
 ) -> str | None:
     """What is the first not to be finite in a pass over this batch, or None.
 
     Args:
-        model: whose layers are looked at. forward: image -> logits, by way of `model`.
-        loss_of: (logits, labels) -> scalar.
+        model: plain, for a compiled one has no hooks. loss_of: (logits, labels) -> scalar.
         image: (B, C, X, Y, Z). labels: as `loss_of` takes them.
     """
     if not torch.isfinite(image).all():
@@ -44,7 +39,7 @@ def first_nonfinite(
 
     hooks = [module.register_forward_hook(noting(name)) for name, module in layers]
     try:
-        logits = forward(image)
+        logits = model(image)
     finally:
         for hook in hooks:
             hook.remove()

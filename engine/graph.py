@@ -59,7 +59,8 @@ class GraphedPass:
             self._drop()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # DALI's threads are at work meanwhile, and must not be forbidden what a capture forbids.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.loss = self.run(self.image, self.labels)
         self.gradients = [parameter.grad for parameter in self.parameters]
         self.graph = graph

@@ -76,16 +76,18 @@ class GuardedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def skip(self) -> None:
         """Take note of a step that was left out before it came here (DeepSpeed's ZeRO 3 looks at the norm itself)."""
-        self.found_inf = torch.ones_like(self.found_inf)
+        self.found_inf, self.norm = torch.ones_like(self.found_inf), torch.full_like(self.norm, math.nan)
         self._note()
 
     def scalars(self) -> dict[str, Any]:
         """What a checkpoint needs beside the moments."""
-        return {"scale": float(self.scale), "growth": int(self._growth), "in_row": float(self.in_row)}
+        scale = float(self.scale) if self.scales_loss else None
+        return {"scale": scale, "growth": int(self._growth), "in_row": float(self.in_row)}
 
     def load_scalars(self, values: dict[str, Any]) -> None:
         """Take `scalars` back."""
-        self.scale.fill_(values["scale"] if self.scales_loss else 1.0)
+        if self.scales_loss and values["scale"] is not None:
+            self.scale.fill_(values["scale"])
         self._growth.fill_(values["growth"])
         self.in_row.fill_(values["in_row"])
 

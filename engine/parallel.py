@@ -64,14 +64,15 @@ def deepspeed_engine(
     train = config.train
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.zero_stage:
-        zero |= {"overlap_comm": ranks.device.type == "cuda", "contiguous_gradients": True,
+        zero |= {"overlap_comm": ranks.device.type == "cuda" and ranks.world_size > 1, "contiguous_gradients": True,
                  "reduce_bucket_size": BUCKET_ELEMENTS}  # fmt: skip
     if train.zero_stage in (1, 2):
         zero["compute_grad_norm"] = False  # the optimizer does, and nobody waits for it
-    if train.zero_stage == 3:
-        # Weights kept whole would not be in the shards that the moving average and the checkpoints take.
-        zero["stage3_param_persistence_threshold"] = 0
     zero |= settings.get("zero_optimization", {})
+    if train.zero_stage == 3:
+        # Weights kept whole would not be in the shards that the moving average and the checkpoints take, and a group
+        # of parameters that is stepped by itself would have a norm, and be left out, by itself.
+        zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -81,6 +82,7 @@ def deepspeed_engine(
             "train_micro_batch_size_per_gpu": train.batch_size,
             "gradient_accumulation_steps": train.accumulate_steps,
             "zero_optimization": zero,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
             "zero_allow_untested_optimizer": True,  # the guarded AdamW is a subclass, and they ask for torch's own
             "gradient_clipping": 0.0,  # DeepSpeed 0.19 clips at norm 1.0 unless told otherwise
         },

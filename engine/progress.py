@@ -125,8 +125,9 @@ class TrainingProgress:
         if not self.is_shown or "val_mean" not in row:
             return
         dice = "  ".join(f"{region} {percent(row[f'val_{region}'])}" for region in REGIONS)
+        loss = "n/a" if row["loss"] is None else f"{row['loss']:.3f}"
         line = (
-            f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}  Dice {percent(row['val_mean'])}  ({dice})  "
+            f"epoch {row['epoch']}/{epochs}  loss {loss}  Dice {percent(row['val_mean'])}  ({dice})  "
             f"{row['samples_per_s']:.2f} samples/s"
         )
         self.last_line = time.perf_counter()

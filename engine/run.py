@@ -61,18 +61,17 @@ def start_run(read: Callable[[], Config]) -> int:
         status, line = _told(error, config)
         if watch and status:
             watch.fail(error, line, status)
-        if watch:
-            watch.close()
         if not isinstance(error, ValueError | OSError | KeyboardInterrupt):
             raise
         line = f"error: {line}" if status == 2 else line
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if watch:
-        watch.close()
+        if watch:  # a signal that comes now must not end this rank while another one is still writing
+            watch.close()
+        else:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     if line and (watch is None or watch.rank == 0):
         print(line, file=sys.stderr)
     return status
@@ -87,7 +86,8 @@ def _told(error: BaseException, config: Config | None) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, f"\ninterrupted; {_how_to_go_on(config)}"
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 0, "the command line was refused, see above"
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        return status, "the command line was refused, see above"
     return 1, f"{type(error).__name__}: {error}"
 
 
@@ -103,6 +103,7 @@ def run(config: Config) -> None:
     ranks = init_ranks(config.train.device)
     paths_taken = dispatch.use(config.kernels, ranks.device)
     config.run_dir = gather(config.run_dir, ranks)[0]  # its default holds the time, which differs between ranks
+    config.resume = gather(config.resume, ranks)[0]  # a shared file system may show a checkpoint to some ranks first
     run_dir = config.run_dir
     assert run_dir is not None
 
@@ -244,7 +245,9 @@ def _how_to_go_on(config: Config | None) -> str:
 def _write_config(config: Config, run_dir: Path) -> None:
     """`config.yaml`, from which `--resume` continues and anyone can start the same run again, from any folder."""
     values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
-    for name in ("root", "store_dir"):
-        if values["data"][name]:
-            values["data"][name] = str(Path(values["data"][name]).resolve())
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    for group, name in (("data", "root"), ("data", "store_dir"), ("train", "deepspeed")):
+        if values[group][name]:
+            values[group][name] = str(Path(values[group][name]).resolve())
+    partial = run_dir / "config.yaml.partial"
+    partial.write_text(yaml.safe_dump(values, sort_keys=False))
+    os.replace(partial, run_dir / "config.yaml")

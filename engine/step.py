@@ -5,9 +5,10 @@ Precision. Weights, gradients, moments, losses are float32; `precision` is what 
     float32   IEEE products everywhere          bf16   autocast
     tf32      TF32 products on a GPU            fp16   autocast, the loss scaled so that no gradient underflows
 
-Nothing here waits for the device. The values of a pass stay on it as one tensor, which the trainer reads a step later.
-The order of wrapping: autocast inside, torch.compile around it, DeepSpeed around that. Validation runs the network
-without the compiled code, so that no compilation can fail there.
+Nothing here waits for the device, but for what DeepSpeed does at ZeRO 1 to 3 (docs/training.md). The values of a pass
+stay on it as one tensor, which the trainer reads a step later. The order of wrapping: autocast inside, torch.compile
+around it, DeepSpeed around that. Validation runs the network without the compiled code, so that no compilation can fail
+there.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class TrainingStep:
         total_steps: optimizer steps of the whole run, for the learning rate.
 
     Attributes:
-        done: optimizer steps so far.
+        done: optimizer steps so far of the `total_steps`; a run that goes on with another number of ranks counts in
+            steps of these. taken: steps that were really taken since the run began.
         values: float32 (6,) of the last pass, on the device: loss, Dice loss, CE, gradient norm, 1 where the step was
             left out, such steps in a row.
 
@@ -72,17 +74,11 @@ class TrainingStep:
     ) -> None:
         _check_options(config.train, ranks)
         train, self.config = config.train, config
-        self.regions, self.total_steps, self.done = regions, total_steps, 0
-        on_gpu = ranks.device.type == "cuda"
+        self.regions, self.total_steps = regions, total_steps
+        self.done = self.taken = 0
         # Under ZeRO 3 a forward gathers weights, which all ranks must do as often.
         self.spare = copy.deepcopy(model).to("meta") if train.zero_stage == 3 else None
-        self.model = model.to(ranks.device)
-        if on_gpu:  # whose convolutions want the channels last in memory
-            self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        if train.precision in LOW_PRECISION:
-            # Inside the module: DeepSpeed turns off an autocast that it finds around its own forward.
-            lowered = torch.autocast(ranks.device.type, LOW_PRECISION[train.precision])
-            self.model.forward = lowered(self.model.forward)
+        self.model = _prepared(model.to(ranks.device), train.precision)
         if train.compile:
             self.model.forward = torch.compile(self.model.forward, dynamic=False)
         self.optimizer = GuardedAdamW(
@@ -132,6 +128,7 @@ class TrainingStep:
         if not is_due:
             return
         self.done += 1
+        self.taken += 1
         if getattr(self.engine.optimizer, "overflow", False):
             self.optimizer.skip()
         if self.average:
@@ -145,19 +142,27 @@ class TrainingStep:
     @contextmanager
     def evaluating(self) -> Iterator[torch.nn.Module]:
         """The network as validation wants it: averaged weights where there are any, nothing compiled, no gradients."""
-        plain = torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext()
         self.engine.eval()
-        with torch.no_grad(), plain, self.averaged():
-            yield self._whole() if self.spare else self.engine
+        with torch.no_grad(), self._uncompiled(), self.averaged():
+            yield self._whole().eval() if self.spare else self.engine
         self.engine.train()
 
+    @contextmanager
+    def inspecting(self) -> Iterator[torch.nn.Module]:
+        """The network for a look inside, by hooks and gradients: nothing compiled, and DeepSpeed not in between."""
+        with torch.enable_grad(), self._uncompiled():
+            yield self._whole() if self.spare else self.model
+
+    def _uncompiled(self) -> Any:
+        return torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext()
+
     def _whole(self) -> torch.nn.Module:
-        """The network with its weights whole, for ranks that have different numbers of cases to go through."""
+        """The network with its weights whole, for ranks that do not run it equally often; all make it together."""
         assert self.spare is not None
         network = copy.deepcopy(self.spare)
         weights = {name: value.to(self.values.device) for name, value in copy_weights(self.model).items()}
         network.load_state_dict(weights, assign=True)
-        return network.eval()
+        return _prepared(network, self.config.train.precision)
 
     def averaged(self) -> Any:
         """Within it the weights are the averaged ones, where an average is kept."""
@@ -173,6 +178,18 @@ class TrainingStep:
         loss = self.config.loss
         return dice_ce_loss(logits, labels, self.regions, ce=loss.ce, dice_weight=loss.dice_weight,
                             ce_weight=loss.ce_weight, squared_pred=loss.squared_pred)  # fmt: skip
+
+
+def _prepared(network: torch.nn.Module, precision: str) -> torch.nn.Module:
+    """In the memory format of its device, and with a forward in its precision."""
+    device = next(network.parameters()).device.type
+    if device == "cuda":  # whose convolutions want the channels last in memory
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if precision in LOW_PRECISION:
+        # Inside the module: DeepSpeed turns off an autocast that it finds around its own forward.
+        lowered = torch.autocast(device, LOW_PRECISION[precision])
+        network.forward = lowered(network.forward)
+    return network
 
 
 def _check_options(train: TrainConfig, ranks: Ranks) -> None:

@@ -28,10 +28,12 @@ from engine.records import EpochLog, write_validation
 from engine.step import TrainingStep, set_up_torch
 from engine.watch import Preempted, StopSignal
 from kernels.dice_ce import region_masks
+from models import parameter_count
 from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)
 
+SMALL = 10_000_000  # parameters of a network whose memory on a CPU is not worth the two seconds of foretelling it
 SUMS = 5  # of an epoch: loss, Dice loss and CE over passes with a finite loss, those passes, steps left out
 
 
@@ -81,7 +83,7 @@ class Trainer:
         train, is_first = self.config.train, self.ranks.is_first
         if is_first:
             self._log_memory()
-        records = EpochLog(self.run_dir, self.step.done) if is_first else None
+        records = EpochLog(self.run_dir, self.step.taken) if is_first else None
         try:
             with (
                 StopSignal(self.ranks) as stop,
@@ -144,11 +146,12 @@ class Trainer:
     def _fit_epoch(self, epoch: int, progress: TrainingProgress, stop: StopSignal, records: EpochLog | None) -> None:
         train = self.config.train
         row = self._train_epoch(epoch, progress, stop)
+        is_due = (epoch + 1) % train.val_every_epochs == 0 or epoch + 1 == train.epochs
+        if is_due:
+            self._save()  # a validation can take longer than a scheduler's patience
+            row |= self.validate(progress)
         self.epoch, self.first_batch = epoch + 1, 0
         self.sums.zero_()
-        is_due = self.epoch % train.val_every_epochs == 0 or self.epoch == train.epochs
-        if is_due:
-            row |= self.validate(progress)
         self.history.append(row)
         progress.epoch(row, train.epochs)
         if records:
@@ -162,7 +165,7 @@ class Trainer:
         train, rate = self.config.train, self.step.rate
         samples = train.batch_size * self.ranks.world_size
         started, passes = time.perf_counter(), len(self.train_loader) - self.first_batch
-        wait, late = DataWait(self.ranks.device), LateValues()
+        wait, late, batch = DataWait(self.ranks.device), LateValues(), None
         for batch in wait.over(self.train_loader.epoch(epoch, self.first_batch)):
             done = self.step.done
             self.step(*batch)
@@ -173,9 +176,11 @@ class Trainer:
             self._give_up_if_due(values, batch)
             if stepped:
                 self._stop_or_save(stop)
+        if batch:
+            self._give_up_if_due(late.last(), batch)
         losses, skipped = self._means(gather(self.sums.tolist(), self.ranks))
         seconds = time.perf_counter() - started
-        return {"epoch": epoch + 1, "step": self.step.done, "lr": rate, **losses, "skipped_steps": skipped,
+        return {"epoch": epoch + 1, "step": self.step.taken, "lr": rate, **losses, "skipped_steps": skipped,
                 "samples_per_s": passes * samples / seconds, "data_wait": wait.seconds() / seconds}  # fmt: skip
 
     def _add(self, values: torch.Tensor, stepped: bool) -> None:
@@ -207,12 +212,16 @@ class Trainer:
         if not values or values[5] < limit:
             return
         epoch, done = self.train_loader.position
-        with torch.enable_grad():
-            step = self.step
-            found = first_nonfinite(step.model, step.engine, lambda *pair: step.loss_of(*pair).loss, *batch)
+        with self.step.inspecting() as network:
+            try:
+                found = first_nonfinite(network, lambda *pair: self.step.loss_of(*pair).loss, *batch)
+            except RuntimeError as error:  # every layer's gradient at once may be too much
+                if not memory.is_out_of_memory(error):
+                    raise
+                found = None
         names = ", ".join(self.train_loader.names_of(epoch, done - 1))
         findings = [part for part in gather(found and f"{found}, for crops of {names}", self.ranks) if part]
-        where = f"first in {'; '.join(findings[:3])}" if findings else "the batch at hand gives finite ones"
+        where = f"first in {'; '.join(findings[:3])}" if findings else "where, could not be found out"
         raise Diverged(
             f"the gradients were not finite in {limit} steps in a row, up to step {self.step.done} of epoch "
             f"{epoch + 1}; {where}; lower --optim.lr ({self.config.optim.lr:g}), give it --optim.warmup_steps or "
@@ -255,6 +264,7 @@ class Trainer:
             "optimizer": step.optimizer.scalars(),
             "loader": self.train_loader.state_dict(),
             "epoch": self.epoch,
+            "taken": step.taken,
             "history": self.history.copy(),
             "best": self.best,
             "cases": [dataclasses.asdict(case) for case in self.cases],
@@ -267,7 +277,8 @@ class Trainer:
                    "validation": metrics.summarise(self.cases), "modalities": list(self.data.store.modalities),
                    "release": coding.release, "regions": [list(values) for values in coding.regions]}  # fmt: skip
         about = {"epoch": self.epoch, "world_size": self.ranks.world_size, "zero_stage": self.config.train.zero_stage}
-        self.writer.write(step.done, state, about, {name: content for name in weights_files})
+        name = checkpoint.state_name(step.taken, is_validated=bool(weights_files))
+        self.writer.write(name, state, about, {name: content for name in weights_files})
 
     def _read_state(self) -> dict[str, Any]:
         """The newest state that is whole, the same on all ranks."""
@@ -288,6 +299,7 @@ class Trainer:
         epoch, batch = self.train_loader.load_state_dict(state["loader"])
         if epoch == self.epoch:  # else the position is the end of the epoch before
             self.first_batch = batch
+        step.taken = state["taken"]
         step.done = self.epoch * self.steps + self.first_batch // self.config.train.accumulate_steps
         if len(ranks) == self.ranks.world_size:
             self.sums += torch.tensor(ranks[self.ranks.rank]["sums"], device=self.ranks.device)
@@ -297,6 +309,7 @@ class Trainer:
                         len(ranks), self.ranks.world_size)  # fmt: skip
             if self.ranks.is_first:
                 self.sums += torch.tensor([rank["sums"] for rank in ranks], device=self.ranks.device).sum(0)
+                self.sums[4] = ranks[0]["sums"][4]  # steps that all ranks left out together
         within = f", step {self.first_batch // self.config.train.accumulate_steps} of {self.steps}"
         log.info("resumed %s after epoch %d of %d%s", self.run_dir, self.epoch, self.config.train.epochs,
                  within if self.first_batch else "")  # fmt: skip
@@ -305,6 +318,8 @@ class Trainer:
 
     def _log_memory(self) -> None:
         device = self.ranks.device
+        if device.type == "cpu" and parameter_count(self.step.spare or self.step.model) < SMALL:
+            return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
         log.info(self._estimate_memory().describe(self._memory_limit(), name))
 

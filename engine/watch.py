@@ -47,7 +47,7 @@ class StopSignal:
         self.first_sigterm: float | None = None
         self.is_first, self.group = ranks.is_first, None
         self.work: Any = None
-        self.step, self.due_at, self.every, self.started = 0, 1, 1, time.monotonic()
+        self.step, self.asked_at, self.due_at, self.every, self.started = 0, 0, 1, 1, time.monotonic()
         if ranks.world_size > 1:
             self.group = dist.new_group(backend="gloo")
 
@@ -85,11 +85,11 @@ class StopSignal:
     def _ask_all(self) -> None:
         """Start the next all-reduce: the signal, and how many steps of rank 0 make `AGREE_EVERY_S`."""
         now = time.monotonic()
-        step_s = max((now - self.started) / self.every, 1e-3)
+        step_s = max((now - self.started) / (self.step - self.asked_at or 1), 1e-3)
         steps = max(1, min(100, round(AGREE_EVERY_S / step_s))) if self.is_first else 0
         self.values = torch.tensor([self.number, steps])
         self.work = dist.all_reduce(self.values, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        self.started, self.due_at = now, self.step + self.every
+        self.started, self.asked_at, self.due_at = now, self.step, self.step + self.every
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

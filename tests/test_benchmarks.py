@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from benchmarks import (
@@ -31,7 +30,7 @@ from benchmarks import (
     tune,
 )
 from benchmarks.common import MARGIN, Roofline
-from engine.distributed import init_ranks
+from engine.distributed import Ranks
 from kernels import cases, dispatch
 from kernels.dice_ce import region_masks
 from models.convert import to_reference
@@ -209,14 +208,13 @@ TINY = training.Size((32, 32, 16), {"feature_size": 4, "hidden_size": 24, "mlp_d
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[training.Scene]:
+def scene(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Iterator[training.Scene]:
     """A small network and two small synthetic scans."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLIOFORGE_CACHE", str(folder))
         root = make_phantoms(folder / "scans", 2, (64, 64, 48))
-        yield training.Scene.of("unetr_monai", TINY, root, init_ranks("cpu"))
-    dist.destroy_process_group()
+        yield training.Scene.of("unetr_monai", TINY, root, ranks)
 
 
 @pytest.fixture

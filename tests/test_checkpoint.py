@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint import CheckpointWriter, find_state, load_state, load_weights, save_weights, states
+from engine.checkpoint import CheckpointWriter, find_state, load_state, load_weights, save_weights, state_name, states
 
 
 def write(folder: Path, step: int, keep: int = 2, **content: Any) -> None:
     writer = CheckpointWriter(folder, keep)
-    writer.write(step, {"value": torch.full((100,), float(step)), **content}, {"epoch": 1}, {})
+    writer.write(state_name(step, False), {"value": torch.full((100,), float(step)), **content}, {"epoch": 1}, {})
     writer.wait()
 
 
@@ -43,7 +43,22 @@ def test_the_newest_states_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in states(tmp_path)] == ["step-00000100", "step-00000020"]
     assert load_state(find_state(tmp_path))["value"][0] == 100
     about = json.loads((tmp_path / "step-00000100" / "about.json").read_text())
-    assert about["step"] == 100 and about["epoch"] == 1
+    assert about["epoch"] == 1
+
+
+def test_a_validated_state_is_newer_than_that_of_its_last_step() -> None:
+    names = [state_name(9, True), state_name(10, False), state_name(10, True), state_name(11, False)]
+    assert names == sorted(names)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_states_later_than_the_one_written_were_damaged_and_go(keep: int, tmp_path: Path) -> None:
+    for step in (5, 10):
+        write(tmp_path, step, 2)
+    (tmp_path / "step-00000010" / "state.pt").write_bytes(b"")
+    write(tmp_path, 7, keep)
+    assert [path.name for path in states(tmp_path)] == ["step-00000007", "step-00000005"][:keep]
+    assert load_state(find_state(tmp_path))["value"][0] == 7
 
 
 def test_a_crash_within_a_save_leaves_the_one_before_and_the_next_save_clears_up(
@@ -97,7 +112,7 @@ def test_resuming_where_nothing_was_saved_says_so(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_at_the_next_save(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     writer = CheckpointWriter(tmp_path / "checkpoints", 2)
-    writer.write(1, {}, {}, {})
+    writer.write("step-00000001", {}, {}, {})
     with pytest.raises(OSError):
         writer.wait()
     writer.wait()  # told once

@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from engine import distributed, failure, run
@@ -495,3 +496,19 @@ def test_ranks_of_srun_get_the_variables_that_pytorch_and_deepspeed_read(monkeyp
     exported = {name: os.environ[name] for name in LAUNCHERS if name in os.environ}
     assert exported == {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3",
                         "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}  # fmt: skip
+
+
+@pytest.mark.parametrize("step_s", [0.03, 0.1, 0.4, 3.0])
+def test_a_signal_is_heard_of_within_two_seconds_or_three_steps(step_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own: steps that take so long, the signal after 100 of them."""
+    now = [0.0]
+    monkeypatch.setattr("engine.watch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.watch.dist.new_group", lambda backend: object())
+    monkeypatch.setattr("engine.watch.dist.all_reduce", lambda *args, **options: mock.Mock())
+    stop = StopSignal(Ranks(0, 2, 0, torch.device("cpu")))
+    for step in range(200):
+        now[0] += step_s
+        stop.number = stop.number or (signal.SIGTERM if step == 100 else 0)
+        if stop.due():
+            break
+    assert (step - 100) * step_s <= max(2.5, 3 * step_s)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.config import OptimConfig
-from engine.optim import GuardedAdamW, learning_rate
+from engine.optim import FIRST_SCALE, GuardedAdamW, learning_rate
 
 
 def rates(config: OptimConfig, steps: int) -> list[float]:
@@ -58,3 +58,10 @@ def test_loss_scale_and_skipped_steps_come_back_from_a_checkpoint() -> None:
     first.skip()
     again.load_scalars(first.scalars())
     assert again.scalars() == first.scalars() == {"scale": 0.25, "growth": 0, "in_row": 1.0}
+
+
+def test_a_run_that_goes_on_in_fp16_starts_with_its_first_scale() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = GuardedAdamW([parameter], OptimConfig(), scales_loss=True)
+    optimizer.load_scalars(GuardedAdamW([parameter], OptimConfig()).scalars())
+    assert optimizer.scale.item() == FIRST_SCALE

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from engine.config import Config, OptimConfig, TrainConfig
-from engine.distributed import Ranks, init_ranks
+from engine.diagnosis import first_nonfinite
+from engine.distributed import Ranks
+from engine.graph import GraphedPass
 from engine.parallel import copy_moments, copy_weights
 from engine.step import LOW_PRECISION, TrainingStep, set_up_torch
 from kernels.dice_ce import dice_ce_loss
@@ -24,12 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 REGIONS = [[2, 3], [1, 2, 3], [3]]
 CROP = (8, 8, 8)
 RATE = 1e-3
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    yield init_ranks("cpu")
-    dist.destroy_process_group()
 
 
 def network() -> torch.nn.Module:
@@ -47,11 +42,13 @@ def batch(number: int, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(size, 2, *CROP, generator=generator), labels
 
 
-def make_step(ranks: Ranks, model: torch.nn.Module | None = None, **options: Any) -> TrainingStep:
+def make_step(
+    ranks: Ranks, model: torch.nn.Module | None = None, settings: dict[str, Any] | None = None, **options: Any
+) -> TrainingStep:
     optim = {"lr": RATE, "weight_decay": 0.1, "grad_clip": options.pop("grad_clip", 0.0)}
     optim["ema_decay"] = options.pop("ema_decay", 0.0)
     config = Config(optim=OptimConfig(**optim), train=TrainConfig(**options))
-    return TrainingStep(config, {}, ranks, model or network(), REGIONS, total_steps=100)
+    return TrainingStep(config, settings or {}, ranks, model or network(), REGIONS, total_steps=100)
 
 
 def plain_step(
@@ -130,6 +127,7 @@ def test_a_step_with_nonfinite_gradients_is_left_out_and_counted(stage: int, ran
     for count in (1, 2):
         step(image, labels)
         assert step.values[4].item() == 1 and step.values[5].item() == count
+        assert not math.isfinite(step.values[3].item())
     after = copy_weights(step.model)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     again = copy_moments(step.engine, step.optimizer)
@@ -139,6 +137,43 @@ def test_a_step_with_nonfinite_gradients_is_left_out_and_counted(stage: int, ran
     assert step.values[4].item() == 0 and step.values[5].item() == 0
     assert any(not torch.equal(value, before[name]) for name, value in copy_weights(step.model).items())
     assert step.done == 4
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_validation_is_in_the_precision_of_training_at_every_stage(stage: int, ranks: Ranks) -> None:
+    step = make_step(ranks, precision="bf16", zero_stage=stage)
+    step(*batch(0))
+    with step.evaluating() as network:
+        found = network(batch(1)[0])
+    with step.inspecting() as network:
+        expected = network(batch(1)[0])
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_waits_for_the_device_at_no_step(stage: int, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its throughput timer did, twice a step."""
+    from deepspeed.accelerator import get_accelerator
+
+    step = make_step(ranks, zero_stage=stage)
+    waits: list[tuple] = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *args: waits.append(args))
+    for number in range(5):
+        step(*batch(number))
+    assert not waits
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_divergence_in_the_backward_is_found_at_every_stage(stage: int, ranks: Ranks) -> None:
+    step = make_step(ranks, zero_stage=stage)
+    step(*batch(0))
+
+    def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (logits * 0).sqrt().sum()  # an infinite gradient times zero
+
+    with step.inspecting() as network:
+        found = first_nonfinite(network, loss_of, *batch(1))
+    assert found == "the gradient of the output of 4"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -157,6 +192,16 @@ def test_gradients_are_clipped_to_their_common_norm(stage: int, ranks: Ranks) ->
     for name, parameter in plain.named_parameters():
         expected = optimizer.state[parameter]["exp_avg"]
         torch.testing.assert_close(moments["exp_avg"][name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_groups_that_zero_3_would_step_by_themselves_are_one(ranks: Ranks) -> None:
+    """Each would have a norm of its own, and could be left out by itself."""
+    settings = {"zero_optimization": {"sub_group_size": 50, "stage3_param_persistence_threshold": 1000}}
+    plain, grouped = (make_step(ranks, settings=each, zero_stage=3, grad_clip=0.05) for each in ({}, settings))
+    for number in range(2):
+        plain(*batch(number))
+        grouped(*batch(number))
+        assert torch.equal(plain.values, grouped.values)
 
 
 def test_accumulated_passes_are_one_step_over_all_their_crops(ranks: Ranks) -> None:
@@ -231,9 +276,11 @@ import json, sys
 import torch, torch.distributed as dist
 from engine.distributed import init_ranks
 from engine.parallel import copy_moments, copy_weights, load_moments
-from test_step import batch, make_step, network
+from test_step import batch, graphs_on_a_cpu, make_step, network
+import pytest
 ranks = init_ranks("cpu")
 result, states = {}, {}
+CLIP = 0.02
 
 def run(step, numbers):
     losses = []
@@ -245,9 +292,13 @@ def run(step, numbers):
         losses.append(loss.item() / 2)
     return losses
 
+with pytest.MonkeyPatch.context() as patch:
+    graphs_on_a_cpu(patch)
+    result["graph"] = run(make_step(ranks, cuda_graph=True, grad_clip=CLIP), range(20))
 for stage in range(4):
-    step = make_step(ranks, zero_stage=stage, grad_clip=0.5, ema_decay=0.9)
+    step = make_step(ranks, zero_stage=stage, grad_clip=CLIP, ema_decay=0.9)
     losses = run(step, range(20))
+    result[f"norm at {stage}"] = step.values[3].item()
     states[stage] = copy_weights(step.model), copy_moments(step.engine, step.optimizer), step.average.copy()
     result[stage] = losses + run(step, range(20, 23))
     wrong = batch(0, size=4)[0]
@@ -259,7 +310,7 @@ for stage in range(4):  # each goes on from the state of the one before it
     weights, moments, average = states[(stage - 1) % 4]
     model = network()
     model.load_state_dict(weights)
-    step = make_step(ranks, model, zero_stage=stage, grad_clip=0.5, ema_decay=0.9)
+    step = make_step(ranks, model, zero_stage=stage, grad_clip=CLIP, ema_decay=0.9)
     load_moments(step.engine, step.optimizer, moments)
     step.average.load(average, 20)
     step.done = 20
@@ -295,6 +346,12 @@ def test_every_zero_stage_gives_the_losses_of_stage_0(stage: int, on_two_ranks: 
     """Two ranks, float32, 20 steps and more."""
     assert on_two_ranks[str(stage)] == pytest.approx(on_two_ranks["0"], rel=1e-5)
     assert on_two_ranks["0"][19] < on_two_ranks["0"][0]
+    assert on_two_ranks[f"norm at {stage}"] == pytest.approx(on_two_ranks["norm at 0"], rel=1e-4)
+    assert on_two_ranks["norm at 0"] > 0.02  # clipping was at work
+
+
+def test_gradients_of_graphs_are_averaged_over_ranks(on_two_ranks: dict[str, Any]) -> None:
+    assert on_two_ranks["graph"] == pytest.approx(on_two_ranks["0"][:20], rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -323,6 +380,49 @@ def test_a_step_on_a_gpu_waits_for_nothing(ranks: Ranks) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert step.values[4].item() == 0
+
+
+class Replay:
+    """What a CUDA graph does, on a CPU: the same pass again, into the memory of the first."""
+
+    def __init__(self, graphed: GraphedPass) -> None:
+        self.graphed = graphed
+
+    def replay(self) -> None:
+        graphed = self.graphed
+        graphed._drop()
+        loss = graphed.run(graphed.image, graphed.labels)
+        for parameter, kept in zip(graphed.parameters, graphed.gradients, strict=True):
+            assert parameter.grad is not None and kept is not None
+            kept.copy_(parameter.grad)
+        graphed._drop()  # the optimizer's side has seen nothing of this
+        for kept, value in zip(graphed.loss, loss, strict=True):
+            kept.detach().copy_(value.detach())
+
+
+def record(graphed: GraphedPass, image: torch.Tensor, labels: torch.Tensor) -> None:
+    graphed.image, graphed.labels = image.clone(), labels.clone()
+    graphed.loss = graphed.run(image, labels)
+    graphed.gradients = [parameter.grad for parameter in graphed.parameters]
+    graphed.graph = Replay(graphed)  # type: ignore[assignment]
+
+
+def graphs_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(GraphedPass, "_record", record)
+    patch.setattr("engine.step._check_options", lambda train, ranks: None)
+
+
+def test_gradients_of_a_replayed_graph_reach_the_optimizer(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs_on_a_cpu(monkeypatch)
+    eager, recorded = make_step(ranks, grad_clip=0.1), make_step(ranks, grad_clip=0.1, cuda_graph=True)
+    for number in range(4):
+        eager(*batch(number))
+        recorded(*batch(number))
+        assert torch.equal(recorded.values, eager.values)
+    expected = copy_weights(eager.model)
+    assert all(torch.equal(value, expected[name]) for name, value in copy_weights(recorded.model).items())
+    with pytest.raises(ValueError, match="in a graph recorded for"):
+        recorded(*batch(0, size=3))
 
 
 @pytest.mark.gpu

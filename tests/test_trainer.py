@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR, UNet
 
@@ -23,7 +22,7 @@ from engine.checkpoint import states
 from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
 from engine.data import Data, load_data
 from engine.diagnosis import Diverged
-from engine.distributed import Ranks, init_ranks
+from engine.distributed import Ranks
 from engine.progress import DataWait
 from engine.step import TrainingStep
 from engine.trainer import Trainer
@@ -35,12 +34,6 @@ from models.convert import to_reference
 ROOT = Path(__file__).resolve().parent.parent
 CROP = (32, 32, 16)
 PHANTOM = PhantomConfig(cases=5, size_voxels=(48, 48, 32))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    yield init_ranks("cpu")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -179,17 +172,21 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(
 ) -> None:
     """The batches that it sees, losses, weights: bit for bit."""
 
+    drawn: dict[Trainer, float] = {}
+
     def fit(name: str, stop_at: int | None = None, resume: bool = False) -> tuple[list[torch.Tensor], Trainer]:
         seen: list[torch.Tensor] = []
 
         def hook(step: int, image: torch.Tensor) -> None:
             if step == stop_at:
                 raise KeyboardInterrupt
+            torch.rand(1)  # as dropout would
             seen.append(image.clone())
 
         trainer = make(name, hook, resume, **options)
         with contextlib.suppress(KeyboardInterrupt):
             trainer.fit()
+        drawn[trainer] = torch.rand(1).item()
         return seen, trainer
 
     expected, whole = fit("whole")
@@ -205,7 +202,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(
         pairs = zip([*before[:saved], *after], expected, strict=True)
         equal = [torch.equal(image, wanted) for image, wanted in pairs]
         assert all(equal), (stop_at, equal)
-        assert losses(resumed) == losses(whole)
+        assert losses(resumed) == losses(whole) and drawn[resumed] == drawn[whole]
         assert equal_weights(resumed, whole)
         if whole.step.average and resumed.step.average:
             averages = zip(resumed.step.average.averages, whole.step.average.averages, strict=True)
@@ -215,13 +212,23 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(make: Callable[..., Trainer]) -> None:
     whole = make("whole")
     whole.fit()
-    make("damaged").fit()
-    newest = states(whole.run_dir.parent / "damaged" / "checkpoints")[0]
-    (newest / "state.pt").write_bytes(b"")
+    make("damaged", keep_checkpoints=3).fit()
+    for newest in states(whole.run_dir.parent / "damaged" / "checkpoints")[:2]:  # before and after the validation
+        (newest / "state.pt").write_bytes(b"")
     resumed = make("damaged", resume=True)
     assert resumed.step.done == whole.step.done - 1
     resumed.fit()
     assert losses(resumed) == losses(whole) and equal_weights(resumed, whole)
+
+
+def test_loss_scale_and_steps_left_out_come_back(make: Callable[..., Trainer]) -> None:
+    saved = make("scaled", precision="fp16")
+    saved.step.optimizer.scale.fill_(8.0)
+    saved.step.optimizer.in_row.fill_(3.0)
+    saved._save()
+    saved.writer.wait()
+    resumed = make("scaled", precision="fp16", resume=True)
+    assert resumed.step.optimizer.scalars() == {"scale": 8.0, "growth": 0, "in_row": 3.0}
 
 
 @pytest.mark.parametrize("at", [2, 3])  # within an epoch, at its last step
@@ -262,6 +269,19 @@ def test_a_run_that_diverged_ends_with_the_layer_and_the_cases(make: Callable[..
     with pytest.raises(Diverged, match=r"in 3 steps in a row, up to step 4 of epoch 1; first in the output of "
                        rf"decoder1.block.conv2, for crops of {cases[0]}; lower --optim.lr"):  # fmt: skip
         trainer.fit()
+
+
+def test_an_epoch_of_one_step_gives_up_too_and_shows_no_loss(
+    make: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    trainer = make(batch_size=4, epochs=9, val_every_epochs=1, max_skipped_steps=3)
+    with torch.no_grad():
+        trainer.step.model.get_parameter("decoder1.block.conv2.weight").fill_(float("inf"))
+    with pytest.raises(Diverged, match="in 3 steps in a row, up to step 3 of epoch 3"):
+        trainer.fit()
+    assert "epoch 2/9  loss n/a" in caplog.text
+    assert losses(trainer) == [None, None]
 
 
 def test_training_stops_when_the_dice_no_longer_improves(make: Callable[..., Trainer]) -> None:
