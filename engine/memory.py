@@ -39,12 +39,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import LossConfig
 from engine.parallel import BUCKET_ELEMENTS
+from engine.step import LOW_PRECISION
 from kernels.dice_ce import dice_ce_loss
 
 FLOAT32 = 4
 HEADROOM = 0.1
 """Share of the memory that `largest_batch` leaves to cuDNN's workspaces and the allocator's fragments."""
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CGROUP = Path("/sys/fs/cgroup")
 MESSAGES = (
     "can't allocate memory",  # DefaultCPUAllocator
@@ -273,7 +273,7 @@ def run_forward(
     Args:
         image: (B, C, X, Y, Z). labels: uint8 (B, X, Y, Z), not looked at: fake ones have no values.
     """
-    dtype = AUTOCAST.get(precision)
+    dtype = LOW_PRECISION.get(precision)
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         logits = network(image)
     return dice_ce_loss(logits, labels, regions, ce=loss.ce, dice_weight=loss.dice_weight, ce_weight=loss.ce_weight,

@@ -259,24 +259,23 @@ def load_moments(engine: Any, optimizer: GuardedAdamW, moments: dict[str, Any]) 
     """Put what `copy_moments` gave into the optimizer, at whatever stage and number of ranks this is."""
     if not moments:
         return
-    for group in _shards(engine, optimizer):
-        for shard in group:
-            optimizer.state[shard] = {"step": torch.full((), moments["step"], device=shard.device),
-                                      **{key: torch.zeros_like(shard) for key in MOMENTS}}  # fmt: skip
+    for shard in _shards(engine, optimizer):
+        optimizer.state[shard] = {"step": torch.full((), moments["step"], device=shard.device),
+                                  **{key: torch.zeros_like(shard) for key in MOMENTS}}  # fmt: skip
     _link(engine)
     for key in MOMENTS:
         for name, parameter in engine.module.named_parameters():
             _set_moment(optimizer, parameter, key, moments[key][name].to(optimizer.scale.device))
 
 
-def _shards(engine: Any, optimizer: GuardedAdamW) -> list[list[torch.Tensor]]:
+def _shards(engine: Any, optimizer: GuardedAdamW) -> list[torch.Tensor]:
     """What the optimizer steps: the parameters, or flat shards of them."""
     zero = engine.optimizer
     if hasattr(zero, "fp32_partitioned_groups_flat"):
-        return [zero.fp32_partitioned_groups_flat]
+        return zero.fp32_partitioned_groups_flat
     if hasattr(zero, "single_partition_of_fp32_groups"):
-        return [zero.single_partition_of_fp32_groups]
-    return [group["params"] for group in optimizer.param_groups]
+        return zero.single_partition_of_fp32_groups
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _link(engine: Any) -> None:
