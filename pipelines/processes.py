@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
+from multiprocessing.synchronize import Semaphore
 from typing import TypeVar
 
 import torch
@@ -80,10 +81,15 @@ def _in_processes(
 ) -> Generator[tuple[Case, T | CaseError], None, None]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines.store"])  # torch is imported once, not once per worker
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    begin = context.Semaphore(0)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(begin,))
     try:
-        with _interrupt_held_back():  # server and workers start here
-            futures: dict[Future[T], Case] = {pool.submit(task, case): case for case in cases}
+        try:
+            with _interrupt_held_back():  # server and workers start here
+                futures: dict[Future[T], Case] = {pool.submit(task, case): case for case in cases}
+        finally:
+            for _ in range(workers):
+                begin.release()
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
@@ -122,6 +128,7 @@ def _interrupt_held_back() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _start_worker() -> None:
+def _start_worker(begin: Semaphore) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which lets the cases in hand be finished
+    begin.acquire()  # once all are there: one that dies before breaks the pool while the next is being started

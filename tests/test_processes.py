@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,15 @@ def test_early_interrupt_ends_the_run_once_the_workers_are_there_and_spares_thei
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
-def test_killed_worker_is_one_clear_error() -> None:
+@pytest.mark.parametrize("seconds_between_starts", [0, 2])
+def test_killed_worker_is_one_clear_error(seconds_between_starts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = ForkServerProcess.start
+
+    def start_slowly(process: ForkServerProcess) -> None:
+        start(process)
+        time.sleep(seconds_between_starts)
+
+    monkeypatch.setattr(ForkServerProcess, "start", start_slowly)
     with pytest.raises(DataError, match=r"2 worker processes was killed.*try --data\.workers 1"):
         list(run_on_cases(kill_the_worker, CASES, 2, "Killing"))
 
