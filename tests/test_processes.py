@@ -77,13 +77,13 @@ def test_early_interrupt_ends_the_run_once_the_workers_are_there_and_spares_thei
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
-@pytest.mark.parametrize("seconds_between_starts", [0, 2])
-def test_killed_worker_is_one_clear_error(seconds_between_starts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds_before_each_start", [0, 3])
+def test_killed_worker_is_one_clear_error(seconds_before_each_start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     start = ForkServerProcess.start
 
     def start_slowly(process: ForkServerProcess) -> None:
+        time.sleep(seconds_before_each_start)
         start(process)
-        time.sleep(seconds_between_starts)
 
     monkeypatch.setattr(ForkServerProcess, "start", start_slowly)
     with pytest.raises(DataError, match=r"2 worker processes was killed.*try --data\.workers 1"):
