@@ -2,7 +2,7 @@
 
     checkpoints/step-00001200/state.pt     everything that training needs to continue
     checkpoints/step-00001200/about.json   its size and content hash, and by which ranks it was written
-    checkpoints/step-00001200-validated/   the same when the epoch's validation is done
+    checkpoints/step-00001200-validated/   the same when the epoch's validation is done, in place of that one
     checkpoints/last.pt                    weights, model and data settings of the newest
     checkpoints/best.pt                    the same of the epoch with the best validation Dice
 
@@ -32,13 +32,14 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 HASH = "blake2b"
+VALIDATED = "-validated"
 
 
 class CheckpointWriter:
     """Writes checkpoints in the background, one after the other.
 
     Args:
-        folder: `checkpoints` of a run. keep: newest states that stay.
+        folder: `checkpoints` of a run. keep: newest states, each of another step, that stay.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -88,7 +89,9 @@ class CheckpointWriter:
         partial.rename(final)
         _sync(self.folder)
         # Later ones than this are damaged, else the run would have gone on from them.
-        kept = [path for path in states(self.folder) if path.name <= name][: self.keep]
+        whole = [path for path in states(self.folder) if path.name <= name]
+        validated = {path.name.removesuffix(VALIDATED) for path in whole if path.name.endswith(VALIDATED)}
+        kept = [path for path in whole if path.name not in validated][: self.keep]
         for folder in self.folder.glob("step-*"):
             if folder not in kept:  # old, later, or half removed when the run was killed
                 shutil.rmtree(folder)
@@ -100,7 +103,7 @@ def state_name(steps: int, is_validated: bool) -> str:
     Args:
         steps: optimizer steps since the run began, by whatever number of ranks. is_validated: after a validation.
     """
-    return f"step-{steps:08d}{'-validated' if is_validated else ''}"
+    return f"step-{steps:08d}{VALIDATED if is_validated else ''}"
 
 
 def states(folder: Path) -> list[Path]:

@@ -13,9 +13,9 @@ import torch
 from engine.checkpoint import CheckpointWriter, find_state, load_state, load_weights, save_weights, state_name, states
 
 
-def write(folder: Path, step: int, keep: int = 2, **content: Any) -> None:
+def write(folder: Path, step: int, keep: int = 2, is_validated: bool = False, **content: Any) -> None:
     writer = CheckpointWriter(folder, keep)
-    writer.write(state_name(step, False), {"value": torch.full((100,), float(step)), **content}, {"epoch": 1}, {})
+    writer.write(state_name(step, is_validated), {"value": torch.full((100,), float(step)), **content}, {"epoch": 1}, {})
     writer.wait()
 
 
@@ -49,6 +49,16 @@ def test_the_newest_states_are_kept(tmp_path: Path) -> None:
 def test_a_validated_state_is_newer_than_that_of_its_last_step() -> None:
     names = [state_name(9, True), state_name(10, False), state_name(10, True), state_name(11, False)]
     assert names == sorted(names)
+
+
+def test_a_validated_state_takes_the_place_of_that_of_its_last_step(tmp_path: Path) -> None:
+    for step in (5, 10):
+        write(tmp_path, step)
+        write(tmp_path, step, is_validated=True)
+    assert [path.name for path in states(tmp_path)] == ["step-00000010-validated", "step-00000005-validated"]
+    (tmp_path / "step-00000010-validated" / "state.pt").write_bytes(b"")
+    write(tmp_path, 10)  # the run went back and comes by again
+    assert [path.name for path in states(tmp_path)] == ["step-00000010", "step-00000005-validated"]
 
 
 @pytest.mark.parametrize("keep", [1, 2])

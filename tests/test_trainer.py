@@ -212,9 +212,9 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(make: Callable[..., Trainer]) -> None:
     whole = make("whole")
     whole.fit()
-    make("damaged", keep_checkpoints=3).fit()
-    for newest in states(whole.run_dir.parent / "damaged" / "checkpoints")[:2]:  # before and after the validation
-        (newest / "state.pt").write_bytes(b"")
+    make("damaged").fit()
+    newest = states(whole.run_dir.parent / "damaged" / "checkpoints")[0]
+    (newest / "state.pt").write_bytes(b"")
     resumed = make("damaged", resume=True)
     assert resumed.step.done == whole.step.done - 1
     resumed.fit()
