@@ -15,7 +15,8 @@ from engine.checkpoint import CheckpointWriter, find_state, load_state, load_wei
 
 def write(folder: Path, step: int, keep: int = 2, is_validated: bool = False, **content: Any) -> None:
     writer = CheckpointWriter(folder, keep)
-    writer.write(state_name(step, is_validated), {"value": torch.full((100,), float(step)), **content}, {"epoch": 1}, {})
+    state = {"value": torch.full((100,), float(step)), **content}
+    writer.write(state_name(step, is_validated), state, {"epoch": 1}, {})
     writer.wait()
 
 

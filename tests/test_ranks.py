@@ -24,18 +24,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
+TwoRanks = tuple[Path, str, dict[str, torch.Tensor]]
+
+
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path) -> tuple[Path, str]:
-    """Run folder and output of two ranks at ZeRO 1."""
+def two_ranks(folder: Path) -> TwoRanks:
+    """Run folder, output and last weights of two ranks at ZeRO 1."""
     launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29581")
     config = str(write_small(folder))
     done = train(folder, "--config", config, "--run_dir", "runs/two", "--train.zero_stage", "1", launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "runs" / "two", done.stdout
+    return folder / "runs" / "two", done.stdout, last_weights(folder / "runs" / "two")
 
 
-def test_two_ranks_under_the_launcher_train_together(two_ranks: tuple[Path, str]) -> None:
-    run, output = two_ranks
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)["weights"]
+
+
+def test_two_ranks_under_the_launcher_train_together(two_ranks: TwoRanks) -> None:
+    run, output, _ = two_ranks
     assert [int(row["step"]) for row in rows_of(run)] == [2, 4]  # four training cases, one crop per rank and step
     assert "2 rank(s)" in output
 
@@ -58,9 +65,9 @@ def test_a_killed_rank_ends_the_job_with_the_reason(folder: Path) -> None:
     assert len(told) == 1 and re.match(r"error: rank 1 on \S+: ended without a message: it was killed", told[0])
 
 
-def test_one_rank_goes_on_from_the_shards_of_two(two_ranks: tuple[Path, str]) -> None:
+def test_one_rank_goes_on_from_the_shards_of_two(two_ranks: TwoRanks) -> None:
     """At another ZeRO stage too; the learning rate has no jump, steps are those of one rank from there on."""
-    run, _ = two_ranks
+    run, _, _ = two_ranks
     done = train(run.parent.parent, "--resume", str(run), "--train.epochs", "3", "--train.zero_stage", "3")
     assert done.returncode == 0, done.stderr
     assert "saved by 2 rank(s), resumed by 1" in done.stdout
@@ -88,36 +95,27 @@ def test_a_signal_to_one_of_two_ranks_ends_both_with_a_checkpoint(folder: Path) 
     assert len(states(log.parent / "checkpoints")) == 1
 
 
-def test_two_nodes_train_together_and_go_on_after_one_was_lost(folder: Path) -> None:
+def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TwoRanks) -> None:
     """A launcher for each of two nodes on this machine; the second node, launcher and all, is killed."""
     torchrun = str(Path(sys.executable).with_name("torchrun"))
-    options = ("--config", str(write_small(folder)), "--resume", "auto", "--train.epochs", "3",
-               "--train.save_every_steps", "1")  # fmt: skip
+    run = folder / "runs" / "nodes"
+    options = ("--config", str(write_small(folder)), "--run_dir", str(run), "--resume", "auto",
+               "--train.zero_stage", "1", "--train.save_every_steps", "1")  # fmt: skip
 
-    def nodes(name: str, port: int) -> list[subprocess.Popen]:
+    def start_nodes(port: int) -> list[subprocess.Popen]:
         meet = ("--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port))
-        return [
-            start(folder, *options, "--run_dir", f"runs/{name}", launcher=(torchrun, *meet, "--node_rank", str(node)))
-            for node in range(2)
-        ]
+        return [start(folder, *options, launcher=(torchrun, *meet, "--node_rank", str(node))) for node in range(2)]
 
-    def finish(running: list[subprocess.Popen]) -> None:
-        outputs = [node.communicate(timeout=120) for node in running]
-        assert [node.returncode for node in running] == [0, 0], outputs
-
-    finish(nodes("nodes", 29585))
-    running = nodes("lost_node", 29586)
-    checkpoints = folder / "runs" / "lost_node" / "checkpoints"
-    while not states(checkpoints) and running[0].poll() is None:
+    nodes = start_nodes(29586)
+    while not states(run / "checkpoints") and nodes[0].poll() is None:
         time.sleep(0.01)
-    for process in (*psutil.Process(running[1].pid).children(recursive=True), running[1]):
+    for process in (*psutil.Process(nodes[1].pid).children(recursive=True), nodes[1]):
         process.kill()
-    _, errors = running[0].communicate(timeout=60)
-    assert running[0].returncode != 0 and "error: rank 1 on " in errors
-    assert not (folder / "runs" / "lost_node" / "metrics.json").exists()
-    finish(nodes("lost_node", 29587))
-    weights = [
-        torch.load(folder / "runs" / name / "checkpoints" / "last.pt", weights_only=True)["weights"]
-        for name in ("nodes", "lost_node")
-    ]
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    _, errors = nodes[0].communicate(timeout=60)
+    assert nodes[0].returncode != 0 and "error: rank 1 on " in errors
+    assert not (run / "metrics.json").exists()
+    nodes = start_nodes(29587)
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    weights = last_weights(run)
+    assert all(torch.equal(value, weights[key]) for key, value in two_ranks[2].items())

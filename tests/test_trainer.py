@@ -209,6 +209,16 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(
             assert all(torch.equal(value, wanted) for value, wanted in averages)
 
 
+def test_a_finished_run_is_extended(make: Callable[..., Trainer]) -> None:
+    whole = make("whole", epochs=3, val_every_epochs=1)
+    whole.fit()
+    make("short", val_every_epochs=1).fit()
+    longer = make("short", epochs=3, val_every_epochs=1, resume=True)
+    longer.fit()
+    assert [row["epoch"] for row in longer.history] == [1, 2, 3]
+    assert losses(longer) == losses(whole) and equal_weights(longer, whole)
+
+
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(make: Callable[..., Trainer]) -> None:
     whole = make("whole")
     whole.fit()
