@@ -38,8 +38,8 @@ from torch import Tensor
 
 from benchmarks.common import DEVICE, IS_GPU, machine
 from benchmarks.report import OURS
-from engine import inference
-from engine.inference import OVERLAP, WINDOWS_AT_ONCE, sliding_window_logits, zscore_nonzero
+from engine import sliding_window
+from engine.sliding_window import OVERLAP, WINDOWS_AT_ONCE, sliding_window_logits, zscore_nonzero
 from models import build_model
 
 PREPARED = (160, 160, 78)
@@ -175,7 +175,7 @@ def _first_call(run: Sliding, network: Network, image: Tensor, window: tuple[int
         seen += len(windows)
         return network(windows)
 
-    inference._weights.cache_clear()
+    sliding_window._weights.cache_clear()
     peak = peak_bytes(partial(run, counted, image, window))
     return {"windows": seen, "peak_bytes": peak}
 

@@ -35,7 +35,7 @@ from benchmarks.step_profile import allocated_peak, synchronize
 from engine.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, cache_dir
 from engine.data import Data
 from engine.distributed import Ranks
-from engine.run import make_model
+from engine.trained import make_model
 from engine.trainer import Trainer
 from pipelines.cases import CaseSet, find_cases
 from pipelines.reference import case_to_dict, seed_transforms

@@ -274,6 +274,21 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """A configuration from what `to_dict` made of one.
+
+    Raises:
+        ValueError: an option that there is not, or a value that it refuses.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config, as_group=False)
+    try:
+        parsed = parser.instantiate(parser.parse_object(values))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    return Config(**{item.name: parsed[item.name] for item in dataclasses.fields(Config)})
+
+
 def make_parser(description: str) -> ArgumentParser:
     """The parser that every command of `launch/` starts from: the fields of `Config`, `--config`, `--print_config`."""
     usage = "%(prog)s [--config FILE] [--group.option VALUE ...]"

@@ -18,16 +18,17 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import checkpoint, metrics, report
-from engine.config import Config, ModelConfig, to_dict
+from engine.config import Config, to_dict
 from engine.data import Data, load_data
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.failure import Watch, join_watch
 from engine.progress import percent
+from engine.trained import load_trained, make_model
 from engine.trainer import Trainer
 from engine.watch import STOP_SIGNALS, Interrupted, Preempted
 from kernels import dispatch
 from kernels.dice_ce import region_masks
-from models import build_model, check_img_size, parameter_count
+from models import parameter_count
 from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)
@@ -126,34 +127,6 @@ def run(config: Config) -> None:
         finish(trainer, run_dir)
 
 
-def make_model(config: Config, channels: int) -> torch.nn.Module:
-    """The network that `config` describes, for images of so many channels.
-
-    Raises:
-        ValueError: naming the option that does not fit.
-    """
-    chosen = config.model
-    transformer = ModelConfig() if chosen.name == "unet" else chosen
-    size = config.data.crop_size_voxels
-    try:
-        check_img_size(size)
-    except ValueError as error:
-        raise ValueError(f"--data.crop_size_voxels: {error}") from error
-    try:
-        return build_model(
-            chosen.name,
-            in_channels=channels,
-            out_channels=len(REGIONS),
-            img_size=size,
-            feature_size=chosen.feature_size,
-            hidden_size=transformer.hidden_size,
-            mlp_dim=transformer.mlp_dim,
-            num_heads=transformer.num_heads,
-        )
-    except ValueError as error:
-        raise ValueError(f"--model: {error}") from error
-
-
 def finish(trainer: Trainer, run_dir: Path) -> None:
     """Pictures, page and the closing table, from the best weights."""
     pictures = ["curves.png", "samples.png"]
@@ -161,7 +134,9 @@ def finish(trainer: Trainer, run_dir: Path) -> None:
     if example:
         name, (image, labels) = example[0], (part.to(trainer.ranks.device) for part in example[1:])
         with torch.no_grad():
-            prediction = trainer.masks(_best_network(trainer), image)
+            # A network of its own, for the trained one may be sharded over ranks.
+            best = load_trained(run_dir, trainer.ranks.device).network
+            prediction = trainer.masks(best, image)
         truth = region_masks(labels, trainer.regions)[0]
         dice = metrics.case_dice(name, prediction, truth).dice()
         scan, truth_masks, predicted = (report.as_numpy(array) for array in (image[0, 0], truth, prediction))
@@ -172,15 +147,6 @@ def finish(trainer: Trainer, run_dir: Path) -> None:
     page = report.write_html(run_dir, to_dict(trainer.config), summary, pictures)
     _print_table(summary)
     print(f"pictures, logs and checkpoints: {run_dir}\nopen {page}")
-
-
-def _best_network(trainer: Trainer) -> torch.nn.Module:
-    """A network of its own, for the trained one may be sharded over ranks."""
-    folder = trainer.run_dir / "checkpoints"
-    path = folder / "best.pt" if (folder / "best.pt").is_file() else folder / "last.pt"
-    network = make_model(trainer.config, channels=len(trainer.data.store.modalities))
-    network.load_state_dict(checkpoint.load_weights(path)["weights"])
-    return network.to(trainer.ranks.device).eval()
 
 
 def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:

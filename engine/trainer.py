@@ -21,10 +21,10 @@ from engine.config import Config, to_dict
 from engine.data import Data, make_loaders
 from engine.diagnosis import Diverged, first_nonfinite
 from engine.distributed import Ranks, gather
-from engine.inference import sliding_window_logits
 from engine.parallel import copy_moments, copy_weights, load_moments, read_deepspeed_json
 from engine.progress import DataWait, LateValues, TrainingProgress
 from engine.records import EpochLog, write_validation
+from engine.sliding_window import sliding_window_logits
 from engine.step import TrainingStep, set_up_torch
 from engine.watch import Preempted, StopSignal
 from kernels.dice_ce import region_masks
@@ -275,7 +275,8 @@ class Trainer:
         coding = self.data.store.coding
         content = {"weights": averaged or weights, "config": to_dict(self.config), "epoch": self.epoch,
                    "validation": metrics.summarise(self.cases), "modalities": list(self.data.store.modalities),
-                   "release": coding.release, "regions": [list(values) for values in coding.regions]}  # fmt: skip
+                   "release": coding.release, "tissues": dict(coding.tissues),
+                   "regions": [list(values) for values in coding.regions]}  # fmt: skip
         about = {"epoch": self.epoch, "world_size": self.ranks.world_size, "zero_stage": self.config.train.zero_stage}
         name = checkpoint.state_name(step.taken, is_validated=bool(weights_files))
         self.writer.write(name, state, about, {name: content for name in weights_files})

@@ -15,8 +15,8 @@ from monai.inferers.utils import _get_scan_interval, sliding_window_inference
 from monai.transforms import NormalizeIntensity
 
 from benchmarks.bench_inference import peak_bytes
-from engine import inference
-from engine.inference import sliding_window_logits, window_starts, zscore_nonzero
+from engine import sliding_window
+from engine.sliding_window import sliding_window_logits, window_starts, zscore_nonzero
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -176,8 +176,8 @@ def test_the_sum_of_weights_is_computed_once_for_volumes_of_a_size(monkeypatch: 
         made.append(window)
         return compute_importance_map(window, **options)
 
-    monkeypatch.setattr(inference, "compute_importance_map", counted)
-    inference._weights.cache_clear()
+    monkeypatch.setattr(sliding_window, "compute_importance_map", counted)
+    sliding_window._weights.cache_clear()
     net, image = network(), scan((2, 21, 18, 13))
     with torch.inference_mode():  # what is kept from here must serve outside it
         sliding_window_logits(net, image, (16, 16, 8))
@@ -206,7 +206,7 @@ def test_it_never_holds_more_memory_than_monai(
     if torch.cuda.is_available():
         pytest.skip("the allocator's peak is read on the device, and these are CPU tensors")
     net, image = network(), scan((2, *size))
-    inference._weights.cache_clear()
+    sliding_window._weights.cache_clear()
     if not is_first:
         sliding_window_logits(net, image, window)
     kept = 0 if is_first or size == window else math.prod(map(max, size, window)) * image.itemsize

@@ -1,0 +1,74 @@
+"""A network as a run left it, and files that are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.checkpoint import save_weights
+from engine.config import Config, DataConfig, ModelConfig, to_dict
+from engine.trained import load_trained, make_model
+from pipelines.labels import CODINGS, Coding, tutorial_coding
+
+CONFIG = Config(
+    data=DataConfig(crop_size_voxels=(16, 16, 16), spacing_mm=(2.0, 2.0, 3.0)),
+    model=ModelConfig(name="unetr", feature_size=2, hidden_size=8, mlp_dim=8, num_heads=2),
+)
+
+
+def content_of(coding: Coding = CODINGS["brats2018"], **changes: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    content = {
+        "weights": make_model(CONFIG, 2).state_dict(),
+        "config": to_dict(CONFIG),
+        "epoch": 7,
+        "validation": {"mean": 0.5},
+        "modalities": ["t1c", "flair"],
+        "release": coding.release,
+        "tissues": dict(coding.tissues),
+        "regions": [list(values) for values in coding.regions],
+    }
+    return content | changes
+
+
+@pytest.mark.parametrize("coding", [CODINGS["brats2018"], tutorial_coding(CODINGS["decathlon"])])
+@pytest.mark.filterwarnings("ignore:regions 'tutorial'")
+def test_a_network_comes_back_with_all_that_belongs_to_it(coding: Coding, tmp_path: Path) -> None:
+    save_weights(tmp_path / "run" / "checkpoints" / "last.pt", content_of(coding))
+    trained = load_trained(tmp_path / "run")
+    assert trained.config == CONFIG and trained.coding == coding
+    assert (trained.modalities, trained.epoch, trained.validation) == (("t1c", "flair"), 7, {"mean": 0.5})
+    torch.manual_seed(0)
+    network, image = make_model(CONFIG, 2).eval(), torch.randn(1, 2, 16, 16, 16)
+    assert torch.equal(trained.network(image), network(image))
+
+
+def test_the_best_weights_are_a_runs_own_and_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    for name, epoch in (("last", 9), ("best", 4)):
+        save_weights(tmp_path / "checkpoints" / f"{name}.pt", content_of(epoch=epoch))
+    assert load_trained(tmp_path).epoch == 4
+    assert load_trained(tmp_path / "checkpoints" / "last.pt").epoch == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": to_dict(CONFIG) | {"engine": "warp"}}, "another version.*engine"),
+        ({"config": to_dict(CONFIG) | {"model": {"name": "unet"}}}, "another network than its configuration"),
+        ({"modalities": ["t1c"]}, "another network than its configuration"),
+        ({"tissues": None, "release": None}, "another version"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    content = {key: value for key, value in content_of(**changes).items() if value is not None}
+    save_weights(tmp_path / "odd.pt", content)
+    with pytest.raises(ValueError, match=f"(?s)odd.pt.*{message}"):
+        load_trained(tmp_path / "odd.pt")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no run with weights"):
+        load_trained(tmp_path)
