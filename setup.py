@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+EXPORT = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
+
 setup(
     name="glioforge",
     version="0.1.0",
@@ -28,9 +30,12 @@ setup(
         "matplotlib>=3.9",
         "psutil>=5.9",
         "pyyaml>=6",
+        "safetensors>=0.5",
+        "scipy>=1.14",
         "tensorboard>=2.17",
     ],
     extras_require={
-        "dev": ["einops", "mypy", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
+        "dev": ["einops", "mypy", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", *EXPORT],
+        "export": EXPORT,
     },
 )

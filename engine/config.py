@@ -22,6 +22,7 @@ from jsonargparse import ArgumentParser
 
 from kernels.dispatch import Kernels
 from pipelines.augment import Augment
+from pipelines.cases import check_folds
 from pipelines.store import StoreDtype
 from pipelines.volumes import Residence
 
@@ -72,6 +73,10 @@ class DataConfig:
     """Names of the training cases, in place of the split."""
     val_cases: list[str] | None = None
     """Names of the validation cases, in place of the split."""
+    folds: int = 0
+    """Split into so many folds instead, by `split_seed`: each case validates in one of them. 0: by `val_fraction`."""
+    fold: int | None = None
+    """The fold that validates, from 0; the others train."""
     spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0)
     """Voxel size of the prepared volumes, along the axes of the files (R, A and S for BraTS)."""
     crop_size_voxels: tuple[int, int, int] = (128, 128, 64)
@@ -243,6 +248,7 @@ class Config:
         for name, value in (("val_fraction", self.data.val_fraction), ("foreground_prob", self.data.foreground_prob)):
             if not 0 <= value <= 1:
                 raise ValueError(f"--data.{name} {value} must lie between 0 and 1")
+        check_folds(self.data.folds, self.data.fold, self.data.train_cases, self.data.val_cases)
         if self.data.workers is not None and self.data.workers < 1:
             raise ValueError(f"--data.workers {self.data.workers} must be at least 1; leave it out for one per core")
         if self.optim.ema_decay >= 1:

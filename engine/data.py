@@ -62,6 +62,12 @@ def list_cases(config: DataConfig, root: Path) -> CaseSet:
     return survey.usable
 
 
+def split_names(config: DataConfig, cases: CaseSet) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the cases to train on and of those to validate on; errors as in `split_cases`."""
+    named = config.train_cases, config.val_cases
+    return split_cases(cases, config.val_fraction, config.split_seed, *named, config.folds, config.fold)
+
+
 def prepared(config: DataConfig, cases: CaseSet) -> Store:
     """The store of these cases; what it lacks is prepared. With `skip_faulty` of those that could be."""
     folder = config.store_dir or cache_dir() / "store"
@@ -77,7 +83,7 @@ def load_data(config: DataConfig) -> Data:
         ValueError: whatever is wrong with the scans or the options.
     """
     cases = list_cases(config, obtain_root(config))
-    train, val = split_cases(cases, config.val_fraction, config.split_seed, config.train_cases, config.val_cases)
+    train, val = split_names(config, cases)
     if config.unprepared:
         if not val:
             raise DataError("--data.unprepared true needs a case to validate on: see --data.val_fraction")

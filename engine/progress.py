@@ -169,3 +169,30 @@ class LateValues:
         if event is not None:
             event.synchronize()
         return values.tolist()
+
+
+class CaseBar:
+    """A bar over cases on a terminal; elsewhere a line at the start. A context manager.
+
+    Args:
+        title: verb, as "Segmenting". total: number of cases. is_shown: on the first rank alone.
+    """
+
+    def __init__(self, title: str, total: int, is_shown: bool) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn(f"{title} {total} cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, disable=not (is_shown and console.is_terminal and total))
+        self._row = self._bar.add_task(title, total=total)
+        if is_shown and not console.is_terminal:
+            log.info("%s %d cases", title.lower(), total)
+
+    def __enter__(self) -> CaseBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._bar.stop()
+
+    def advance(self) -> None:
+        """One case is done."""
+        self._bar.advance(self._row)

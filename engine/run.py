@@ -1,95 +1,46 @@
-"""A training run from configuration to report, and how its failures are told."""
+"""A training run from configuration to report."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 
 import torch
-import torch.distributed as dist
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from engine import checkpoint, metrics, report
+from engine import checkpoint, metrics, pictures, report
+from engine.command import run_command
 from engine.config import Config, to_dict
 from engine.data import Data, load_data
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
-from engine.failure import Watch, join_watch
 from engine.progress import percent
 from engine.trained import load_trained, make_model
 from engine.trainer import Trainer
-from engine.watch import STOP_SIGNALS, Interrupted, Preempted
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import parameter_count
 from pipelines.labels import REGIONS
+from pipelines.loaders import ValLoader
 
 log = logging.getLogger(__name__)
 
 
 def start_run(read: Callable[[], Config]) -> int:
-    """Run a command's work; returns the exit status, or ends the process where one of several ranks fails.
-
-    A user's mistake (`ValueError`: a bad value, a faulty scan) becomes one line on standard error and status 2; the
-    traceback goes to the run's log. Ctrl-C (130) and a signal that stops training (75) say how to go on. Of several
-    ranks, the first to fail gives the line and the status of all.
-    """
+    """Read a configuration and train by it; returns the exit status, see `run_command`."""
     config: Config | None = None
-    watch: Watch | None = None
-    status, line = 0, ""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if not (watch and watch.is_ending):
-            raise Interrupted(signal.Signals(number).name)
-
-    handlers = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
-    try:
-        watch = join_watch()
+    def work() -> None:
+        nonlocal config
         config = read()
         run(config)
-    except Preempted as stop:
-        status, line = _told(stop, config)
-        log.debug(line)
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
-        log.debug("traceback", exc_info=True)
-        status, line = _told(error, config)
-        if watch and status:
-            watch.fail(error, line, status)
-        if not isinstance(error, ValueError | OSError | KeyboardInterrupt):
-            raise
-        line = f"error: {line}" if status == 2 else line
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if watch:  # a signal that comes now must not end this rank while another one is still writing
-            watch.close()
-        else:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    if line and (watch is None or watch.rank == 0):
-        print(line, file=sys.stderr)
-    return status
 
-
-def _told(error: BaseException, config: Config | None) -> tuple[int, str]:
-    """Exit status and words for the user."""
-    if isinstance(error, ValueError | OSError):
-        return 2, str(error)
-    if isinstance(error, Preempted | Interrupted):
-        return os.EX_TEMPFAIL, f"stopped by {error}; {_how_to_go_on(config)}"
-    if isinstance(error, KeyboardInterrupt):
-        return 130, f"\ninterrupted; {_how_to_go_on(config)}"
-    if isinstance(error, SystemExit):
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        return status, "the command line was refused, see above"
-    return 1, f"{type(error).__name__}: {error}"
+    return run_command(work, lambda: _how_to_go_on(config))
 
 
 def run(config: Config) -> None:
@@ -124,29 +75,90 @@ def run(config: Config) -> None:
         _draw_sample(trainer, data, run_dir / "samples.png")
     trainer.fit()
     if ranks.is_first:
-        finish(trainer, run_dir)
+        finish(trainer, run_dir, paths_taken)
 
 
-def finish(trainer: Trainer, run_dir: Path) -> None:
-    """Pictures, page and the closing table, from the best weights."""
-    pictures = ["curves.png", "samples.png"]
-    example = next(iter(trainer.val_loader or ()), None)
-    if example:
-        name, (image, labels) = example[0], (part.to(trainer.ranks.device) for part in example[1:])
-        with torch.no_grad():
-            # A network of its own, for the trained one may be sharded over ranks.
-            best = load_trained(run_dir, trainer.ranks.device).network
-            prediction = trainer.masks(best, image)
-        truth = region_masks(labels, trainer.regions)[0]
-        dice = metrics.case_dice(name, prediction, truth).dice()
-        scan, truth_masks, predicted = (report.as_numpy(array) for array in (image[0, 0], truth, prediction))
-        report.draw_prediction(name, scan, truth_masks, predicted, dice, run_dir / "prediction.png")
-        pictures.insert(1, "prediction.png")
-    report.draw_curves(trainer.history, run_dir / "curves.png")
-    summary = trainer.summary()
-    page = report.write_html(run_dir, to_dict(trainer.config), summary, pictures)
+def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
+    """Pictures, page and the closing table, from the best weights.
+
+    Args:
+        trainer: of a run that is over. run_dir: its folder. paths_taken: what `dispatch.use` said of the kernels.
+    """
+    summary, data, config = trainer.summary(), trainer.data, trainer.config
+    pictures.draw_curves(trainer.history, run_dir / "curves.png")
+    facts = report.Facts(
+        config=config,
+        summary=summary,
+        history=trainer.history,
+        cases=trainer.cases,
+        epoch_samples=len(trainer.train_loader) * config.train.batch_size * trainer.ranks.world_size,
+        train=data.train,
+        val=data.val,
+        modalities=data.store.modalities,
+        coding=data.store.coding,
+        environment=report.environment(config, trainer.ranks, paths_taken),
+    )
+    sections = [
+        report.Section("Curves", {"curves.png": "Training loss and validation Dice by epoch"}),
+        *_draw_cases(trainer, run_dir),
+        report.Section("Training crop", {"samples.png": "A training crop, as the network sees it"}),
+    ]
+    page = report.write_html(run_dir, facts, sections)
     _print_table(summary)
     print(f"pictures, logs and checkpoints: {run_dir}\nopen {page}")
+
+
+def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
+    """Predict and draw the first validation case, and the best and the worst of the last validation."""
+    data, device = trainer.data, trainer.ranks.device
+    if not data.val:
+        return []
+    best, worst = report.best_and_worst(case for case in trainer.cases if case.name in data.val)
+    places = {
+        case.name: (f"{kind}-{place}.png", kind)
+        for kind, cases in (("best", best), ("worst", worst))
+        for place, case in enumerate(cases, 1)
+    }
+    trained = load_trained(run_dir, device)  # a network of its own, for the trained one may be sharded over ranks
+    modality = pictures.SCAN_TITLES.get(trained.modalities[0], trained.modalities[0])
+    drawn = {}
+    for name, image, labels in _loader_of(trainer, list(dict.fromkeys([data.val[0], *places]))):
+        image, labels = image.to(device), labels.to(device)
+        prediction, truth = trainer.masks(trained.network, image), region_masks(labels, trainer.regions)[0]
+        scored = metrics.case_dice(name, prediction, truth)
+        scan, truth_masks, predicted = (pictures.as_numpy(array) for array in (image[0, 0], truth, prediction))
+        if name == data.val[0]:
+            pictures.draw_prediction(name, scan, truth_masks, predicted, scored.dice(), run_dir / "prediction.png")
+        if name in places:
+            file, kind = places[name]
+            spacing_mm = trainer.config.data.spacing_mm
+            pictures.draw_case(name, scan, truth_masks, predicted, scored.dice(), spacing_mm, run_dir / file)
+            drawn[file] = f"{kind.capitalize()}: {name}, mean Dice {percent(report.mean_dice(scored))}"
+    extremes = report.Section(
+        "Best and worst cases",
+        {file: drawn[file] for file, _ in places.values()},
+        f"Chosen by a case's mean Dice over its regions in the validation after epoch {trainer.epoch}; predicted and "
+        f"scored with the weights of epoch {trained.epoch}. Scan: {modality}. Where "
+        "outlines coincide, the inner region's is seen.",
+    )
+    caption = f"{data.val[0]} with the weights of epoch {trained.epoch}. Scan: {modality}."
+    return [extremes, report.Section("Truth and prediction", {"prediction.png": caption})]
+
+
+def _loader_of(trainer: Trainer, names: Sequence[str]) -> ValLoader:
+    """Named validation cases as they are validated, on this rank whichever rank they were on."""
+    data, on_gpu = trainer.config.data, trainer.ranks.device.type == "cuda"
+    is_full = trainer.config.train.validation == "full_volume"
+    return ValLoader(
+        trainer.data.store,
+        names,
+        None if is_full else data.crop_size_voxels,
+        device="gpu" if on_gpu else "cpu",
+        pad=data.pad,
+        device_id=trainer.ranks.local_rank if on_gpu else None,
+        normalise=not is_full,
+        memory_format=torch.channels_last_3d if on_gpu else torch.contiguous_format,
+    )
 
 
 def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:
@@ -158,7 +170,7 @@ def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:
         if holds_tumour.any():
             break
     index = int(holds_tumour.int().argmax())
-    report.draw_sample(report.as_numpy(image[index]), report.as_numpy(masks[index]), data.store.modalities, path)
+    pictures.draw_sample(pictures.as_numpy(image[index]), pictures.as_numpy(masks[index]), data.store.modalities, path)
 
 
 def _print_table(summary: dict) -> None:

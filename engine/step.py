@@ -78,7 +78,7 @@ class TrainingStep:
         self.done = self.taken = 0
         # Under ZeRO 3 a forward gathers weights, which all ranks must do as often.
         self.spare = copy.deepcopy(model).to("meta") if train.zero_stage == 3 else None
-        self.model = _prepared(model.to(ranks.device), train.precision)
+        self.model = prepare_network(model.to(ranks.device), train.precision)
         if train.compile:
             self.model.forward = torch.compile(self.model.forward, dynamic=False)
         self.optimizer = GuardedAdamW(
@@ -162,7 +162,7 @@ class TrainingStep:
         network = copy.deepcopy(self.spare)
         weights = {name: value.to(self.values.device) for name, value in copy_weights(self.model).items()}
         network.load_state_dict(weights, assign=True)
-        return _prepared(network, self.config.train.precision)
+        return prepare_network(network, self.config.train.precision)
 
     def averaged(self) -> Any:
         """Within it the weights are the averaged ones, where an average is kept."""
@@ -180,8 +180,8 @@ class TrainingStep:
                             ce_weight=loss.ce_weight, squared_pred=loss.squared_pred)  # fmt: skip
 
 
-def _prepared(network: torch.nn.Module, precision: str) -> torch.nn.Module:
-    """In the memory format of its device, and with a forward in its precision."""
+def prepare_network(network: torch.nn.Module, precision: str) -> torch.nn.Module:
+    """A network in the memory format of its device, and with a forward in a precision of `--train.precision`."""
     device = next(network.parameters()).device.type
     if device == "cuda":  # whose convolutions want the channels last in memory
         network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

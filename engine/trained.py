@@ -31,6 +31,7 @@ class Trained:
         coding: of the labels that it was trained on.
         epoch: after which the weights were taken.
         validation: Dice then, as in `metrics.json`.
+        scans: what its training scans look like, see `pipelines.likeness`.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Trained:
     coding: Coding
     epoch: int
     validation: dict[str, Any]
+    scans: dict[str, Any]
 
 
 def make_model(config: Config, channels: int) -> torch.nn.Module:
@@ -102,6 +104,7 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
         coding = Coding(content["release"], tissues, tuple(tuple(values) for values in content["regions"]))
         modalities = tuple(content["modalities"])
         network = make_model(config, len(modalities))
+        epoch, validation, scans = (content[name] for name in ("epoch", "validation", "scans"))
     except (KeyError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} was written by another version of this program: {reason}") from error
@@ -109,4 +112,5 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
         network.load_state_dict(content["weights"])
     except RuntimeError as error:
         raise ValueError(f"{path} holds the weights of another network than its configuration: {error}") from error
-    return Trained(path, network.to(device).eval(), config, modalities, coding, content["epoch"], content["validation"])
+    network.to(device).eval()
+    return Trained(path, network, config, modalities, coding, epoch, validation, scans)

@@ -30,6 +30,7 @@ from engine.watch import Preempted, StopSignal
 from kernels.dice_ce import region_masks
 from models import parameter_count
 from pipelines.labels import REGIONS
+from pipelines.likeness import looks_of_store
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.cases: list[metrics.CaseDice] = []
         self.best: dict[str, Any] = {"epoch": None, "mean": None}
+        in_store = [name for name in data.train if name in data.store.names] or data.store.names
+        self.scans = looks_of_store(data.store, in_store) if ranks.is_first else {}
         if state:
             self._restore(state)
 
@@ -275,7 +278,7 @@ class Trainer:
         coding = self.data.store.coding
         content = {"weights": averaged or weights, "config": to_dict(self.config), "epoch": self.epoch,
                    "validation": metrics.summarise(self.cases), "modalities": list(self.data.store.modalities),
-                   "release": coding.release, "tissues": dict(coding.tissues),
+                   "release": coding.release, "tissues": dict(coding.tissues), "scans": self.scans,
                    "regions": [list(values) for values in coding.regions]}  # fmt: skip
         about = {"epoch": self.epoch, "world_size": self.ranks.world_size, "zero_stage": self.config.train.zero_stage}
         name = checkpoint.state_name(step.taken, is_validated=bool(weights_files))

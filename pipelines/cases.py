@@ -2,8 +2,8 @@
 
 `find_cases` reads one of the three layouts of `layouts.py` (a Decathlon task, BraTS folders, a list), settles the label
 coding and the modalities, and returns a `CaseSet`: names and paths alone, for no image is opened. `survey_cases` does
-the same with faulty cases set aside and not refused. `split_cases` divides the set as MONAI's `DecathlonDataset` does,
-so that the same seed gives the same training and validation cases in both.
+the same with faulty cases set aside and not refused. `split_cases` divides the set as MONAI does, in two parts as its
+`DecathlonDataset` or in folds as its `partition_dataset`, so that the same seed gives the same cases in both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,17 @@ from pipelines.layouts import (
     from_list,
 )
 
-__all__ = ["MODALITIES", "Case", "CaseSet", "DataError", "Survey", "find_cases", "split_cases", "survey_cases"]
+__all__ = [
+    "MODALITIES",
+    "Case",
+    "CaseSet",
+    "DataError",
+    "Survey",
+    "check_folds",
+    "find_cases",
+    "split_cases",
+    "survey_cases",
+]
 
 log = logging.getLogger(__name__)
 
@@ -127,11 +137,14 @@ def survey_cases(
     modalities: Sequence[str] | None = None,
     regions: Literal["release", "tutorial"] = "release",
     labelled: bool = True,
+    unlabelled_as: Coding | None = None,
 ) -> Survey:
     """Find cases as `find_cases` does, and return the faults of single cases beside the cases that have none.
 
     Args:
         root, release, modalities, regions, labelled: as in `find_cases`.
+        unlabelled_as: coding where names leave the release open or mix several, in place of an error; for uses that
+            read no label.
 
     Raises:
         DataError: what is wrong with the set as a whole: no cases, the release is open or mixed, a modality that no
@@ -144,11 +157,11 @@ def survey_cases(
     wanted = None if modalities is None else canonical_modalities(modalities)
     asked = None if release is None else coding_for_release(release)
     if root.is_file():
-        coding, found = from_list(root, asked)
+        coding, found = from_list(root, asked or unlabelled_as)
     elif (root / "dataset.json").is_file():
         coding, found = from_decathlon(root / "dataset.json", asked, with_test=not labelled)
     else:
-        coding, found = from_folders(root, asked)
+        coding, found = from_folders(root, asked, unlabelled_as)
     if labelled:
         found = _with_label(found, root)
     # The union, so that one case without its T2 is an error and does not silently take T2 from all the others.
@@ -219,24 +232,36 @@ def split_cases(
     seed: int = 0,
     train_cases: Sequence[str] | None = None,
     val_cases: Sequence[str] | None = None,
+    folds: int = 0,
+    fold: int | None = None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split by the rule of `monai.apps.DecathlonDataset`, in its order: shuffle, the first int(n * fraction) validate.
 
-    At least one case validates where val_fraction > 0 (MONAI: none for fewer than 1 / fraction cases).
+    At least one case validates where val_fraction > 0 (MONAI: none for fewer than 1 / fraction cases). With `folds` the
+    rule is that of `monai.data.partition_dataset`: after the same shuffle every `folds`-th case validates, from the
+    `fold`-th on, so that each case validates in one fold and their sizes differ by at most one.
 
     Args:
-        val_fraction: from 0 to less than 1. Not used for a side that is given by name.
+        val_fraction: from 0 to less than 1. Not used for a side that is given by name, nor with folds.
         seed: of the shuffle.
         train_cases, val_cases: names, which override the rule. With one of the two, the other side is all other cases.
             A case in both is allowed (to overfit on it) and warned of.
+        folds: 0, or the number of folds. fold: the one that validates, from 0.
 
     Returns:
         names of the training cases, names of the validation cases.
 
     Raises:
-        DataError: an unknown or repeated name, a fraction out of range, or nothing left to train on.
+        DataError: an unknown or repeated name, a fraction out of range, a fold that there is not, names beside folds,
+            more folds than cases, or nothing left to train on.
     """
     names = case_set.names
+    check_folds(folds, fold, train_cases, val_cases)
+    if folds > len(names):
+        raise DataError(
+            f"--data.folds {folds} must be at most the number of cases, {len(names)}: with {len(names)} each case is a "
+            "fold of its own"
+        )
     if not 0 <= val_fraction < 1:
         raise DataError(f"--data.val_fraction {val_fraction} must be at least 0 and less than 1: 0.2 is usual")
     for option, given in (("--data.train_cases", train_cases), ("--data.val_cases", val_cases)):
@@ -245,8 +270,9 @@ def split_cases(
         order = np.arange(len(names))
         np.random.RandomState(seed % 2**32).shuffle(order)  # MONAI's generator and its reduction of the seed
         val_length = max(int(len(names) * val_fraction), int(val_fraction > 0))
-        train = tuple(names[i] for i in order[val_length:])
-        val = tuple(names[i] for i in order[:val_length])
+        held_out = slice(fold, None, folds) if folds else slice(val_length)
+        train = tuple(names[i] for i in np.delete(order, held_out))
+        val = tuple(names[i] for i in order[held_out])
     else:
         train = _others(names, val_cases) if train_cases is None else tuple(train_cases)
         val = _others(names, train_cases) if val_cases is None else tuple(val_cases)
@@ -259,6 +285,24 @@ def split_cases(
     if both:
         warnings.warn(f"{_some(both)}: both trained on and validated, so this Dice is no estimate", stacklevel=2)
     return train, val
+
+
+def check_folds(
+    folds: int, fold: int | None, train_cases: Sequence[str] | None = None, val_cases: Sequence[str] | None = None
+) -> None:
+    """Refuse folds that no set of cases has. Arguments and errors as in `split_cases`."""
+    if folds == 0 and fold is None:
+        return
+    if folds == 0:
+        raise DataError(f"--data.fold {fold} needs --data.folds, the number of folds: 5 is usual")
+    if folds < 2:
+        raise DataError(f"--data.folds {folds} must be at least 2, or 0 for the split by --data.val_fraction")
+    if fold is None or not 0 <= fold < folds:
+        given = "without --data.fold" if fold is None else f"with --data.fold {fold}"
+        raise DataError(f"--data.folds {folds} {given}: give the fold that validates, 0 to {folds - 1}")
+    for option, names in (("--data.train_cases", train_cases), ("--data.val_cases", val_cases)):
+        if names is not None:
+            raise DataError(f"--data.folds {folds} and {option} are two ways to split: leave one of them out")
 
 
 def _others(names: Sequence[str], given: Sequence[str] | None) -> tuple[str, ...]:

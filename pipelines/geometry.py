@@ -179,15 +179,63 @@ def axis_weights(shape: Sequence[int], affine: np.ndarray, grid: Grid) -> list[W
     matrix = np.linalg.solve(affine, grid.spaced_affine)
     if not _is_diagonal(matrix):
         return None
-    theta = _normalised(matrix, shape, grid.spaced_shape)
-    weights = []
-    for axis, (n, n_out, flipped) in enumerate(sizes):
+    positions = _axis_positions(matrix, shape, grid.spaced_shape)
+    return [Weights.at(at, n, flipped) for at, (n, _, flipped) in zip(positions, sizes, strict=True)]
+
+
+def _axis_positions(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequence[int]) -> list[torch.Tensor]:
+    """Where along each axis of the input the voxels of the output lie, float64, in grid_sample's own arithmetic.
+
+    Args:
+        matrix: (4, 4), index of the output to index of the input, diagonal but for the translation.
+    """
+    theta = _normalised(matrix, shape, shape_out)
+    positions = []
+    for axis, n in enumerate(shape):
         size_out_3d = [1, 1, 1]
-        size_out_3d[axis] = n_out
+        size_out_3d[axis] = shape_out[axis]
         points = affine_grid(theta[:, :3], [1, 1, *size_out_3d], align_corners=False)[..., 2 - axis].flatten()
-        position = (((points + 1) * n - 1) / 2).clamp(0, n - 1)  # grid_sample's own arithmetic
-        weights.append(Weights.at(position, n, flipped))
-    return weights
+        positions.append((((points + 1) * n - 1) / 2).clamp(0, n - 1))
+    return positions
+
+
+class BackToFile:
+    """From a prepared grid to the file's own, linearly, as MONAI inverts Orientation and Spacing.
+
+    Args:
+        grid: from `target_grid` of this shape and affine.
+        shape: (X, Y, Z) of the file.
+        affine: (4, 4), voxel index to mm, of the file.
+        device: where volumes are.
+
+    Along independent axes it is a product with one matrix an axis, two numbers in a row. Else grid_sample on the full
+    grid, in float64, as `resample_image`.
+    """
+
+    def __init__(
+        self, grid: Grid, shape: Sequence[int], affine: np.ndarray, device: torch.device | str = "cpu"
+    ) -> None:
+        self.grid, self.shape = grid, tuple(shape)
+        self._matrix = np.linalg.solve(grid.spaced_affine, affine)
+        self._is_same = _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine)
+        self._along: list[torch.Tensor] = []
+        if not self._is_same and _is_diagonal(self._matrix):
+            positions = _axis_positions(self._matrix, grid.spaced_shape, shape)
+            weights = (Weights.at(at, n, False) for at, n in zip(positions, grid.spaced_shape, strict=True))
+            self._along = [each.matrix(n).to(device) for each, n in zip(weights, grid.spaced_shape, strict=True)]
+
+    def __call__(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
+        """Float32 (X', Y', Z') on the prepared grid to float32 `shape`, on the same device."""
+        axes = [int(axis) for axis in self.grid.orientation[:, 0]]
+        spaced = volume_XYZ.permute(axes).flip(self.grid.flipped)
+        if self._is_same:
+            return spaced.contiguous()
+        if not self._along:
+            sampled = _sample_full(spaced.cpu().numpy()[None], self._matrix, self.shape, "bilinear")[0]
+            return torch.from_numpy(sampled).to(volume_XYZ.device)
+        x, y, z = self._along
+        spaced = (x @ spaced.reshape(len(spaced), -1)).view(len(x), *spaced.shape[1:])
+        return y @ (spaced @ z.t())
 
 
 @dataclass(frozen=True)
@@ -211,6 +259,14 @@ class Weights:
         low = position.floor()
         weights = (low + 1 - position).float(), (position - low).float()
         return Weights(low.long(), (low.long() + 1).clamp(max=size - 1), *weights)
+
+    def matrix(self, size: int) -> torch.Tensor:
+        """The same as a float32 matrix (outputs, size)."""
+        rows = torch.arange(len(self.low))
+        matrix = torch.zeros(len(rows), size)
+        matrix[rows, self.low] = self.low_weight
+        matrix[rows, self.high] += self.high_weight
+        return matrix
 
 
 def _interpolate(image_CZYX: np.ndarray, weights: Sequence[Weights]) -> np.ndarray:

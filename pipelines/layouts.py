@@ -167,8 +167,8 @@ def from_decathlon(path: Path, asked: Coding | None, with_test: bool) -> tuple[C
 # BraTS folders
 
 
-def from_folders(root: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
-    """The cases of BraTS folders, sorted by path, of one release.
+def from_folders(root: Path, asked: Coding | None, unlabelled_as: Coding | None = None) -> tuple[Coding, list[Found]]:
+    """The cases of BraTS folders, sorted by path, of one release; of any with `unlabelled_as` (see `survey_cases`).
 
     Raises:
         DataError: no folder, no case in it, or a release left open or mixed.
@@ -184,6 +184,10 @@ def from_folders(root: Path, asked: Coding | None) -> tuple[Coding, list[Found]]
             "for .nii or .nii.gz files ending in _flair/_t1/_t1ce/_t2 (2012-2022) or -t2f/-t1n/-t1c/-t2w "
             f"(2023 on), or named Flair_subtrMeanDivStd and alike (2013).{hint}"
         )
+    if unlabelled_as:
+        releases = {f.release for f in found}
+        open_or_mixed = len(releases) > 1 or None in releases
+        return asked or (unlabelled_as if open_or_mixed else CODINGS[found[0].release or ""]), found
     return _one_release(found, root, asked)
 
 

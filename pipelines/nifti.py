@@ -1,4 +1,4 @@
-"""Read NIfTI files and check the files of a case, without a wasted copy.
+"""Read NIfTI files and check the files of a case, without a wasted copy; write segmentations.
 
 The whole file is read, inflated in one call (isal's inflater, about 690 MB/s out of one core; it checks the CRC) and
 viewed as an array; nibabel reads the header, so the affine is its best one: sform, else qform, else the voxel size.
@@ -15,6 +15,7 @@ members of a gzip file one after another, axes of length 1 after the third.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import cast
 
 import nibabel as nib
 import numpy as np
-from isal import isal_zlib
+from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
@@ -101,15 +102,54 @@ def read_grid(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
     Raises:
         CaseError: missing or unreadable file, not NIfTI, or a damaged header.
     """
+    image = _header_of(path)
+    return tuple(int(n) for n in image.shape), np.array(image.affine, np.float64)
+
+
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, like: Path | None = None) -> None:
+    """Write a volume, whole or not at all.
+
+    Args:
+        path: `.nii.gz`, or `.nii`, which is not compressed.
+        array: (X, Y, Z) or (X, Y, Z, C), of a dtype that NIfTI has.
+        affine: (4, 4), voxel index to mm (RAS+).
+        like: a file on the same grid, whose NIfTI version, units, codes of sform and qform and description the new one
+            takes; None: NIfTI-1, mm.
+
+    Raises:
+        OSError: it can't be written.
+        CaseError: `like` can't be read.
+    """
+    source = None if like is None else _header_of(like)
+    header = None if source is None else source.header.copy()
+    if header is not None:
+        header.set_data_dtype(array.dtype)
+        header["cal_min"] = header["cal_max"] = 0
+    kind = nib.Nifti2Image if isinstance(source, nib.Nifti2Image) else nib.Nifti1Image
+    image = kind(array, affine, header)
+    if header is None:
+        image.header.set_xyzt_units("mm")
+    data = image.to_bytes()
+    if path.name.endswith(".gz"):
+        data = igzip.compress(data, 2)  # of a label map 1 % is left
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _header_of(path: Path) -> nib.Nifti1Image:
+    """The image with its header, from the first 64 KiB of the file."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(1 << 16)
         if data[:2] == _GZIP_MAGIC:
             data = isal_zlib.decompressobj(31).decompress(data, 1 << 16)
-        image = _parse_header(path, data)
+        return _parse_header(path, data)
     except (OSError, isal_zlib.error, CaseError):  # type: ignore[misc]  # as in _inflated
-        image = _parse_header(path, _inflated(path))  # an extension longer than that, or a fault, which it names
-    return tuple(int(n) for n in image.shape), np.array(image.affine, np.float64)
+        return _parse_header(path, _inflated(path))  # an extension longer than that, or a fault, which it names
 
 
 def _inflated(path: Path) -> bytes:

@@ -11,10 +11,12 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from monai.apps import DecathlonDataset
+from monai.data.utils import partition_dataset
 
 from pipelines.cases import Case, CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.labels import CODINGS
@@ -424,6 +426,42 @@ def test_impossible_splits_are_refused() -> None:
         split_cases(some_cases(3), val_cases=["case11"])
     with pytest.raises(DataError, match="'case1' is named 2 times"):
         split_cases(some_cases(3), train_cases=["case1", "case1"])
+
+
+@pytest.mark.parametrize(("count", "folds", "seed"), [(20, 5, 0), (33, 5, 7), (11, 2, 12345), (7, 7, 0)])
+def test_folds_are_those_of_monais_partition_dataset(count: int, folds: int, seed: int) -> None:
+    cases = some_cases(count)
+    splits = [split_cases(cases, seed=seed, folds=folds, fold=fold) for fold in range(folds)]
+    theirs = partition_dataset(cases.names, num_partitions=folds, shuffle=True, seed=seed)
+    assert [list(val) for _, val in splits] == theirs
+    for train, val in splits:
+        assert {*train, *val} == {*cases.names} and len(train) + len(val) == count
+
+
+def test_each_case_validates_in_one_fold_and_sizes_differ_by_at_most_one() -> None:
+    cases = some_cases(13)
+    held_out = [split_cases(cases, folds=5, fold=fold)[1] for fold in range(5)]
+    assert sorted(name for names in held_out for name in names) == sorted(cases.names)
+    assert sorted(map(len, held_out)) == [2, 2, 3, 3, 3]
+    assert split_cases(cases, seed=1, folds=5, fold=0)[1] != held_out[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fold": 0}, "--data.fold 0 needs --data.folds"),
+        ({"folds": 5}, "--data.folds 5 without --data.fold: .*0 to 4"),
+        ({"folds": 5, "fold": 5}, "--data.folds 5 with --data.fold 5: .*0 to 4"),
+        ({"folds": 5, "fold": -1}, "--data.fold -1: .*0 to 4"),
+        ({"folds": 1, "fold": 0}, "--data.folds 1 must be at least 2"),
+        ({"folds": 8, "fold": 0}, "--data.folds 8 must be at most the number of cases, 7"),
+        ({"folds": 2, "fold": 0, "val_cases": ["case1"]}, "--data.folds 2 and --data.val_cases are two ways"),
+        ({"folds": 2, "fold": 0, "train_cases": ["case1"]}, "--data.folds 2 and --data.train_cases are two ways"),
+    ],
+)
+def test_folds_that_there_are_not_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        split_cases(some_cases(7), **options)
 
 
 def test_select_keeps_the_order_asked_for() -> None:

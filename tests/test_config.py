@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from engine.config import CONFIGS, Config, make_parser, parse_config, to_dict
+from engine.data import load_data
 
 
 def parse(*args: str) -> Config:
@@ -80,6 +82,9 @@ def test_the_launchers_local_rank_is_no_error() -> None:
     [
         (("--train.batch_size", "0"), "train.batch_size 0 must be at least 1"),
         (("--data.val_fraction", "2"), "val_fraction 2.0 must lie between 0 and 1"),
+        (("--data.folds", "5"), "--data.folds 5 without --data.fold: .*0 to 4"),
+        (("--data.fold", "1"), "--data.fold 1 needs --data.folds"),
+        (("--data.folds", "5", "--data.fold", "0", "--data.val_cases", "[a]"), "two ways to split"),
         (("--data.crop_size_voxels", "[0,64,64]"), "must be positive on every axis"),
         (
             ("--data.unprepared", "true", "--data.skip_faulty", "true"),
@@ -90,6 +95,19 @@ def test_the_launchers_local_rank_is_no_error() -> None:
 def test_values_against_a_rule_are_refused_with_the_value(args: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(*args)
+
+
+def test_folds_reach_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [{"name": f"case{i}", "flair": "flair.nii.gz", "label": "label.nii.gz"} for i in range(7)]
+    for name in ("flair", "label"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    (tmp_path / "list.json").write_text(json.dumps(cases))
+    monkeypatch.setattr("engine.data.prepared", lambda config, cases: cases)
+    folds = [parse("--data.root", str(tmp_path / "list.json"), "--data.release", "brats2018", "--data.folds", "3",
+                   "--data.fold", str(fold)).data for fold in range(3)]  # fmt: skip
+    held_out = [load_data(config).val for config in folds]
+    assert sorted(len(names) for names in held_out) == [2, 2, 3]
+    assert {name for names in held_out for name in names} == {case["name"] for case in cases}
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:

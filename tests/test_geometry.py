@@ -13,7 +13,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientati
 from nibabel.eulerangles import euler2mat
 
 from pipelines.cases import Case
-from pipelines.geometry import channels_last, label_grid, resample_image, resample_label, target_grid
+from pipelines.geometry import BackToFile, channels_last, label_grid, resample_image, resample_label, target_grid
 from pipelines.labels import CODINGS, Coding
 from pipelines.nifti import read_case
 
@@ -198,3 +198,18 @@ def test_real_brats_2013_scan_matches_monais_file_chain(real_data: Path) -> None
     folder = real_data / "brats_2013_pat0001_1"
     image, label = folder / "Flair_subtrMeanDivStd.nii.gz", folder / "OTMultiClass.nii.gz"
     check_real_case(Case(folder.name, (image,), None, label), CODINGS["brats2013"])
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_the_way_back_to_the_file_is_monais(name: str) -> None:
+    affine, spacing = AFFINES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        chain = Compose([Spacing(spacing, mode="bilinear"), Orientation("RAS")])
+        prepared = chain(MetaTensor(torch.zeros(1, *SHAPE), affine=torch.from_numpy(affine)))
+        volume = torch.rand(prepared.shape[1:], generator=torch.Generator().manual_seed(0))
+        prepared[0] = volume
+        expected = np.asarray(chain.inverse(prepared))[0]
+    found = BackToFile(target_grid(SHAPE, affine, spacing), SHAPE, affine)(volume)
+    assert found.shape == SHAPE and found.is_contiguous()
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)

@@ -47,7 +47,7 @@ def test_a_run_leaves_pictures_tables_checkpoints_and_a_page(finished: Path) -> 
     assert weights["epoch"] == 2 and weights["config"]["model"]["hidden_size"] == 24
     assert list((run / "tensorboard").iterdir())
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page.split("</style>")[1]
+    assert page.count("data:image/png;base64,") == 4 and "http" not in page.split("</style>")[1]
 
 
 def test_training_on_scans_that_are_not_prepared_gives_the_same_losses(finished: Path) -> None:

@@ -1,0 +1,168 @@
+"""Score a trained network, or the average of several, on scans with labels.
+
+python launch/evaluate.py --runs runs/RUN                           its own validation cases
+python launch/evaluate.py --runs runs/A runs/B --root SCANS         all cases of a data set, an ensemble
+deepspeed launch/evaluate.py --runs runs/RUN --root SCANS           on all GPUs
+
+Dice and HD95 of TC, WT and ET, on the scans' own grid: probabilities are resampled to it, and scored against the label
+as its file has it. `--on prepared` scores on the grid that the network sees, `--on center_crop` the published
+tutorial's centre crop of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from engine import evaluation
+from engine.command import run_command
+from engine.data import list_cases, obtain_root, split_names
+from engine.distributed import Ranks, first_on_node, gather, init_ranks
+from engine.evaluation import CaseScores
+from engine.inference import Predictor, Prepared, in_stages
+from engine.progress import CaseBar
+from launch.options import add_network_options
+from pipelines.cases import Case, CaseSet
+from pipelines.geometry import label_grid, resample_label
+from pipelines.labels import CODINGS, regions_from_labels
+from pipelines.layouts import DataError
+from pipelines.nifti import RawCase, read_case
+
+log = logging.getLogger("launch.evaluate")
+GRIDS = {
+    "source": "the scans' own grid",
+    "prepared": "the prepared grid",
+    "center_crop": "the centre crop of the prepared grid",
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Parse the command line and evaluate.
+
+    Returns:
+        exit status: 0, 1 where a case can't be read, 2 for a user's mistake, 75 or 130 when stopped.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return run_command(lambda: evaluate(make_parser().parse_args(args)), lambda: "nothing is kept of it: start again")
+
+
+def make_parser() -> ArgumentParser:
+    """The options of this command."""
+    parser = ArgumentParser(description="Score a trained network, or the average of several, on scans with labels.")
+    parser.add_argument("--config", action="config", help="YAML file of options; the command line goes before it.")
+    add_network_options(parser)
+    parser.add_argument("--root", type=Path, help="A data set, all cases of it; without, the run's validation cases.")
+    parser.add_argument("--release", choices=sorted(CODINGS), help="Label coding of --root, where names leave it open.")
+    parser.add_argument("--cases", type=str, nargs="+", help="These cases alone.")
+    parser.add_argument(
+        "--on", choices=list(GRIDS), default="source", help="; ".join(f"{k}: {v}" for k, v in GRIDS.items())
+    )
+    parser.add_argument("--output", type=Path, help="Folder of the tables; by default evaluation-GRID in the run's.")
+    return parser
+
+
+def evaluate(options: Namespace) -> int:
+    """Score, print and write; 1 where a case could not be read."""
+    ranks = init_ranks(options.device)
+    if not ranks.is_first:
+        logging.getLogger().setLevel(logging.ERROR)
+    predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
+    cases = first_on_node(lambda: find(options, predictor), ranks)
+    parts = gather(score_cases(predictor, cases, options.on, ranks), ranks)
+    if not ranks.is_first:
+        return 0
+    outcomes = [outcome for part in parts for outcome in part]
+    scores = [outcome for outcome in outcomes if isinstance(outcome, CaseScores)]
+    faults = [outcome for outcome in outcomes if isinstance(outcome, DataError)]
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    if not scores:
+        raise DataError("no case could be read: nothing to score")
+    found = evaluation.summary(scores)
+    members = ", ".join(str(member.path) for member in predictor.members)
+    title = f"{members} on {GRIDS[options.on]}{', with mirror images' if options.flips else ''}"
+    folder = options.output or run_of(predictor.members[0].path) / f"evaluation-{options.on}"
+    evaluation.write(folder, scores, found, title)
+    Console().print(evaluation.rich_table(found, f"{len(scores)} cases, {GRIDS[options.on]}"))
+    worst = ", ".join(f"{each['case']} {100 * each['dice']:.1f}" for each in found["worst"])
+    print(f"worst cases by mean Dice: {worst or 'no truth has any region'}\n{found['definition']}.\ntables: {folder}")
+    return 1 if faults else 0
+
+
+def run_of(path: Path) -> Path:
+    """The folder of a run, or that of a weights file which is in none."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def find(options: Namespace, predictor: Predictor) -> CaseSet:
+    """The cases to score.
+
+    Raises:
+        ValueError: as `find_cases`, or a case that is not there.
+    """
+    own = predictor.members[0].config.data
+    settings = replace(own, modalities=list(predictor.modalities))
+    if options.root:
+        settings = replace(settings, root=options.root, release=options.release, download=False)
+    cases = list_cases(settings, obtain_root(settings))
+    names = options.cases or (cases.names if options.root else split_names(own, cases)[1])
+    if not names:
+        raise DataError("the run has no validation cases: give --root")
+    return cases.select(names)
+
+
+def score_cases(predictor: Predictor, cases: CaseSet, grid: str, ranks: Ranks) -> list[CaseScores | DataError]:
+    """This rank's share of the cases, read, predicted and scored side by side."""
+    size = predictor.members[0].config.data.crop_size_voxels
+
+    def read(case: Case) -> tuple[RawCase, Prepared]:
+        raw = read_case(case, cases.coding)
+        scan = predictor.prepare(raw)
+        raw.image = np.empty(0)  # only the label is needed from here on
+        return raw, crop_centre(scan, size) if grid == "center_crop" else scan
+
+    def score(case: Case, content: tuple[RawCase, Prepared], found: torch.Tensor) -> CaseScores:
+        raw, scan = content
+        assert raw.label is not None and raw.label_affine is not None
+        if grid == "source":
+            spacing = np.linalg.norm(raw.affine[:3, :3], axis=0)
+            masks, label = predictor.finish(scan, found).masks_RXYZ, raw.label
+        else:
+            spacing = np.linalg.norm(scan.grid.affine[:3, :3], axis=0)
+            on = label_grid(scan.grid, raw.label.shape, raw.label_affine, predictor.spacing_mm)
+            masks, label = (found > 0.5).cpu().numpy(), resample_label(raw.label, raw.label_affine, on)
+            if grid == "center_crop":
+                label = label[centre(label.shape, size)]
+        return evaluation.score(case.name, masks, regions_from_labels(label, cases.coding), spacing.tolist())
+
+    mine = cases.cases[ranks.rank :: ranks.world_size]
+    outcomes: list[CaseScores | DataError] = []
+    with CaseBar("Scoring", len(mine), ranks.is_first) as bar:
+        for _, outcome in in_stages(mine, read, lambda _, content: predictor.probabilities(content[1]), score):
+            outcomes.append(outcome)
+            bar.advance()
+    return outcomes
+
+
+def crop_centre(scan: Prepared, size: Sequence[int]) -> Prepared:
+    """The scan with its image cropped; on an axis where it is smaller, as it is."""
+    x, y, z = centre(scan.image_1CXYZ.shape[2:], size)
+    return replace(scan, image_1CXYZ=scan.image_1CXYZ[..., x, y, z].contiguous())
+
+
+def centre(shape: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    """The centre crop of MONAI's `CenterSpatialCrop`."""
+    starts = [max(n // 2 - wanted // 2, 0) for n, wanted in zip(shape, size, strict=True)]
+    return tuple(slice(start, min(start + wanted, n)) for start, wanted, n in zip(starts, size, shape, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Scans to segmentations: MONAI's transforms, sliding window and their inverse are the oracle."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers.utils import sliding_window_inference
+from monai.transforms import Compose, Orientation, Spacing
+from test_trained import CONFIG, content_of
+
+from engine.checkpoint import save_weights
+from engine.config import to_dict
+from engine.inference import Predictor, compose_labels, in_stages
+from engine.sliding_window import zscore_nonzero
+from engine.trained import make_model
+from pipelines.labels import CODINGS, regions_from_labels
+from pipelines.layouts import DataError
+from pipelines.likeness import looks_of, ranges, unlike
+
+SHAPE = (30, 44, 21)
+AFFINE = np.array([[-1.25, 0, 0, 20.0], [0, -1.0, 0, 31.0], [0, 0, 2.0, -4.0], [0, 0, 0, 1]])
+
+
+def write_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A run's weights whose logits are far enough from one another to be worth comparing."""
+    torch.manual_seed(seed)
+    network = make_model(CONFIG, 2)
+    with torch.no_grad():
+        network.get_parameter("head.weight").mul_(20)
+    save_weights(folder / "checkpoints" / "best.pt", content_of(weights=network.state_dict()) | changes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def scan() -> np.ndarray:
+    """int16 (2, X, Y, Z), zero around a head."""
+    image = np.random.default_rng(0).integers(100, 900, (2, *SHAPE)).astype(np.int16)
+    image[:, :4], image[:, :, 40:] = 0, 0
+    return image
+
+
+def write_scan(folder: Path, scan: np.ndarray) -> list[Path]:
+    """A file for each channel, with units and codes of their own."""
+    paths = []
+    for name, channel in zip(("t1c", "flair"), scan):
+        image = nib.Nifti1Image(channel, AFFINE)
+        image.set_sform(AFFINE, code=4)
+        image.set_qform(AFFINE, code=1)
+        image.header.set_xyzt_units("mm", "sec")
+        paths.append(folder / f"{name}.nii.gz")
+        nib.save(image, paths[-1])
+    return paths
+
+
+def test_probabilities_are_those_of_monais_chain(run: Path, scan: np.ndarray) -> None:
+    predictor = Predictor(run, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        chain = Compose([Spacing(CONFIG.data.spacing_mm, mode="bilinear"), Orientation("RAS")])
+        prepared = chain(MetaTensor(torch.from_numpy(scan).float(), affine=torch.from_numpy(AFFINE)))
+        network = predictor.members[0].network
+        logits = sliding_window_inference(
+            prepared.as_tensor()[None], (16, 16, 16), 1, lambda window: network(zscore_nonzero(window)),
+            overlap=0.5, mode="gaussian",
+        )  # fmt: skip
+        result = MetaTensor(logits[0].detach().sigmoid(), affine=prepared.affine)
+        result.applied_operations = prepared.applied_operations
+        expected = chain.inverse(result).as_tensor().numpy()
+    found = predictor.segment(scan, AFFINE, probabilities=True)
+    assert found.probabilities_RXYZ is not None and np.ptp(found.probabilities_RXYZ) > 0.3
+    np.testing.assert_allclose(found.probabilities_RXYZ, expected, atol=1e-4)
+    np.testing.assert_array_equal(found.masks_RXYZ, found.probabilities_RXYZ > 0.5)
+    assert found.masks_RXYZ.shape == (3, *SHAPE)
+
+
+def test_files_names_arrays_and_a_4d_file_give_the_same(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
+    predictor = Predictor(run, "cpu")
+    t1c, flair = write_scan(tmp_path, scan)
+    stacked = tmp_path / "stacked.nii"
+    nib.save(nib.Nifti1Image(np.moveaxis(scan, 0, -1), AFFINE), stacked)
+    expected = predictor.segment(scan, AFFINE).labels()
+    for images in ([t1c, flair], {"flair": flair, "t1c": t1c}, stacked, [str(stacked)]):
+        np.testing.assert_array_equal(predictor.segment(images).labels(), expected)
+    assert (predictor.segment([flair, t1c]).labels() != expected).any()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (["a.nii", "b.nii", "c.nii"], "3 files for a network of 2 modalities: give t1c, flair"),
+        ({"flair": "a.nii"}, "no t1c among flair"),
+        (np.zeros((3, 8, 8, 8)), r"an array is \(3, 8, 8, 8\) without an affine"),
+        (["absent.nii", "absent.nii"], "absent.nii: there is no such file"),
+    ],
+)
+def test_other_images_than_the_network_needs_are_refused(images: Any, message: str, run: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor(run, "cpu").segment(images)
+
+
+def test_a_saved_segmentation_lies_on_the_scans_grid(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
+    paths = write_scan(tmp_path, scan)
+    found = Predictor(run, "cpu").segment(paths, probabilities=True)
+    found.save(tmp_path / "out.nii.gz")
+    found.save(tmp_path / "other.nii", CODINGS["decathlon"])
+    found.save_probabilities(tmp_path / "probabilities.nii.gz")
+    source, saved = nib.load(paths[0]), nib.load(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(np.asarray(saved.dataobj), found.labels())
+    np.testing.assert_array_equal(saved.affine, source.affine)
+    assert saved.get_data_dtype() == np.uint8 and saved.header.get_xyzt_units() == ("mm", "sec")
+    assert [int(saved.header[code]) for code in ("sform_code", "qform_code")] == [4, 1]
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "other.nii").dataobj) == 3, found.labels() == 4)
+    assert nib.load(tmp_path / "probabilities.nii.gz").shape == (*SHAPE, 3)
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(ValueError, match="not kept"):
+        Predictor(run, "cpu").segment(paths).save_probabilities(tmp_path / "none.nii.gz")
+
+
+def test_an_ensemble_is_the_mean_of_its_members(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
+    other = write_run(tmp_path, seed=1)
+    parts = [Predictor(path, "cpu").segment(scan, AFFINE, True).probabilities_RXYZ for path in (run, other)]
+    found = Predictor([run, other], "cpu").segment(scan, AFFINE, True).probabilities_RXYZ
+    assert found is not None and parts[0] is not None and parts[1] is not None
+    assert np.abs(parts[0] - parts[1]).max() > 0.1
+    np.testing.assert_allclose(found, (parts[0] + parts[1]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modalities": ["flair", "t1c"]},
+        {"config": to_dict(CONFIG) | {"data": to_dict(CONFIG)["data"] | {"spacing_mm": [2.0, 2.0, 2.0]}}},
+        {"release": "brats2023"},
+    ],
+)
+def test_runs_that_do_not_go_together_are_no_ensemble(changes: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="an ensemble's runs must share it"):
+        Predictor([run, write_run(tmp_path, **changes)], "cpu")
+
+
+def test_flips_are_the_mean_over_eight_mirror_images(run: Path) -> None:
+    plain, flipping = Predictor(run, "cpu"), Predictor(run, "cpu", flips=True)
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])  # the prepared grid itself, which may be mirrored
+    image = np.random.default_rng(1).random((2, 20, 16, 16), np.float32)
+    total = np.zeros((3, 20, 16, 16))
+    for axes in ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3)):
+        found = plain.segment(np.flip(image, axes).copy(), affine, True).probabilities_RXYZ
+        assert found is not None
+        total += np.flip(found, axes) / 8
+    found = flipping.segment(image, affine, True).probabilities_RXYZ
+    np.testing.assert_allclose(found, total, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("release", CODINGS)
+def test_labels_of_nested_regions_give_the_regions_back(release: str) -> None:
+    coding = CODINGS[release]
+    masks = np.zeros((3, 4, 1, 1), bool)  # voxels: background, oedema, core, enhancing
+    masks[1, 1:], masks[0, 2:], masks[2, 3:] = True, True, True
+    labels = compose_labels(masks, coding)
+    np.testing.assert_array_equal(regions_from_labels(labels, coding), masks)
+    assert labels.dtype == np.uint8 and set(labels.ravel()) <= set(coding.values)
+    only_inner = masks & np.array([False, False, True])[:, None, None, None]
+    np.testing.assert_array_equal(compose_labels(only_inner, coding)[3], labels[3])
+
+
+def test_stages_overlap_and_a_faulty_item_leaves_the_others_alone() -> None:
+    """While item 1 is computed, item 2 is read and item 0 finished: each waits for the others to be there."""
+    together = threading.Barrier(3, timeout=20)
+    alive: set[int] = set()
+
+    def read(item: int) -> int:
+        if item == 2:
+            together.wait()
+        if item == 3:
+            raise DataError("no such item")
+        alive.add(item)
+        return 10 * item
+
+    def compute(item: int, content: int) -> int:
+        assert len(alive) <= 3
+        if item == 1:
+            together.wait()
+        return content + 1
+
+    def finish(item: int, content: int, result: int) -> str:
+        if item == 0:
+            together.wait()
+        alive.remove(item)
+        if item == 4:
+            raise DataError("disk")
+        return f"{item} {content} {result}"
+
+    outcomes = [(item, str(outcome)) for item, outcome in in_stages(range(6), read, compute, finish)]
+    assert outcomes == [(0, "0 0 1"), (1, "1 10 11"), (2, "2 20 21"), (3, "no such item"), (4, "disk"), (5, "5 50 51")]
+    with pytest.raises(ZeroDivisionError):
+        list(in_stages([0], lambda item: 1 // item, compute, finish))
+    assert list(in_stages([], read, compute, finish)) == []
+
+
+def test_a_scan_that_looks_unlike_the_training_data_carries_a_warning(scan: np.ndarray) -> None:
+    image = np.moveaxis(scan, 0, -1).astype(np.float32)
+    known = ranges([looks_of(image, AFFINE), looks_of(image * 3, AFFINE)])
+
+    def found(image_XYZC: np.ndarray, affine: np.ndarray = AFFINE) -> list[str]:
+        return unlike(looks_of(image_XYZC, affine), known, ("t1c", "flair"))
+
+    assert found(image) == [] and found(image * 1000) == []
+    assert "voxels are 6 mm along Z, in training they were 2 mm" in found(image, AFFINE @ np.diag([1, 1, 3, 1]))[0]
+    empty = image.copy()
+    empty[..., 1] = 0
+    assert found(empty) == ["flair holds nothing but zeros"]
+    assert any("100 % of t1c is not zero" in line for line in found(image + 1))
+    centred = np.where(image > 0, image - 1000, 0)
+    assert any("the mean of t1c is" in line for line in found(centred))
+
+
+def test_a_segmentation_carries_the_warnings(scan: np.ndarray, tmp_path: Path) -> None:
+    known = ranges([looks_of(np.moveaxis(scan, 0, -1).astype(np.float32), np.diag([9.0, 9.0, 9.0, 1.0]))])
+    found = Predictor(write_run(tmp_path, scans=known), "cpu").segment(scan, AFFINE)
+    assert any("voxels are 1.25 mm along X, in training they were 9 mm" in line for line in found.warnings)

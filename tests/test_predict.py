@@ -1,0 +1,245 @@
+"""`launch/predict.py` and `launch/evaluate.py` as a user calls them, in this process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from test_trained import content_of
+
+from engine import evaluation, metrics
+from engine.checkpoint import save_weights
+from engine.config import Config, DataConfig, ModelConfig, to_dict
+from engine.distributed import Ranks
+from engine.inference import Predictor
+from engine.sliding_window import sliding_window_logits
+from engine.trained import make_model
+from launch import evaluate, predict
+from pipelines.cases import find_cases
+from pipelines.labels import CODINGS, regions_from_labels
+from pipelines.loaders import ValLoader
+from pipelines.nifti import read_nifti
+from pipelines.phantom import make_phantoms
+from pipelines.store import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+CROP = (16, 16, 16)
+SPACING = (8.0, 8.0, 8.0)
+ORDER = ("flair", "t1", "t1c", "t2")  # of the 4D files
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Decathlon task of three synthetic scans."""
+    return make_phantoms(tmp_path_factory.mktemp("scans") / "task", 3, (40, 48, 32), workers=1)
+
+
+@pytest.fixture(scope="module")
+def run(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that validated on one of them, whose logits are wide enough to give masks of some size."""
+    data = DataConfig(root=scans, crop_size_voxels=CROP, spacing_mm=SPACING, val_cases=["BRATS_002"], pad=True)
+    model = ModelConfig(name="unet", feature_size=2)
+    config = Config(data=data, model=model)
+    torch.manual_seed(3)
+    weights = make_model(config, 4).state_dict()
+    folder = tmp_path_factory.mktemp("run")
+    content = content_of(CODINGS["decathlon"], weights=weights, config=to_dict(config), modalities=list(ORDER))
+    save_weights(folder / "checkpoints" / "best.pt", content)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_rank(ranks: Ranks) -> None:
+    """The commands take the process group that is there."""
+
+
+def run_predict(*args: object) -> int:
+    return predict.predict(predict.make_parser().parse_args([*map(str, args), "--device", "cpu"]))
+
+
+def run_evaluate(*args: object) -> int:
+    return evaluate.evaluate(evaluate.make_parser().parse_args([*map(str, args), "--device", "cpu"]))
+
+
+def labels_of(path: Path) -> np.ndarray:
+    return np.asarray(read_nifti(path)[0])
+
+
+def rows_of(output: Path) -> dict[str, dict[str, str]]:
+    with (output / "predictions.csv").open() as file:
+        return {row["case"]: row for row in csv.DictReader(file)}
+
+
+def test_a_data_set_becomes_a_segmentation_each_on_the_scans_grid(run: Path, scans: Path, tmp_path: Path) -> None:
+    assert run_predict("--runs", run, "--input", scans, "--output", tmp_path, "--probabilities") == 0
+    predictor = Predictor(run, "cpu")
+    for case in find_cases(scans).cases:
+        labels, affine = read_nifti(tmp_path / f"{case.name}.nii.gz")
+        np.testing.assert_array_equal(labels, predictor.segment(case.images[0]).labels())
+        source, expected = read_nifti(case.images[0])
+        assert labels.shape == source.shape[:3] and labels.any()
+        np.testing.assert_array_equal(affine, expected)
+        assert labels_of(tmp_path / f"{case.name}-probabilities.nii.gz").shape == (*labels.shape, 3)
+    assert set(rows_of(tmp_path)) == {"BRATS_001", "BRATS_002", "BRATS_003"}
+
+
+def test_what_is_there_is_kept_unless_asked(run: Path, scans: Path, tmp_path: Path) -> None:
+    command = ("--runs", run, "--input", scans, "--output", tmp_path)
+    (tmp_path / "BRATS_001.nii.gz").write_bytes(b"from before")
+    assert run_predict(*command) == 0
+    assert (tmp_path / "BRATS_001.nii.gz").read_bytes() == b"from before" and "BRATS_001" not in rows_of(tmp_path)
+    assert run_predict(*command, "--overwrite") == 0
+    assert labels_of(tmp_path / "BRATS_001.nii.gz").any() and "BRATS_001" in rows_of(tmp_path)
+
+
+def test_the_order_of_modalities_may_be_another_one(run: Path, scans: Path, tmp_path: Path) -> None:
+    source = nib.load(scans / "imagesTr" / "BRATS_001.nii.gz")
+    image = np.asarray(source.dataobj)
+    expected = Predictor(run, "cpu").segment(scans / "imagesTr" / "BRATS_001.nii.gz").labels()
+    turned = tmp_path / "turned.nii.gz"
+    nib.save(nib.Nifti1Image(image[..., [3, 2, 1, 0]], source.affine), turned)
+    files = [tmp_path / f"case_{name}.nii.gz" for name in ("t2", "t1c", "t1", "flair")]
+    for file, channel in zip(files, (3, 2, 1, 0)):
+        nib.save(nib.Nifti1Image(image[..., channel], source.affine), file)
+    out, order = tmp_path / "out", ("--modalities", "t2", "t1ce", "t1", "flair")
+    assert run_predict("--runs", run, "--input", turned, "--output", out, *order) == 0
+    assert run_predict("--runs", run, "--input", *files, "--output", out, *order) == 0
+    for name in ("turned", "case"):
+        np.testing.assert_array_equal(labels_of(out / f"{name}.nii.gz"), expected)
+    with pytest.raises(ValueError, match="lacks t1c"):
+        run_predict("--runs", run, "--input", turned, "--output", out, "--modalities", "t2", "t1", "flair")
+
+
+def brats_folder(root: Path, name: str, scans: Path, end: str = "{}") -> Path:
+    """A case as a folder of 3D files, without a label."""
+    source = nib.load(scans / "imagesTr" / "BRATS_001.nii.gz")
+    for channel, modality in enumerate(("t2f", "t1n", "t1c", "t2w")):
+        path = root / name / f"{name}-{modality}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(np.asarray(source.dataobj)[..., channel], source.affine), path)
+    return root / name
+
+
+def test_failed_cases_are_named_at_the_end_and_the_others_are_segmented(
+    run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "root"
+    for name in ("BraTS-GLI-1", "BraTS-GLI-2", "BraTS-GLI-3"):
+        brats_folder(root, name, scans)
+    (root / "BraTS-GLI-1" / "BraTS-GLI-1-t1c.nii.gz").unlink()
+    (root / "BraTS-GLI-2" / "BraTS-GLI-2-t2w.nii.gz").write_bytes(b"\x1f\x8b damaged")
+    assert run_predict("--runs", run, "--input", root, "--output", tmp_path / "out") == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed:")]
+    assert len(told) == 2 and "modality t1c is missing" in told[0] and "BraTS-GLI-2-t2w.nii.gz: damaged gzip" in told[1]
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["BraTS-GLI-3.nii.gz"]
+    assert "damaged gzip" in rows_of(tmp_path / "out")["BraTS-GLI-2"]["error"]
+
+
+def test_labels_are_of_the_scans_release_or_of_the_one_asked_for(run: Path, scans: Path, tmp_path: Path) -> None:
+    """The network knows Decathlon's values, names of 2023 stand for 1, 2 and 3 in another order."""
+    case = brats_folder(tmp_path, "BraTS-GLI-9", scans)
+    masks = regions_from_labels(Predictor(run, "cpu").segment(sorted_files(case)).labels(), CODINGS["decathlon"])
+    for name, options in (("brats2023", ()), ("brats2018", ("--release", "brats2018"))):
+        assert run_predict("--runs", run, "--input", case, "--output", tmp_path / name, *options) == 0
+        found = labels_of(tmp_path / name / "BraTS-GLI-9.nii.gz")
+        np.testing.assert_array_equal(regions_from_labels(found, CODINGS[name]), masks)
+    open_release = tmp_path / "2021" / "case1"
+    open_release.mkdir(parents=True)
+    for path, end in zip(sorted_files(case), ("flair", "t1", "t1ce", "t2")):
+        shutil.copy(path, open_release / f"case1_{end}.nii.gz")
+    assert run_predict("--runs", run, "--input", open_release.parent, "--output", tmp_path / "open") == 0
+    np.testing.assert_array_equal(
+        regions_from_labels(labels_of(tmp_path / "open" / "case1.nii.gz"), CODINGS["decathlon"]), masks
+    )
+
+
+def sorted_files(case: Path) -> list[Path]:
+    return [case / f"{case.name}-{modality}.nii.gz" for modality in ("t2f", "t1n", "t1c", "t2w")]
+
+
+def test_files_that_make_up_no_case_are_refused(run: Path, scans: Path, tmp_path: Path) -> None:
+    case = brats_folder(tmp_path, "BraTS-GLI-1", scans)
+    stacked = scans / "imagesTr" / "BRATS_001.nii.gz"
+    command = ("--runs", run, "--output", tmp_path / "out", "--input")
+    for files in (sorted_files(case)[:1], sorted_files(case)[:3], [stacked, *sorted_files(case)[:3]]):
+        with pytest.raises(ValueError, match=r"\(3D\).*: give 4D files with 4 modalities"):
+            run_predict(*command, *files)
+    with pytest.raises(ValueError, match="several cases of the name BraTS-GLI-1"):
+        run_predict(*command, case, case)
+    with pytest.raises(ValueError, match="a data set says it by itself"):
+        run_predict(*command, case, "--modalities", "t2", "t1", "t1c", "flair")
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(ValueError, match="a_file can't be written"):
+        run_predict("--runs", run, "--input", case, "--output", tmp_path / "a_file")
+
+
+def test_evaluation_on_the_prepared_grid_is_a_validation(run: Path, scans: Path, tmp_path: Path) -> None:
+    """Volumes from the store through the validation loader, full and centre crop, give the same counts."""
+    cases = find_cases(scans)
+    store = prepare(cases, tmp_path / "store", SPACING, workers=1)
+    network = Predictor(run, "cpu").members[0].network
+    for grid, size in (("prepared", None), ("center_crop", CROP)):
+        assert run_evaluate("--runs", run, "--root", scans, "--on", grid, "--output", tmp_path / grid) == 0
+        with (tmp_path / grid / "cases.csv").open() as file:
+            found = {row["case"]: row for row in csv.DictReader(file)}
+        loader = ValLoader(store, store.names, size, normalise=False, device="cpu", pad=True)
+        for name, image, labels in loader:
+            with torch.no_grad():
+                masks = (sliding_window_logits(network, image, CROP) > 0)[0].numpy()
+            truth = regions_from_labels(labels[0].numpy(), cases.coding)
+            pad = [(mine - theirs) for mine, theirs in zip(truth.shape[1:], store.shape(store.index(name)))]
+            counts = metrics.case_dice(name, torch.from_numpy(masks), torch.from_numpy(truth))
+            assert [int(found[name][f"voxels_truth_{region}"]) for region in ("TC", "WT", "ET")] == [*counts.truth]
+            if max(pad) <= 0:
+                predicted = [int(found[name][f"voxels_predicted_{region}"]) for region in ("TC", "WT", "ET")]
+                assert predicted == [*counts.predicted]
+
+
+def test_evaluation_on_the_scans_grid_scores_what_is_predicted(
+    run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of the run's own validation case: against the label's file, by the masks that a user would get."""
+    output = tmp_path / "out"
+    assert run_evaluate("--runs", run, "--output", output) == 0
+    found = json.loads((output / "summary.json").read_text())
+    labels = labels_of(scans / "labelsTr" / "BRATS_002.nii.gz").astype(np.uint8)
+    masks = Predictor(run, "cpu").segment(scans / "imagesTr" / "BRATS_002.nii.gz").masks_RXYZ
+    spacing = np.linalg.norm(read_nifti(scans / "imagesTr" / "BRATS_002.nii.gz")[1][:3, :3], axis=0)
+    expected = evaluation.score("BRATS_002", masks, regions_from_labels(labels, CODINGS["decathlon"]), spacing)
+    assert found == evaluation.summary([expected])
+    assert found["worst"] == [{"case": "BRATS_002", "dice": expected.mean}]
+    told = capsys.readouterr().out
+    assert "HD95" in told and f"tables: {output}" in told
+
+
+def test_evaluation_names_cases_that_cannot_be_read(run: Path, scans: Path, tmp_path: Path) -> None:
+    root = tmp_path / "task"
+    shutil.copytree(scans, root)
+    (root / "imagesTr" / "BRATS_001.nii.gz").write_bytes(b"")
+    assert run_evaluate("--runs", run, "--root", root, "--output", tmp_path / "out") == 1
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["cases"] == 2
+    assert run_evaluate("--runs", run, "--root", root, "--cases", "BRATS_003", "--output", tmp_path / "one") == 0
+
+
+def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: Path, tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29591")
+    command = [*torchrun, str(ROOT / "launch" / "predict.py"), "--runs", str(run), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--input", str(scans), "--output", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 cases segmented, 0 kept" in done.stdout and len(list((tmp_path / "out").glob("*.nii.gz"))) == 3
+    wrong = [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--runs", str(tmp_path / "nothing")]
+    done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "error" in line] == [
+        f"error: {tmp_path / 'nothing'} is no run with weights (checkpoints/best.pt, last.pt), nor a weights file"
+    ]
