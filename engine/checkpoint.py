@@ -25,12 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from engine.config import STATES
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
+SAFETENSORS_KEY = "glioforge"
+"""Metadata of a `.safetensors` file: everything of a weights file but the weights, as JSON."""
 HASH = "blake2b"
 VALIDATED = "-validated"
 
@@ -149,7 +152,7 @@ def save_weights(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_weights(path: Path) -> dict[str, Any]:
-    """Read what `save_weights` wrote, onto the CPU, without running code from the file.
+    """Read what `save_weights` or `interchange.save_safetensors` wrote, onto the CPU, without running code from it.
 
     Raises:
         ValueError: no such file, another format, or a damaged one.
@@ -157,12 +160,21 @@ def load_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}; a run writes checkpoints/best.pt and checkpoints/last.pt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            content = _load_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this program's format {FORMAT}")
     return content
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        rest = json.loads((file.metadata() or {}).get(SAFETENSORS_KEY, "{}"))
+        return {**rest, "weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  # no mapping
 
 
 def _fault(path: Path) -> str | None:

@@ -31,6 +31,9 @@ from models.vit import NUM_LAYERS, PATCH_SIZE
 StateDict = dict[str, Tensor]
 Pairs = list[tuple[str, str]]
 
+PACKAGES = {"unetr": "self_attention_cv", "unetr_monai": "monai", "unet": "monai"}
+"""Which package has the reference of a model."""
+
 PERCEPTRON = "vit.patch_embedding.patch_embeddings.1."
 PATCHES = "vit.patch_embedding.patch_embeddings."
 STEM = "stem.conv1.weight"  # (feature_size, in_channels, 3, 3, 3)

@@ -1,0 +1,345 @@
+"""Trained networks to and from other programs' files.
+
+    safetensors         the weights, and everything else of a weights file as metadata; `load_trained` reads it
+    torch_export        a `.pt2` archive of `torch.export`: graph and weights, to be run without this program
+    onnx                the same for ONNX Runtime and others
+    monai               state dict of MONAI's UNETR or UNet
+    self_attention_cv   state dict of self-attention-cv's UNETR
+    bundle              a MONAI bundle, see `engine.bundle`
+
+Graphs are traced from the reference operations, so they hold PyTorch's own and none of our kernels. Their batch size is
+free, the size of the volume is that of the training crops. What a network expects of its input is not in its graph:
+`describe` says it, and each file that can hold words carries them. Every graph is run and compared with the network
+before its file gets its name. No code from a file is run on the way in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engine.checkpoint import FORMAT, SAFETENSORS_KEY
+from engine.config import Config, to_dict
+from engine.trained import Trained, make_model
+from kernels.attention import attention_reference
+from kernels.instance_norm import instance_norm_reference
+from models.convert import PACKAGES, StateDict, from_reference, to_reference
+from pipelines.labels import REGIONS, Coding
+
+OPSET = 20  # the first with GELU as one operation
+TOLERANCE = 1e-4
+"""Largest difference of a graph's logits from the network's, relative to the largest logit where that is above 1."""
+METADATA = "metadata.json"
+NESTED = ("state_dict", "model")
+"""Where training programs put a network's state dict in their checkpoints."""
+
+
+def describe(trained: Trained) -> dict[str, Any]:
+    """What a network takes and gives, in plain values: what a user of its graph has to do around it."""
+    data = trained.config.data
+    return {
+        "model": trained.config.model.name,
+        "modalities": list(trained.modalities),
+        "spacing_mm": list(data.spacing_mm),
+        "orientation": "RAS",
+        "crop_size_voxels": list(data.crop_size_voxels),
+        "input": (
+            "image: float32 (batch, modality, X, Y, Z), a window of crop_size_voxels; from each channel of the window "
+            "the mean of its non-zero voxels is subtracted and it is divided by their standard deviation, zeros stay 0"
+        ),
+        "output": f"logits: float32 (batch, region, X, Y, Z) of the regions {', '.join(REGIONS)}, which overlap",
+        "regions": list(REGIONS),
+        "threshold": 0.0,
+        "release": trained.coding.release,
+        "tissues": {str(value): tissue for value, tissue in trained.coding.tissues.items()},
+    }
+
+
+def widths(network: nn.Module) -> dict[str, int]:
+    """The widths of one of our networks, by the names of `models.build_model`."""
+    parts: Any = network
+    if hasattr(network, "downs"):
+        return {"feature_size": parts.downs[0].unit0.conv.out_channels}
+    block = parts.vit.blocks[0]
+    return {
+        "feature_size": parts.stem.conv1.out_channels,
+        "hidden_size": parts.vit.patch_embedding.out_channels,
+        "mlp_dim": block.mlp[0].out_features,
+        "num_heads": block.attention.num_heads,
+    }
+
+
+def reference_class(trained: Trained) -> tuple[str, dict[str, Any]]:
+    """The reference package's class for a network, and the arguments that make one of the same widths."""
+    name, size, width = trained.config.model.name, trained.config.data.crop_size_voxels, widths(trained.network)
+    channels = {"in_channels": len(trained.modalities), "out_channels": len(REGIONS)}
+    feature_size = width["feature_size"]
+    if name == "unet":
+        levels = [feature_size * 2**level for level in range(5)]
+        more = {"channels": levels, "strides": [2, 2, 2, 2], "num_res_units": 2}
+        return "monai.networks.nets.UNet", {"spatial_dims": 3, **channels, **more}
+    if name == "unetr_monai":
+        return "monai.networks.nets.UNETR", {**channels, "img_size": list(size), **width, "proj_type": "conv"}
+    return "self_attention_cv.UnetTr.UNETR", {
+        "img_shape": tuple(size),
+        "input_dim": len(trained.modalities),
+        "output_dim": len(REGIONS),
+        "embed_dim": width["hidden_size"],
+        "num_heads": width["num_heads"],
+        "dim_linear_block": width["mlp_dim"],
+        "base_filters": feature_size,
+    }
+
+
+# Files
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A name to write a file or folder to, which becomes `path` at the end, and is gone where anything fails.
+
+    Raises:
+        ValueError: `path` is there and is not to be overwritten, or is a folder that no bundle was written to.
+    """
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there already: choose another --output, or give --overwrite")
+    if path.is_dir() and not (path / "configs" / METADATA).is_file():
+        raise ValueError(f"{path} is a folder and no MONAI bundle: choose another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"partial-{path.name}")
+    _remove(partial)  # of a process that was killed
+    try:
+        yield partial
+        for file in [partial] if partial.is_file() else sorted(partial.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        if path.is_dir() or partial.is_dir():
+            _remove(path)
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """A state dict of another program: a `.safetensors` file, or one of `torch.save`, without running code from it.
+
+    Raises:
+        ValueError: no such file, one that can't be read so, or one that holds no state dict.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give the file of a state dict")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} can't be read without running code from it ({type(error).__name__}: {error}); save the state "
+            "dict alone: torch.save(model.state_dict(), ...)"
+        ) from error
+    for name in NESTED:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no state dict, names and tensors alone; save one by model.state_dict()")
+    return dict(content)
+
+
+# Weights
+
+
+def import_weights(
+    state_dict: StateDict, package: str, config: Config, modalities: tuple[str, ...], coding: Coding
+) -> dict[str, Any]:
+    """The content of a weights file, as `engine.checkpoint.save_weights` takes it, from another package's weights.
+
+    Args:
+        state_dict: of the package's model.
+        package: "monai" or "self_attention_cv".
+        config: model, spacing and crop; the rest is kept as it is.
+        modalities, coding: what the channels are, and what label values to write.
+
+    Raises:
+        ValueError: a model that the package does not have, or weights that are not those of `config`.
+    """
+    name = config.model.name
+    check_package(name, package)
+    network = make_model(config, len(modalities))
+    weights = from_reference(name, state_dict, widths(network).get("num_heads", 0))
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights are not those of a {name} with {len(modalities)} modalities, {widths(network)} and crops of "
+            f"{tuple(config.data.crop_size_voxels)}: set --model, --data.modalities and --data.crop_size_voxels as the "
+            f"network was built ({error})"
+        ) from error
+    return {
+        "weights": weights,
+        "config": to_dict(config),
+        "epoch": 0,
+        "validation": {},
+        "modalities": list(modalities),
+        "release": coding.release,
+        "tissues": dict(coding.tissues),
+        "regions": [list(values) for values in coding.regions],
+        "scans": {},
+    }
+
+
+def check_package(name: str, package: str) -> None:
+    """Refuse a package that does not have the model of this name."""
+    if PACKAGES[name] != package:
+        fitting = " or ".join(model for model, owner in PACKAGES.items() if owner == package)
+        raise ValueError(
+            f"{package} does not have our {name}, {PACKAGES[name]} does; {package} goes with --model.name {fitting}"
+        )
+
+
+def reference_weights(trained: Trained, package: str) -> StateDict:
+    """The state dict of a package's model that computes the same.
+
+    Raises:
+        ValueError: the package does not have that model.
+    """
+    name = trained.config.model.name
+    check_package(name, package)
+    heads = widths(trained.network).get("num_heads", 0)
+    return {key: value.contiguous() for key, value in to_reference(name, trained.network.state_dict(), heads).items()}
+
+
+def save_safetensors(path: Path, content: dict[str, Any], description: dict[str, Any]) -> None:
+    """Write weights, and the rest of a weights file as metadata.
+
+    Args:
+        path: the file. content: of a weights file, as `load_weights` gives it. description: from `describe`.
+    """
+    rest = {name: value for name, value in content.items() if name != "weights"} | {"format": FORMAT}
+    weights = {name: value.contiguous() for name, value in content["weights"].items()}
+    save_file(weights, path, {SAFETENSORS_KEY: json.dumps(rest), **_strings(description)})
+
+
+def _strings(description: dict[str, Any]) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in description.items()}
+
+
+# Graphs
+
+
+def trace(trained: Trained) -> torch.export.ExportedProgram:
+    """The graph of a network in PyTorch's own operations: (batch, C, X, Y, Z) to logits, X, Y and Z as in training."""
+    image = torch.zeros(2, len(trained.modalities), *trained.config.data.crop_size_voxels)
+    with torch.no_grad(), _reference_operations(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself
+        program = torch.export.export(trained.network, (image,), dynamic_shapes=_free_batch())
+        return program.run_decompositions({})  # autocast, switched off around each operation, leaves the graph
+
+
+def _free_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch")},)
+
+
+@contextlib.contextmanager
+def _reference_operations() -> Iterator[None]:
+    """The networks on plain PyTorch. The choice of a kernel goes by the batch size, which a graph leaves open."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_reference(q, k, v, q.shape[-1] ** -0.5)
+
+    with (
+        mock.patch("models.vit.flash_attention", attention),
+        mock.patch("models.unetr.instance_norm", instance_norm_reference),
+        mock.patch("models.unet.instance_norm", instance_norm_reference),
+    ):
+        yield
+
+
+def save_torch_export(path: Path, trained: Trained, program: torch.export.ExportedProgram) -> float:
+    """Write the graph as a `.pt2` archive, its description as the extra file `metadata.json`; then read and run it.
+
+    Returns:
+        the largest difference of its logits from the network's.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    torch.export.save(program, path, extra_files={METADATA: json.dumps(describe(trained), indent=2)})
+    module = torch.export.load(path).module()
+    return _compare(trained, lambda image: module(image))
+
+
+def save_onnx(path: Path, trained: Trained, program: torch.export.ExportedProgram) -> float:
+    """Write the graph as ONNX, its description as the file's metadata; then run it in ONNX Runtime on the CPU.
+
+    Returns:
+        the largest difference of its logits from the network's.
+
+    Raises:
+        ValueError: it is too large, or a package that this needs is not installed.
+    """
+    try:
+        import onnxruntime  # type: ignore[import-untyped]
+        import onnxscript  # noqa: F401  # torch.onnx.export needs it
+    except ImportError as error:
+        raise ValueError(f"ONNX needs a package that is not installed ({error}): pip install -e '.[export]'") from error
+    for chatty in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch.onnx.export(
+            program,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=_free_batch(),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert graph is not None
+    graph.model.metadata_props.update(_strings(describe(trained)))
+    graph.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return _compare(trained, lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]))
+
+
+@torch.no_grad()
+def _compare(trained: Trained, run: Any) -> float:
+    """Run a graph on noise as a batch of one, which is not the batch that it was traced with.
+
+    Returns:
+        the largest difference from the network's logits.
+
+    Raises:
+        ValueError: it is above `TOLERANCE`.
+    """
+    size = trained.config.data.crop_size_voxels
+    image = torch.randn(1, len(trained.modalities), *size, generator=torch.Generator().manual_seed(0))
+    expected = trained.network(image)
+    difference = float((run(image) - expected).abs().max())
+    largest = max(1.0, float(expected.abs().max()))
+    if not difference <= TOLERANCE * largest:
+        raise ValueError(
+            f"the graph's logits differ by up to {difference:.1e} from the network's, which reach {largest:.1f}; the "
+            f"limit is {TOLERANCE} of that. Nothing was written: other versions of torch and onnxruntime may do better"
+        )
+    return difference

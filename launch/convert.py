@@ -1,0 +1,153 @@
+"""Convert a trained network to other programs' files, or their weights to a file that this program uses.
+
+python launch/convert.py runs/RUN --to onnx --output model.onnx
+python launch/convert.py runs/RUN --to bundle --output my_bundle               a MONAI bundle
+python launch/convert.py weights.pth --from monai --output imported.pt --model.name unet \\
+    --data.modalities '[flair,t1,t1c,t2]' --data.release brats2018
+
+A run is given by its folder (of which the best weights are taken) or by a weights file, and knows all that belongs to
+it. Weights of MONAI or self-attention-cv know nothing but themselves: widths that are not the reference's own, crops,
+spacing, modalities and label coding are told by the options of `launch/train.py`, or by a YAML file of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jsonargparse
+import torch
+
+from engine.bundle import write_bundle
+from engine.checkpoint import load_weights, save_weights
+from engine.config import Config, make_parser
+from engine.interchange import (
+    describe,
+    import_weights,
+    read_state_dict,
+    reference_class,
+    reference_weights,
+    save_onnx,
+    save_safetensors,
+    save_torch_export,
+    trace,
+    written_whole,
+)
+from engine.trained import Trained, load_trained, weights_path
+from models.convert import PACKAGES
+from pipelines.labels import coding_for_release, tutorial_coding
+from pipelines.layouts import canonical_modalities
+
+Target = Literal["onnx", "torch_export", "safetensors", "monai", "self_attention_cv", "bundle"]
+Package = Literal["monai", "self_attention_cv"]
+ENDINGS: dict[str, tuple[str, ...]] = {
+    "onnx": (".onnx",),
+    "torch_export": (".pt2",),
+    "safetensors": (".safetensors",),
+    "monai": (".pt", ".pth"),
+    "self_attention_cv": (".pt", ".pth"),
+    "bundle": ("",),
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Parse the command line and convert.
+
+    Returns:
+        exit status: 0, 2 for a user's mistake, 130 when interrupted.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        config, options = parse(args)
+        if options.to:
+            export(options.source, options.to, options.output, options.overwrite)
+        else:
+            import_(options.source, options["from"], config, options.output, options.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(args: list[str] | None) -> tuple[Config, jsonargparse.Namespace]:
+    """Read the command line; an unknown option ends the process with a message, as command lines do.
+
+    Raises:
+        ValueError: options that contradict each other, or an output whose name does not end as its format's.
+    """
+    parser = make_parser("Convert a trained network to other programs' files, or their weights to ours.")
+    parser.usage = (
+        "%(prog)s SOURCE (--to FORMAT | --from PACKAGE [--config FILE] [--group.option VALUE ...]) --output PATH"
+    )
+    parser.add_argument("source", type=Path, help="A run's folder or a weights file; with --from, its state dict.")
+    parser.add_argument("--to", type=Target | None, help="What to convert a trained network to.")
+    parser.add_argument("--from", type=Package | None, help="Which package the state dict is of.")
+    parser.add_argument("--output", type=Path, required=True, help="File to write; the folder of a bundle.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what is at --output.")
+    namespace = parser.parse_args(args)
+    values = parser.instantiate(namespace)
+    if bool(namespace.to) == bool(namespace["from"]):
+        raise ValueError(f"give either --to ({', '.join(get_args(Target))}) or --from ({', '.join(get_args(Package))})")
+    endings, output = ENDINGS[namespace.to or "monai"], namespace.output
+    if output.suffix not in endings and namespace.to != "bundle":
+        raise ValueError(f"--output {output} must end in {' or '.join(endings)}")
+    return Config(**{item.name: values[item.name] for item in dataclasses.fields(Config)}), namespace
+
+
+def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:
+    """Write a trained network in another format and print what was written."""
+    trained = load_trained(source)
+    said = []
+    with written_whole(output, overwrite) as partial:
+        if target == "safetensors":
+            save_safetensors(partial, load_weights(weights_path(source)), describe(trained))
+        elif target == "bundle":
+            write_bundle(partial, trained)
+            said.append("python -m monai.bundle run --config_file configs/inference.json runs it: see docs/README.md")
+        elif target in PACKAGES.values():
+            torch.save(reference_weights(trained, target), partial)
+            said.append(f"its class: {_call(*reference_class(trained))}")
+        else:
+            save: Callable[..., float] = save_onnx if target == "onnx" else save_torch_export
+            difference = save(partial, trained, trace(trained))
+            said.append(f"run on noise, it differs by at most {difference:.1e} from the network's logits")
+    size = sum(path.stat().st_size for path in [output, *output.rglob("*")] if path.is_file())
+    print("\n".join([f"{output}: {target} of {_summary(trained)}, {size / 1e6:.1f} MB", *said]))
+
+
+def import_(source: Path, package: Package, config: Config, output: Path, overwrite: bool) -> None:
+    """Write a weights file from another package's weights and print what it was taken for."""
+    data = config.data
+    if data.modalities is None or data.release is None:
+        raise ValueError(
+            "a state dict does not say what its channels and labels are: give --data.modalities, in the network's "
+            "order, and --data.release"
+        )
+    coding = coding_for_release(data.release)
+    coding = tutorial_coding(coding) if data.regions == "tutorial" else coding
+    content = import_weights(read_state_dict(source), package, config, canonical_modalities(data.modalities), coding)
+    with written_whole(output, overwrite) as partial:
+        save_weights(partial, content)
+    print(f"{output}: {_summary(load_trained(output))}; labels of {coding.release}")
+
+
+def _summary(trained: Trained) -> str:
+    data = trained.config.data
+    spacing = " x ".join(f"{size:g}" for size in data.spacing_mm)
+    crop = " x ".join(map(str, data.crop_size_voxels))
+    return f"{trained.config.model.name}, {', '.join(trained.modalities)}, windows of {crop} voxels at {spacing} mm"
+
+
+def _call(name: str, arguments: dict[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""Networks in other programs' files: graphs that are run, weights there and back, and a bundle that MONAI runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import nibabel as nib
+import numpy as np
+import onnxruntime  # type: ignore[import-untyped]
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from safetensors.torch import save_file
+from test_models import reference_unetr
+from test_trained import content_of
+
+from engine import interchange
+from engine.bundle import write_bundle
+from engine.bundle_steps import find_scans
+from engine.checkpoint import save_weights
+from engine.config import Config, DataConfig, ModelConfig, to_dict
+from engine.inference import Predictor
+from engine.interchange import (
+    describe,
+    read_state_dict,
+    reference_class,
+    trace,
+    written_whole,
+)
+from engine.trained import Trained, load_trained, make_model
+from launch.convert import main
+from models import MODELS
+from models.convert import PACKAGES
+from models.unetr import MONAI, SELF_ATTENTION_CV, UNETR
+from pipelines.labels import CODINGS
+from pipelines.phantom import draw_phantom
+
+CROP = (32, 32, 32)  # at 16 the UNet normalises two voxels, and float32 itself is 4e-4 off
+WIDTHS: dict[str, dict[str, int]] = {
+    "unetr": {"feature_size": 4, "hidden_size": 10, "mlp_dim": 8, "num_heads": 3},
+    "unetr_monai": {"feature_size": 4, "hidden_size": 12, "mlp_dim": 8, "num_heads": 3},
+    "unet": {"feature_size": 4},
+}
+TOLERANCE = 1e-4
+PROJECT = ("benchmarks", "engine", "kernels", "launch", "models", "pipelines")
+
+
+def config_of(name: Any) -> Config:
+    data = DataConfig(crop_size_voxels=CROP, spacing_mm=(2.0, 2.0, 3.0))
+    return Config(data=data, model=ModelConfig(name=name, **WIDTHS[name]))
+
+
+def saved_run(folder: Path, name: str) -> Path:
+    """A run's folder with the weights of a network that nobody trained, on (t1c, flair)."""
+    config = config_of(name)
+    torch.manual_seed(0)
+    weights = make_model(config, 2).state_dict()
+    save_weights(folder / name / "checkpoints" / "best.pt", content_of(weights=weights, config=to_dict(config)))
+    return folder / name
+
+
+def image(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 2, *CROP, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def shallow(name: str) -> tuple[Trained, torch.export.ExportedProgram]:
+    """A network and its graph, of four transformer blocks in place of twelve, for the time that they take."""
+    torch.manual_seed(0)
+    config = config_of(name)
+    network: torch.nn.Module = make_model(config, 2)
+    if name != "unet":
+        variant = replace(SELF_ATTENTION_CV if name == "unetr" else MONAI, layers=(1, 2, 3, 4))
+        with mock.patch("models.vit.NUM_LAYERS", 4):
+            network = UNETR(variant, 2, 3, CROP, **WIDTHS[name])
+    trained = Trained(Path("best.pt"), network.eval(), config, ("t1c", "flair"), CODINGS["brats2018"], 7, {}, {})
+    return trained, trace(trained)
+
+
+# Graphs
+
+
+def convert_shallow(name: str, target: str, output: Path) -> tuple[int, Trained]:
+    """The status of the command on a network of `shallow`, and that network."""
+    trained, program = shallow(name)
+    with (
+        mock.patch("launch.convert.load_trained", return_value=trained),
+        mock.patch("launch.convert.trace", return_value=program),
+    ):
+        return main(["run", "--to", target, "--output", str(output)]), trained
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_onnx_gives_the_networks_logits_for_any_batch_size(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "model.onnx"
+    status, trained = convert_shallow(name, "onnx", path)
+    said = capsys.readouterr().out
+    assert status == 0 and f"onnx of {name}, t1c, flair, windows of 32 x 32 x 32 voxels at 2 x 2 x 3 mm" in said
+    difference = re.search(r"differs by at most (\S+) from", said)
+    assert difference and 0 < float(difference[1]) < TOLERANCE
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        (logits,) = session.run(["logits"], {"image": image(batch).numpy()})
+        np.testing.assert_allclose(logits, trained.network(image(batch)).numpy(), atol=TOLERANCE)
+    (given,) = session.get_inputs()
+    assert given.shape == ["batch", 2, *CROP]
+    words = session.get_modelmeta().custom_metadata_map
+    assert json.loads(words["modalities"]) == ["t1c", "flair"] and json.loads(words["spacing_mm"]) == [2.0, 2.0, 3.0]
+    assert json.loads(words["threshold"]) == 0 and "non-zero" in words["input"] and "TC, WT, ET" in words["output"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_torch_export_gives_the_networks_logits_from_plain_operations(name: str, tmp_path: Path) -> None:
+    status, trained = convert_shallow(name, "torch_export", tmp_path / "model.pt2")
+    words = {"metadata.json": ""}
+    loaded = torch.export.load(tmp_path / "model.pt2", extra_files=words)
+    assert status == 0 and json.loads(words["metadata.json"]) == describe(trained)
+    for batch in (1, 3):
+        torch.testing.assert_close(loaded.module()(image(batch)), trained.network(image(batch)))
+    called = {str(node.target) for node in loaded.graph.nodes if node.op == "call_function"}
+    assert {target.split(".")[0] for target in called} <= {"aten", "<built-in function getitem>"}
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    faithful = interchange._compare
+    with mock.patch.object(interchange, "_compare", lambda it, run: faithful(it, lambda x: run(x) + 0.1)):
+        status, _ = convert_shallow("unet", "torch_export", tmp_path / "out" / "model.pt2")
+    assert status == 2 and "error: the graph's logits differ by up to 1.0e-01" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+# Weights
+
+
+def test_safetensors_hold_all_that_a_weights_file_does(tmp_path: Path) -> None:
+    run, path = saved_run(tmp_path, "unetr"), tmp_path / "model.safetensors"
+    assert main([str(run), "--to", "safetensors", "--output", str(path)]) == 0
+    before, after = load_trained(run), load_trained(path)
+    for name in ("config", "modalities", "coding", "epoch", "validation", "scans"):
+        assert getattr(after, name) == getattr(before, name)
+    weights = before.network.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in after.network.state_dict().items())
+    for broken, content in (("cut", path.read_bytes()[:5000]), ("empty", b"")):
+        (tmp_path / f"{broken}.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{broken}.safetensors can't be read"):
+            load_trained(tmp_path / f"{broken}.safetensors")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="not a checkpoint of this program's format"):
+        load_trained(tmp_path / "foreign.safetensors")
+
+
+def reference_of(trained: Trained) -> torch.nn.Module:
+    """The reference package's network, as the command says that it is made."""
+    target, arguments = reference_class(trained)
+    module, name = target.rsplit(".", 1)
+    kind = (
+        reference_unetr()
+        if name == "UNETR" and "attention" in module
+        else getattr(importlib.import_module(module), name)
+    )
+    return kind(**arguments).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_weights_go_to_the_reference_package_and_come_back(name: str, tmp_path: Path) -> None:
+    run, theirs, ours = saved_run(tmp_path, name), tmp_path / "theirs.pth", tmp_path / "ours.pt"
+    package, trained = PACKAGES[name], load_trained(run)
+    assert main([str(run), "--to", package, "--output", str(theirs)]) == 0
+    reference = reference_of(trained)
+    reference.load_state_dict(torch.load(theirs, weights_only=True))
+    torch.testing.assert_close(reference(image(1)), trained.network(image(1)), rtol=1e-4, atol=1e-4)
+    torch.save({"epoch": torch.tensor(1), "state_dict": torch.load(theirs, weights_only=True)}, theirs)
+    options = {"model.name": name, **{f"model.{key}": value for key, value in WIDTHS[name].items()}}
+    options |= {"data.crop_size_voxels": list(CROP), "data.spacing_mm": [2, 2, 3], "data.release": "brats2018"}
+    told = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    told += ["--data.modalities", "[t1ce,flair]"]
+    assert main([str(theirs), "--from", package, "--output", str(ours), *told]) == 0
+    back = load_trained(ours)
+    assert (back.modalities, back.coding, back.epoch) == (("t1c", "flair"), CODINGS["brats2018"], 0)
+    assert (back.config.data.spacing_mm, back.validation) == ((2.0, 2.0, 3.0), {})
+    assert torch.equal(back.network(image(1)), trained.network(image(1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --data.modalities"),
+        (["--data.modalities", "[flair,t1]"], "give --data.modalities, .* and --data.release"),
+        (["--data.modalities", "[flair]", "--model.name", "unet"], "not those of a unet with 1 modalities"),
+        (["--data.modalities", "[flair,t1]", "--model.name", "unet"], "'feature_size': 16"),
+        (["--data.modalities", "[flair,t1]"], "monai does not have our unetr.*unetr_monai or unet"),
+        (["--data.modalities", "[flair,t1]", "--model.name", "unetr_monai"], "not the weights of .*'unetr_monai'"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    theirs, output = tmp_path / "theirs.pt", tmp_path / "ours.pt"
+    assert main([str(saved_run(tmp_path, "unet")), "--to", "monai", "--output", str(theirs)]) == 0
+    if options and "and --data.release" not in message:
+        options = [*options, "--data.release", "brats2018", "--data.crop_size_voxels", "[32,32,32]"]
+    assert main([str(theirs), "--from", "monai", "--output", str(output), *options]) == 2
+    assert re.match(f"(?s)error: .*{message}", capsys.readouterr().err)
+    assert not output.exists()
+
+
+class Intruder:
+    """What pickle would turn into a call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_no_code_from_a_file_is_run(tmp_path: Path) -> None:
+    torch.save({"weight": Intruder(tmp_path / "was_here")}, tmp_path / "bad.pt")
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps(Intruder(tmp_path / "was_here"), protocol=2))
+    for name in ("bad.pt", "bad.pkl"):
+        with pytest.raises(ValueError, match=f"{name} can't be read without running code"):
+            read_state_dict(tmp_path / name)
+    assert not (tmp_path / "was_here").exists()
+    torch.save({"weight": 1}, tmp_path / "number.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_state_dict(tmp_path / "number.pt")
+    with pytest.raises(ValueError, match="there is no file"):
+        read_state_dict(tmp_path / "none.pt")
+
+
+# Files
+
+
+def test_what_is_there_is_replaced_only_when_asked_and_only_by_something_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "model.pt"
+    with written_whole(path, overwrite=False) as partial:
+        partial.write_text("first")
+    with pytest.raises(ValueError, match="is there already: .*--overwrite"), written_whole(path, overwrite=False):
+        pass
+    with pytest.raises(OSError, match="disk"), written_whole(path, overwrite=True) as partial:
+        partial.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text() == "first" and [each.name for each in path.parent.iterdir()] == ["model.pt"]
+    with written_whole(path, overwrite=True) as partial:
+        partial.write_text("second")
+    assert path.read_text() == "second"
+    with pytest.raises(ValueError, match="is a folder and no MONAI bundle"), written_whole(path.parent, overwrite=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "onnx", "--output", "model.pt"], "--output model.pt must end in .onnx"),
+        (["--output", "model.pt"], "give either --to .* or --from"),
+        (["--to", "monai", "--from", "monai", "--output", "model.pt"], "give either --to"),
+        (["--to", "monai", "--output", "model.pt"], "no run with weights"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_one_line(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([str(tmp_path), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{message}", line)
+
+
+# MONAI's bundle
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    """A synthetic scan, LPS, as a 4D file and as a folder of one file for each modality; what it is called."""
+    image_XYZC = draw_phantom((40, 36, 24), 0, 0)[0].astype(np.float32)
+    affine = np.diag([-1.5, -1.5, 2.25, 1.0])
+    affine[:3, 3] = 30, 28, -20
+    nib.save(nib.Nifti1Image(image_XYZC, affine), tmp_path / "stacked.nii.gz")
+    (tmp_path / "scans" / "A").mkdir(parents=True)
+    for i, name in enumerate(("FLAIR", "t1", "t1ce", "t2")):
+        nib.save(nib.Nifti1Image(image_XYZC[..., i], affine), tmp_path / "scans" / "A" / f"A_{name}.nii.gz")
+    (tmp_path / "stacked.nii.gz").rename(tmp_path / "scans" / "B.nii.gz")
+    return tmp_path / "scans"
+
+
+def run_by_monai(bundle: Path, scans: Path, output: Path) -> None:
+    """In a process of its own, in which nothing of this program can be imported."""
+    options = {"bundle_root": str(bundle), "dataset_dir": str(scans), "output_dir": str(output)}
+    code = (
+        f"import sys, monai.bundle; sys.modules.update(dict.fromkeys({PROJECT}));"
+        f"monai.bundle.run(config_file={str(bundle / 'configs' / 'inference.json')!r}, **{options})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=scans, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["unetr", "unet"])
+def test_monai_runs_the_bundle_and_finds_the_same(name: str, scan: Path, tmp_path: Path) -> None:
+    """A voxel may differ only where a probability is one half but for rounding."""
+    run, bundle, output = saved_run(tmp_path, name), tmp_path / "bundle", tmp_path / "found"
+    assert main([str(run), "--to", "bundle", "--output", str(bundle)]) == 0
+    run_by_monai(bundle, scan, output)
+    case = {"flair": "FLAIR", "t1c": "t1ce"}
+    files = {modality: scan / "A" / f"A_{word}.nii.gz" for modality, word in case.items()}
+    expected = Predictor(run, device="cpu").segment(files, probabilities=True)
+    assert expected.probabilities_RXYZ is not None
+    decided = (np.abs(expected.probabilities_RXYZ - 0.5) > 1e-5).all(0)
+    assert decided.mean() > 0.99
+    for file in (output / "A" / "A_t1ce_seg.nii.gz", output / "B_seg.nii.gz"):
+        found = nib.load(file)
+        labels = np.asarray(found.dataobj)
+        assert labels.dtype == np.uint8 and set(np.unique(labels)) == {0, 1, 2, 4}
+        np.testing.assert_array_equal(labels[decided], expected.labels()[decided])
+        np.testing.assert_allclose(found.affine, expected.affine, atol=1e-6)
+
+
+def test_the_bundle_has_what_monai_asks_of_one(scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, bundle = load_trained(saved_run(tmp_path, "unetr_monai")), tmp_path / "bundle"
+    monkeypatch.syspath_prepend(bundle)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    write_bundle(bundle, trained)
+    config, meta = (str(bundle / "configs" / f"{name}.json") for name in ("inference", "metadata"))
+    overrides = {"bundle_root": str(bundle), "dataset_dir": str(scan)}
+    workflow = ConfigWorkflow(config, meta, workflow_type="infer", **overrides)
+    workflow.initialize()
+    assert not workflow.check_properties()
+    workflow.network_def.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
+    with torch.no_grad():
+        logits = workflow.network_def.eval()(image(1))
+        torch.testing.assert_close(logits, trained.network(image(1)), rtol=1e-4, atol=1e-4)
+    metadata = json.loads(Path(meta).read_text())
+    required = {"schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version", "task",
+                "required_packages_version", "description", "authors", "copyright", "network_data_format"}  # fmt: skip
+    assert required <= set(metadata)
+    given, found = (
+        metadata["network_data_format"]["inputs"]["image"],
+        metadata["network_data_format"]["outputs"]["pred"],
+    )
+    assert given["channel_def"] == {"0": "t1c", "1": "flair"} and given["spatial_shape"] == list(CROP)
+    assert found["channel_def"] == {"0": "TC", "1": "WT", "2": "ET"} and found["num_channels"] == 3
+    assert "non-zero voxels" in metadata["glioforge"]["input"]
+
+
+def test_scans_with_a_file_missing_or_twice_are_named(scan: Path) -> None:
+    names = {"t1c": ("t1c", "t1ce"), "t1": ("t1",)}
+    stacked, apart = find_scans(str(scan), names, [2, 1])[::-1]
+    assert stacked == {"image": str(scan / "B.nii.gz"), "channels": [2, 1]}
+    assert [Path(path).name for path in apart["image"]] == ["A_t1ce.nii.gz", "A_t1.nii.gz"]
+    with pytest.raises(ValueError, match="A has 0 files of flair, .*_t2f"):
+        find_scans(str(scan), {"flair": ("t2f",)}, [0])
+    with pytest.raises(ValueError, match="A has 2 files of t1, "):
+        find_scans(str(scan), {"t1": ("t1", "t1ce")}, [0])
+    (scan / "A" / "empty").mkdir()
+    with pytest.raises(ValueError, match="no scan in"):
+        find_scans(str(scan / "A" / "empty"), names, [2, 1])
+    with pytest.raises(ValueError, match="there is no folder"):
+        find_scans(str(scan / "none"), names, [2, 1])
