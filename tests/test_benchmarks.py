@@ -23,6 +23,7 @@ from benchmarks import (
     bench_instance_norm,
     bench_train,
     common,
+    parity,
     report,
     scaling,
     step_profile,
@@ -30,6 +31,7 @@ from benchmarks import (
     tune,
 )
 from benchmarks.common import MARGIN, Roofline
+from engine.config import DataConfig, PhantomConfig
 from engine.distributed import Ranks
 from kernels import cases, dispatch
 from kernels.dice_ce import region_masks
@@ -430,3 +432,69 @@ def test_a_measured_step_brings_its_parts(tmp_path: Path, capsys: pytest.Capture
         path.unlink() if content is None else path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=says):
             scaling.read_step(scaling.make_parser().parse_args(["--results", str(path)]))
+
+
+# ---------- parity
+
+
+HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> dict[str, parity.Curve]:
+    """Six steps of each training, over the end of an epoch; bf16 where the CPU has instructions for it."""
+    phantom = PhantomConfig(cases=4, size_voxels=(48, 48, 32))
+    config = DataConfig(phantom=phantom, spacing_mm=(5.0, 5.0, 5.0), crop_size_voxels=TINY.crop, foreground_prob=1.0,
+                        crops_per_case=3, val_fraction=0.25, workers=1)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLIOFORGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        scene = parity.make_scene("unetr_monai", TINY, config, ranks)
+        return parity.train_all(scene, config, steps=6, seed=0, with_bf16=HAS_BF16)
+
+
+def test_only_the_code_differs_between_ours_and_plain(curves: dict[str, parity.Curve]) -> None:
+    assert list(curves) == [parity.PLAIN, parity.OTHER_SEED, parity.FLOAT32, *([parity.BF16] if HAS_BF16 else [])]
+    assert all(len(curve.losses) == 6 for curve in curves.values())
+    plain, float32 = curves[parity.PLAIN], curves[parity.FLOAT32]
+    assert float32.losses == pytest.approx(plain.losses, rel=1e-3) and len(set(plain.losses)) == 6
+    assert float32.dice["WT"] == pytest.approx(plain.dice["WT"], abs=0.01)
+    assert curves[parity.OTHER_SEED].losses[0] != pytest.approx(plain.losses[0], rel=0.01)
+    if HAS_BF16:
+        assert curves[parity.BF16].losses[0] == pytest.approx(plain.losses[0], rel=0.01)
+        assert curves[parity.BF16].losses != float32.losses
+
+
+def test_differences_stand_beside_those_of_two_seeds(curves: dict[str, parity.Curve], tmp_path: Path) -> None:
+    found = parity.differences(curves)
+    assert list(found) == [f"{a} - {b}" for a, b in parity.PAIRS if HAS_BF16 or parity.BF16 not in (a, b)]
+    assert parity.beyond_noise(found) == []
+    notes = parity.notes_of(found, "kernels: reference", 1)
+    assert "within the noise of seeds" in notes[-1] and "On a CPU the fused kernels are" in " ".join(notes)
+    about = {"model": "unetr", "steps": 6, "data": "phantom", "machine": {"device": "cpu"}, "notes": notes}
+    said = StringIO()
+    parity.print_all(curves, {**about, "differences": found}, Console(file=said, width=160))
+    assert "glioforge float32 - plain" in said.getvalue()
+    parity.draw(curves, about, tmp_path / "parity.png")
+    assert (tmp_path / "parity.png").stat().st_size > 0
+
+
+def test_a_difference_as_large_as_between_seeds_is_told() -> None:
+    dice = {"mean": 0.5, "TC": 0.4, "WT": 0.6, "ET": None}
+    curves = {
+        parity.PLAIN: parity.Curve([1.0, 0.8], dice),
+        parity.OTHER_SEED: parity.Curve([1.1, 0.9], {**dice, "mean": 0.6}),
+        parity.FLOAT32: parity.Curve([1.0, 0.5], {**dice, "TC": 0.45}),
+    }
+    found = parity.differences(curves)
+    ours = found["glioforge float32 - plain"]
+    assert ours["loss"] == pytest.approx(0.15) and ours["largest"] == pytest.approx(0.3)
+    assert ours["late"] == pytest.approx(-0.3) and ours["TC"] == pytest.approx(0.05) and "ET" not in ours
+    assert parity.beyond_noise(found) == ["glioforge float32 - plain"]
+    notes = parity.notes_of(found, "", 1)
+    assert "differ by 1.5 of what two seeds do, NOT within" in notes[-1]
+    assert any("bf16 was left out" in note for note in notes)
+
+
+def test_one_step_is_too_few_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main(["--steps", "1"]) == 2
+    assert "error: --steps 1 must be at least 2" in capsys.readouterr().err

@@ -1,0 +1,447 @@
+"""Finished runs beside each other, and beside the published figures.
+
+    table.md         model, epochs, mean Dice, Dice of the regions; below it what the numbers are and what they are not
+    comparison.json  the same
+    curves.png       validation Dice and training loss of all runs
+    predictions.png  one validation case: truth, then what each model makes of it
+
+Runs of one model with several seeds share a row: mean and sample standard deviation. The published figures stand beside
+ours only where the runs are the published experiment (`launch/configs/seed.yaml` on Decathlon Task01); where they are
+not, every condition that is not met is named.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.ticker import MaxNLocator
+
+from engine.checkpoint import states
+from engine.config import CONFIGS, Config, DataConfig, config_from_dict, to_dict
+from engine.data import load_data
+from engine.metrics import CaseDice, case_dice
+from engine.pictures import as_numpy, legend, plt, show_slice
+from engine.progress import percent
+from engine.sliding_window import sliding_window_logits
+from engine.trained import load_trained
+from kernels.dice_ce import region_masks
+from pipelines.cases import MODALITIES
+from pipelines.labels import REGIONS
+from pipelines.loaders import ValLoader
+
+SCORES = ("mean", *REGIONS)
+SLICES = 3
+
+
+class Published(NamedTuple):
+    """A row of the published table."""
+
+    title: str
+    epochs: int
+    dice: float
+
+
+PUBLISHED = {
+    "unet": Published("UNet", 170, 0.766),
+    "unetr": Published("UNETR of self-attention-cv", 180, 0.769),
+    "unetr_monai": Published("UNETR of MONAI", 180, 0.761),
+}
+COLOURS = {"unet": "#0072b2", "unetr": "#d55e00", "unetr_monai": "#009e73"}
+VALIDATION_CASES = "validation cases"
+VALIDATION_CASES = "validation cases"
+TASK01_NAME, TASK01_CASES, TASK01_VALIDATION_CASES = "BRATS", 484, 96
+PUBLISHED_CROPS_PER_STEP = 2
+FILES = ("config.yaml", "metrics.json", "validation.csv", "log.csv", "report.html")
+
+# Options that say where and how fast, not what is learned and measured; and those with a rule of their own.
+OTHERS = {
+    "data": {"root", "download", "release", "store_dir", "store_dtype", "residence", "skip_faulty", "workers",
+             "prepare_on", "unprepared", "phantom"},
+    "model": {"name"},
+    "train": {"epochs", "batch_size", "accumulate_steps", "save_every_steps", "keep_checkpoints", "precision",
+              "zero_stage", "deepspeed", "compile", "cuda_graph", "deterministic", "max_skipped_steps", "device",
+              "seed"},
+}  # fmt: skip
+WIDTHS = {"hidden_size", "mlp_dim", "num_heads"}  # of transformers
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left.
+
+    Attributes:
+        path: its folder.
+        config: its options.
+        epochs: trained. history: rows of `log.csv`.
+        best: scores of its best validation, as in `metrics.json`; "epoch" is None where nothing was validated.
+        definition: of Dice, in words.
+        cases: names of the validation cases; `example` is one of them, with every region where there is such a case.
+        crops_per_step: of all ranks.
+    """
+
+    path: Path
+    config: Config
+    epochs: int
+    history: list[dict[str, float | None]]
+    best: dict[str, Any]
+    definition: str
+    cases: tuple[str, ...]
+    example: str | None
+    crops_per_step: int
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """From a run's folder.
+
+        Raises:
+            ValueError: the run has not finished, or is none.
+        """
+        missing = [name for name in FILES if not (path / name).is_file()]
+        saved = states(path / "checkpoints")
+        if missing or not saved:
+            lacks = ", ".join(missing) or "checkpoints"
+            raise ValueError(
+                f"{path} is no finished run, it has no {lacks}: one that was interrupted goes on by "
+                f"python launch/train.py --resume {path}"
+            )
+        config = config_from_dict(yaml.safe_load((path / "config.yaml").read_text()))
+        metrics = json.loads((path / "metrics.json").read_text())
+        with open(path / "validation.csv") as file:
+            validated = list(csv.DictReader(file))
+        whole = [row["case"] for row in validated if all(row[region] for region in REGIONS)]
+        names = tuple(row["case"] for row in validated)
+        world_size = json.loads((saved[0] / "about.json").read_text())["world_size"]
+        crops = config.train.batch_size * config.train.accumulate_steps * world_size
+        with open(path / "log.csv") as file:
+            history = [{key: float(value) if value else None for key, value in row.items()}
+                       for row in csv.DictReader(file)]  # fmt: skip
+        example = next(iter([*whole, *names]), None)
+        return cls(
+            path, config, metrics["epochs"], history, metrics["best"], metrics["definition"], names, example, crops
+        )
+
+    @property
+    def model(self) -> str:
+        """Key of `PUBLISHED`."""
+        return self.config.model.name
+
+    def settings(self) -> dict[str, Any]:
+        """What decides what is learned and measured, by the name of its option; epochs and seed are not in it."""
+        found: dict[str, Any] = {}
+        for group in ("data", "model", "loss", "optim", "train"):
+            left_out = OTHERS.get(group, set()) | (WIDTHS if self.model == "unet" else set())
+            values = to_dict(getattr(self.config, group))
+            found |= _flat({name: value for name, value in values.items() if name not in left_out}, f"--{group}.")
+        found["--data.modalities"] = found["--data.modalities"] or list(MODALITIES)
+        return found | {"crops of a step": self.crops_per_step}
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run came to its end; its report is what it writes last."""
+    return (run_dir / "report.html").is_file()
+
+
+# Conditions
+
+
+@cache
+def _published_settings() -> dict[str, Any]:
+    config = config_from_dict(yaml.safe_load((CONFIGS / "seed.yaml").read_text()))
+    one = Run(Path(), config, 0, [], {}, "", (), None, PUBLISHED_CROPS_PER_STEP)
+    return one.settings()
+
+
+def unmet_conditions(run: Run) -> list[str]:
+    """What keeps a run from being compared with the published figures, in words."""
+    published = _published_settings()
+    unmet = [
+        f"{name} {value}, published {published[name]}"
+        for name, value in run.settings().items()
+        if value != published[name]
+    ]
+    epochs = PUBLISHED[run.model].epochs
+    if run.epochs != epochs:
+        unmet.append(f"{run.epochs} epochs, published {epochs}")
+    return [*_not_task01(run), *unmet]
+
+
+def _not_task01(run: Run) -> list[str]:
+    root = run.config.data.root
+    if root is None:
+        return ["the scans are synthetic, not Decathlon Task01"]
+    try:
+        about = json.loads((root / "dataset.json").read_text())
+        name, cases = about["name"], len(about["training"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{root} is not Decathlon Task01: it has no dataset.json that says so"]
+    if (name, cases) != (TASK01_NAME, TASK01_CASES):
+        return [f"{root} is not Decathlon Task01: {cases} cases of {name}, not {TASK01_CASES} of {TASK01_NAME}"]
+    if len(run.cases) != TASK01_VALIDATION_CASES:
+        return [f"{len(run.cases)} validation cases, published {TASK01_VALIDATION_CASES}"]
+    return []
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """In what the runs differ beside model, epochs and seed: names of options, and what else."""
+    found: dict[str, Any] = {}  # values by name; the UNet lacks some
+    for run in runs:
+        data = run.config.data
+        more = {"--data.root": data.root, "--data.release": data.release, "--data.phantom": data.phantom,
+                "--train.precision": run.config.train.precision, VALIDATION_CASES: run.cases}  # fmt: skip
+        for name, value in (run.settings() | more).items():
+            found.setdefault(name, []).append(value)
+    return [name for name, values in sorted(found.items()) if any(value != values[0] for value in values)]
+
+
+# Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        dice: by score, of each run in the order of `runs`; None where no truth has the region.
+        unmet: as `unmet_conditions` says, of all runs.
+    """
+
+    model: str
+    runs: tuple[Run, ...]
+    dice: dict[str, tuple[float | None, ...]]
+    unmet: tuple[str, ...]
+
+    def cell(self, score: str) -> str:
+        """Mean and, of several seeds, spread, in percent."""
+        values = [value for value in self.dice[score] if value is not None]
+        if len(values) < 2:
+            return percent(values[0] if values else None)
+        return f"{percent(statistics.mean(values))} ± {percent(statistics.stdev(values))}"
+
+
+def make_rows(runs: Sequence[Run]) -> list[Row]:
+    """A row for each model, in the order of `PUBLISHED`.
+
+    Raises:
+        ValueError: two runs of one model with the same seed.
+    """
+    rows = []
+    for model in PUBLISHED:
+        of_model = tuple(sorted((run for run in runs if run.model == model), key=lambda run: run.config.train.seed))
+        for one, two in zip(of_model, of_model[1:]):
+            if one.config.train.seed == two.config.train.seed:
+                raise ValueError(
+                    f"{one.path} and {two.path} are both {model} with --train.seed {one.config.train.seed}: a model's "
+                    "row is the mean over seeds, so leave one of them out"
+                )
+        if of_model:
+            dice = {score: tuple(run.best.get(score) for run in of_model) for score in SCORES}
+            unmet = tuple(dict.fromkeys(reason for run in of_model for reason in unmet_conditions(run)))
+            rows.append(Row(model, of_model, dice, unmet))
+    return rows
+
+
+HEAD = ("model", "epochs", "best epoch", "mean Dice", *REGIONS, "published")
+
+
+def table_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """A line of `HEAD` for each row."""
+    cells = []
+    for row in rows:
+        published = PUBLISHED[row.model]
+        epochs, best = ([run.epochs for run in row.runs], [run.best["epoch"] for run in row.runs])
+        cells.append([
+            published.title,
+            _joined(epochs),
+            _joined(best),
+            *(row.cell(score) for score in SCORES),
+            "not comparable" if row.unmet else f"{percent(published.dice)}",
+        ])  # fmt: skip
+    return cells
+
+
+def _joined(values: Sequence[int | None]) -> str:
+    return ", ".join(dict.fromkeys("n/a" if value is None else str(value) for value in values))
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What stands under the table: what the numbers are, what they may be compared with, in what the runs differ."""
+    runs = [run for row in rows for run in row.runs]
+    validated_on = " and ".join(dict.fromkeys(run.config.train.validation.replace("_", " ") for run in runs))
+    lines = [f"Dice (%) at each run's best validation, on {validated_on}. {runs[0].definition}."]
+    counts = {len(row.runs) for row in rows}
+    if max(counts) > 1:
+        lines.append(f"± is the sample standard deviation over {' or '.join(map(str, sorted(counts)))} seeds.")
+    published = " / ".join(f"{percent(PUBLISHED[row.model].dice)} ({PUBLISHED[row.model].title})" for row in rows)
+    if any(not row.unmet for row in rows):
+        lines.append(
+            "Published: best mean Dice, averaged by MONAI's DiceMetric, which weighs cases otherwise where truths lack "
+            "a region."
+        )
+    if any(row.unmet for row in rows):
+        lines.append(f"Not comparable with the published {published}:")
+        reasons = dict.fromkeys(reason for row in rows for reason in row.unmet)
+        for reason in reasons:
+            where = [row for row in rows if reason in row.unmet]
+            who = "" if len(where) == len(rows) else ", ".join(PUBLISHED[row.model].title for row in where) + ": "
+            lines.append(f"- {who}{reason}")
+    differing = differences(runs)
+    if differing:
+        lines.append(f"The runs differ from each other in: {', '.join(differing)}.")
+    return lines
+
+
+def write_table(rows: Sequence[Row], folder: Path) -> None:
+    """`table.md` and `comparison.json`."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *table_cells(rows))]
+    said = notes(rows)
+    (folder / "table.md").write_text("\n".join([*lines, "", "\n\n".join(said).replace("\n\n- ", "\n- "), ""]))
+    content = {"rows": [_plain(row) for row in rows], "notes": said}
+    (folder / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    known = {score: [value for value in values if value is not None] for score, values in row.dice.items()}
+    return {
+        "model": row.model,
+        "runs": [str(run.path) for run in row.runs],
+        "seeds": [run.config.train.seed for run in row.runs],
+        "epochs": [run.epochs for run in row.runs],
+        "best_epochs": [run.best["epoch"] for run in row.runs],
+        "dice": row.dice,
+        "mean": {score: statistics.mean(values) if values else None for score, values in known.items()},
+        "spread": {score: statistics.stdev(values) if len(values) > 1 else None for score, values in known.items()},
+        "published": PUBLISHED[row.model].dice,
+        "not_comparable_because": list(row.unmet),
+    }
+
+
+# Pictures
+
+
+def draw_curves(rows: Sequence[Row], path: Path) -> None:
+    """Validation Dice and training loss of all runs by epoch; seeds of a model share its colour."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharex=True)
+    for row in rows:
+        for index, run in enumerate(row.runs):
+            style: dict[str, Any] = {"color": COLOURS[row.model], "alpha": 1.0 if len(row.runs) == 1 else 0.6}
+            label = None if index else f"{PUBLISHED[row.model].title}, best {row.cell('mean')}"
+            dice = [(r["epoch"], 100 * r["val_mean"]) for r in run.history if r.get("val_mean") is not None]  # type: ignore[operator]
+            loss = [(r["epoch"], r["loss"]) for r in run.history if r["loss"] is not None]
+            left.plot(*zip(*dice), marker="o", ms=3, label=label, **style)
+            right.plot(*zip(*loss), lw=1.2, **style)
+    left.set(xlabel="epoch", ylabel="validation, mean Dice (%)", ylim=(0, 100))
+    right.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One validation case, and what each model makes of it.
+
+    Attributes:
+        name: of the case. scan_XYZ: its first modality. truth_RXYZ: bool (3, X, Y, Z).
+        of_models: by model, the regions, bool (3, X, Y, Z), and their counts.
+    """
+
+    name: str
+    scan_XYZ: np.ndarray
+    truth_RXYZ: np.ndarray
+    of_models: dict[str, tuple[np.ndarray, CaseDice]]
+
+
+def can_share_a_case(runs: Sequence[Run]) -> bool:
+    """Whether the runs see the same validation cases in the same way."""
+    decisive = [name for name in differences(runs) if name in (VALIDATION_CASES, "--train.validation")
+                or name.startswith("--data.")]  # fmt: skip
+    return bool(runs[0].cases) and not decisive
+
+
+def predict_example(rows: Sequence[Row], device: torch.device) -> Predictions:
+    """The first seed of each model, with its best weights, on the same validation case.
+
+    Args:
+        rows: whose runs `can_share_a_case`. device: where the networks run.
+
+    Raises:
+        ValueError: the scans are not there any more.
+    """
+    first = rows[0].runs[0]
+    assert first.example is not None
+    name, image, labels = _load_case(first.config.data, first.example, _is_full(first.config), device)
+    found, truth = {}, None
+    for row in rows:
+        trained = load_trained(row.runs[0].path, device)
+        truth = region_masks(labels, trained.coding.regions)[0]
+        with torch.no_grad():
+            if _is_full(trained.config):
+                logits = sliding_window_logits(trained.network, image, trained.config.data.crop_size_voxels)
+            else:
+                logits = trained.network(image)
+        masks = (logits > 0)[0]  # sigmoid(x) > 0.5
+        found[row.model] = (as_numpy(masks), case_dice(name, masks, truth))
+    assert truth is not None
+    return Predictions(name, as_numpy(image[0, 0]), as_numpy(truth), found)
+
+
+def _is_full(config: Config) -> bool:
+    return config.train.validation == "full_volume"
+
+
+def _load_case(
+    config: DataConfig, name: str, full: bool, device: torch.device
+) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """A validation case as it is validated: name, image float32 (1, C, X, Y, Z), labels uint8 (1, X, Y, Z)."""
+    store = load_data(config).store
+    loader = ValLoader(
+        store, [name], None if full else config.crop_size_voxels, pad=config.pad, normalise=not full,
+        memory_format=torch.contiguous_format,
+    )  # fmt: skip
+    (found,) = loader
+    return found[0], found[1].to(device), found[2].to(device)
+
+
+def draw_predictions(predictions: Predictions, path: Path) -> None:
+    """Truth in the first row, a model in each of the others; axial slices through the tumour."""
+    truth = predictions.truth_RXYZ
+    extent = np.flatnonzero(truth.any(axis=(0, 1, 2)))
+    slices = np.quantile(extent if len(extent) else [truth.shape[3] // 2], np.linspace(0, 1, SLICES + 2)[1:-1])
+    shown = {"truth": ("truth", truth)}
+    for model, (masks, counts) in predictions.of_models.items():
+        dice = [percent(None if math.isnan(value) else value) for value in counts.dice()]
+        scores = "  ".join(f"{region} {value}" for region, value in zip(REGIONS, dice))
+        shown[model] = (f"{PUBLISHED[model].title}   Dice {scores}", masks)
+    size = (2.9 * SLICES, 3.1 * len(shown))
+    figure, rows = plt.subplots(len(shown), SLICES, figsize=size, layout="constrained", squeeze=False)
+    for row, (title, masks) in zip(rows, shown.values()):
+        for axis, z in zip(row, slices.astype(int)):
+            show_slice(axis, predictions.scan_XYZ[..., z], masks[..., z])
+            axis.set_xlabel(f"slice {z}", fontsize=8)
+        row[SLICES // 2].set_title(title, fontsize=10)
+    figure.suptitle(predictions.name, fontsize=11)
+    legend(figure)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,232 @@
+"""Compare UNet, UNETR of self-attention-cv and UNETR of MONAI, trained under the same conditions.
+
+python launch/compare.py --config launch/configs/compare.yaml --data.root Task01_BrainTumour     train, then compare
+python launch/compare.py --config launch/configs/compare.yaml --data.root Task01_BrainTumour --seeds 3
+python launch/compare.py --runs runs/A runs/B runs/C                                     compare what is trained
+
+It takes the options of `launch/train.py` but for `--model.name`, and trains the models one after the other, each by
+`launch/train.py` in a process of its own. `--run_dir` (`runs/<config>`) gets a folder for each, and `table.md`,
+`comparison.json`, `curves.png` and `predictions.png`. The same command goes on where it stopped: finished runs are
+taken as they are, interrupted ones resumed. Epochs are as published (UNet 170, UNETR 180) unless `--train.epochs` is
+given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.table import Table
+
+from engine import comparison
+from engine.comparison import PUBLISHED, Row, Run
+from engine.config import Config, make_parser, parse_config, to_dict
+from engine.distributed import read_place
+from engine.watch import STOP_SIGNALS
+from kernels import dispatch
+
+PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
+
+
+class Stopped(Exception):
+    """Training ended before a run did."""
+
+    def __init__(self, run_dir: Path, status: int) -> None:
+        super().__init__(f"{run_dir} ended with status {status}; the same command goes on from there")
+        self.status = status
+
+
+def main(args: list[str] | None = None) -> int:
+    """Parse the command line, train what has to be trained, and compare.
+
+    Returns:
+        exit status: 0, 2 for a user's mistake, 130 when interrupted; where training ended early, its own.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = sys.argv[1:] if args is None else args
+    parser = make_parser("Compare UNet, UNETR of self-attention-cv and UNETR of MONAI under the same conditions.")
+    parser.add_argument("--seeds", type=int, default=1, help="Runs of each model, from --train.seed on.")
+    launchers = "deepspeed trains on all GPUs: the default where there are several."
+    parser.add_argument("--launcher", choices=("python", "deepspeed"), help=launchers)
+    parser.add_argument("--runs", nargs="+", type=Path, help="Finished runs to compare; nothing is trained.")
+    try:
+        config, options = parse_config(parser, args)
+        check(config, options)
+        run_dirs, folder = options.runs, options.run_dir or Path("runs") / "comparison"
+        if not run_dirs:
+            files = [str(path) for path in options.config or ()]
+            folder = options.run_dir or Path("runs") / (Path(files[0]).stem if files else "comparison")
+            given = parser.parse_args([part for file in files for part in ("--config", file)] + args, defaults=False)
+            runs = plan(config, folder, options.seeds, with_epochs="train.epochs" in given)
+            run_dirs = list(runs)
+            train_all(runs, options.launcher)
+        compare([Run.read(run_dir) for run_dir in run_dirs], folder)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.status if stop.status > 0 else 128 - stop.status  # by a signal: as shells count
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check(config: Config, options: Namespace) -> None:
+    """Refuse what contradicts itself, or the way this command works."""
+    if config.resume:
+        raise ValueError("--resume: this command goes on by itself; give --run_dir, the folder that it wrote")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds} must be at least 1")
+    if options.runs and options.seeds > 1:
+        raise ValueError(f"--seeds {options.seeds} trains, --runs takes what is trained: leave one of the two out")
+    if read_place().world_size > 1:
+        raise ValueError("start launch/compare.py by python, as one process: it starts the launcher for each run")
+
+
+# Training
+
+
+def plan(config: Config, folder: Path, seeds: int, with_epochs: bool) -> dict[Path, Config]:
+    """The runs to train: every model with the first seed, then with the next.
+
+    Args:
+        config: of all. folder: of the run folders. seeds: how many, from `config.train.seed` on.
+        with_epochs: train for `config.train.epochs`, not for as many as were published.
+    """
+    runs = {}
+    for seed in range(config.train.seed, config.train.seed + seeds):
+        for name, published in PUBLISHED.items():
+            model = dataclasses.replace(config.model, name=name)  # type: ignore[arg-type]  # the keys are its choices
+            epochs = config.train.epochs if with_epochs else published.epochs
+            settings = dataclasses.replace(config.train, seed=seed, epochs=epochs)
+            run_dir = folder / (name if seed == config.train.seed else f"{name}-seed-{seed}")
+            runs[run_dir] = dataclasses.replace(config, model=model, train=settings, run_dir=None, resume=None)
+    return runs
+
+
+def train_all(runs: dict[Path, Config], launcher: str | None) -> None:
+    """Train what is not finished, one run after the other.
+
+    Raises:
+        ValueError: a run was begun with other options. Stopped: training ended early.
+    """
+    files = {run_dir: write_options(config, run_dir) for run_dir, config in runs.items()}
+    command = launch_command(launcher)
+    for run_dir, file in files.items():
+        if comparison.is_finished(run_dir):
+            print(f"{run_dir}: finished")
+            continue
+        print(f"{run_dir}: training", flush=True)
+        status = run_process([*command, "--config", str(file), "--run_dir", str(run_dir), "--resume", "auto"])
+        if status:
+            raise Stopped(run_dir, status)
+
+
+def write_options(config: Config, run_dir: Path) -> Path:
+    """The YAML file that a run is trained by, beside its folder.
+
+    Raises:
+        ValueError: there is one with other options, by which the run was begun.
+    """
+    values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
+    file = run_dir.with_name(f"{run_dir.name}.yaml")
+    if file.is_file():
+        before = yaml.safe_load(file.read_text())
+        for group in (name for name in values if before[name] != values[name]):
+            changed = [name for name in values[group] if before[group].get(name) != values[group][name]]
+            was, now = ({name: each[group].get(name) for name in changed} for each in (before, values))
+            raise ValueError(
+                f"{run_dir} was begun with {group} {was}, and now has {now}: all runs of a comparison must have the "
+                "same options; give another --run_dir, or the options of before"
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return file
+
+
+def launch_command(launcher: str | None) -> list[str]:
+    """What `launch/train.py` is started by.
+
+    Raises:
+        ValueError: DeepSpeed's launcher is asked for and not installed.
+    """
+    script = str(Path(__file__).with_name("train.py"))
+    if (launcher or ("deepspeed" if torch.cuda.device_count() > 1 else "python")) == "python":
+        return [sys.executable, script]
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    if not deepspeed.is_file():
+        raise ValueError(f"--launcher deepspeed: there is no {deepspeed}; install deepspeed or give --launcher python")
+    return [str(deepspeed), script]
+
+
+def run_process(command: Sequence[str]) -> int:
+    """Run a command to its end; returns its exit status. Signals go to it, which saves and ends."""
+    with subprocess.Popen(command) as process:
+        handlers = {
+            number: signal.signal(number, lambda number, frame: process.send_signal(number)) for number in STOP_SIGNALS
+        }
+        try:
+            while True:
+                try:
+                    return process.wait()
+                except KeyboardInterrupt:  # the terminal sent it to the process, too
+                    continue
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+# Comparison
+
+
+def compare(runs: Sequence[Run], folder: Path) -> None:
+    """Write tables and pictures, and print the table.
+
+    Raises:
+        ValueError: two runs of one model and seed.
+    """
+    rows = comparison.make_rows(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    comparison.write_table(rows, folder)
+    comparison.draw_curves(rows, folder / "curves.png")
+    table = Table()
+    for column in comparison.HEAD:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for cells in comparison.table_cells(rows):
+        table.add_row(*cells)
+    console = Console(width=None if Console().is_terminal else PIPE_WIDTH)
+    console.print(table)
+    console.print("\n".join(comparison.notes(rows)), highlight=False, markup=False)
+    draw_predictions(rows, folder / "predictions.png")
+    print(f"table, curves and predictions: {folder}")
+
+
+def draw_predictions(rows: Sequence[Row], path: Path) -> None:
+    """The same case by every model; without it, the reason."""
+    runs = [row.runs[0] for row in rows]
+    path.unlink(missing_ok=True)
+    if not comparison.can_share_a_case(runs):
+        print("no predictions.png: the runs have no validation case that they see in the same way")
+        return
+    settings = runs[0].config
+    device = torch.device("cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu")
+    dispatch.use(settings.kernels, device)
+    try:
+        comparison.draw_predictions(comparison.predict_example(rows, device), path)
+    except ValueError as error:  # scans that are gone leave the table as it is
+        print(f"no predictions.png: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
