@@ -13,13 +13,17 @@ given.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import torch
 import yaml
@@ -34,6 +38,7 @@ from engine.distributed import read_place
 from engine.watch import STOP_SIGNALS
 from kernels import dispatch
 
+STOP_LIMIT_S = 60.0  # for a run's processes to save and end
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
 
 
@@ -171,20 +176,39 @@ def launch_command(launcher: str | None) -> list[str]:
 
 
 def run_process(command: Sequence[str]) -> int:
-    """Run a command to its end; returns its exit status. Signals go to it, which saves and ends."""
-    with subprocess.Popen(command) as process:
-        handlers = {
-            number: signal.signal(number, lambda number, frame: process.send_signal(number)) for number in STOP_SIGNALS
-        }
+    """Run a command to the end of all its processes; returns its exit status. Signals go to each of them.
+
+    A launcher's ranks outlive a launcher that is ended alone, and would still write where the next run goes on.
+    """
+    stopping: list[float] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        stopping.append(time.monotonic())
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    numbers = (*STOP_SIGNALS, signal.SIGINT)
+    with subprocess.Popen(command, start_new_session=True) as process:
+        handlers = {number: signal.signal(number, pass_on) for number in numbers}
         try:
-            while True:
-                try:
-                    return process.wait()
-                except KeyboardInterrupt:  # the terminal sent it to the process, too
-                    continue
+            status = process.wait()
+            while stopping and _is_alive(process.pid):
+                if time.monotonic() - stopping[-1] > STOP_LIMIT_S:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    break
+                time.sleep(0.05)
+            return status
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 # Comparison

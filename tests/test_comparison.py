@@ -365,3 +365,18 @@ def test_a_signal_goes_to_the_training_process_and_its_status_comes_back() -> No
     before = signal.getsignal(signal.SIGUSR1)
     assert compare.run_process([sys.executable, "-c", code]) == 75
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_processes_that_outlive_their_launcher_are_waited_for(tmp_path: Path) -> None:
+    """The launcher dies of the signal; its rank takes a while to save."""
+    saved = tmp_path / "saved"
+    rank = (
+        "import os, pathlib, signal, sys, time\n"
+        f"saved = pathlib.Path({str(saved)!r})\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: (time.sleep(0.5), saved.touch(), sys.exit()))\n"
+        "os.kill(int(sys.argv[1]), signal.SIGUSR1)\n"
+        "time.sleep(30)\n"
+    )
+    launcher = f"import os, subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}, str(os.getppid())])\n"
+    assert compare.run_process([sys.executable, "-c", launcher]) == -signal.SIGUSR1
+    assert saved.exists()
