@@ -29,6 +29,7 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str])
     """
     watch: Watch | None = None
     status, line = 0, ""
+    is_ours = not dist.is_initialized()  # the process group, which a caller may have made
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if not (watch and watch.is_ending):
@@ -50,7 +51,7 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str])
             raise
         line = f"error: {line}" if status == 2 else line
     finally:
-        if dist.is_initialized():
+        if is_ours and dist.is_initialized():
             dist.destroy_process_group()
         if watch:  # a signal that comes now must not end this rank while another one is still writing
             watch.close()

@@ -100,7 +100,7 @@ def convert_shallow(name: str, target: str, output: Path) -> tuple[int, Trained]
         return main(["run", "--to", target, "--output", str(output)]), trained
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["unetr", "unet"])  # an export of the other UNETR takes longest and shows no more
 @torch.no_grad()
 def test_onnx_gives_the_networks_logits_for_any_batch_size(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -114,8 +114,3 @@ def test_resuming_a_finished_run_keeps_its_table(finished: Path) -> None:
     assert json.loads((finished / "runs" / "one" / "metrics.json").read_text()) == before
     after = (finished / "runs" / "one" / "report.html").read_text()
     assert after.split("</table>")[0] == page.split("</table>")[0]
-
-
-def test_the_unet_needs_no_transformer_widths(tmp_path: Path) -> None:
-    done = train(tmp_path, "--config", str(write_small(tmp_path)), "--model.name", "unet", "--train.epochs", "1")
-    assert done.returncode == 0, done.stderr
