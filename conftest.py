@@ -1,4 +1,4 @@
-"""The `--benchmark` option: `pytest --benchmark` runs the benchmarks instead of the tests."""
+"""`pytest --benchmark` runs the benchmarks instead of the tests; `pytest --slow` runs the slow tests too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="run benchmarks/ instead of tests/")
+    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options

@@ -31,10 +31,10 @@ def ranks() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip, with the reason, where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip where there is no CUDA device, those marked `slow` without `--slow`."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes half a minute or more: pytest --slow"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))

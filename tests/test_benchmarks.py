@@ -452,6 +452,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> dict[str, 
         return parity.train_all(scene, config, steps=6, seed=0, with_bf16=HAS_BF16)
 
 
+@pytest.mark.slow
 def test_only_the_code_differs_between_ours_and_plain(curves: dict[str, parity.Curve]) -> None:
     assert list(curves) == [parity.PLAIN, parity.OTHER_SEED, parity.FLOAT32, *([parity.BF16] if HAS_BF16 else [])]
     assert all(len(curve.losses) == 6 for curve in curves.values())
@@ -464,6 +465,7 @@ def test_only_the_code_differs_between_ours_and_plain(curves: dict[str, parity.C
         assert curves[parity.BF16].losses != float32.losses
 
 
+@pytest.mark.slow
 def test_differences_stand_beside_those_of_two_seeds(curves: dict[str, parity.Curve], tmp_path: Path) -> None:
     found = parity.differences(curves)
     assert list(found) == [f"{a} - {b}" for a, b in parity.PAIRS if HAS_BF16 or parity.BF16 not in (a, b)]

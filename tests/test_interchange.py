@@ -100,7 +100,9 @@ def convert_shallow(name: str, target: str, output: Path) -> tuple[int, Trained]
         return main(["run", "--to", target, "--output", str(output)]), trained
 
 
-@pytest.mark.parametrize("name", ["unetr", "unet"])  # an export of the other UNETR takes longest and shows no more
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("unetr", "unetr_monai")), "unet"]
+)
 @torch.no_grad()
 def test_onnx_gives_the_networks_logits_for_any_batch_size(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -66,6 +66,7 @@ def test_fake_tensors_save_exactly_the_bytes_that_real_ones_do(name: str, precis
         assert guess.saved == saved_by_real_tensors(name, count, precision)
 
 
+@pytest.mark.slow
 def test_through_the_kernels_too_they_save_exactly_what_real_ones_do() -> None:
     """In Triton's interpreter, which a process chooses before it imports triton."""
     code = (

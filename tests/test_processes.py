@@ -63,6 +63,7 @@ def test_early_interrupt_ends_the_run_once_the_workers_are_there_and_spares_thei
     """Ctrl-C reaches the whole group: here a process of its own, while its fork server imports torch."""
     script = (
         "import os, signal, threading\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's job in the background ignores it
         "from pathlib import Path\n"
         "from pipelines.cases import Case\n"
         "from pipelines.processes import run_on_cases\n"

@@ -95,6 +95,7 @@ def test_a_signal_to_one_of_two_ranks_ends_both_with_a_checkpoint(folder: Path) 
     assert len(states(log.parent / "checkpoints")) == 1
 
 
+@pytest.mark.slow
 def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TwoRanks) -> None:
     """A launcher for each of two nodes on this machine; the second node, launcher and all, is killed."""
     torchrun = str(Path(sys.executable).with_name("torchrun"))

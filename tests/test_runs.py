@@ -50,6 +50,7 @@ def test_a_run_leaves_pictures_tables_checkpoints_and_a_page(finished: Path) -> 
     assert page.count("data:image/png;base64,") == 4 and "http" not in page.split("</style>")[1]
 
 
+@pytest.mark.slow
 def test_training_on_scans_that_are_not_prepared_gives_the_same_losses(finished: Path) -> None:
     done = train(finished, *options(finished), "--run_dir", "runs/raw", "--data.unprepared", "true",
                  "--data.store_dir", "store_of_one")  # fmt: skip
