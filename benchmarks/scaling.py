@@ -13,9 +13,9 @@ Model. A step on n GPUs takes as long as on one, and what of the communication t
     several nodes                    reduce-scatter within the node, the same collective of S / g bytes between nodes
                                      by each of its g GPUs on a port of its own, all-gather within the node
 
-What ZeRO sends in DeepSpeed 0.19, G bytes of gradients and W of weights:
+What ZeRO sends (0: torch's DistributedDataParallel; 1 to 3: DeepSpeed 0.19), G bytes of gradients and W of weights:
 
-    0        all-reduce G, after the backward
+    0        all-reduce G in buckets during the backward; --cuda_graph: all of it after the backward
     1, 2     all-reduce G in buckets during the backward (all ranks get all of it); all-gather W after the optimizer
     3        all-gather W in the forward and again in the backward, reduce-scatter G during the backward
 
@@ -40,6 +40,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -137,16 +138,19 @@ def exposed_after(buckets: Sequence[float], backward: float) -> float:
     return max(0.0, done - backward)
 
 
-def communication(step: Step, zero_stage: int, gpus: int, cluster: Cluster, bucket: float) -> tuple[float, float]:
+def communication(
+    step: Step, zero_stage: int, gpus: int, cluster: Cluster, bucket: float, after: bool = False
+) -> tuple[float, float]:
     """Seconds of all collectives of a step, and of those that nothing hides.
 
     Args:
         bucket: bytes of gradients that are sent together.
+        after: they are sent when the backward is over (stage 0).
     """
-    gathered = over_nodes(half_ring, step.weights, gpus, cluster)
-    if zero_stage == 0:
+    if after:
         reduced = over_nodes(all_reduce, step.gradients, gpus, cluster)
         return reduced, reduced
+    gathered = over_nodes(half_ring, step.weights, gpus, cluster) if zero_stage else 0.0
     count = max(1, math.ceil(step.gradients / bucket))
     collective = half_ring if zero_stage == 3 else all_reduce
     buckets = [over_nodes(collective, step.gradients / count, gpus, cluster)] * count
@@ -158,12 +162,12 @@ def communication(step: Step, zero_stage: int, gpus: int, cluster: Cluster, buck
 
 
 def predict(
-    step: Step, zero_stage: int, cluster: Cluster, bucket: float, gpus: Sequence[int] = GPUS
+    step: Step, zero_stage: int, cluster: Cluster, bucket: float, gpus: Sequence[int] = GPUS, after: bool = False
 ) -> list[dict[str, Any]]:
     """A row for each number of GPUs: seconds, efficiency (one GPU's step over this), crops per second."""
     rows = []
     for count in gpus:
-        total, exposed = communication(step, zero_stage, count, cluster, bucket)
+        total, exposed = communication(step, zero_stage, count, cluster, bucket, after)
         seconds = step.seconds + exposed
         rows.append({"gpus": count, "step_seconds": seconds, "communication_seconds": total,
                      "exposed_seconds": exposed, "efficiency": step.seconds / seconds,
@@ -216,11 +220,14 @@ def check(rounds: int) -> dict[str, Any]:
             for name in ("compute_seconds", "step_seconds", "latency", "bandwidth")}  # fmt: skip
     parameters = pairs[0]["parameters"]
     link = Link(pair["bandwidth"], pair["latency"])
-    sent = all_reduce(4 * parameters, 2, link)
-    predicted = pair["compute_seconds"] + sent
+    seconds, nbytes = pair["compute_seconds"], 4 * parameters
+    step = Step(seconds, FORWARD_SHARE * seconds, BACKWARD_SHARE * seconds, nbytes, nbytes, training.BATCH)
+    sent, exposed = communication(step, 0, 2, Cluster(2, link, link), 4 * BUCKET_ELEMENTS)
+    predicted = seconds + exposed
     return {
         "parameters": parameters, "link": asdict(link), "alone_seconds": statistics.median(alone), **pair,
-        "communication_seconds": sent, "predicted_seconds": predicted, "error": predicted / pair["step_seconds"] - 1,
+        "communication_seconds": sent, "exposed_seconds": exposed, "predicted_seconds": predicted,
+        "error": predicted / pair["step_seconds"] - 1,
         "efficiency": statistics.median(alone) / pair["step_seconds"],
     }  # fmt: skip
 
@@ -252,12 +259,12 @@ def worker() -> None:
     scene = training.Scene.of("unetr_monai", CHECK, scans(None), ranks)
     timed = training.Timed(scene, training.Variant(f"{OURS} float32"))
     assert isinstance(timed.loop, training.Ours)
-    engine = timed.loop.step.engine
+    reducer = timed.loop.step.reducer
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(CHECK_STEPS):
         for reduces in times:
-            engine.enable_backward_allreduce = reduces
-            times[reduces].append(_slowest(timed.step, ranks))
+            with nullcontext() if reduces or not reducer else reducer.no_sync():
+                times[reduces].append(_slowest(timed.step, ranks))
     measured = {}
     for size in SIZES:
         tensor = torch.zeros(size // 4)
@@ -302,7 +309,7 @@ def print_check(found: dict[str, Any], console: Console) -> None:
         f"check, gloo, {found['parameters']:,} parameters, one thread per rank, ms a step\n"
         f"  one rank alone {ms['alone']}; two ranks side by side without communication {ms['compute']}\n"
         f"  all-reduce {ms['communication']}, from {found['link']['bandwidth'] / 1e9:.2f} GB/s and "
-        f"{1e6 * found['link']['latency']:.0f} us measured at other sizes\n"
+        f"{1e6 * found['link']['latency']:.0f} us measured at other sizes; not hidden by the backward {ms['exposed']}\n"
         f"  two ranks: predicted {ms['predicted']}, measured {ms['step']}, off by {100 * found['error']:+.1f} %\n"
         f"  weak scaling measured {100 * found['efficiency']:.0f} %: both ranks share this machine's memory and cores",
         highlight=False,
@@ -318,6 +325,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=training.BATCH, help="Crops per GPU, with --step_ms.")
     parser.add_argument("--parameters", type=int, default=UNETR_PARAMETERS, help="Of the network, with --step_ms.")
     parser.add_argument("--zero_stage", type=int, choices=range(4), default=0)
+    parser.add_argument("--cuda_graph", action="store_true", help="Forward and backward are one CUDA graph (ZeRO 0).")
     parser.add_argument("--gradient_bytes", type=int, choices=(2, 4), default=4, help="Of each gradient when sent.")
     parser.add_argument(
         "--bucket_elements", type=int, default=BUCKET_ELEMENTS, help="Gradients that are sent together."
@@ -353,7 +361,10 @@ def read_step(options: argparse.Namespace) -> tuple[Step, str]:
 
 def main() -> int:
     """Predict, or check; print and write benchmarks/results/scaling.json."""
-    options = make_parser().parse_args()
+    parser = make_parser()
+    options = parser.parse_args()
+    if options.cuda_graph and options.zero_stage:
+        parser.error(f"--cuda_graph goes with --zero_stage 0, not {options.zero_stage}")
     if options.worker:
         worker()
         return 0
@@ -375,8 +386,10 @@ def main() -> int:
             Link(options.nvlink_gbs * 1e9, options.nvlink_us / 1e6),
             Link(options.infiniband_gbs * 1e9, options.infiniband_us / 1e6),
         )
-        rows = predict(step, options.zero_stage, cluster, options.bucket_elements * options.gradient_bytes)
+        bucket = options.bucket_elements * options.gradient_bytes
+        rows = predict(step, options.zero_stage, cluster, bucket, after=options.cuda_graph)
         content |= {"step": asdict(step), "source": source, "zero_stage": options.zero_stage,
+                    "cuda_graph": options.cuda_graph,
                     "bucket_elements": options.bucket_elements, "cluster": asdict(cluster), "rows": rows}  # fmt: skip
         print_prediction(rows, f"predicted, not measured: ZeRO {options.zero_stage}, step {source}", console)
         assert __doc__ is not None

@@ -64,7 +64,7 @@ class MemoryEstimate:
         weights, gradients, optimizer, buffers, ema, volumes: see the head of this file; 0 where there are none.
         saved: what autograd saves for the backward, without parameters.
         activations: peak of forward, loss and backward; `activations_per_crop` of it for each crop of the batch.
-        accumulates: gradients of the passes before are there while a forward runs.
+        accumulates: memory of gradients is taken while a forward runs: by those of the passes before, or by buckets.
         crop: (C, X, Y, Z). batch_size, precision, zero_stage, world_size: what was asked about.
     """
 
@@ -171,6 +171,7 @@ def estimate(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * FLOAT32
     weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model).values())
     shard = math.ceil(trained / world_size)
+    keeps_buckets = zero_stage == 0 and world_size > 1  # of DistributedDataParallel, of which gradients are views
     return MemoryEstimate(
         weights=weights + shard if zero_stage == 3 else weights,
         gradients=shard if zero_stage >= 2 else trained,
@@ -181,7 +182,7 @@ def estimate(
         saved=saved,
         activations=activations.peak,
         activations_per_crop=(activations.peak - constant) // batch_size,
-        accumulates=accumulate_steps > 1,
+        accumulates=accumulate_steps > 1 or keeps_buckets,
         crop=crop,
         batch_size=batch_size,
         precision=precision,

@@ -5,11 +5,14 @@ are torch autocast inside the network. DeepSpeed's own bf16 takes a wrong first 
 right one in 0.19.8, from a step on zeros at the start), and its loss scaling and clipping read the device at each step.
 What is left to it is what it is for: reducing gradients while the backward runs, and sharding.
 
-    ZeRO   over ranks                          gradients are reduced
-    0      nothing                             after the backward
-    1      moments                             during it
-    2      moments, gradients                  during it
-    3      moments, gradients, weights         during it; weights are gathered when they are used
+    ZeRO   over ranks                          gradients are reduced during the backward, by
+    0      nothing                             torch's DistributedDataParallel, inside the engine
+    1      moments                             DeepSpeed
+    2      moments, gradients                  DeepSpeed
+    3      moments, gradients, weights         DeepSpeed; weights are gathered when they are used
+
+At stage 0 DeepSpeed alone would begin to reduce when the backward is over. It still does where a CUDA graph replays the
+backward, or where its JSON file sets how gradients travel.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import Config
 from engine.distributed import Ranks
@@ -35,6 +39,8 @@ log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET_ELEMENTS = 10_000_000
 """Gradients that are reduced together: the 50 million of a UNETR in one bucket would leave no backward to overlap."""
+OWN_REDUCTION = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"}
+"""Settings of DeepSpeed's file that are about its own way to reduce gradients."""
 
 
 def deepspeed_engine(
@@ -62,19 +68,13 @@ def deepspeed_engine(
         # C++ compiler on PATH.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     train = config.train
-    zero: dict[str, Any] = {"stage": train.zero_stage}
-    if train.zero_stage:
-        zero |= {"overlap_comm": ranks.device.type == "cuda" and ranks.world_size > 1, "contiguous_gradients": True,
-                 "reduce_bucket_size": BUCKET_ELEMENTS}  # fmt: skip
-    if train.zero_stage in (1, 2):
-        zero["compute_grad_norm"] = False  # the optimizer does, and nobody waits for it
-    zero |= settings.get("zero_optimization", {})
-    if train.zero_stage == 3:
-        # Weights kept whole would not be in the shards that the moving average and the checkpoints take, and a group
-        # of parameters that is stepped by itself would have a norm, and be left out, by itself.
-        zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12}
+    zero = _zero_settings(config, settings, ranks)
+    bucket = zero.get("reduce_bucket_size", BUCKET_ELEMENTS)
+    overlaps = (
+        ranks.world_size > 1 and not train.zero_stage and not train.cuda_graph and not OWN_REDUCTION & settings.keys()
+    )
     engine, *_ = deepspeed.initialize(
-        model=model,
+        model=reduced_during_backward(model, bucket, ranks) if overlaps else model,
         optimizer=optimizer,
         config={
             "steps_per_print": 1_000_000_000,  # the trainer logs
@@ -87,7 +87,46 @@ def deepspeed_engine(
             "gradient_clipping": 0.0,  # DeepSpeed 0.19 clips at norm 1.0 unless told otherwise
         },
     )
+    if overlaps:
+        engine.enable_backward_allreduce = False
     return engine
+
+
+def _zero_settings(config: Config, settings: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`."""
+    train = config.train
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.zero_stage:
+        zero |= {"overlap_comm": ranks.device.type == "cuda" and ranks.world_size > 1, "contiguous_gradients": True,
+                 "reduce_bucket_size": BUCKET_ELEMENTS}  # fmt: skip
+    if train.zero_stage in (1, 2):
+        zero["compute_grad_norm"] = False  # the optimizer does, and nobody waits for it
+    zero |= settings.get("zero_optimization", {})
+    if train.zero_stage == 3:
+        # Weights kept whole would not be in the shards that the moving average and the checkpoints take, and a group
+        # of parameters that is stepped by itself would have a norm, and be left out, by itself.
+        zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12}
+    return zero
+
+
+def reduced_during_backward(model: torch.nn.Module, bucket_elements: int, ranks: Ranks) -> DistributedDataParallel:
+    """The model with gradients that are averaged over ranks, bucket by bucket, while the backward goes on.
+
+    Its first backward tells the order in which gradients come, by which it lays out its buckets for good: see
+    `TrainingStep`, which makes that pass before any that counts.
+    """
+    return DistributedDataParallel(
+        model,
+        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+        bucket_cap_mb=bucket_elements * 4 / 2**20,
+        gradient_as_bucket_view=True,
+    )
+
+
+def network_of(engine: Any) -> torch.nn.Module:
+    """The network in a DeepSpeed engine, which calls its parameters by their names."""
+    module = engine.module
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def read_deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
@@ -251,7 +290,7 @@ def copy_moments(engine: Any, optimizer: GuardedAdamW) -> dict[str, Any]:
     _link(engine)
     for key in MOMENTS:
         result[key] = {name: _moment(optimizer, parameter, key).to("cpu", copy=True)
-                       for name, parameter in engine.module.named_parameters()}  # fmt: skip
+                       for name, parameter in network_of(engine).named_parameters()}  # fmt: skip
     return result
 
 
@@ -264,7 +303,7 @@ def load_moments(engine: Any, optimizer: GuardedAdamW, moments: dict[str, Any]) 
                                   **{key: torch.zeros_like(shard) for key in MOMENTS}}  # fmt: skip
     _link(engine)
     for key in MOMENTS:
-        for name, parameter in engine.module.named_parameters():
+        for name, parameter in network_of(engine).named_parameters():
             _set_moment(optimizer, parameter, key, moments[key][name].to(optimizer.scale.device))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.average import WeightAverage
 from engine.config import Config, TrainConfig
@@ -91,6 +92,9 @@ class TrainingStep:
         self.average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self.graph = GraphedPass(self._plain_pass, self.model) if train.cuda_graph else None
         self.values = torch.zeros(6, device=ranks.device)
+        module = self.engine.module
+        self.reducer = module if isinstance(module, DistributedDataParallel) else None
+        self._knows_order = self.reducer is None
 
     def __call__(self, image: Tensor, labels: Tensor) -> DiceCE:
         """A pass over a batch, and an optimizer step after every `accumulate_steps` of them.
@@ -98,6 +102,8 @@ class TrainingStep:
         Args:
             image: (B, C, X, Y, Z), float32 or the precision's own. labels: uint8 (B, X, Y, Z). On this rank's device.
         """
+        if not self._knows_order:
+            self._learn_order(image, labels)
         if self.graph:
             loss = self.graph(image, labels)
             self.engine.allreduce_gradients()
@@ -112,7 +118,9 @@ class TrainingStep:
 
     def loss(self, image: Tensor, labels: Tensor) -> DiceCE:
         """Forward and loss."""
-        return self.loss_of(self.engine(image), labels)
+        is_due = self.engine.is_gradient_accumulation_boundary()
+        with self.reducer.no_sync() if self.reducer and not is_due else nullcontext():
+            return self.loss_of(self.engine(image), labels)
 
     def backward(self, loss: DiceCE) -> None:
         """Gradients, averaged over ranks where a step is due."""
@@ -152,6 +160,17 @@ class TrainingStep:
         """The network for a look inside, by hooks and gradients: nothing compiled, and DeepSpeed not in between."""
         with torch.enable_grad(), self._uncompiled():
             yield self._whole() if self.spare else self.model
+
+    def _learn_order(self, image: Tensor, labels: Tensor) -> None:
+        """A pass for nothing, after which buckets of gradients are as in all later ones.
+
+        A run that is resumed then sums over ranks in the order of one that was not stopped, from its first step on.
+        """
+        assert self.reducer is not None
+        with torch.random.fork_rng([image.device] if image.is_cuda else []):
+            self.loss_of(self.reducer(image), labels).loss.backward()
+        self.optimizer.zero_grad()
+        self._knows_order = True
 
     def _uncompiled(self) -> Any:
         return torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext()

@@ -402,15 +402,25 @@ def test_buckets_hide_behind_the_backward_all_but_the_last() -> None:
     assert scaling.exposed_after([4.0], backward=4.0) == pytest.approx(4.0)
 
 
-def test_zero_stages_send_what_deepspeed_sends() -> None:
+def test_zero_stages_send_what_they_must() -> None:
     whole = scaling.over_nodes(scaling.all_reduce, 2e8, 64, NODES)
     half = scaling.over_nodes(scaling.half_ring, 2e8, 64, NODES)
     sent = [scaling.communication(STEP, stage, 64, NODES, 1e9) for stage in range(4)]
     assert sent[0] == pytest.approx((whole, whole))
     assert sent[1] == sent[2] == pytest.approx((whole + half, whole + half))
     assert sent[3][0] == pytest.approx(3 * half) and half <= sent[3][1] < 3 * half
-    small = scaling.communication(STEP, 1, 64, NODES, 40e6)
-    assert small[1] < sent[1][1]  # buckets of 40 MB are sent during the backward
+    for stage in (0, 1):  # buckets of 40 MB are sent during the backward
+        assert scaling.communication(STEP, stage, 64, NODES, 40e6)[1] < sent[stage][1]
+    assert scaling.communication(STEP, 0, 64, NODES, 40e6, after=True) == pytest.approx((whole, whole))
+
+
+def test_eight_gpus_keep_97_percent_of_a_step_of_13_ms() -> None:
+    """150 crops a second of the published UNETR on one GPU, and the links that are assumed."""
+    options = scaling.make_parser().parse_args(["--step_ms", "13.3"])
+    step, _ = scaling.read_step(options)
+    link = scaling.Link(options.nvlink_gbs * 1e9, options.nvlink_us / 1e6)
+    (row,) = scaling.predict(step, 0, scaling.Cluster(8, link, link), 4 * options.bucket_elements, [8])
+    assert row["efficiency"] > 0.97
 
 
 def test_latency_and_bandwidth_come_out_of_two_times() -> None:

@@ -148,11 +148,12 @@ def test_parts_are_sharded_as_the_zero_stage_says() -> None:
     assert parts(3) == (size + shard, shard, 3 * shard, 4000, shard)
 
 
-def test_accumulated_gradients_are_there_during_the_forward() -> None:
-    once, twice = (
-        estimate(network("unet"), (4, *SIZE), 1, "cpu", regions=REGIONS, accumulate_steps=steps) for steps in (1, 2)
+def test_gradients_accumulated_or_kept_in_buckets_are_there_during_the_forward() -> None:
+    ways: tuple[dict[str, Any], ...] = ({}, {"accumulate_steps": 2}, {"world_size": 2})
+    once, twice, on_two_ranks = (
+        estimate(network("unet"), (4, *SIZE), 1, "cpu", regions=REGIONS, **way) for way in ways
     )
-    assert twice.total == once.total + once.gradients
+    assert twice.total == on_two_ranks.total == once.total + once.gradients
 
 
 @pytest.mark.parametrize("accumulates", [False, True])

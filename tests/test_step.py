@@ -274,6 +274,7 @@ def test_float32_means_ieee_products_and_deterministic_means_all() -> None:
 TWO_RANKS = """
 import json, sys
 import torch, torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from engine.distributed import init_ranks
 from engine.parallel import copy_moments, copy_weights, load_moments
 from test_step import batch, graphs_on_a_cpu, make_step, network
@@ -316,6 +317,32 @@ for stage in range(4):  # each goes on from the state of the one before it
     step.done = 20
     result[f"resumed at {stage}"] = run(step, range(20, 23))
     result[f"average at {stage}"] = sum(float(value.double().sum()) for value in average.values())
+
+def first_updates(**options):  # weights after two steps of eight crops each
+    step = make_step(ranks, batch_size=4, grad_clip=CLIP, **options)
+    step.config.loss.dice_weight = 0  # what is left is a mean over crops
+    for number in range(2):
+        image, labels = (tensor[ranks.rank::2] for tensor in batch(number, size=8))
+        passes = step.config.train.accumulate_steps
+        for part in range(passes):
+            step(image[part::passes], labels[part::passes])
+    return step, sum(float(value.double().abs().sum()) for value in copy_weights(step.model).values())
+
+_, result["whole"] = first_updates()
+_, result["in parts"] = first_updates(accumulate_steps=2)
+_, result["compiled"] = first_updates(compile=True)
+step, result["by DeepSpeed"] = first_updates(settings={"prescale_gradients": True})
+result["by DeepSpeed alone"] = step.reducer is None
+sent = []
+step = make_step(ranks, torch.nn.Sequential(network(), torch.nn.Dropout()), accumulate_steps=2)
+step.reducer.register_comm_hook(None, lambda state, bucket: sent.append(1) or allreduce_hook(None, bucket))
+torch.manual_seed(3)
+for number in range(2):
+    torch.manual_seed(3)
+    step(*batch(number))
+    result[f"draws {number}"] = float(torch.rand(1))
+    result.setdefault("laid out", step.reducer._has_rebuilt_buckets)
+result["sent"] = len(sent)
 if ranks.is_first:
     print(json.dumps(result))
 """
@@ -352,6 +379,23 @@ def test_every_zero_stage_gives_the_losses_of_stage_0(stage: int, on_two_ranks: 
 
 def test_gradients_of_graphs_are_averaged_over_ranks(on_two_ranks: dict[str, Any]) -> None:
     assert on_two_ranks["graph"] == pytest.approx(on_two_ranks["0"][:20], rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["in parts", "compiled", "by DeepSpeed"])
+def test_gradients_reduced_during_the_backward_are_those_reduced_after_it(
+    way: str, on_two_ranks: dict[str, Any]
+) -> None:
+    assert on_two_ranks[way] == pytest.approx(on_two_ranks["whole"], rel=1e-6)
+    assert on_two_ranks["by DeepSpeed alone"]
+
+
+def test_buckets_are_laid_out_before_the_first_pass_that_counts(on_two_ranks: dict[str, Any]) -> None:
+    """Else a resumed run would sum over ranks in another order. The pass for it leaves the random state alone."""
+    assert on_two_ranks["laid out"] and on_two_ranks["draws 0"] == on_two_ranks["draws 1"]
+
+
+def test_gradients_are_sent_once_for_all_passes_of_a_step(on_two_ranks: dict[str, Any]) -> None:
+    assert on_two_ranks["sent"] == 2  # when buckets are laid out, and after the second pass
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
