@@ -1,6 +1,7 @@
 """Kill a run at a random moment, resume it, and compare its last weights with those of a run that nobody touched.
 
-    python -m benchmarks.resume                     20 kills of one rank, 20 of two, and 5 of each within a save
+    python -m benchmarks.resume                     20 kills of one rank, 20 of two (at ZeRO 0 and 2 by turns), and 5 of
+                                                    each within a save
     python -m benchmarks.resume --kills 3 --ranks 1
 
 Real processes and SIGKILL: all ranks, or one of two, which the others must notice. The runs are small and on a CPU, in
@@ -47,11 +48,10 @@ LIMIT_S = 300.0
 
 
 class Run:
-    """A training run of `ranks` processes in `folder`."""
+    """A training run of `ranks` processes in `folder`, at a ZeRO stage."""
 
-    def __init__(self, folder: Path, ranks: int, name: str) -> None:
-        self.folder, self.ranks, self.dir = folder, ranks, folder / "runs" / name
-        self.stage = 0 if ranks == 1 else 2
+    def __init__(self, folder: Path, ranks: int, stage: int, name: str) -> None:
+        self.folder, self.ranks, self.stage, self.dir = folder, ranks, stage, folder / "runs" / name
         self.processes: list[subprocess.Popen] = []
 
     def start(self, *args: str) -> None:
@@ -106,13 +106,16 @@ class Run:
 def kill_and_resume(folder: Path, ranks: int, kills: int, within_save: int, seed: int = 0) -> dict[str, int]:
     """Numbers of runs that were killed at a step, killed within a save, and that ended with other weights."""
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    whole = Run(folder, ranks, f"whole-{ranks}")
-    whole.begin()
-    expected = whole.finish()
+    expected = {}
+    for stage in (0,) if ranks == 1 else (0, 2):
+        whole = Run(folder, ranks, stage, f"whole-{ranks}-{stage}")
+        whole.begin()
+        expected[stage] = whole.finish()
     chance, steps = random.Random(seed), EPOCHS * STEPS // ranks
     counts = {"at a step": 0, "within a save": 0, "other weights": 0}
     for number in range(kills + within_save):
-        run, at = Run(folder, ranks, f"killed-{ranks}-{number}"), chance.randrange(1, steps)
+        stage = list(expected)[number // 2 % len(expected)]
+        run, at = Run(folder, ranks, stage, f"killed-{ranks}-{number}"), chance.randrange(1, steps)
         saving = number >= kills
         one_of_two = 1 if ranks > 1 and number % 2 else None
         run.begin()
@@ -122,9 +125,9 @@ def kill_and_resume(folder: Path, ranks: int, kills: int, within_save: int, seed
         counts["within a save" if saving else "at a step"] += 1
         run.start("--resume", str(run.dir))
         found = run.finish()
-        same = all(torch.equal(value, expected[name]) for name, value in found.items())
+        same = all(torch.equal(value, expected[stage][name]) for name, value in found.items())
         counts["other weights"] += not same
-        print(f"{ranks} rank(s), kill {number + 1}: step {at}{', saving' if saving else ''}: "
+        print(f"{ranks} rank(s), ZeRO {stage}, kill {number + 1}: step {at}{', saving' if saving else ''}: "
               f"{'the same weights' if same else 'OTHER WEIGHTS'}", flush=True)  # fmt: skip
     return counts
 
