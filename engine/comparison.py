@@ -28,8 +28,8 @@ import yaml
 from matplotlib.ticker import MaxNLocator
 
 from engine.checkpoint import states
-from engine.config import CONFIGS, Config, DataConfig, config_from_dict, to_dict
-from engine.data import load_data
+from engine.config import CONFIGS, Config, config_from_dict, to_dict
+from engine.data import list_cases, make_val_loader, obtain_root, prepared
 from engine.metrics import CaseDice, case_dice
 from engine.pictures import as_numpy, legend, plt, show_slice
 from engine.progress import percent
@@ -38,7 +38,6 @@ from engine.trained import load_trained
 from kernels.dice_ce import region_masks
 from pipelines.cases import MODALITIES
 from pipelines.labels import REGIONS
-from pipelines.loaders import ValLoader
 
 SCORES = ("mean", *REGIONS)
 SLICES = 3
@@ -58,7 +57,6 @@ PUBLISHED = {
     "unetr_monai": Published("UNETR of MONAI", 180, 0.761),
 }
 COLOURS = {"unet": "#0072b2", "unetr": "#d55e00", "unetr_monai": "#009e73"}
-VALIDATION_CASES = "validation cases"
 VALIDATION_CASES = "validation cases"
 TASK01_NAME, TASK01_CASES, TASK01_VALIDATION_CASES = "BRATS", 484, 96
 PUBLISHED_CROPS_PER_STEP = 2
@@ -391,7 +389,9 @@ def predict_example(rows: Sequence[Row], device: torch.device) -> Predictions:
     """
     first = rows[0].runs[0]
     assert first.example is not None
-    name, image, labels = _load_case(first.config.data, first.example, _is_full(first.config), device)
+    cases = list_cases(first.config.data, obtain_root(first.config.data)).select([first.example])
+    store = prepared(first.config.data, cases)
+    ((name, image, labels),) = make_val_loader(first.config, store, [first.example], device)
     found, truth = {}, None
     for row in rows:
         trained = load_trained(row.runs[0].path, device)
@@ -409,19 +409,6 @@ def predict_example(rows: Sequence[Row], device: torch.device) -> Predictions:
 
 def _is_full(config: Config) -> bool:
     return config.train.validation == "full_volume"
-
-
-def _load_case(
-    config: DataConfig, name: str, full: bool, device: torch.device
-) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """A validation case as it is validated: name, image float32 (1, C, X, Y, Z), labels uint8 (1, X, Y, Z)."""
-    store = load_data(config).store
-    loader = ValLoader(
-        store, [name], None if full else config.crop_size_voxels, pad=config.pad, normalise=not full,
-        memory_format=torch.contiguous_format,
-    )  # fmt: skip
-    (found,) = loader
-    return found[0], found[1].to(device), found[2].to(device)
 
 
 def draw_predictions(predictions: Predictions, path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -239,7 +240,9 @@ def test_models_predict_the_same_case_and_a_picture_shows_them(
         content = content_of(data.store.coding, **trained, config=to_dict(config))
         save_weights(run_dir / "checkpoints" / "best.pt", content)
         runs.append(replace(Run.read(run_dir), cases=data.val, example=data.val[1]))
+    shutil.rmtree(cache / "store")
     predictions = comparison.predict_example(make_rows(runs), torch.device("cpu"))
+    assert len(list((cache / "store").glob("*.image.npy"))) == 1  # no case is prepared that is not shown
     assert predictions.name == data.val[1] and list(predictions.of_models) == ["unet", "unetr"]
     shape = (32, 32, 16) if validation == "center_crop" else data.store.shape(data.store.index(data.val[1]))
     assert predictions.truth_RXYZ.shape == (3, *shape) and predictions.truth_RXYZ.any()
