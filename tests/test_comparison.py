@@ -343,6 +343,16 @@ def test_a_users_mistake_ends_in_one_line_and_status_2(
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_training_that_is_killed_ends_with_the_status_of_shells_and_ctrl_c_with_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--run_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(compare, "run_process", Children({"unet": -signal.SIGKILL}))
+    assert compare.main(args) == 128 + signal.SIGKILL
+    monkeypatch.setattr(compare, "run_process", lambda command: signal.raise_signal(signal.SIGINT))
+    assert compare.main(args) == 130 and "the same command goes on from here" in capsys.readouterr().err
+
+
 def test_the_launcher_must_not_start_the_comparison_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
