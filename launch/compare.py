@@ -31,7 +31,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from engine import comparison
+from engine import comparison, comparison_pictures
 from engine.command import run_command
 from engine.comparison import PUBLISHED, Row, Run
 from engine.config import Config, make_parser, parse_config, to_dict
@@ -214,7 +214,7 @@ def compare(runs: Sequence[Run], folder: Path) -> None:
     rows = comparison.make_rows(runs)
     folder.mkdir(parents=True, exist_ok=True)
     comparison.write_table(rows, folder)
-    comparison.draw_curves(rows, folder / "curves.png")
+    comparison_pictures.draw_curves(rows, folder / "curves.png")
     table = Table()
     for column in comparison.HEAD:
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -231,14 +231,14 @@ def draw_predictions(rows: Sequence[Row], path: Path) -> None:
     """The same case by every model; without it, the reason."""
     runs = [row.runs[0] for row in rows]
     path.unlink(missing_ok=True)
-    if not comparison.can_share_a_case(runs):
+    if not comparison_pictures.can_share_a_case(runs):
         print("no predictions.png: the runs have no validation case that they see in the same way")
         return
     settings = runs[0].config
     device = torch.device("cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu")
     dispatch.use(settings.kernels, device)
     try:
-        comparison.draw_predictions(comparison.predict_example(rows, device), path)
+        comparison_pictures.draw_predictions(comparison_pictures.predict_example(rows, device), path)
     except ValueError as error:  # scans that are gone leave the table as it is
         print(f"no predictions.png: {error}")
 
