@@ -17,7 +17,7 @@ from engine.watch import STOP_SIGNALS, Interrupted, Preempted
 log = logging.getLogger(__name__)
 
 
-def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str]) -> int:
+def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str], alone: bool = False) -> int:
     """Run a command's work; returns the exit status, or ends the process where one of several ranks fails.
 
     A user's mistake (`ValueError`: a bad value, a faulty scan) becomes one line on standard error and status 2; the
@@ -26,6 +26,7 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str])
 
     Args:
         work: returns its status, None for 0. how_to_go_on: advice for a user whose command was stopped.
+        alone: this process has no peers, whatever a launcher's variables say.
     """
     watch: Watch | None = None
     status, line = 0, ""
@@ -37,7 +38,7 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str])
 
     handlers = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
-        watch = join_watch()
+        watch = None if alone else join_watch()
         status = work() or 0
     except Preempted as stop:
         status, line = _told(stop, how_to_go_on)

@@ -2,8 +2,8 @@
 
     table.md         model, epochs, mean Dice, Dice of the regions; below it what the numbers are and what they are not
     comparison.json  the same
-    curves.png       validation Dice and training loss of all runs
-    predictions.png  one validation case: truth, then what each model makes of it
+
+`engine.comparison_pictures` draws them.
 
 Runs of one model with several seeds share a row: mean and sample standard deviation. The published figures stand beside
 ours only where the runs are the published experiment (`launch/configs/seed.yaml` on Decathlon Task01); where they are
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,26 +21,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 import yaml
-from matplotlib.ticker import MaxNLocator
 
 from engine.checkpoint import states
-from engine.config import CONFIGS, Config, DataConfig, config_from_dict, to_dict
-from engine.data import load_data
-from engine.metrics import CaseDice, case_dice
-from engine.pictures import as_numpy, legend, plt, show_slice
+from engine.config import CONFIGS, Config, config_from_dict, to_dict
 from engine.progress import percent
-from engine.sliding_window import sliding_window_logits
-from engine.trained import load_trained
-from kernels.dice_ce import region_masks
 from pipelines.cases import MODALITIES
 from pipelines.labels import REGIONS
-from pipelines.loaders import ValLoader
 
 SCORES = ("mean", *REGIONS)
-SLICES = 3
 
 
 class Published(NamedTuple):
@@ -57,8 +45,6 @@ PUBLISHED = {
     "unetr": Published("UNETR of self-attention-cv", 180, 0.769),
     "unetr_monai": Published("UNETR of MONAI", 180, 0.761),
 }
-COLOURS = {"unet": "#0072b2", "unetr": "#d55e00", "unetr_monai": "#009e73"}
-VALIDATION_CASES = "validation cases"
 VALIDATION_CASES = "validation cases"
 TASK01_NAME, TASK01_CASES, TASK01_VALIDATION_CASES = "BRATS", 484, 96
 PUBLISHED_CROPS_PER_STEP = 2
@@ -331,117 +317,3 @@ def _plain(row: Row) -> dict[str, Any]:
         "published": PUBLISHED[row.model].dice,
         "not_comparable_because": list(row.unmet),
     }
-
-
-# Pictures
-
-
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Validation Dice and training loss of all runs by epoch; seeds of a model share its colour."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharex=True)
-    for row in rows:
-        for index, run in enumerate(row.runs):
-            style: dict[str, Any] = {"color": COLOURS[row.model], "alpha": 1.0 if len(row.runs) == 1 else 0.6}
-            label = None if index else f"{PUBLISHED[row.model].title}, best {row.cell('mean')}"
-            dice = [(r["epoch"], 100 * r["val_mean"]) for r in run.history if r.get("val_mean") is not None]  # type: ignore[operator]
-            loss = [(r["epoch"], r["loss"]) for r in run.history if r["loss"] is not None]
-            left.plot(*zip(*dice), marker="o", ms=3, label=label, **style)
-            right.plot(*zip(*loss), lw=1.2, **style)
-    left.set(xlabel="epoch", ylabel="validation, mean Dice (%)", ylim=(0, 100))
-    right.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """One validation case, and what each model makes of it.
-
-    Attributes:
-        name: of the case. scan_XYZ: its first modality. truth_RXYZ: bool (3, X, Y, Z).
-        of_models: by model, the regions, bool (3, X, Y, Z), and their counts.
-    """
-
-    name: str
-    scan_XYZ: np.ndarray
-    truth_RXYZ: np.ndarray
-    of_models: dict[str, tuple[np.ndarray, CaseDice]]
-
-
-def can_share_a_case(runs: Sequence[Run]) -> bool:
-    """Whether the runs see the same validation cases in the same way."""
-    decisive = [name for name in differences(runs) if name in (VALIDATION_CASES, "--train.validation")
-                or name.startswith("--data.")]  # fmt: skip
-    return bool(runs[0].cases) and not decisive
-
-
-def predict_example(rows: Sequence[Row], device: torch.device) -> Predictions:
-    """The first seed of each model, with its best weights, on the same validation case.
-
-    Args:
-        rows: whose runs `can_share_a_case`. device: where the networks run.
-
-    Raises:
-        ValueError: the scans are not there any more.
-    """
-    first = rows[0].runs[0]
-    assert first.example is not None
-    name, image, labels = _load_case(first.config.data, first.example, _is_full(first.config), device)
-    found, truth = {}, None
-    for row in rows:
-        trained = load_trained(row.runs[0].path, device)
-        truth = region_masks(labels, trained.coding.regions)[0]
-        with torch.no_grad():
-            if _is_full(trained.config):
-                logits = sliding_window_logits(trained.network, image, trained.config.data.crop_size_voxels)
-            else:
-                logits = trained.network(image)
-        masks = (logits > 0)[0]  # sigmoid(x) > 0.5
-        found[row.model] = (as_numpy(masks), case_dice(name, masks, truth))
-    assert truth is not None
-    return Predictions(name, as_numpy(image[0, 0]), as_numpy(truth), found)
-
-
-def _is_full(config: Config) -> bool:
-    return config.train.validation == "full_volume"
-
-
-def _load_case(
-    config: DataConfig, name: str, full: bool, device: torch.device
-) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """A validation case as it is validated: name, image float32 (1, C, X, Y, Z), labels uint8 (1, X, Y, Z)."""
-    store = load_data(config).store
-    loader = ValLoader(
-        store, [name], None if full else config.crop_size_voxels, pad=config.pad, normalise=not full,
-        memory_format=torch.contiguous_format,
-    )  # fmt: skip
-    (found,) = loader
-    return found[0], found[1].to(device), found[2].to(device)
-
-
-def draw_predictions(predictions: Predictions, path: Path) -> None:
-    """Truth in the first row, a model in each of the others; axial slices through the tumour."""
-    truth = predictions.truth_RXYZ
-    extent = np.flatnonzero(truth.any(axis=(0, 1, 2)))
-    slices = np.quantile(extent if len(extent) else [truth.shape[3] // 2], np.linspace(0, 1, SLICES + 2)[1:-1])
-    shown = {"truth": ("truth", truth)}
-    for model, (masks, counts) in predictions.of_models.items():
-        dice = [percent(None if math.isnan(value) else value) for value in counts.dice()]
-        scores = "  ".join(f"{region} {value}" for region, value in zip(REGIONS, dice))
-        shown[model] = (f"{PUBLISHED[model].title}   Dice {scores}", masks)
-    size = (2.9 * SLICES, 3.1 * len(shown))
-    figure, rows = plt.subplots(len(shown), SLICES, figsize=size, layout="constrained", squeeze=False)
-    for row, (title, masks) in zip(rows, shown.values()):
-        for axis, z in zip(row, slices.astype(int)):
-            show_slice(axis, predictions.scan_XYZ[..., z], masks[..., z])
-            axis.set_xlabel(f"slice {z}", fontsize=8)
-        row[SLICES // 2].set_title(title, fontsize=10)
-    figure.suptitle(predictions.name, fontsize=11)
-    legend(figure)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)

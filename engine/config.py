@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser
 from kernels.dispatch import Kernels
 from pipelines.augment import Augment
 from pipelines.cases import check_folds
-from pipelines.store import StoreDtype
+from pipelines.prepared import StoreDtype
 from pipelines.volumes import Residence
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,16 +102,7 @@ def make_loaders(config: Config, ranks: Ranks, data: Data) -> tuple[CropLoader, 
     Raises:
         ValueError: as the loaders say.
     """
-    settings, on_gpu = config.data, ranks.device.type == "cuda"
-    shard: dict[str, Any] = {
-        "device": "gpu" if on_gpu else "cpu",
-        "device_id": ranks.local_rank if on_gpu else None,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        "pad": settings.pad,
-        # A GPU's convolutions want the channels last in memory, a CPU's first.
-        "memory_format": torch.channels_last_3d if on_gpu else torch.contiguous_format,
-    }
+    settings = config.data
     crops: dict[str, Any] = {
         "names": data.train,
         "crop_size": settings.crop_size_voxels,
@@ -121,8 +113,10 @@ def make_loaders(config: Config, ranks: Ranks, data: Data) -> tuple[CropLoader, 
         "foreground_prob": settings.foreground_prob,
         "extras": settings.augment,
         # Autocast rounds the input of the first convolutions in any case; so half the bytes come.
-        "dtype": torch.bfloat16 if on_gpu and config.train.precision == "bf16" else torch.float32,
-        **shard,
+        "dtype": torch.bfloat16 if ranks.device.type == "cuda" and config.train.precision == "bf16" else torch.float32,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        **_placed(settings, ranks.device),
     }
     train: CropLoader
     if data.scans is None:
@@ -132,6 +126,30 @@ def make_loaders(config: Config, ranks: Ranks, data: Data) -> tuple[CropLoader, 
         train = RawLoader(data.scans, spacing_mm=settings.spacing_mm, **crops)
     if not data.val:
         return train, None
+    return train, make_val_loader(config, data.store, data.val, ranks.device, ranks.rank, ranks.world_size)
+
+
+def make_val_loader(
+    config: Config, store: Store, names: Sequence[str], device: torch.device, rank: int = 0, world_size: int = 1
+) -> ValLoader:
+    """Named cases as the configuration validates them: the centre crop, z-scored, or the full volume as it is.
+
+    Raises:
+        ValueError: as the loader says.
+    """
     full = config.train.validation == "full_volume"
-    size = None if full else settings.crop_size_voxels
-    return train, ValLoader(data.store, data.val, size, normalise=not full, **shard)
+    size = None if full else config.data.crop_size_voxels
+    placed = _placed(config.data, device)
+    return ValLoader(store, names, size, rank=rank, world_size=world_size, normalise=not full, **placed)
+
+
+def _placed(config: DataConfig, device: torch.device) -> dict[str, Any]:
+    """Options of all loaders: where their batches are, and how they lie in memory."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": "gpu" if on_gpu else "cpu",
+        "device_id": device.index,
+        "pad": config.pad,
+        # A GPU's convolutions want the channels last in memory, a CPU's first.
+        "memory_format": torch.channels_last_3d if on_gpu else torch.contiguous_format,
+    }

@@ -7,10 +7,10 @@
     self_attention_cv   state dict of self-attention-cv's UNETR
     bundle              a MONAI bundle, see `engine.bundle`
 
-Graphs are traced from the reference operations, so they hold PyTorch's own and none of our kernels. Their batch size is
-free, the size of the volume is that of the training crops. What a network expects of its input is not in its graph:
-`describe` says it, and each file that can hold words carries them. Every graph is run and compared with the network
-before its file gets its name. No code from a file is run on the way in.
+A graph holds PyTorch's own operations and none of our kernels, which give way to their references where one is traced.
+Its batch size is free, the size of the volume is that of the training crops. What a network expects of its input is not
+in its graph: `describe` says it, and each file that can hold words carries them. Every graph is run and compared with
+the network before its file gets its name. No code from a file is run on the way in.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,8 +32,6 @@ from torch import Tensor, nn
 from engine.checkpoint import FORMAT, SAFETENSORS_KEY
 from engine.config import Config, to_dict
 from engine.trained import Trained, make_model
-from kernels.attention import attention_reference
-from kernels.instance_norm import instance_norm_reference
 from models.convert import PACKAGES, StateDict, from_reference, to_reference
 from pipelines.labels import REGIONS, Coding
 
@@ -250,7 +247,7 @@ def _strings(description: dict[str, Any]) -> dict[str, str]:
 def trace(trained: Trained) -> torch.export.ExportedProgram:
     """The graph of a network in PyTorch's own operations: (batch, C, X, Y, Z) to logits, X, Y and Z as in training."""
     image = torch.zeros(2, len(trained.modalities), *trained.config.data.crop_size_voxels)
-    with torch.no_grad(), _reference_operations(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about itself
         program = torch.export.export(trained.network, (image,), dynamic_shapes=_free_batch())
         return program.run_decompositions({})  # autocast, switched off around each operation, leaves the graph
@@ -258,21 +255,6 @@ def trace(trained: Trained) -> torch.export.ExportedProgram:
 
 def _free_batch() -> tuple[dict[int, Any]]:
     return ({0: torch.export.Dim("batch")},)
-
-
-@contextlib.contextmanager
-def _reference_operations() -> Iterator[None]:
-    """The networks on plain PyTorch. The choice of a kernel goes by the batch size, which a graph leaves open."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention_reference(q, k, v, q.shape[-1] ** -0.5)
-
-    with (
-        mock.patch("models.vit.flash_attention", attention),
-        mock.patch("models.unetr.instance_norm", instance_norm_reference),
-        mock.patch("models.unet.instance_norm", instance_norm_reference),
-    ):
-        yield
 
 
 def save_torch_export(path: Path, trained: Trained, program: torch.export.ExportedProgram) -> float:

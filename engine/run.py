@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from engine import checkpoint, metrics, pictures, report
 from engine.command import run_command
 from engine.config import Config, to_dict
-from engine.data import Data, load_data
+from engine.data import Data, load_data, make_val_loader
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.progress import percent
 from engine.trained import load_trained, make_model
@@ -26,7 +26,6 @@ from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import parameter_count
 from pipelines.labels import REGIONS
-from pipelines.loaders import ValLoader
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +121,8 @@ def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
     trained = load_trained(run_dir, device)  # a network of its own, for the trained one may be sharded over ranks
     modality = pictures.SCAN_TITLES.get(trained.modalities[0], trained.modalities[0])
     drawn = {}
-    for name, image, labels in _loader_of(trainer, list(dict.fromkeys([data.val[0], *places]))):
-        image, labels = image.to(device), labels.to(device)
+    names = list(dict.fromkeys([data.val[0], *places]))  # on this rank, whichever validated them
+    for name, image, labels in make_val_loader(trainer.config, data.store, names, device):
         prediction, truth = trainer.masks(trained.network, image), region_masks(labels, trainer.regions)[0]
         scored = metrics.case_dice(name, prediction, truth)
         scan, truth_masks, predicted = (pictures.as_numpy(array) for array in (image[0, 0], truth, prediction))
@@ -143,22 +142,6 @@ def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
     )
     caption = f"{data.val[0]} with the weights of epoch {trained.epoch}. Scan: {modality}."
     return [extremes, report.Section("Truth and prediction", {"prediction.png": caption})]
-
-
-def _loader_of(trainer: Trainer, names: Sequence[str]) -> ValLoader:
-    """Named validation cases as they are validated, on this rank whichever rank they were on."""
-    data, on_gpu = trainer.config.data, trainer.ranks.device.type == "cuda"
-    is_full = trainer.config.train.validation == "full_volume"
-    return ValLoader(
-        trainer.data.store,
-        names,
-        None if is_full else data.crop_size_voxels,
-        device="gpu" if on_gpu else "cpu",
-        pad=data.pad,
-        device_id=trainer.ranks.local_rank if on_gpu else None,
-        normalise=not is_full,
-        memory_format=torch.channels_last_3d if on_gpu else torch.contiguous_format,
-    )
 
 
 def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:

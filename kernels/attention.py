@@ -548,6 +548,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
     """
     _check(q, k, v, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_exporting():  # a graph holds plain operations, and leaves open the batch size that a key needs
+        return attention_reference(q, k, v, scale)
     key = _key(q)
     path = dispatch.path("flash_attention", q, key)
     if path == "triton":

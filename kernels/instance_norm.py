@@ -900,6 +900,8 @@ def instance_norm(
             `residual_norm` without a residual.
     """
     _check(x, weight, bias, eps, negative_slope, residual, residual_norm)
+    if torch.compiler.is_exporting():  # a graph holds plain operations, and leaves open the batch size that a key needs
+        return instance_norm_reference(x, weight, bias, eps, negative_slope, residual, residual_norm)
     chosen = dispatch.path("instance_norm", x, _key(x, residual, residual_norm))
     if chosen == "triton":
         slope_tensor, slope = (negative_slope, None) if isinstance(negative_slope, Tensor) else (None, negative_slope)

@@ -31,7 +31,8 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from engine import comparison
+from engine import comparison, comparison_pictures
+from engine.command import run_command
 from engine.comparison import PUBLISHED, Row, Run
 from engine.config import Config, make_parser, parse_config, to_dict
 from engine.distributed import read_place
@@ -42,19 +43,11 @@ STOP_LIMIT_S = 60.0  # for a run's processes to save and end
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
 
 
-class Stopped(Exception):
-    """Training ended before a run did."""
-
-    def __init__(self, run_dir: Path, status: int) -> None:
-        super().__init__(f"{run_dir} ended with status {status}; the same command goes on from there")
-        self.status = status
-
-
 def main(args: list[str] | None = None) -> int:
     """Parse the command line, train what has to be trained, and compare.
 
     Returns:
-        exit status: 0, 2 for a user's mistake, 130 when interrupted; where training ended early, its own.
+        exit status: 0, 2 for a user's mistake, 75 or 130 when stopped; where training ended early, its own.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = sys.argv[1:] if args is None else args
@@ -63,7 +56,8 @@ def main(args: list[str] | None = None) -> int:
     launchers = "deepspeed trains on all GPUs: the default where there are several."
     parser.add_argument("--launcher", choices=("python", "deepspeed"), help=launchers)
     parser.add_argument("--runs", nargs="+", type=Path, help="Finished runs to compare; nothing is trained.")
-    try:
+
+    def work() -> int:
         config, options = parse_config(parser, args)
         check(config, options)
         run_dirs, folder = options.runs, options.run_dir or Path("runs") / "comparison"
@@ -73,18 +67,13 @@ def main(args: list[str] | None = None) -> int:
             given = parser.parse_args([part for file in files for part in ("--config", file)] + args, defaults=False)
             runs = plan(config, folder, options.seeds, with_epochs="train.epochs" in given)
             run_dirs = list(runs)
-            train_all(runs, options.launcher)
+            status = train_all(runs, options.launcher)
+            if status:
+                return status
         compare([Run.read(run_dir) for run_dir in run_dirs], folder)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return stop.status if stop.status > 0 else 128 - stop.status  # by a signal: as shells count
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return run_command(work, lambda: "the same command goes on from here", alone=True)
 
 
 def check(config: Config, options: Namespace) -> None:
@@ -120,11 +109,11 @@ def plan(config: Config, folder: Path, seeds: int, with_epochs: bool) -> dict[Pa
     return runs
 
 
-def train_all(runs: dict[Path, Config], launcher: str | None) -> None:
-    """Train what is not finished, one run after the other.
+def train_all(runs: dict[Path, Config], launcher: str | None) -> int:
+    """Train what is not finished, one run after the other; returns the status of the first that ended early, or 0.
 
     Raises:
-        ValueError: a run was begun with other options. Stopped: training ended early.
+        ValueError: a run was begun with other options.
     """
     files = {run_dir: write_options(config, run_dir) for run_dir, config in runs.items()}
     command = launch_command(launcher)
@@ -135,7 +124,9 @@ def train_all(runs: dict[Path, Config], launcher: str | None) -> None:
         print(f"{run_dir}: training", flush=True)
         status = run_process([*command, "--config", str(file), "--run_dir", str(run_dir), "--resume", "auto"])
         if status:
-            raise Stopped(run_dir, status)
+            print(f"{run_dir} ended with status {status}; the same command goes on from there", file=sys.stderr)
+            return status if status > 0 else 128 - status  # by a signal: as shells count
+    return 0
 
 
 def write_options(config: Config, run_dir: Path) -> Path:
@@ -223,7 +214,7 @@ def compare(runs: Sequence[Run], folder: Path) -> None:
     rows = comparison.make_rows(runs)
     folder.mkdir(parents=True, exist_ok=True)
     comparison.write_table(rows, folder)
-    comparison.draw_curves(rows, folder / "curves.png")
+    comparison_pictures.draw_curves(rows, folder / "curves.png")
     table = Table()
     for column in comparison.HEAD:
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -240,14 +231,14 @@ def draw_predictions(rows: Sequence[Row], path: Path) -> None:
     """The same case by every model; without it, the reason."""
     runs = [row.runs[0] for row in rows]
     path.unlink(missing_ok=True)
-    if not comparison.can_share_a_case(runs):
+    if not comparison_pictures.can_share_a_case(runs):
         print("no predictions.png: the runs have no validation case that they see in the same way")
         return
     settings = runs[0].config
     device = torch.device("cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu")
     dispatch.use(settings.kernels, device)
     try:
-        comparison.draw_predictions(comparison.predict_example(rows, device), path)
+        comparison_pictures.draw_predictions(comparison_pictures.predict_example(rows, device), path)
     except ValueError as error:  # scans that are gone leave the table as it is
         print(f"no predictions.png: {error}")
 

@@ -24,6 +24,7 @@ import torch
 
 from engine.bundle import write_bundle
 from engine.checkpoint import load_weights, save_weights
+from engine.command import run_command
 from engine.config import Config, make_parser
 from engine.interchange import (
     describe,
@@ -58,22 +59,19 @@ def main(args: list[str] | None = None) -> int:
     """Parse the command line and convert.
 
     Returns:
-        exit status: 0, 2 for a user's mistake, 130 when interrupted.
+        exit status: 0, 2 for a user's mistake, 75 or 130 when stopped.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        config, options = parse(args)
-        if options.to:
-            export(options.source, options.to, options.output, options.overwrite)
-        else:
-            import_(options.source, options["from"], config, options.output, options.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: convert(args), lambda: "nothing was written", alone=True)
+
+
+def convert(args: list[str] | None) -> None:
+    """What the command line asks for."""
+    config, options = parse(args)
+    if options.to:
+        export(options.source, options.to, options.output, options.overwrite)
+    else:
+        import_(options.source, options["from"], config, options.output, options.overwrite)
 
 
 def parse(args: list[str] | None) -> tuple[Config, jsonargparse.Namespace]:

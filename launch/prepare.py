@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from engine.command import run_command
 from engine.config import DataConfig, make_parser, parse_config
 from engine.data import list_cases, obtain_root, prepared
 from pipelines.cases import survey_cases
@@ -34,20 +35,17 @@ def main(args: list[str] | None = None) -> int:
     """Parse the command line, then prepare or check.
 
     Returns:
-        exit status: 0, 1 where `--check` finds a fault, 2 for a user's mistake, 130 when interrupted.
+        exit status: 0, 1 where `--check` finds a fault, 2 for a user's mistake, 75 or 130 when stopped.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = make_parser("Prepare scans for training (resample, orient, store), or check them.")
     parser.add_argument("--check", action="store_true", help="Report every faulty case and write nothing.")
-    try:
+
+    def work() -> int:
         config, options = parse_config(parser, args)
         return check(config.data) if options.check else prepare(config.data)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+
+    return run_command(work, lambda: "the same command goes on from here", alone=True)
 
 
 def check(config: DataConfig) -> int:

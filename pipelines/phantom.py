@@ -25,7 +25,6 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
@@ -34,14 +33,22 @@ from isal import igzip
 from rich.console import Console
 from rich.progress import track
 
+from pipelines.anatomy import (
+    CENTRE_MM,
+    HEAD_MM,
+    Anatomy,
+    Field,
+    Tumour,
+    draw_anatomy,
+    draw_distractors,
+    draw_seat,
+    draw_tumour,
+)
 from pipelines.cases import DataError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it whenever the same parameters give other voxels
-HEAD_MM = (240.0, 240.0, 155.0)
-_CENTRE_MM = (119.5, 124.0, 76.0)
-_SEMI_AXES_MM = (64.0, 83.0, 71.0)
 _MIN_VOXELS = 16
 _GZIP_LEVEL = 1
 _MARKER = "phantom.json"
@@ -56,181 +63,15 @@ _CONTRAST = {
 }
 
 
-@dataclass
-class _Field:
-    """Smooth random fields on a box of the head's grid.
-
-    `axes` are the voxel centres in mm along x, y, z; `voxel_mm` is the mean voxel edge, the least width of a ramp.
-    """
-
-    rng: np.random.Generator
-    axes: tuple[np.ndarray, np.ndarray, np.ndarray]
-    voxel_mm: float
-    shape: tuple[int, int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.shape = (len(self.axes[0]), len(self.axes[1]), len(self.axes[2]))
-
-    def smooth(self, cell_mm: float) -> np.ndarray:
-        """A field of mean 0 and deviation about 1 that varies over cell_mm: B-splines, applied one axis at a time."""
-        weights = [_bspline_matrix(axis, extent, cell_mm) for axis, extent in zip(self.axes, HEAD_MM, strict=True)]
-        grid = self.rng.standard_normal([w.shape[1] for w in weights], dtype=np.float32)
-        for weight in weights:  # contract the first axis and put the new one last: x, y, z are in order after three
-            grid = np.tensordot(grid, weight, axes=(0, 1))
-        return grid / np.float32(0.47930**1.5)  # 151/315, the mean sum of squared cubic B-spline weights, per axis
-
-    def ramp(self, depth_mm: np.ndarray, width_mm: float = 0.0) -> np.ndarray:
-        """Occupancy from 0 to 1 by the signed depth inside a surface, over a width of at least a voxel."""
-        return np.clip(depth_mm * np.float32(1 / max(width_mm, self.voxel_mm)) + np.float32(0.5), 0, 1)
-
-
-def _bspline_matrix(axis_mm: np.ndarray, extent_mm: float, cell_mm: float) -> np.ndarray:
-    """Cubic B-spline weights (len(axis), nodes) float32 of nodes cell_mm apart."""
-    position = axis_mm / cell_mm + 1
-    distance = np.abs(position[:, None] - np.arange(int(np.ceil(extent_mm / cell_mm)) + 3))
-    inner = 2 / 3 - distance**2 + distance**3 / 2
-    outer = np.clip(2 - distance, 0, None) ** 3 / 6
-    return np.where(distance < 1, inner, outer).astype(np.float32)
-
-
-def _ellipsoid(p: Sequence[np.ndarray], centre: Sequence[float], semi_axes: Sequence[float]) -> np.ndarray:
-    """Depth in mm, about, inside an ellipsoid: positive inside."""
-    square = sum(((a - c) / s) ** 2 for a, c, s in zip(p, centre, semi_axes, strict=True))
-    return (1 - np.sqrt(square)) * np.float32(min(semi_axes))
-
-
-@dataclass
-class _Anatomy:
-    """Occupancies from 0 to 1 over the box, and what the tumour needs to know.
-
-    Args:
-        brain: bool mask.
-        csf, grey: occupancies; white matter is the rest of the brain.
-        ventricle, surface: depth in mm inside the ventricles, and below the brain's surface.
-        pial: distance in mm to the nearest surface, sulci included.
-        choroid: occupancy of the choroid plexus.
-    """
-
-    brain: np.ndarray
-    csf: np.ndarray
-    grey: np.ndarray
-    ventricle: np.ndarray
-    surface: np.ndarray
-    pial: np.ndarray
-    choroid: np.ndarray
-
-
-def _anatomy(f: _Field, p: Sequence[np.ndarray]) -> _Anatomy:
-    """The healthy brain at coordinates p (x to the left, y to the back, z up; mm from the centre)."""
-    x, y, z = p
-    a, b, c = _SEMI_AXES_MM
-    wide = a * (1 + 0.07 * np.clip(y / b, -1, 1))  # brains are wider at the back, flat below
-    height = np.where(z > 0, np.float32(c), np.float32(0.80 * c))
-    radius = np.sqrt((x / wide) ** 2 + (y / b) ** 2 + (z / height) ** 2)
-    cerebrum = (1 - radius) * np.float32(75) + 1.5 * f.smooth(16)
-    cerebellum = _ellipsoid((np.abs(x), y, z), (20, 45, -42), (32, 30, 24))
-    stem = _ellipsoid(p, (0, 18, -58), (13, 13, 34))
-    surface = np.maximum(np.maximum(cerebrum, cerebellum), stem)
-
-    sheet = np.abs(f.smooth(12)) * np.float32(7.5)  # mm, about, to a sulcus
-    sulcus = np.minimum(sheet, np.abs(f.smooth(9)) * np.float32(5.5) + 1) + 0.4 * np.clip(surface - 15, 0, None)
-    fissure = np.abs(x) + 0.6 * np.clip(44 - np.hypot(y, z + 6), 0, None)  # the callosum joins the hemispheres
-    pial = np.minimum(np.minimum(surface, sulcus), fissure)
-
-    side = np.abs(x)
-    spread = f.rng.uniform(0.75, 1.3)
-    bend = 0.0045 * (y - 4) ** 2
-    horn = _ellipsoid((side - 10 - 0.8 * bend, y - 4, z - 9 + 0.6 * bend), (0, 0, 0), (6.5 * spread, 38, 11 * spread))
-    third = _ellipsoid(p, (0, 8, -8), (2.2 * spread, 14, 11))
-    ventricle = np.maximum(horn + 0.5 * f.smooth(14), third)
-    nuclei = np.maximum(
-        _ellipsoid((side, y, z), (12, 12, -4), (9, 14, 9)), _ellipsoid((side, y, z), (26, -4, -4), (6, 18, 10))
-    )
-    csf = np.maximum(f.ramp(0.6 - pial), f.ramp(ventricle))
-    cortex = f.ramp(3.3 + 0.5 * f.smooth(10) - pial, 1.2)
-    grey = np.maximum(cortex, 0.75 * f.ramp(nuclei, 2.0)) * (1 - csf)
-    choroid = f.ramp(_ellipsoid((side, y, z), (16, 24, 4), (3, 6, 3)) + 0.8 * f.smooth(6)) * f.ramp(ventricle)
-    return _Anatomy(surface > 0, csf, grey, ventricle, surface, pial, choroid)
-
-
-@dataclass
-class _Tumour:
-    """Depths in mm of the nested tumour, positive inside, and its label map."""
-
-    oedema: np.ndarray
-    core: np.ndarray
-    rim: np.ndarray
-    necrosis: np.ndarray
-    label: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Seat:
-    """Where a tumour sits: centre in mm from the head's centre, radii in mm of the core and of the whole."""
-
-    centre: list[float]
-    core_mm: float
-    whole_mm: float
-    stretch: list[float]
-
-
-def _seat(rng: np.random.Generator) -> _Seat:
-    """A random seat, in a hemisphere's white matter or near its cortex."""
-    side = 1 if rng.random() < 0.5 else -1
-    centre = np.array([side * rng.uniform(20, 44), rng.uniform(-50, 46), rng.uniform(-18, 38)])
-    reach = np.sqrt(np.sum((centre / _SEMI_AXES_MM) ** 2))
-    centre *= min(1.0, 0.72 / reach)
-    core = rng.uniform(11, 22)
-    stretch = np.exp(rng.uniform(-0.2, 0.2, 3))
-    return _Seat(centre.tolist(), core, core * rng.uniform(1.35, 1.9), stretch.tolist())
-
-
-def _tumour(f: _Field, p: Sequence[np.ndarray], seat: _Seat, anatomy: _Anatomy, enhances: bool) -> _Tumour:
-    """The tumour at coordinates p, in the brain and out of the ventricles."""
-    distance = np.sqrt(sum(((a - c) / s) ** 2 for a, c, s in zip(p, seat.centre, seat.stretch, strict=True)))
-    rough = f.smooth(18) * np.float32(0.28) + f.smooth(8) * np.float32(0.09)
-    room = np.minimum(anatomy.surface - 2, 1.5 - anatomy.ventricle)
-    core = seat.core_mm * (1 + rough) - distance
-    margin = np.minimum(core + 2.5, room)  # oedema all around, but at the surface and the ventricles
-    core = np.minimum(core, room)
-    fingers = f.smooth(24) * np.float32(0.24) + f.smooth(9) * np.float32(0.10)
-    oedema = seat.whole_mm * (1 + fingers) - distance - np.float32(0.14 * seat.whole_mm) * anatomy.grey
-    oedema = np.maximum(np.minimum(oedema, room - 1.5 * anatomy.csf), margin)
-    shell = np.float32(f.rng.uniform(3, 6.5)) * (1 + 0.6 * f.smooth(11))
-    rim = np.minimum(core, shell - core) if enhances else np.full_like(core, -1e3)
-    necrosis = core - np.maximum(shell, 2) - f.rng.uniform(0, 3) - np.clip(2 * f.smooth(12), -1, 3)
-    label = (oedema > 0).astype(np.uint8)
-    label[core > 0] = 2
-    label[(core > 0) & (rim > 0)] = 3
-    label[~anatomy.brain] = 0
-    return _Tumour(oedema, core, rim, necrosis, label)
-
-
-def _distractors(f: _Field, p: Sequence[np.ndarray], anatomy: _Anatomy) -> tuple[np.ndarray, np.ndarray]:
-    """Occupancies of what is bright and no tumour: white-matter lesions with ventricular caps, and vessels."""
-    spots = np.full(f.shape, -1e3, dtype=np.float32)
-    for _ in range(f.rng.integers(2, 9)):
-        side = 1 if f.rng.random() < 0.5 else -1
-        centre = (side * f.rng.uniform(16, 42), f.rng.uniform(-48, 52), f.rng.uniform(-8, 40))
-        spots = np.maximum(spots, _ellipsoid(p, centre, f.rng.uniform(2.0, 6.5, 3).tolist()))
-    caps = f.rng.uniform(-2, 0.5) + anatomy.ventricle + 1.5 * np.clip(f.smooth(15), -2, 2)
-    lesion = np.maximum(f.ramp(spots, 2.0), f.ramp(np.minimum(caps, 6.0), 3.0)) * (1 - anatomy.grey - anatomy.csf)
-    first, second = f.smooth(26), f.smooth(26)
-    tube = 1.4 - np.hypot(first, second) * np.float32(16)  # two fields are both zero along curves
-    sinus = 2.6 - np.hypot(p[0], anatomy.surface - 2.5) + np.clip(0.2 * p[2], None, 0)
-    vessel = np.maximum(f.ramp(np.minimum(tube, 8 - anatomy.pial)), f.ramp(sinus))
-    return lesion, np.maximum(vessel, anatomy.choroid)
-
-
 def _blend(image: np.ndarray, value: float | np.ndarray, occupancy: np.ndarray) -> None:
     image += occupancy * (value - image)
 
 
 def _modality(
-    f: _Field,
+    f: Field,
     name: str,
-    anatomy: _Anatomy,
-    tumour: _Tumour,
+    anatomy: Anatomy,
+    tumour: Tumour,
     bright: tuple[np.ndarray, np.ndarray],
     texture: np.ndarray,
     visible: float,
@@ -256,7 +97,7 @@ def _modality(
 def _box(size: Sequence[int]) -> tuple[tuple[slice, slice, slice], list[np.ndarray]]:
     """The slices that can hold brain (the rest is zero, and most of the work saved), and their voxel centres in mm."""
     slices, axes = [], []
-    for n, extent, centre, semi in zip(size, HEAD_MM, _CENTRE_MM, (82.0, 98.0, 96.0), strict=True):
+    for n, extent, centre, semi in zip(size, HEAD_MM, CENTRE_MM, (82.0, 98.0, 96.0), strict=True):
         mm = (np.arange(n, dtype=np.float32) + 0.5) * np.float32(extent / n)
         inside = np.flatnonzero(np.abs(mm - centre) < semi)
         slices.append(slice(int(inside[0]), int(inside[-1]) + 1))
@@ -277,16 +118,16 @@ def draw_phantom(size: tuple[int, int, int], seed: int, index: int) -> tuple[np.
     """
     rng = np.random.default_rng((seed % 2**32, index))
     box, axes = _box(size)
-    f = _Field(rng, (axes[0], axes[1], axes[2]), float(np.mean([e / n for e, n in zip(HEAD_MM, size, strict=True)])))
-    seat = _seat(rng)
+    f = Field(rng, (axes[0], axes[1], axes[2]), float(np.mean([e / n for e, n in zip(HEAD_MM, size, strict=True)])))
+    seat = draw_seat(rng)
     grid = np.meshgrid(*axes, indexing="ij", sparse=True)
     scale = rng.normal(1, 0.025, 3).tolist()
-    p = [(g - c) / s + 3.0 * f.smooth(60) for g, c, s in zip(grid, _CENTRE_MM, scale, strict=True)]
+    p = [(g - c) / s + 3.0 * f.smooth(60) for g, c, s in zip(grid, CENTRE_MM, scale, strict=True)]
     away = sum((a - c) ** 2 for a, c in zip(p, seat.centre, strict=True))
     push = np.float32(0.30) * np.exp(-away / np.float32(2 * (1.3 * seat.core_mm) ** 2))
-    anatomy = _anatomy(f, [a - push * (a - c) for a, c in zip(p, seat.centre, strict=True)])
-    tumour = _tumour(f, p, seat, anatomy, enhances=(index + seed) % 10 != 9)
-    bright = _distractors(f, p, anatomy)
+    anatomy = draw_anatomy(f, [a - push * (a - c) for a, c in zip(p, seat.centre, strict=True)])
+    tumour = draw_tumour(f, p, seat, anatomy, enhances=(index + seed) % 10 != 9)
+    bright = draw_distractors(f, p, anatomy)
     texture = 0.03 * f.smooth(5) + 0.03 * f.smooth(14)
     visible = rng.uniform(0.6, 1.0)
     image = np.zeros((*size, 4), dtype=np.int16, order="F")

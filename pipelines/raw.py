@@ -51,8 +51,8 @@ from pipelines.dali import BUFFERS, CPU_EXECUTION, NO_EXTRAS, augmented, torch_d
 from pipelines.geometry import Grid, Weights, axis_weights, label_grid, resample_image, resample_label, target_grid
 from pipelines.loaders import CropLoader
 from pipelines.nifti import RawCase, read_case, read_grid
+from pipelines.prepared import foreground_voxels
 from pipelines.sampling import Draw, Size
-from pipelines.store import foreground_voxels
 from pipelines.volumes import copy_crop, overlap
 
 TINY = np.float32(1e-30)  # counts as a voxel, and changes no other number

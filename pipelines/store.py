@@ -26,45 +26,27 @@ back: memory is about 0.4 GB per worker, whatever the set.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from isal import isal_zlib
 
 from pipelines.cases import Case, CaseSet, DataError
-from pipelines.files import (
-    FileHash,
-    StoreError,
-    file_state,
-    hash_file,
-    make_folder,
-    read_index,
-    remember,
-    write_array,
-    write_whole,
-)
-from pipelines.geometry import label_grid, resample_image, resample_label, target_grid
+from pipelines.files import FileHash, StoreError, file_state, hash_file, make_folder, read_index, remember
+from pipelines.geometry import target_grid
 from pipelines.labels import Coding
 from pipelines.layouts import CaseError
 from pipelines.nifti import read_case
+from pipelines.prepared import StoreDtype, Task, build, crc, files_of, prepare_case, read_record, stem_of
 from pipelines.processes import run_on_cases
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-StoreDtype = Literal["float32", "float16"]
-FOREGROUND_VOXELS = 4096
 MAPS = 16384  # arrays kept mapped, for a new map's pages are faulted in anew; a process may have 65,530 maps on Linux
-_INTENSITIES = "as in the files, resampled; not normalised"
 
 
 class Store:
@@ -76,7 +58,7 @@ class Store:
         records: what the `.json` of each case holds.
     """
 
-    def __init__(self, task: _Task, case_set: CaseSet, records: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, task: Task, case_set: CaseSet, records: Sequence[Mapping[str, Any]]) -> None:
         self.folder = task.folder
         self.names = case_set.names
         self.modalities = case_set.modalities
@@ -172,20 +154,20 @@ class Store:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError) as error:
             return f"can't be read ({error})"
-        return "" if _crc(array) == self._records[i]["files"][kind]["crc32"] else "its checksum is not the one recorded"
+        return "" if crc(array) == self._records[i]["files"][kind]["crc32"] else "its checksum is not the one recorded"
 
     def _build_again(self, i: int, fault: str) -> None:
         case, remedy = self._cases[i], "put the scans of this case back as they were, or leave the case out"
         try:
-            key = self._task.key(case, [hash_file(path).digest for path in _files(case)])
+            key = self._task.key(case, [hash_file(path).digest for path in files_of(case)])
             if key != self._records[i]["key"]:
                 raise DataError(f"{fault}, and the scans of {case.name} have changed since: {remedy}")
-            _build(self._task, case, key)
+            build(self._task, case, key)
         except CaseError as error:
             raise DataError(f"{fault}, and can't be made again: {error}") from error
 
     def _path(self, i: int, kind: str) -> Path:
-        return self.folder / f"{_stem(self.names[i], self._records[i]['key'])}.{kind}.npy"
+        return self.folder / f"{stem_of(self.names[i], self._records[i]['key'])}.{kind}.npy"
 
 
 def prepare(
@@ -216,7 +198,7 @@ def prepare(
             are faulty, the folder can't be written, the disk is full, or a worker was killed.
     """
     folder = Path(store_dir).absolute()
-    task = _Task(folder, case_set.modalities, case_set.coding, _checked_spacing(spacing_mm), dtype, device)
+    task = Task(folder, case_set.modalities, case_set.coding, _checked_spacing(spacing_mm), dtype, device)
     records = _complete_cases(task, case_set)
     pending = [case for case, record in zip(case_set.cases, records, strict=True) if record is None]
     if pending:
@@ -225,7 +207,7 @@ def prepare(
         done, faults = {}, []
         known: dict[str, FileHash] = {}
         try:
-            for case, result in run_on_cases(partial(_prepare_case, task), pending, workers, "Preparing"):
+            for case, result in run_on_cases(partial(prepare_case, task), pending, workers, "Preparing"):
                 if isinstance(result, CaseError):
                     faults.append((case.name, result))
                 else:
@@ -293,45 +275,7 @@ def _faults_error(faults: Sequence[tuple[str, CaseError]], cases: int) -> DataEr
     return DataError(f"{len(faults)} of {cases} cases can't be prepared (the others are done and stay):{lines}")
 
 
-# One case
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What is asked of each case, for a worker."""
-
-    folder: Path
-    modalities: tuple[str, ...]
-    coding: Coding
-    spacing_mm: tuple[float, float, float]
-    dtype: StoreDtype
-    device: Literal["cpu", "gpu"]
-
-    def key(self, case: Case, digests: Sequence[str]) -> str:
-        asked = {
-            "format": FORMAT,
-            "name": case.name,
-            "modalities": self.modalities,
-            "channels": case.channels,
-            "label_values": self.coding.values,  # other values are other checks
-            "spacing_mm": self.spacing_mm,
-            "files": list(digests),
-            "labelled": case.label is not None,
-        }
-        if self.dtype != "float32":
-            asked["dtype"] = self.dtype
-        return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _files(case: Case) -> list[Path]:
-    return [*case.images, *([] if case.label is None else [case.label])]
-
-
-def _stem(name: str, key: str) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{key[:12]}"
-
-
-def _complete_cases(task: _Task, case_set: CaseSet) -> list[dict[str, Any] | None]:
+def _complete_cases(task: Task, case_set: CaseSet) -> list[dict[str, Any] | None]:
     """The record of each case that is prepared, by the hashes that the index knows."""
     if not case_set.cases:
         raise DataError("there are no cases to prepare: check --data.root")
@@ -339,99 +283,11 @@ def _complete_cases(task: _Task, case_set: CaseSet) -> list[dict[str, Any] | Non
     return [_complete_case(task, case, index) for case in case_set.cases]
 
 
-def _complete_case(task: _Task, case: Case, index: Mapping[str, FileHash]) -> dict[str, Any] | None:
+def _complete_case(task: Task, case: Case, index: Mapping[str, FileHash]) -> dict[str, Any] | None:
     digests = []
-    for path in _files(case):
+    for path in files_of(case):
         known = index.get(str(path.absolute()))
         if known is None or not path.is_file() or file_state(path) != (known.size, known.mtime_ns):
             return None
         digests.append(known.digest)
-    return _record(task, case, task.key(case, digests))
-
-
-def _record(task: _Task, case: Case, key: str) -> dict[str, Any] | None:
-    """The `.json` of a case; None unless it and all its arrays are there, whole."""
-    stem = _stem(case.name, key)
-    try:
-        record = json.loads((task.folder / f"{stem}.json").read_text())
-        sizes = {kind: (task.folder / f"{stem}.{kind}.npy").stat().st_size for kind in record["files"]}
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None
-    whole = record["key"] == key and all(sizes[kind] == file["bytes"] for kind, file in record["files"].items())
-    return record if whole else None
-
-
-def _prepare_case(task: _Task, case: Case) -> tuple[dict[str, Any], dict[str, FileHash]]:
-    """Prepare one case, in a worker: its record, and the hashes of its files."""
-    hashes = {str(path.absolute()): hash_file(path) for path in _files(case)}
-    key = task.key(case, [h.digest for h in hashes.values()])
-    record = _record(task, case, key)
-    if record is None:
-        record = _build(task, case, key)
-    return record, hashes
-
-
-def _build(task: _Task, case: Case, key: str) -> dict[str, Any]:
-    raw = read_case(case, task.coding)
-    source_shape = raw.image.shape[:3]
-    grid = target_grid(source_shape, raw.affine, task.spacing_mm)
-    if task.device == "gpu":
-        from pipelines.raw import resample_case  # which imports this file
-
-        arrays = {"image": resample_case(raw, grid, task.device)}
-    else:
-        arrays = {"image": resample_image(raw.image, raw.affine, grid)}
-    if raw.label is not None and raw.label_affine is not None:
-        # As MONAI: the label on its own affine, which decides its ties, in the shape of the image.
-        own = label_grid(grid, source_shape, raw.label_affine, task.spacing_mm)
-        arrays["label"] = resample_label(raw.label, raw.label_affine, own)
-        arrays["foreground"] = foreground_voxels(arrays["label"])
-    scale = None
-    if task.dtype == "float16":
-        arrays["image"], scale = _compact(arrays["image"])
-    needed = sum(array.nbytes for array in arrays.values())
-    stem = task.folder / _stem(case.name, key)
-    files = {}
-    for kind, array in arrays.items():
-        size = write_whole(Path(f"{stem}.{kind}.npy"), partial(write_array, array), needed)
-        files[kind] = {"bytes": size, "crc32": _crc(array)}
-    record = {
-        "format": FORMAT,
-        "name": case.name,
-        "key": key,
-        "modalities": list(task.modalities),
-        "spacing_mm": list(task.spacing_mm),
-        "shape": list(grid.shape),
-        "affine": grid.affine.tolist(),
-        "source_shape": list(source_shape),
-        "source_affine": raw.affine.tolist(),
-        "label_values": np.flatnonzero(np.bincount(arrays["label"].ravel())).tolist() if "label" in arrays else None,
-        "intensities": _INTENSITIES,
-        "scale": scale,
-        "files": files,
-    }
-    content = json.dumps(record).encode()
-    write_whole(Path(f"{stem}.json"), lambda file: file.write(content), needed)
-    return record
-
-
-def _compact(image_XYZC: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """float16, and what to multiply each channel with to have the image again; zero exactly where the image is."""
-    peak = np.maximum(np.abs(image_XYZC).max(axis=(0, 1, 2)), np.finfo(np.float32).tiny)
-    scale = np.exp2(np.ceil(np.log2(peak)) - 15).astype(np.float32)  # to at most 2^15, of 65504
-    compact = (image_XYZC / scale).astype(np.float16)
-    lost = (compact == 0) & (image_XYZC != 0)
-    compact[lost] = np.copysign(np.finfo(np.float16).smallest_subnormal, image_XYZC[lost])
-    return compact, scale.tolist()
-
-
-def foreground_voxels(label_XYZ: np.ndarray) -> np.ndarray:
-    """int32 (K, 3): the voxels of label > 0, in C order; of more than `FOREGROUND_VOXELS` so many, evenly taken."""
-    voxels = np.argwhere(label_XYZ > 0)
-    if len(voxels) > FOREGROUND_VOXELS:
-        voxels = voxels[np.linspace(0, len(voxels) - 1, FOREGROUND_VOXELS).round().astype(np.int64)]
-    return np.ascontiguousarray(voxels, np.int32)  # argwhere's result is in Fortran order
-
-
-def _crc(array: np.ndarray) -> int:
-    return isal_zlib.crc32(array.reshape(-1).view(np.uint8))
+    return read_record(task, case, task.key(case, digests))

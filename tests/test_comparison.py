@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import yaml
 from commands import SMALL
 from test_trained import content_of
 
-from engine import comparison
+from engine import comparison, comparison_pictures
 from engine.checkpoint import save_weights
 from engine.comparison import Run, differences, make_rows, notes, unmet_conditions
 from engine.config import CONFIGS, Config, config_from_dict, make_parser, parse_config, to_dict
@@ -185,13 +186,13 @@ def test_an_unfinished_run_is_refused_with_what_goes_on_with_it(tmp_path: Path) 
 def test_runs_that_differ_say_in_what(tmp_path: Path) -> None:
     demo = settings("demo")
     same = [Run.read(write_run(tmp_path / m, settings("demo", model_name=m))) for m in ("unet", "unetr", "unetr_monai")]
-    assert differences(same) == [] and comparison.can_share_a_case(same)
+    assert differences(same) == [] and comparison_pictures.can_share_a_case(same)
     other = replace(demo, optim=replace(demo.optim, lr=0.5), model=replace(demo.model, hidden_size=24))
     runs = [*same, Run.read(write_run(tmp_path / "other", other))]
-    assert differences(runs) == ["--model.hidden_size", "--optim.lr"] and comparison.can_share_a_case(runs)
+    assert differences(runs) == ["--model.hidden_size", "--optim.lr"] and comparison_pictures.can_share_a_case(runs)
     elsewhere = Run.read(write_run(tmp_path / "elsewhere", replace(demo, data=replace(demo.data, root=tmp_path))))
     assert differences([same[0], elsewhere]) == ["--data.root"]
-    assert not comparison.can_share_a_case([same[0], elsewhere])
+    assert not comparison_pictures.can_share_a_case([same[0], elsewhere])
     fewer = Run.read(write_run(tmp_path / "fewer", demo, cases=1))
     assert differences([same[0], fewer]) == ["validation cases"]
 
@@ -210,10 +211,10 @@ def rgb(code: str) -> tuple[int, int, int]:
 
 def test_curves_show_every_model(tmp_path: Path) -> None:
     runs = [Run.read(write_run(tmp_path / m, settings("demo", model_name=m))) for m in ("unet", "unetr_monai")]
-    comparison.draw_curves(make_rows(runs), tmp_path / "curves.png")
+    comparison_pictures.draw_curves(make_rows(runs), tmp_path / "curves.png")
     found = colours(tmp_path / "curves.png")
-    assert {rgb(comparison.COLOURS[m]) for m in ("unet", "unetr_monai")} <= found
-    assert rgb(comparison.COLOURS["unetr"]) not in found
+    assert {rgb(comparison_pictures.COLOURS[m]) for m in ("unet", "unetr_monai")} <= found
+    assert rgb(comparison_pictures.COLOURS["unetr"]) not in found
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +240,9 @@ def test_models_predict_the_same_case_and_a_picture_shows_them(
         content = content_of(data.store.coding, **trained, config=to_dict(config))
         save_weights(run_dir / "checkpoints" / "best.pt", content)
         runs.append(replace(Run.read(run_dir), cases=data.val, example=data.val[1]))
-    predictions = comparison.predict_example(make_rows(runs), torch.device("cpu"))
+    shutil.rmtree(cache / "store")
+    predictions = comparison_pictures.predict_example(make_rows(runs), torch.device("cpu"))
+    assert len(list((cache / "store").glob("*.image.npy"))) == 1  # no case is prepared that is not shown
     assert predictions.name == data.val[1] and list(predictions.of_models) == ["unet", "unetr"]
     shape = (32, 32, 16) if validation == "center_crop" else data.store.shape(data.store.index(data.val[1]))
     assert predictions.truth_RXYZ.shape == (3, *shape) and predictions.truth_RXYZ.any()
@@ -248,7 +251,7 @@ def test_models_predict_the_same_case_and_a_picture_shows_them(
     for masks, counts in predictions.of_models.values():
         assert counts.predicted == tuple(masks.sum((1, 2, 3))) and counts.name == data.val[1]
         assert counts.intersection == tuple((masks & predictions.truth_RXYZ).sum((1, 2, 3)))
-    comparison.draw_predictions(predictions, tmp_path / "predictions.png")
+    comparison_pictures.draw_predictions(predictions, tmp_path / "predictions.png")
     height, width, _ = np.shape(matplotlib.image.imread(tmp_path / "predictions.png"))
     assert height > width  # three rows of three
 
@@ -338,6 +341,16 @@ def test_a_users_mistake_ends_in_one_line_and_status_2(
     assert compare.main(args) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_training_that_is_killed_ends_with_the_status_of_shells_and_ctrl_c_with_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--run_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(compare, "run_process", Children({"unet": -signal.SIGKILL}))
+    assert compare.main(args) == 128 + signal.SIGKILL
+    monkeypatch.setattr(compare, "run_process", lambda command: signal.raise_signal(signal.SIGINT))
+    assert compare.main(args) == 130 and "the same command goes on from here" in capsys.readouterr().err
 
 
 def test_the_launcher_must_not_start_the_comparison_itself(

@@ -7,6 +7,7 @@ import importlib
 import json
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -246,6 +247,15 @@ def test_no_code_from_a_file_is_run(tmp_path: Path) -> None:
 
 
 # Files
+
+
+def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, path = saved_run(tmp_path, "unet"), tmp_path / "out" / "model.safetensors"
+    stop = mock.Mock(side_effect=lambda *_: signal.raise_signal(signal.SIGTERM))
+    with mock.patch("launch.convert.save_safetensors", stop):
+        assert main([str(run), "--to", "safetensors", "--output", str(path)]) == 75
+    assert "stopped by SIGTERM; nothing was written" in capsys.readouterr().err
+    assert not any(path.parent.iterdir())
 
 
 def test_what_is_there_is_replaced_only_when_asked_and_only_by_something_whole(tmp_path: Path) -> None:

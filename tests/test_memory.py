@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine import memory
 from engine.config import LossConfig
-from engine.memory import MemoryEstimate, SavedBytes, estimate, is_out_of_memory, out_of_memory_message, run_forward
+from engine.live_bytes import SavedBytes
+from engine.memory import MemoryEstimate, estimate, is_out_of_memory, out_of_memory_message, run_forward
 from kernels import dispatch
 from models import MODELS, build_model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,17 @@ def test_typo_in_an_option_is_an_error(root: Path, capsys: pytest.CaptureFixture
         run(root, "--data.spacing", "[1,1,1]")
     assert caught.value.code == 2
     assert "--data.spacing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGTERM, 75, "stopped by SIGTERM; "), (signal.SIGINT, 130, "interrupted; ")]
+)
+def test_a_command_that_is_stopped_says_how_to_go_on(
+    number: signal.Signals, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.prepare.prepare", lambda config: signal.raise_signal(number))
+    assert main([]) == status
+    assert f"{said}the same command goes on from here" in capsys.readouterr().err
 
 
 def test_folder_without_cases_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

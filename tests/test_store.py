@@ -28,7 +28,8 @@ from pipelines.files import StoreError
 from pipelines.geometry import resample_image, resample_label, target_grid
 from pipelines.labels import CODINGS
 from pipelines.nifti import read_case
-from pipelines.store import FOREGROUND_VOXELS, Store, _compact, check_cases, prepare
+from pipelines.prepared import FOREGROUND_VOXELS, to_float16
+from pipelines.store import Store, check_cases, prepare
 
 SHAPE = (24, 21, 18)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]], float)
@@ -411,7 +412,7 @@ def test_float16_halves_the_bytes_and_each_voxel_is_within_half_a_thousandth(tmp
 
 def test_float16_takes_any_range_and_keeps_tiny_voxels_apart_from_zero() -> None:
     image = np.array([[1e9, 3e-12], [-1e-11, 2e-12], [0, 0], [1e-25, 1e-12]], np.float32).reshape(4, 1, 1, 2)
-    compact, scale = _compact(image)
+    compact, scale = to_float16(image)
     back = compact.astype(np.float32) * np.array(scale, np.float32)
     assert np.isfinite(back).all()
     np.testing.assert_array_equal(np.sign(back), np.sign(image))

@@ -1,0 +1,131 @@
+"""Pictures of finished runs beside each other.
+
+curves.png       validation Dice and training loss of all runs
+predictions.png  one validation case: truth, then what each model makes of it
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.ticker import MaxNLocator
+
+from engine.comparison import PUBLISHED, VALIDATION_CASES, Row, Run, differences
+from engine.config import Config
+from engine.data import list_cases, make_val_loader, obtain_root, prepared
+from engine.metrics import CaseDice, case_dice
+from engine.pictures import as_numpy, legend, plt, show_slice
+from engine.progress import percent
+from engine.sliding_window import sliding_window_logits
+from engine.trained import load_trained
+from kernels.dice_ce import region_masks
+from pipelines.labels import REGIONS
+
+COLOURS = {"unet": "#0072b2", "unetr": "#d55e00", "unetr_monai": "#009e73"}
+SLICES = 3
+
+
+def draw_curves(rows: Sequence[Row], path: Path) -> None:
+    """Validation Dice and training loss of all runs by epoch; seeds of a model share its colour."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharex=True)
+    for row in rows:
+        for index, run in enumerate(row.runs):
+            style: dict[str, Any] = {"color": COLOURS[row.model], "alpha": 1.0 if len(row.runs) == 1 else 0.6}
+            label = None if index else f"{PUBLISHED[row.model].title}, best {row.cell('mean')}"
+            dice = [(r["epoch"], 100 * r["val_mean"]) for r in run.history if r.get("val_mean") is not None]  # type: ignore[operator]
+            loss = [(r["epoch"], r["loss"]) for r in run.history if r["loss"] is not None]
+            left.plot(*zip(*dice), marker="o", ms=3, label=label, **style)
+            right.plot(*zip(*loss), lw=1.2, **style)
+    left.set(xlabel="epoch", ylabel="validation, mean Dice (%)", ylim=(0, 100))
+    right.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One validation case, and what each model makes of it.
+
+    Attributes:
+        name: of the case. scan_XYZ: its first modality. truth_RXYZ: bool (3, X, Y, Z).
+        of_models: by model, the regions, bool (3, X, Y, Z), and their counts.
+    """
+
+    name: str
+    scan_XYZ: np.ndarray
+    truth_RXYZ: np.ndarray
+    of_models: dict[str, tuple[np.ndarray, CaseDice]]
+
+
+def can_share_a_case(runs: Sequence[Run]) -> bool:
+    """Whether the runs see the same validation cases in the same way."""
+    decisive = [name for name in differences(runs) if name in (VALIDATION_CASES, "--train.validation")
+                or name.startswith("--data.")]  # fmt: skip
+    return bool(runs[0].cases) and not decisive
+
+
+def predict_example(rows: Sequence[Row], device: torch.device) -> Predictions:
+    """The first seed of each model, with its best weights, on the same validation case.
+
+    Args:
+        rows: whose runs `can_share_a_case`. device: where the networks run.
+
+    Raises:
+        ValueError: the scans are not there any more.
+    """
+    first = rows[0].runs[0]
+    assert first.example is not None
+    cases = list_cases(first.config.data, obtain_root(first.config.data)).select([first.example])
+    store = prepared(first.config.data, cases)
+    ((name, image, labels),) = make_val_loader(first.config, store, [first.example], device)
+    found, truth = {}, None
+    for row in rows:
+        trained = load_trained(row.runs[0].path, device)
+        truth = region_masks(labels, trained.coding.regions)[0]
+        with torch.no_grad():
+            if _is_full(trained.config):
+                logits = sliding_window_logits(trained.network, image, trained.config.data.crop_size_voxels)
+            else:
+                logits = trained.network(image)
+        masks = (logits > 0)[0]  # sigmoid(x) > 0.5
+        found[row.model] = (as_numpy(masks), case_dice(name, masks, truth))
+    assert truth is not None
+    return Predictions(name, as_numpy(image[0, 0]), as_numpy(truth), found)
+
+
+def _is_full(config: Config) -> bool:
+    return config.train.validation == "full_volume"
+
+
+def draw_predictions(predictions: Predictions, path: Path) -> None:
+    """Truth in the first row, a model in each of the others; axial slices through the tumour."""
+    truth = predictions.truth_RXYZ
+    extent = np.flatnonzero(truth.any(axis=(0, 1, 2)))
+    slices = np.quantile(extent if len(extent) else [truth.shape[3] // 2], np.linspace(0, 1, SLICES + 2)[1:-1])
+    shown = {"truth": ("truth", truth)}
+    for model, (masks, counts) in predictions.of_models.items():
+        dice = [percent(None if math.isnan(value) else value) for value in counts.dice()]
+        scores = "  ".join(f"{region} {value}" for region, value in zip(REGIONS, dice))
+        shown[model] = (f"{PUBLISHED[model].title}   Dice {scores}", masks)
+    size = (2.9 * SLICES, 3.1 * len(shown))
+    figure, rows = plt.subplots(len(shown), SLICES, figsize=size, layout="constrained", squeeze=False)
+    for row, (title, masks) in zip(rows, shown.values()):
+        for axis, z in zip(row, slices.astype(int)):
+            show_slice(axis, predictions.scan_XYZ[..., z], masks[..., z])
+            axis.set_xlabel(f"slice {z}", fontsize=8)
+        row[SLICES // 2].set_title(title, fontsize=10)
+    figure.suptitle(predictions.name, fontsize=11)
+    legend(figure)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,158 @@
+"""One prepared case: what it is known by, which files it has, and how they are made. `pipelines.store` holds many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from isal import isal_zlib
+
+from pipelines.cases import Case
+from pipelines.files import FileHash, hash_file, write_array, write_whole
+from pipelines.geometry import label_grid, resample_image, resample_label, target_grid
+from pipelines.labels import Coding
+from pipelines.nifti import read_case
+
+FORMAT = 1
+StoreDtype = Literal["float32", "float16"]
+FOREGROUND_VOXELS = 4096
+_INTENSITIES = "as in the files, resampled; not normalised"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of each case, for a worker."""
+
+    folder: Path
+    modalities: tuple[str, ...]
+    coding: Coding
+    spacing_mm: tuple[float, float, float]
+    dtype: StoreDtype
+    device: Literal["cpu", "gpu"]
+
+    def key(self, case: Case, digests: Sequence[str]) -> str:
+        """Hash of what is asked and of the content of the files, given by their hashes."""
+        asked = {
+            "format": FORMAT,
+            "name": case.name,
+            "modalities": self.modalities,
+            "channels": case.channels,
+            "label_values": self.coding.values,  # other values are other checks
+            "spacing_mm": self.spacing_mm,
+            "files": list(digests),
+            "labelled": case.label is not None,
+        }
+        if self.dtype != "float32":
+            asked["dtype"] = self.dtype
+        return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def files_of(case: Case) -> list[Path]:
+    """The files that a case is made from, the label last."""
+    return [*case.images, *([] if case.label is None else [case.label])]
+
+
+def stem_of(name: str, key: str) -> str:
+    """What the names of a case's files begin with."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{key[:12]}"
+
+
+def read_record(task: Task, case: Case, key: str) -> dict[str, Any] | None:
+    """The `.json` of a case; None unless it and all its arrays are there, whole."""
+    stem = stem_of(case.name, key)
+    try:
+        record = json.loads((task.folder / f"{stem}.json").read_text())
+        sizes = {kind: (task.folder / f"{stem}.{kind}.npy").stat().st_size for kind in record["files"]}
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
+    whole = record["key"] == key and all(sizes[kind] == file["bytes"] for kind, file in record["files"].items())
+    return record if whole else None
+
+
+def prepare_case(task: Task, case: Case) -> tuple[dict[str, Any], dict[str, FileHash]]:
+    """Prepare one case, in a worker: its record, and the hashes of its files."""
+    hashes = {str(path.absolute()): hash_file(path) for path in files_of(case)}
+    key = task.key(case, [h.digest for h in hashes.values()])
+    record = read_record(task, case, key)
+    if record is None:
+        record = build(task, case, key)
+    return record, hashes
+
+
+def build(task: Task, case: Case, key: str) -> dict[str, Any]:
+    """Make the files of a case, the `.json` last; returns what that holds.
+
+    Raises:
+        CaseError: the scans are faulty. StoreError: the disk is full or can't be written.
+    """
+    raw = read_case(case, task.coding)
+    source_shape = raw.image.shape[:3]
+    grid = target_grid(source_shape, raw.affine, task.spacing_mm)
+    if task.device == "gpu":
+        from pipelines.raw import resample_case  # which imports this file
+
+        arrays = {"image": resample_case(raw, grid, task.device)}
+    else:
+        arrays = {"image": resample_image(raw.image, raw.affine, grid)}
+    if raw.label is not None and raw.label_affine is not None:
+        # As MONAI: the label on its own affine, which decides its ties, in the shape of the image.
+        own = label_grid(grid, source_shape, raw.label_affine, task.spacing_mm)
+        arrays["label"] = resample_label(raw.label, raw.label_affine, own)
+        arrays["foreground"] = foreground_voxels(arrays["label"])
+    scale = None
+    if task.dtype == "float16":
+        arrays["image"], scale = to_float16(arrays["image"])
+    needed = sum(array.nbytes for array in arrays.values())
+    stem = task.folder / stem_of(case.name, key)
+    files = {}
+    for kind, array in arrays.items():
+        size = write_whole(Path(f"{stem}.{kind}.npy"), partial(write_array, array), needed)
+        files[kind] = {"bytes": size, "crc32": crc(array)}
+    record = {
+        "format": FORMAT,
+        "name": case.name,
+        "key": key,
+        "modalities": list(task.modalities),
+        "spacing_mm": list(task.spacing_mm),
+        "shape": list(grid.shape),
+        "affine": grid.affine.tolist(),
+        "source_shape": list(source_shape),
+        "source_affine": raw.affine.tolist(),
+        "label_values": np.flatnonzero(np.bincount(arrays["label"].ravel())).tolist() if "label" in arrays else None,
+        "intensities": _INTENSITIES,
+        "scale": scale,
+        "files": files,
+    }
+    content = json.dumps(record).encode()
+    write_whole(Path(f"{stem}.json"), lambda file: file.write(content), needed)
+    return record
+
+
+def to_float16(image_XYZC: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """float16, and what to multiply each channel with to have the image again; zero exactly where the image is."""
+    peak = np.maximum(np.abs(image_XYZC).max(axis=(0, 1, 2)), np.finfo(np.float32).tiny)
+    scale = np.exp2(np.ceil(np.log2(peak)) - 15).astype(np.float32)  # to at most 2^15, of 65504
+    compact = (image_XYZC / scale).astype(np.float16)
+    lost = (compact == 0) & (image_XYZC != 0)
+    compact[lost] = np.copysign(np.finfo(np.float16).smallest_subnormal, image_XYZC[lost])
+    return compact, scale.tolist()
+
+
+def foreground_voxels(label_XYZ: np.ndarray) -> np.ndarray:
+    """int32 (K, 3): the voxels of label > 0, in C order; of more than `FOREGROUND_VOXELS` so many, evenly taken."""
+    voxels = np.argwhere(label_XYZ > 0)
+    if len(voxels) > FOREGROUND_VOXELS:
+        voxels = voxels[np.linspace(0, len(voxels) - 1, FOREGROUND_VOXELS).round().astype(np.int64)]
+    return np.ascontiguousarray(voxels, np.int32)  # argwhere's result is in Fortran order
+
+
+def crc(array: np.ndarray) -> int:
+    """Checksum of an array's bytes."""
+    return isal_zlib.crc32(array.reshape(-1).view(np.uint8))
