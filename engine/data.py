@@ -126,13 +126,16 @@ def make_loaders(config: Config, ranks: Ranks, data: Data) -> tuple[CropLoader, 
         train = RawLoader(data.scans, spacing_mm=settings.spacing_mm, **crops)
     if not data.val:
         return train, None
-    return train, make_val_loader(config, data.store, data.val, ranks.device, ranks.rank, ranks.world_size)
+    shard = {"rank": ranks.rank, "world_size": ranks.world_size, "ranks_on_node": ranks.ranks_on_node}
+    return train, make_val_loader(config, data.store, data.val, ranks.device, residence=settings.residence, **shard)
 
 
 def make_val_loader(
-    config: Config, store: Store, names: Sequence[str], device: torch.device, rank: int = 0, world_size: int = 1
+    config: Config, store: Store, names: Sequence[str], device: torch.device, **options: Any
 ) -> ValLoader:
     """Named cases as the configuration validates them: the centre crop, z-scored, or the full volume as it is.
+
+    `options` are a rank's place, and where its volumes are, as `ValLoader` takes them.
 
     Raises:
         ValueError: as the loader says.
@@ -140,7 +143,7 @@ def make_val_loader(
     full = config.train.validation == "full_volume"
     size = None if full else config.data.crop_size_voxels
     placed = _placed(config.data, device)
-    return ValLoader(store, names, size, rank=rank, world_size=world_size, normalise=not full, **placed)
+    return ValLoader(store, names, size, normalise=not full, **placed, **options)
 
 
 def _placed(config: DataConfig, device: torch.device) -> dict[str, Any]:

@@ -344,7 +344,7 @@ class Trainer:
             world_size=self.ranks.world_size,
             accumulate_steps=train.accumulate_steps,
             ema=self.config.optim.ema_decay > 0,
-            volume_bytes=self.train_loader.gpu_bytes,
+            volume_bytes=self.train_loader.gpu_bytes + (self.val_loader.gpu_bytes if self.val_loader else 0),
         )
 
 

@@ -133,9 +133,11 @@ def brings_statistics(device: str, extras: Augment) -> bool:
 
 
 @pipeline_def
-def val_graph(source: Callable[[], tuple[tuple, tuple]], device: str, normalise: bool = True) -> tuple:
-    """Z-score of a centre crop or a full volume. `source` as in `train_graph`, without scales and shifts."""
-    image, label, tag, *statistics = _inputs(source, device, False, 3 if device == "cpu" and normalise else 1)
+def val_graph(
+    source: Callable[[], tuple[tuple, tuple]], device: str, in_place: bool = False, normalise: bool = True
+) -> tuple:
+    """Z-score of a centre crop or a full volume. As `train_graph`; `source` without scales and shifts."""
+    image, label, tag, *statistics = _inputs(source, device, in_place, 3 if device == "cpu" and normalise else 1)
     if normalise:
         image = standardise(image, *statistics) if statistics else z_score(image)
     return image, label, tag

@@ -22,7 +22,7 @@ from pipelines.cases import DataError
 from pipelines.dali import BUFFERS, NO_EXTRAS, Stream, brings_statistics, torch_device, train_graph, val_graph
 from pipelines.sampling import Draw, Size, draw_sample, epoch_order, generator
 from pipelines.store import Store
-from pipelines.volumes import LoadedVolumes, MappedVolumes, Residence, nonzero_mean_std, open_volumes
+from pipelines.volumes import LoadedVolumes, MappedVolumes, Residence, Volumes, nonzero_mean_std, open_volumes
 
 
 class Cases(Protocol):
@@ -237,7 +237,7 @@ class TrainLoader(CropLoader):
     ) -> None:
         super().__init__(store, names, crop_size, batch_size, seed, **options)
         where = torch_device(self._device, self._device_id)
-        self._volumes = open_volumes(store, self.indices, where, residence, ranks_on_node)
+        self._volumes = open_volumes(store, self.indices, where, residence, ranks_on_node, "training volumes")
         self._buffers = deque(self._volumes.new_buffers(batch_size, crop_size) for _ in range(BUFFERS))
         in_place = isinstance(self._volumes, LoadedVolumes)
         self._stream = self._start(partial(train_graph, in_place=in_place, extras=self.extras))
@@ -267,6 +267,7 @@ class ValLoader:
         names: cases to validate on.
         crop_size: (X, Y, Z) in voxels, cut as MONAI's CenterSpatialCrop does; None is the full volume.
         device, rank, world_size, pad, device_id, threads, memory_format: as in `CropLoader`.
+        residence, ranks_on_node: as in `TrainLoader`; to load volumes pays where cases are asked for again and again.
         normalise: False leaves the z-score to the caller, as sliding windows want it.
 
     Raises:
@@ -284,6 +285,8 @@ class ValLoader:
         pad: bool = False,
         device_id: int | None = None,
         threads: int = 2,
+        residence: Residence = "mapped",
+        ranks_on_node: int = 1,
         normalise: bool = True,
         memory_format: torch.memory_format = torch.channels_last_3d,
     ) -> None:
@@ -292,10 +295,20 @@ class ValLoader:
         self.names = tuple(names)[rank::world_size]
         self._brings_statistics = normalise and device == "cpu"
         self._passes = 0
-        self._volumes = MappedVolumes(store)
+        where = torch_device(device, device_id)
+        self._volumes: Volumes = (
+            MappedVolumes(store)
+            if residence == "mapped"
+            else open_volumes(store, self.indices, where, residence, ranks_on_node, "validation volumes")
+        )
         self._buffers: deque[tuple] = deque(maxlen=BUFFERS)
-        graph = partial(val_graph, normalise=normalise)
+        graph = partial(val_graph, in_place=isinstance(self._volumes, LoadedVolumes), normalise=normalise)
         self._stream = Stream(graph, self._read, len(self), 1, threads, device, device_id, memory_format=memory_format)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Volumes in the memory of the GPU."""
+        return self._volumes.gpu_bytes
 
     def __len__(self) -> int:
         """Cases of this rank."""

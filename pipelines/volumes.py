@@ -187,7 +187,12 @@ def nonzero_mean_std(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], N
 
 
 def open_volumes(
-    store: Store, cases: Sequence[int], device: torch.device, residence: Residence = "auto", ranks_on_node: int = 1
+    store: Store,
+    cases: Sequence[int],
+    device: torch.device,
+    residence: Residence = "auto",
+    ranks_on_node: int = 1,
+    title: str = "volumes",
 ) -> Volumes:
     """The volumes of some cases where `choose_residence` puts them; loads them where that is memory.
 
@@ -197,17 +202,20 @@ def open_volumes(
         device: where crops are wanted.
         residence: as `choose_residence`.
         ranks_on_node: processes that each load them.
+        title: what they are called in the log.
 
     Raises:
         DataError: as `choose_residence`; a case without a label.
     """
-    chosen = choose_residence(store.nbytes(cases), device, residence, ranks_on_node)
+    chosen = choose_residence(store.nbytes(cases), device, residence, ranks_on_node, title)
     if chosen == "mapped":
         return MappedVolumes(store)
     return LoadedVolumes(store, cases, device, pinned=chosen == "pinned")
 
 
-def choose_residence(nbytes: int, device: torch.device, residence: Residence, ranks_on_node: int) -> str:
+def choose_residence(
+    nbytes: int, device: torch.device, residence: Residence, ranks_on_node: int, title: str = "volumes"
+) -> str:
     """Where volumes of so many bytes go: the first of "gpu", "pinned", "mapped" that fits, or what is asked for.
 
     Without a GPU "auto" is "mapped": the page cache already keeps in memory what fits.
@@ -218,7 +226,7 @@ def choose_residence(nbytes: int, device: torch.device, residence: Residence, ra
     """
     if residence not in get_args(Residence):
         raise ValueError(f"--data.residence {residence!r} must be one of {', '.join(get_args(Residence))}")
-    size = f"{nbytes / 1e9:.1f} GB of volumes" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB of volumes"
+    size = f"{nbytes / 1e9:.1f} GB of {title}" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB of {title}"
     if device.type != "cuda":
         if residence in ("gpu", "pinned"):
             raise DataError(f"--data.residence {residence} needs a GPU and this run is on the CPU: use auto or mapped")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import monai.transforms as mt
 import nibabel as nib
@@ -17,12 +19,14 @@ import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
 
+from pipelines import loaders
 from pipelines.augment import Augment
 from pipelines.cases import DataError, find_cases
 from pipelines.dali import jitter, z_score
 from pipelines.loaders import TrainLoader, ValLoader
 from pipelines.sampling import Draw
 from pipelines.store import Store, prepare
+from pipelines.volumes import LoadedVolumes, Residence
 
 SPACING = (1.5, 1.5, 2.0)
 CROP = (16, 12, 8)
@@ -517,13 +521,41 @@ def test_the_gpu_graph_gives_what_the_cpu_graph_gives(store: Store) -> None:
             assert torch.equal(label_gpu.cpu(), label)
 
 
+class InMemory(LoadedVolumes):
+    """With crops as NumPy arrays: DALI takes no tensors of PyTorch's where it sees no GPU."""
+
+    def new_buffers(self, batch_size: int, size: tuple[int, int, int]) -> Any:
+        return tuple(buffer.numpy() for buffer in super().new_buffers(batch_size, size))
+
+    def crop(self, case: int, start: Sequence[int], image: Any, label: Any, flip: bool = False) -> None:
+        super().crop(case, start, torch.from_numpy(image), torch.from_numpy(label), flip)
+
+
+def test_validation_from_volumes_in_memory_gives_what_the_files_give(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU they are in its memory, so that no validation waits for files to be read; here in the host's."""
+    loaded = InMemory(store, range(len(store.names)), torch.device("cpu"))
+    expected = {crop: list(ValLoader(store, store.names, crop, normalise=False)) for crop in (None, CROP)}
+    monkeypatch.setattr(loaders, "open_volumes", lambda *args: loaded)
+    for crop, cases in expected.items():
+        loader = ValLoader(store, store.names, crop, residence="auto", normalise=False)
+        assert loader._volumes is loaded
+        for _ in range(2):
+            for case, (name, image, label) in zip(loader, cases, strict=True):
+                assert case[0] == name and torch.equal(case[1], image) and torch.equal(case[2], label)
+
+
 @pytest.mark.gpu
-def test_gpu_validation_gives_what_cpu_validation_gives(store: Store) -> None:
-    pairs = zip(ValLoader(store, store.names, None), ValLoader(store, store.names, None, device="gpu"), strict=True)
-    kept = [
-        (name, image, label, name_g, image_g, label_g) for (name, image, label), (name_g, image_g, label_g) in pairs
-    ]
-    for name, image, label, name_gpu, image_gpu, label_gpu in kept:
-        assert name == name_gpu
-        torch.testing.assert_close(image_gpu.cpu(), image, rtol=1e-5, atol=1e-5)
-        assert torch.equal(label_gpu.cpu(), label)
+@pytest.mark.parametrize("residence", ["gpu", "pinned", "mapped"])
+@pytest.mark.parametrize("crop", [None, CROP], ids=["full volume", "centre crop"])
+def test_gpu_validation_gives_what_cpu_validation_gives(
+    store: Store, crop: tuple[int, int, int] | None, residence: Residence
+) -> None:
+    here, there = ValLoader(store, store.names, crop), ValLoader(store, store.names, crop, "gpu", residence=residence)
+    assert (there.gpu_bytes > 0) == (residence == "gpu")
+    for _ in range(2):
+        for (name, image, label), (name_gpu, image_gpu, label_gpu) in zip(here, there, strict=True):
+            assert name == name_gpu
+            torch.testing.assert_close(image_gpu.cpu(), image, rtol=1e-5, atol=1e-5)
+            assert torch.equal(label_gpu.cpu(), label)
