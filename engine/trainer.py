@@ -35,6 +35,7 @@ from pipelines.likeness import looks_of_store
 log = logging.getLogger(__name__)
 
 SMALL = 10_000_000  # parameters of a network whose memory on a CPU is not worth the two seconds of foretelling it
+QUICK_VALIDATION_S = 10.0  # a state written before it would be waited for longer than it could save
 SUMS = 5  # of an epoch: loss, Dice loss and CE over passes with a finite loss, those passes, steps left out
 
 
@@ -117,11 +118,12 @@ class Trainer:
                 scored.append((name, metrics.count_voxels(name, masks, truth)))
                 if progress:
                     progress.validating(len(scored))
-        cases = [metrics.CaseDice.of(name, counts) for name, counts in scored]
-        self.cases = sorted((case for part in gather(cases, self.ranks) for case in part), key=lambda case: case.name)
+        own = [metrics.CaseDice.of(name, counts) for name, counts in scored]
+        cases, seconds = zip(*gather((own, time.perf_counter() - started), self.ranks), strict=True)
+        self.cases = sorted((case for part in cases for case in part), key=lambda case: case.name)
         summary = metrics.summarise(self.cases)
         return {"val_mean": summary["mean"], **{f"val_{region}": summary[region] for region in REGIONS},
-                "val_seconds": time.perf_counter() - started}  # fmt: skip
+                "val_seconds": max(seconds)}  # fmt: skip
 
     @torch.no_grad()
     def masks(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
@@ -151,7 +153,8 @@ class Trainer:
         row = self._train_epoch(epoch, progress, stop)
         is_due = (epoch + 1) % train.val_every_epochs == 0 or epoch + 1 == train.epochs
         if is_due:
-            self._save()  # a validation can take longer than a scheduler's patience
+            if not self._validates_quickly():  # a scheduler may not have the patience for it
+                self._save()
             row |= self.validate(progress)
         self.epoch, self.first_batch = epoch + 1, 0
         self.sums.zero_()
@@ -244,6 +247,11 @@ class Trainer:
     def _is_save_due(self) -> bool:
         every = self.config.train.save_every_steps
         return every > 0 and self.step.done % every == 0
+
+    def _validates_quickly(self) -> bool:
+        """Whether the last validation was over soon; the same on all ranks, and False before the first."""
+        seconds = [row["val_seconds"] for row in self.history if "val_seconds" in row]
+        return bool(seconds) and seconds[-1] < QUICK_VALIDATION_S
 
     def _save_validated(self, row: dict[str, Any]) -> None:
         score = row["val_mean"]

@@ -18,7 +18,7 @@ import torch
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR, UNet
 
-from engine.checkpoint import states
+from engine.checkpoint import state_name, states
 from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
 from engine.data import Data, load_data
 from engine.diagnosis import Diverged
@@ -217,6 +217,21 @@ def test_a_finished_run_is_extended(make: Callable[..., Trainer]) -> None:
     longer.fit()
     assert [row["epoch"] for row in longer.history] == [1, 2, 3]
     assert losses(longer) == losses(whole) and equal_weights(longer, whole)
+
+
+@pytest.mark.parametrize(("quick_s", "before"), [(60.0, [True, False, False]), (0.0, [True, True, True])])
+def test_a_state_is_written_before_a_validation_that_may_last(
+    quick_s: float, before: list[bool], make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows how long the first will last; writing it before a quick one would only be waited for."""
+    monkeypatch.setattr("engine.trainer.QUICK_VALIDATION_S", quick_s)
+    trainer, written = make("run", epochs=3, val_every_epochs=1, save_every_steps=0), []
+    write = trainer.writer.write
+    monkeypatch.setattr(trainer.writer, "write", lambda name, *rest: written.append(name) or write(name, *rest))
+    trainer.fit()
+    steps = [step * trainer.steps for step in (1, 2, 3)]
+    expected = [[state_name(step, False)] * saved + [state_name(step, True)] for step, saved in zip(steps, before)]
+    assert written == [name for names in expected for name in names]
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(make: Callable[..., Trainer]) -> None:
