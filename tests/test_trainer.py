@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -225,10 +226,11 @@ def test_a_state_is_written_before_a_validation_that_may_last(
 ) -> None:
     """Nobody knows how long the first will last; writing it before a quick one would only be waited for."""
     monkeypatch.setattr("engine.trainer.QUICK_VALIDATION_S", quick_s)
-    trainer, written = make("run", epochs=3, val_every_epochs=1, save_every_steps=0), []
-    write = trainer.writer.write
-    monkeypatch.setattr(trainer.writer, "write", lambda name, *rest: written.append(name) or write(name, *rest))
+    trainer = make("run", epochs=3, val_every_epochs=1, save_every_steps=0)
+    writing = MagicMock(wraps=trainer.writer.write)
+    monkeypatch.setattr(trainer.writer, "write", writing)
     trainer.fit()
+    written = [call.args[0] for call in writing.call_args_list]
     steps = [step * trainer.steps for step in (1, 2, 3)]
     expected = [[state_name(step, False)] * saved + [state_name(step, True)] for step, saved in zip(steps, before)]
     assert written == [name for names in expected for name in names]
