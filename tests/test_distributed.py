@@ -28,6 +28,8 @@ from engine.watch import Preempted, StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PROMPT_S = 15.0  # 5 to 8 at the most where nothing else runs; a rank that is lost is given up after 20
+LIMIT_S = 300.0  # ends a test that hangs, and no other
 Work = Callable[[Config], None]
 
 
@@ -78,7 +80,7 @@ class TwoRanks:
         wait_for(self.folder / f"ready{rank}")
         return int((self.folder / f"ready{rank}").read_text())
 
-    def end(self, limit_s: float = 40.0, frozen: int | None = None) -> Ended:
+    def end(self, limit_s: float = LIMIT_S, frozen: int | None = None) -> Ended:
         """Wait for both ranks, or for the one that is not frozen."""
         self.pid(1)
         started = time.monotonic()
@@ -109,7 +111,7 @@ def _ready(ranks: Ranks) -> None:
     partial.rename(f"ready{ranks.rank}")
 
 
-def wait_for(path: Path, limit_s: float = 60.0) -> None:
+def wait_for(path: Path, limit_s: float = LIMIT_S) -> None:
     limit = time.monotonic() + limit_s
     while not path.exists():
         assert time.monotonic() < limit, f"no {path} after {limit_s:.0f} s"
@@ -173,7 +175,7 @@ def test_a_failing_rank_ends_all_with_its_message_once_and_last(
     assert ended.lines()[-1] == f"error: rank {rank} on {socket.gethostname()}: {message}", ended.output
     assert ended.output.count("error: rank") == 1
     assert ended.output.count("Traceback") == (status == 1)  # the failing rank's own, not that of its broken peer
-    assert ended.seconds < 8
+    assert ended.seconds < PROMPT_S
 
 
 def all_sleep(config: Config) -> None:
@@ -200,7 +202,7 @@ def test_a_killed_rank_is_named_and_ends_the_other(work: Work, rank: int, two_ra
     assert ended.statuses[rank] == -signal.SIGKILL and ended.statuses[1 - rank] == 1, ended.output
     assert ended.lines()[-1].startswith(f"error: rank {rank} on {socket.gethostname()}: "), ended.output
     assert "killed" in ended.lines()[-1] and ended.output.count("error:") == 1
-    assert ended.seconds < 8
+    assert ended.seconds < PROMPT_S
 
 
 def test_a_rank_without_a_sign_of_life_is_lost(two_ranks: TwoRanks) -> None:
@@ -259,7 +261,7 @@ def rank_0_finishes_later(config: Config) -> None:
 def test_ranks_that_end_well_wait_for_each_other_and_say_nothing(two_ranks: TwoRanks) -> None:
     ended = two_ranks.start(rank_0_finishes_later).end()
     assert ended.statuses == [0, 0] and ended.lines() == ["finished"], ended.output
-    assert 2 < ended.seconds < 8
+    assert 2 < ended.seconds < PROMPT_S
 
 
 def test_one_rank_alone_needs_no_thread_and_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +297,7 @@ def test_two_torchruns_are_two_nodes_that_end_together(tmp_path: Path) -> None:
         )
         for node in range(2)
     ]  # fmt: skip
-    outputs = [node.communicate(timeout=60)[0] for node in nodes]
+    outputs = [node.communicate(timeout=LIMIT_S)[0] for node in nodes]
     assert all(node.returncode != 0 for node in nodes), outputs
     for rank, output in enumerate(outputs):
         assert f"Place(rank={rank}, world_size=2, local_rank=0, ranks_on_node=1)" in output, output
@@ -333,7 +335,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert steps[0] == steps[1]
     assert ended.statuses == [os.EX_TEMPFAIL, os.EX_TEMPFAIL], ended.output
     assert len(ended.lines()) == 1 and ended.lines()[0].startswith(f"stopped by {number.name}; "), ended.output
-    assert ended.seconds < 8
+    assert ended.seconds < PROMPT_S
 
 
 def rank_1_is_late(config: Config) -> None:
@@ -342,7 +344,7 @@ def rank_1_is_late(config: Config) -> None:
         dist.barrier()
         _ready(ranks)
         if ranks.rank == 1:
-            time.sleep(2)
+            time.sleep(4)
         started = time.monotonic()
         stop.due()
         Path(f"waited{ranks.rank}").write_text(str(time.monotonic() - started))
@@ -350,7 +352,7 @@ def rank_1_is_late(config: Config) -> None:
 
 def test_no_step_waits_for_the_other_ranks_to_agree(two_ranks: TwoRanks) -> None:
     assert two_ranks.start(rank_1_is_late).end().statuses == [0, 0]
-    assert float((two_ranks.folder / "waited0").read_text()) < 1
+    assert float((two_ranks.folder / "waited0").read_text()) < 3
 
 
 def test_one_rank_stops_at_its_next_step_and_puts_the_handlers_back() -> None:
@@ -401,7 +403,7 @@ def test_a_second_sigterm_ends_at_once_and_the_same_one_passed_on_does_not(tmp_p
     still_there = tmp_path / "still_there"
     process = multiprocessing.get_context("forkserver").Process(target=slow_to_stop, args=(still_there,))
     process.start()
-    process.join(60)
+    process.join(LIMIT_S)
     assert process.exitcode == -signal.SIGTERM and still_there.exists()
 
 

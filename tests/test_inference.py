@@ -178,7 +178,7 @@ def test_labels_of_nested_regions_give_the_regions_back(release: str) -> None:
 
 def test_stages_overlap_and_a_faulty_item_leaves_the_others_alone() -> None:
     """While item 1 is computed, item 2 is read and item 0 finished: each waits for the others to be there."""
-    together = threading.Barrier(3, timeout=20)
+    together = threading.Barrier(3, timeout=120)
     alive: set[int] = set()
 
     def read(item: int) -> int:

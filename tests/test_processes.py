@@ -74,7 +74,7 @@ def test_early_interrupt_ends_the_run_once_the_workers_are_there_and_spares_thei
         "    print('interrupted')\n"
     )
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 

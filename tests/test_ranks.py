@@ -17,6 +17,8 @@ from commands import rows_of, start, train, write_small
 
 from engine.checkpoint import states
 
+LIMIT_S = 300  # ends a test that hangs, and no other
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -59,7 +61,7 @@ def test_a_killed_rank_ends_the_job_with_the_reason(folder: Path) -> None:
         if "--local_rank=1" in child.cmdline()
     ]  # fmt: skip
     ranks[0].kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
     told = [line for line in errors.splitlines() if line.startswith("error:")]
     assert len(told) == 1 and re.match(r"error: rank 1 on \S+: ended without a message: it was killed", told[0])
@@ -89,7 +91,7 @@ def test_a_signal_to_one_of_two_ranks_ends_both_with_a_checkpoint(folder: Path) 
     while not log.is_file() and ranks[0].poll() is None:
         time.sleep(0.05)
     ranks[1].send_signal(signal.SIGUSR1)
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    outputs = [rank.communicate(timeout=LIMIT_S) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [os.EX_TEMPFAIL] * 2, outputs
     assert "stopped by SIGUSR1" in outputs[0][1] and "--resume runs/preempted" in outputs[0][1]
     assert len(states(log.parent / "checkpoints")) == 1
@@ -112,11 +114,11 @@ def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TwoRanks) -
         time.sleep(0.01)
     for process in (*psutil.Process(nodes[1].pid).children(recursive=True), nodes[1]):
         process.kill()
-    _, errors = nodes[0].communicate(timeout=60)
+    _, errors = nodes[0].communicate(timeout=LIMIT_S)
     assert nodes[0].returncode != 0 and "error: rank 1 on " in errors
     assert not (run / "metrics.json").exists()
     nodes = start_nodes(29587)
-    outputs = [node.communicate(timeout=120) for node in nodes]
+    outputs = [node.communicate(timeout=LIMIT_S) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     weights = last_weights(run)
     assert all(torch.equal(value, weights[key]) for key, value in two_ranks[2].items())

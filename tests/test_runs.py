@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def options(folder: Path) -> tuple[str, ...]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which a run of two epochs, twelve steps each, ended in `runs/one`."""
     folder = tmp_path_factory.mktemp("command")
-    done = train(folder, *options(folder), "--run_dir", "runs/one")
+    done = train(folder, *options(folder), "--run_dir", "runs/one", launcher=(sys.executable,))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -91,8 +91,8 @@ def test_time_spent_waiting_for_batches_is_measured_and_work_on_them_is_not() ->
 
     wait = DataWait(torch.device("cpu"))
     for _ in wait.over(batches()):
-        time.sleep(0.1)
-    assert 0.15 <= wait.seconds() < 0.25
+        time.sleep(0.3)
+    assert 0.15 <= wait.seconds() < 0.9
 
 
 @pytest.mark.gpu
@@ -237,10 +237,9 @@ def test_a_state_is_written_before_a_validation_that_may_last(
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(make: Callable[..., Trainer]) -> None:
-    whole = make("whole")
+    whole = make("damaged")
     whole.fit()
-    make("damaged").fit()
-    newest = states(whole.run_dir.parent / "damaged" / "checkpoints")[0]
+    newest = states(whole.run_dir / "checkpoints")[0]
     (newest / "state.pt").write_bytes(b"")
     resumed = make("damaged", resume=True)
     assert resumed.step.done == whole.step.done - 1
@@ -258,22 +257,23 @@ def test_loss_scale_and_steps_left_out_come_back(make: Callable[..., Trainer]) -
     assert resumed.step.optimizer.scalars() == {"scale": 8.0, "growth": 0, "in_row": 3.0}
 
 
-@pytest.mark.parametrize("at", [2, 3])  # within an epoch, at its last step
-def test_a_signal_ends_a_run_after_a_checkpoint(make: Callable[..., Trainer], at: int) -> None:
-    def hook(step: int, image: torch.Tensor) -> None:
-        if step == at:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
+def test_a_signal_ends_a_run_after_a_checkpoint(make: Callable[..., Trainer]) -> None:
     whole = make("whole")
     whole.fit()
-    stopped = make("stopped", hook, save_every_steps=0)
-    with pytest.raises(Preempted, match="SIGUSR1"):
-        stopped.fit()
-    assert stopped.step.done == at + 1
-    resumed = make("stopped", resume=True)
-    assert resumed.step.done == at + 1
-    resumed.fit()
-    assert losses(resumed) == losses(whole) and equal_weights(resumed, whole)
+    for at in (2, 3):  # within an epoch, at its last step
+
+        def hook(step: int, image: torch.Tensor, at: int = at) -> None:
+            if step == at:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        stopped = make(f"stopped{at}", hook, save_every_steps=0)
+        with pytest.raises(Preempted, match="SIGUSR1"):
+            stopped.fit()
+        assert stopped.step.done == at + 1
+        resumed = make(f"stopped{at}", resume=True)
+        assert resumed.step.done == at + 1
+        resumed.fit()
+        assert losses(resumed) == losses(whole) and equal_weights(resumed, whole)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
@@ -349,7 +349,7 @@ def test_ranks_do_not_wait_for_ever_for_the_one_that_prepares(tmp_path: Path) ->
         )
         for rank in ("0", "1")
     ]
-    errors = [process.communicate(timeout=60)[1] for process in waiting]
+    errors = [process.communicate(timeout=300)[1] for process in waiting]
     assert "TimeoutError: rank 1 waited for the first rank of each node to prepare the data" in errors[1]
     assert "0:00:02" in errors[1]
     assert all(process.returncode for process in waiting)
