@@ -38,10 +38,10 @@ from pipelines.layouts import MODALITIES
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 VERSION = "0.1.0"
 FILE_NAMES = {
-    "flair": ("flair", "t2f"),
-    "t1": ("t1", "t1n", "t1w"),
-    "t1c": ("t1c", "t1ce", "t1gd"),
-    "t2": ("t2", "t2w"),
+    "flair": ("flair", "t2f", "flair_subtrMeanDivStd"),
+    "t1": ("t1", "t1n", "t1w", "t1_subtrMeanDivStd"),
+    "t1c": ("t1c", "t1ce", "t1gd", "t1c_subtrMeanDivStd"),
+    "t2": ("t2", "t2w", "t2_subtrMeanDivStd"),
 }
 """How the file of a modality ends, of any release."""
 PROJECT = re.compile(r"^(?:from|import) (?:engine|kernels|models|pipelines)\b", re.MULTILINE)
@@ -247,7 +247,7 @@ def _inference(trained: Trained) -> dict[str, Any]:
 
 def _metadata(trained: Trained) -> dict[str, Any]:
     description = describe(trained)
-    image = {"type": "image", "dtype": "float32", "value_range": [], "is_patch_data": True}
+    image = {"type": "image", "modality": "MR", "dtype": "float32", "value_range": [], "is_patch_data": True}
     image["spatial_shape"] = description["crop_size_voxels"]
     return {
         "schema": SCHEMA,
@@ -272,7 +272,6 @@ def _metadata(trained: Trained) -> dict[str, Any]:
                 "image": {
                     **image,
                     "format": "magnitude",
-                    "modality": "MR",
                     "num_channels": len(trained.modalities),
                     "channel_def": {str(i): modality for i, modality in enumerate(trained.modalities)},
                 }

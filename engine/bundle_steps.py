@@ -23,7 +23,7 @@ def find_scans(folder: str, names: Mapping[str, Sequence[str]], channels: Sequen
     Args:
         folder: holds them.
         names: for each modality, in the network's order, the words that its file may end with (before .nii or .nii.gz,
-            after "_" or "-", in any letter case).
+            after "_" or "-" or as the whole name, in any letter case).
         channels: where a 4D file has the modalities on its last axis.
 
     Returns:
@@ -36,10 +36,10 @@ def find_scans(folder: str, names: Mapping[str, Sequence[str]], channels: Sequen
         raise ValueError(f"there is no folder {folder}: give the folder of the scans as --dataset_dir")
     scans: list[dict[str, Any]] = []
     for path in sorted(Path(folder).iterdir()):
-        if path.name.endswith(ENDINGS):
+        if _is_image(path):
             scans.append({"image": str(path), "channels": list(channels)})
         elif path.is_dir():
-            files = [file for file in sorted(path.iterdir()) if file.name.endswith(ENDINGS)]
+            files = [file for file in sorted(path.iterdir()) if _is_image(file)]
             if files:
                 images = [_one_of(files, path, modality, words) for modality, words in names.items()]
                 scans.append({"image": images, "channels": None})
@@ -48,9 +48,14 @@ def find_scans(folder: str, names: Mapping[str, Sequence[str]], channels: Sequen
     return scans
 
 
+def _is_image(path: Path) -> bool:
+    """Whether it is a NIfTI file; Decathlon's archives hold another for each, with a name that begins with a dot."""
+    return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
+
+
 def _one_of(files: Sequence[Path], folder: Path, modality: str, words: Sequence[str]) -> str:
-    ends = tuple(f"{mark}{word}{ending}" for mark in "_-" for word in words for ending in ENDINGS)
-    found = [file for file in files if file.name.lower().endswith(ends)]
+    ends = tuple(f"{mark}{word.lower()}{ending}" for mark in "_-" for word in words for ending in ENDINGS)
+    found = [file for file in files if f"_{file.name.lower()}".endswith(ends)]
     if len(found) != 1:
         raise ValueError(
             f"{folder} has {len(found)} files of {modality}, must have one, whose name ends in _{' or _'.join(words)}: "
@@ -60,12 +65,25 @@ def _one_of(files: Sequence[Path], folder: Path, modality: str, words: Sequence[
 
 
 class SelectChannelsd(Transform):
-    """Keep the channels of "image" that "channels" lists, in that order; all where it is None."""
+    """Keep the channels of "image" that "channels" lists, in that order; all where it is None.
+
+    Raises:
+        ValueError: a scan without them, or with voxels that are NaN or Inf.
+    """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         out = dict(data)
-        if out["channels"] is not None:
-            out["image"] = out["image"][list(out["channels"])]
+        image, channels = out["image"], out["channels"]
+        name = image.meta["filename_or_obj"]
+        if channels is not None:
+            if max(channels) >= len(image):
+                raise ValueError(
+                    f"{name} has {len(image)} channel(s), and {list(channels)} are asked for, counted from 0: give a "
+                    "4D file with all modalities on its last axis, or say by --channels where in it each is"
+                )
+            out["image"] = image = image[list(channels)]
+        if not torch.isfinite(image).all():
+            raise ValueError(f"{name} has voxels that are NaN or Inf: repair it (0 is the usual background)")
         return out
 
 

@@ -165,9 +165,21 @@ def load_weights(path: Path) -> dict[str, Any]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this program's format {FORMAT}")
+        raise ValueError(
+            f"{path} can't be read as a checkpoint: it is damaged, or holds more than tensors and plain values, and no "
+            f"code from a file is run ({type(error).__name__}). Copy it again, or take the run's other one of best.pt "
+            "and last.pt"
+        ) from error
+    written = content.get("format") if isinstance(content, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise ValueError(
+            f"{path} is of a newer version of this program: format {written}, this one reads {FORMAT}; update it"
+        )
+    if written != FORMAT:
+        raise ValueError(
+            f"{path} is not a checkpoint of this program's format {FORMAT}: launch/convert.py --from brings in state "
+            "dicts of MONAI and self-attention-cv"
+        )
     return content
 
 

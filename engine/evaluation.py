@@ -41,10 +41,12 @@ class CaseScores:
     Attributes:
         dice: its counts.
         hd95: mm by region, in the order of `REGIONS`; NaN where truth or prediction has none.
+        warnings: what about the scan is not as in training.
     """
 
     dice: CaseDice
     hd95: tuple[float, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -181,10 +183,12 @@ def write(folder: Path, cases: Sequence[CaseScores], found: dict[str, Any], titl
     with (folder / "cases.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         kinds = ("dice", "hd95_mm", "voxels_predicted", "voxels_truth")
-        writer.writerow(["case", "dice_mean", *(f"{kind}_{region}" for kind in kinds for region in REGIONS)])
+        columns = [f"{kind}_{region}" for kind in kinds for region in REGIONS]
+        writer.writerow(["case", "dice_mean", *columns, "warnings"])
         for case in sorted(cases, key=lambda case: case.name):
             numbers = (case.mean, *case.dice.dice(), *case.hd95)
             counts = (*case.dice.predicted, *case.dice.truth)
-            writer.writerow([case.name, *("" if math.isnan(n) else round(n, 6) for n in numbers), *counts])
+            rounded = ("" if math.isnan(number) else round(number, 6) for number in numbers)
+            writer.writerow([case.name, *rounded, *counts, "; ".join(case.warnings)])
     (folder / "summary.json").write_text(json.dumps(found, indent=1))
     (folder / "table.md").write_text(markdown(found, title))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint import FORMAT, SAFETENSORS_KEY
 from engine.config import Config, to_dict
-from engine.trained import Trained, make_model
+from engine.trained import Trained, make_model, misfit
 from models.convert import PACKAGES, StateDict, from_reference, to_reference
 from pipelines.labels import REGIONS, Coding
 
@@ -184,14 +184,13 @@ def import_weights(
     check_package(name, package)
     network = make_model(config, len(modalities))
     weights = from_reference(name, state_dict, widths(network).get("num_heads", 0))
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
+    fault = misfit(network, weights)
+    if fault:
         raise ValueError(
             f"the weights are not those of a {name} with {len(modalities)} modalities, {widths(network)} and crops of "
             f"{tuple(config.data.crop_size_voxels)}: set --model, --data.modalities and --data.crop_size_voxels as the "
-            f"network was built ({error})"
-        ) from error
+            f"network was built ({fault})"
+        )
     return {
         "weights": weights,
         "config": to_dict(config),

@@ -47,8 +47,10 @@ th:first-child, td:first-child { padding-left: 0; text-align: left }
 .note, figcaption { color: #555; font-size: .9rem }
 summary { cursor: pointer; margin: .75rem 0 }
 @media (max-width: 30rem) {
-  th, td { padding: .3rem .35rem }
+  th, td { padding: .3rem .25rem }
   table { font-size: .85rem }
+  details table { font-size: .72rem }
+  details th, details td { padding: .3rem .15rem }
   h1 { font-size: 1.4rem }
 }
 @media print {
@@ -285,7 +287,7 @@ def _dice_table(summary: dict[str, Any]) -> str:
     ]
     head = "".join(f"<th>{name}</th>" for name in ("mean", *REGIONS))
     return (
-        f'<div class="scroll"><table><tr><th>validation Dice (%)</th>{head}<th>cases</th></tr>'
+        f'<div class="scroll"><table><tr><th>Dice (%)</th>{head}<th>cases</th></tr>'
         f"{row('best', summary['best'])}{row('last', summary['last'])}</table></div>"
         f"{_note('; '.join(empty))}"
     )

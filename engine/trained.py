@@ -7,6 +7,7 @@ repeated, or can be mistaken, where a network is used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,23 +95,56 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
         device: where the network goes.
 
     Raises:
-        ValueError: no weights there, a damaged file, another program's, or one of a version that knew other options.
+        ValueError: no weights there, a damaged file, another program's, or one of a version that knew other options;
+            weights of another network, or that are no numbers.
     """
     path = weights_path(Path(run))
     content = load_weights(path)
     try:
         config = config_from_dict(content["config"])
         tissues = {int(value): str(tissue) for value, tissue in content["tissues"].items()}
-        coding = Coding(content["release"], tissues, tuple(tuple(values) for values in content["regions"]))
+        regions = tuple(tuple(values) for values in content["regions"])
+        if len(regions) != len(REGIONS):
+            raise ValueError(f"it has {len(regions)} regions, must have {', '.join(REGIONS)}")
+        coding = Coding(content["release"], tissues, regions)
         modalities = tuple(content["modalities"])
         network = make_model(config, len(modalities))
         epoch, validation, scans = (content[name] for name in ("epoch", "validation", "scans"))
-    except (KeyError, ValueError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} was written by another version of this program: {reason}") from error
-    try:
-        network.load_state_dict(content["weights"])
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds the weights of another network than its configuration: {error}") from error
+        fault = misfit(network, content["weights"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(
+            f"{path} was written by another version of this program: {reason}; update this one, or use that one"
+        ) from error
+    if fault:
+        raise ValueError(
+            f"{path} holds the weights of another network than its configuration, {config.model.name}: {fault}; take a "
+            "file as a run wrote it"
+        )
+    network.load_state_dict(content["weights"])
+    broken = [name for name, value in network.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{path}: {len(broken)} of its tensors hold NaN or Inf ({_some(broken)}), and so would whatever it finds: "
+            "take weights of an earlier epoch, or train again"
+        )
     network.to(device).eval()
     return Trained(path, network, config, modalities, coding, epoch, validation, scans)
+
+
+def misfit(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
+    """What keeps a state dict from being that of a network, in words; empty where nothing does."""
+    expected = network.state_dict()
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    shapes = [
+        f"{name} {tuple(weights[name].shape)}, must be {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    return "; ".join(f"{len(names)} tensors are {what} ({_some(names)})" for what, names in found if names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]}{', ...' if len(names) > 1 else ''}"

@@ -12,6 +12,7 @@ tutorial's centre crop of it.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +37,6 @@ from pipelines.labels import CODINGS, regions_from_labels
 from pipelines.layouts import DataError
 from pipelines.nifti import RawCase, read_case
 
-log = logging.getLogger("launch.evaluate")
 GRIDS = {
     "source": "the scans' own grid",
     "prepared": "the prepared grid",
@@ -65,7 +65,11 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--on", choices=list(GRIDS), default="source", help="; ".join(f"{k}: {v}" for k, v in GRIDS.items())
     )
-    parser.add_argument("--output", type=Path, help="Folder of the tables; by default evaluation-GRID in the run's.")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="Folder of the tables; by default evaluation-GRID[-ROOT][-flips] in the run's.",
+    )
     return parser
 
 
@@ -75,26 +79,56 @@ def evaluate(options: Namespace) -> int:
     if not ranks.is_first:
         logging.getLogger().setLevel(logging.ERROR)
     predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
+    folder = options.output or default_folder(options, predictor)
+    if ranks.is_first:
+        check_folder(folder)
     cases = first_on_node(lambda: find(options, predictor), ranks)
     parts = gather(score_cases(predictor, cases, options.on, ranks), ranks)
     if not ranks.is_first:
         return 0
     outcomes = [outcome for part in parts for outcome in part]
-    scores = [outcome for outcome in outcomes if isinstance(outcome, CaseScores)]
+    scores = sorted((each for each in outcomes if isinstance(each, CaseScores)), key=lambda case: case.name)
     faults = [outcome for outcome in outcomes if isinstance(outcome, DataError)]
+    for case in scores:
+        for warning in case.warnings:
+            print(f"{case.name}: {warning}", file=sys.stderr)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     if not scores:
         raise DataError("no case could be read: nothing to score")
-    found = evaluation.summary(scores)
-    members = ", ".join(str(member.path) for member in predictor.members)
-    title = f"{members} on {GRIDS[options.on]}{', with mirror images' if options.flips else ''}"
-    folder = options.output or run_of(predictor.members[0].path) / f"evaluation-{options.on}"
+    runs = [str(member.path) for member in predictor.members]
+    data, grid = str(options.root or "the run's validation cases"), GRIDS[options.on]
+    found = {"runs": runs, "data": data, "grid": grid, "flips": options.flips, **evaluation.summary(scores)}
+    title = f"{', '.join(runs)} on {data}, {grid}{', with mirror images' if options.flips else ''}"
     evaluation.write(folder, scores, found, title)
-    Console().print(evaluation.rich_table(found, f"{len(scores)} cases, {GRIDS[options.on]}"))
+    Console().print(evaluation.rich_table(found, f"{len(scores)} cases, {grid}"))
     worst = ", ".join(f"{each['case']} {100 * each['dice']:.1f}" for each in found["worst"])
     print(f"worst cases by mean Dice: {worst or 'no truth has any region'}\n{found['definition']}.\ntables: {folder}")
     return 1 if faults else 0
+
+
+def default_folder(options: Namespace, predictor: Predictor) -> Path:
+    """Where the tables go: another place for another grid, data set or way of prediction."""
+    parts = ["evaluation", options.on, *([options.root.resolve().name] if options.root else [])]
+    return run_of(predictor.members[0].path) / "-".join([*parts, *(["flips"] if options.flips else [])])
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder, and see that it can be written to, before any work is done.
+
+    Raises:
+        ValueError: it can't be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"the folder of the tables, {folder}, can't be written ({error.strerror}): free space or change its "
+            "permissions, or choose another by --output"
+        ) from error
 
 
 def run_of(path: Path) -> Path:
@@ -112,7 +146,11 @@ def find(options: Namespace, predictor: Predictor) -> CaseSet:
     settings = replace(own, modalities=list(predictor.modalities))
     if options.root:
         settings = replace(settings, root=options.root, release=options.release, download=False)
-    cases = list_cases(settings, obtain_root(settings))
+    try:
+        cases = list_cases(settings, obtain_root(settings))
+    except DataError as error:
+        needed = f"the network takes {', '.join(predictor.modalities)}"
+        raise DataError(f"{error}\n({needed}; --root gives a data set, --release its label coding)") from error
     names = options.cases or (cases.names if options.root else split_names(own, cases)[1])
     if not names:
         raise DataError("the run has no validation cases: give --root")
@@ -141,7 +179,8 @@ def score_cases(predictor: Predictor, cases: CaseSet, grid: str, ranks: Ranks) -
             masks, label = (found > 0.5).cpu().numpy(), resample_label(raw.label, raw.label_affine, on)
             if grid == "center_crop":
                 label = label[centre(label.shape, size)]
-        return evaluation.score(case.name, masks, regions_from_labels(label, cases.coding), spacing.tolist())
+        scored = evaluation.score(case.name, masks, regions_from_labels(label, cases.coding), spacing.tolist())
+        return replace(scored, warnings=scan.warnings)
 
     mine = cases.cases[ranks.rank :: ranks.world_size]
     outcomes: list[CaseScores | DataError] = []

@@ -7,6 +7,7 @@ import importlib
 import json
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +22,14 @@ import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
 from safetensors.torch import save_file
 from test_models import reference_unetr
 from test_trained import content_of
 
 from engine import interchange
-from engine.bundle import write_bundle
-from engine.bundle_steps import find_scans
+from engine.bundle import FILE_NAMES, write_bundle
+from engine.bundle_steps import SelectChannelsd, find_scans
 from engine.checkpoint import save_weights
 from engine.config import Config, DataConfig, ModelConfig, to_dict
 from engine.inference import Predictor
@@ -363,8 +365,39 @@ def test_the_bundle_has_what_monai_asks_of_one(scan: Path, tmp_path: Path, monke
         metadata["network_data_format"]["outputs"]["pred"],
     )
     assert given["channel_def"] == {"0": "t1c", "1": "flair"} and given["spatial_shape"] == list(CROP)
+    tensor = {"type", "format", "modality", "num_channels", "spatial_shape", "dtype", "value_range", "is_patch_data",
+              "channel_def"}  # fmt: skip
+    assert tensor == set(given) == set(found)
     assert found["channel_def"] == {"0": "TC", "1": "WT", "2": "ET"} and found["num_channels"] == 3
     assert "non-zero voxels" in metadata["glioforge"]["input"]
+
+
+def test_files_of_every_release_are_found(tmp_path: Path) -> None:
+    endings = [
+        ("A_flair", "A_t1", "A_t1ce", "A_t2"),
+        ("A-t2f", "A-t1n", "A-t1c", "A-t2W"),
+        ("Flair_subtrMeanDivStd", "T1_subtrMeanDivStd", "T1c_subtrMeanDivStd", "T2_subtrMeanDivStd"),
+    ]
+    for i, names in enumerate(endings):
+        for name in (*names, "A-seg", "OTMultiClass", "brainmask"):
+            path = tmp_path / str(i) / f"{name}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        assert find_scans(str(tmp_path), FILE_NAMES, [])[i]["image"] == [
+            str(tmp_path / str(i) / f"{name}.nii.gz") for name in names
+        ]
+
+
+def test_a_bundle_refuses_scans_without_the_channels_or_with_voxels_that_are_no_numbers() -> None:
+    meta = {"filename_or_obj": "scan.nii.gz"}
+    image = MetaTensor(torch.arange(2.0)[:, None, None, None].expand(2, 4, 4, 4).clone(), meta=meta)
+    select = SelectChannelsd()
+    assert select({"image": image, "channels": [1, 0]})["image"][:, 0, 0, 0].tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"scan.nii.gz has 2 channel\(s\), and \[0, 2\] are asked for.*--channels"):
+        select({"image": image, "channels": [0, 2]})
+    image[1, 2, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match="scan.nii.gz has voxels that are NaN or Inf"):
+        select({"image": image, "channels": None})
 
 
 def test_scans_with_a_file_missing_or_twice_are_named(scan: Path) -> None:
@@ -376,6 +409,9 @@ def test_scans_with_a_file_missing_or_twice_are_named(scan: Path) -> None:
         find_scans(str(scan), {"flair": ("t2f",)}, [0])
     with pytest.raises(ValueError, match="A has 2 files of t1, "):
         find_scans(str(scan), {"t1": ("t1", "t1ce")}, [0])
+    shutil.copy(scan / "B.nii.gz", scan / "._B.nii.gz")  # as macOS leaves them in archives
+    shutil.copy(scan / "A" / "A_t2.nii.gz", scan / "A" / "._A_t1.nii.gz")
+    assert len(find_scans(str(scan), names, [2, 1])) == 2
     (scan / "A" / "empty").mkdir()
     with pytest.raises(ValueError, match="no scan in"):
         find_scans(str(scan / "A" / "empty"), names, [2, 1])

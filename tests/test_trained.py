@@ -62,12 +62,30 @@ def test_the_best_weights_are_a_runs_own_and_a_file_is_taken_as_it_is(tmp_path: 
         ({"config": to_dict(CONFIG) | {"model": {"name": "unet"}}}, "another network than its configuration"),
         ({"modalities": ["t1c"]}, "another network than its configuration"),
         ({"tissues": None, "release": None}, "another version"),
+        ({"config": to_dict(CONFIG) | {"model": {"name": "swin"}}}, "another version.*got value: swin"),
+        ({"config": 1}, "another version"),
+        ({"tissues": ["oedema"]}, "another version"),
+        ({"modalities": 2}, "another version"),
+        ({"weights": None}, "another version.*no 'weights'"),
+        ({"regions": [[1], [2]]}, "another version.*2 regions, must have TC, WT, ET"),
+        ({"weights": {"head.bias": torch.zeros(3)}}, r"unetr: \d+ tensors are missing \("),
+        ({"format": 3}, "newer version.*format 3, this one reads 2"),
+        ({"format": 1}, "not a checkpoint of this program's format 2"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     content = {key: value for key, value in content_of(**changes).items() if value is not None}
     save_weights(tmp_path / "odd.pt", content)
-    with pytest.raises(ValueError, match=f"(?s)odd.pt.*{message}"):
+    with pytest.raises(ValueError, match=rf"(?i)odd.pt.*{message}") as told:
+        load_trained(tmp_path / "odd.pt")
+    assert len(str(told.value)) < 600 and "\n" not in str(told.value)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    weights = content_of()["weights"]
+    weights["head.bias"][1] = torch.nan
+    save_weights(tmp_path / "odd.pt", content_of(weights=weights))
+    with pytest.raises(ValueError, match=r"odd.pt: 1 of its tensors hold NaN or Inf \(head.bias\).*train again"):
         load_trained(tmp_path / "odd.pt")
 
 
