@@ -297,7 +297,8 @@ def files_of(count: int, folder: Path) -> list[Path]:
 
 def measure_all(model: str, cases: int, rounds: int, run: Path | None = None) -> tuple[Work, list[dict[str, Any]]]:
     """All variants on so many cases."""
-    weights = run or short_run(model)
+    weights = run.resolve() if run else short_run(model)
+    cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         work, ways = Work.of(weights, files_of(cases, Path(folder))), variants()
         measure(work, ways, rounds)
@@ -307,7 +308,7 @@ def measure_all(model: str, cases: int, rounds: int, run: Path | None = None) ->
 def report(work: Work, rows: list[dict[str, Any]]) -> Path:
     """Print a table and write the JSON file; its path."""
     config = load_trained(work.weights).config
-    network = {"model": config.model.name, "window": list(config.data.crop_size_voxels)}
+    network: dict[str, Any] = {"model": config.model.name, "window": list(config.data.crop_size_voxels)}
     network |= {
         "spacing_mm": list(config.data.spacing_mm),
         "precision": config.train.precision if IS_GPU else "float32",

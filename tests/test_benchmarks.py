@@ -378,7 +378,7 @@ def test_launches_and_waits_are_counted_within_steps_alone() -> None:
 
 
 @pytest.mark.parametrize(("name", "seed"), [("unetr", 2), ("unetr_monai", 1)])
-def test_monais_program_gives_our_segmentations(name: str, seed: int, tmp_path: Path) -> None:
+def test_monais_program_gives_our_segmentations(name: Any, seed: int, tmp_path: Path) -> None:
     """Of a scan on its own grid; by weights that label some of its voxels and others not."""
     (scan,) = (make_phantoms(tmp_path / "task", 1, (40, 48, 32), workers=1) / "imagesTr").iterdir()
     data = DataConfig(crop_size_voxels=(16, 16, 16), spacing_mm=(8.0, 8.0, 8.0))
