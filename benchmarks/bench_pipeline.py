@@ -188,7 +188,7 @@ def measure(group: str, name: str, root: Path) -> tuple[float, float]:
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
     peak = 0
     while child.poll() is None:
-        peak = max(peak, _held(child.pid))
+        peak = max(peak, held_bytes(child.pid))
         time.sleep(0.1)
     assert child.stdout is not None
     output = child.stdout.read()
@@ -197,7 +197,7 @@ def measure(group: str, name: str, root: Path) -> tuple[float, float]:
     return json.loads(output.splitlines()[-1]), peak
 
 
-def _held(pid: int) -> int:
+def held_bytes(pid: int) -> int:
     """Bytes that a process and its children hold and that no file has."""
     held = 0
     try:

@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/gpu_suite.sh                      tests tune bench train
 #   bash benchmarks/gpu_suite.sh tune bench           these alone
-#   bash benchmarks/gpu_suite.sh pipeline             data and sliding window, beside MONAI: not among the four above
+#   bash benchmarks/gpu_suite.sh pipeline             data, sliding window and prediction from files to files, beside
+#                                                     MONAI: not among the four above
 #
 #   tests     the tests marked gpu
 #   tune      every configuration of every kernel; writes kernels/tuned.json
@@ -80,10 +81,12 @@ train() {
 }
 
 pipeline() {
-  run 2 pipeline "$python" -m benchmarks.bench_pipeline --rounds 1
+  run 3 pipeline "$python" -m benchmarks.bench_pipeline --rounds 1
   tail -n 25 "$logs/pipeline.log"
-  run 1 inference "$python" -m benchmarks.bench_inference
+  run 4 inference "$python" -m benchmarks.bench_inference
   tail -n 12 "$logs/inference.log"
+  run 1 predict "$python" -m benchmarks.bench_predict --rounds 1 --cases 8
+  tail -n 10 "$logs/predict.log"
 }
 
 declare -A weight=([tests]=20 [tune]=34 [bench]=30 [train]=30 [pipeline]=60) # of the time

@@ -17,11 +17,11 @@ from functools import lru_cache
 from itertools import product
 
 import torch
-from monai.data.utils import compute_importance_map
 
 OVERLAP = 0.5  # of neighbouring windows
 WINDOWS_AT_ONCE = 2
 SIGMA_SCALE = 0.125  # deviation of the Gaussian weights in window sizes; MONAI's default
+MIN_WEIGHT = 1e-3  # of a voxel far from the centre of its window; MONAI's
 
 Place = tuple[slice, ...]
 """Of one window in (B, C, X, Y, Z)."""
@@ -117,6 +117,19 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
     return [*range(0, last, step), last]
 
 
+def window_weights(window: Sequence[int]) -> torch.Tensor:
+    """How much each voxel of a window counts: a Gaussian around its centre, nowhere below 1e-3; float32 (*window).
+
+    MONAI's `compute_importance_map(window, "gaussian")` to the last bit. Its import takes as long as PyTorch's and
+    100 MB, and prediction needs nothing else of MONAI.
+    """
+    weights = torch.ones(())
+    for size in window:
+        offsets = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
+        weights = weights[..., None] * torch.exp(offsets**2 / (-2 * (size * SIGMA_SCALE) ** 2))
+    return weights.clamp(min=max(weights.min().item(), MIN_WEIGHT))
+
+
 def _check(image_BCXYZ: torch.Tensor, window: tuple[int, ...], overlap: float, windows_at_once: int) -> None:
     if image_BCXYZ.ndim != 5:
         raise ValueError(f"image {tuple(image_BCXYZ.shape)} must have five axes, B, C, X, Y and Z; give it the missing")
@@ -145,7 +158,7 @@ def _weights(
     size: tuple[int, ...], window: tuple[int, ...], overlap: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights of a window's voxels, float32 (*window), and their sum over all windows, float32 (*size)."""
-    weights = compute_importance_map(window, mode="gaussian", sigma_scale=SIGMA_SCALE).to(device)
+    weights = window_weights(window).to(device)
     weight_sum = torch.zeros(size, dtype=torch.float32, device=device)
     for corner in product(*(window_starts(*axis, overlap) for axis in zip(size, window))):
         weight_sum[_box(corner, window)] += weights

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,18 +20,18 @@ import pytest
 import torch
 from test_trained import content_of
 
-from engine import evaluation, metrics
+from engine import evaluation, inference, metrics
 from engine.checkpoint import save_weights
 from engine.config import Config, DataConfig, ModelConfig, to_dict
 from engine.distributed import Ranks
-from engine.inference import Predictor
+from engine.inference import Predictor, Prepared
 from engine.sliding_window import sliding_window_logits
 from engine.trained import make_model
 from launch import evaluate, predict
-from pipelines.cases import find_cases
+from pipelines.cases import Case, find_cases
 from pipelines.labels import CODINGS, regions_from_labels
 from pipelines.loaders import ValLoader
-from pipelines.nifti import read_nifti
+from pipelines.nifti import RawCase, read_nifti
 from pipelines.phantom import make_phantoms
 from pipelines.store import prepare
 
@@ -98,6 +103,60 @@ def test_what_is_there_is_kept_unless_asked(run: Path, scans: Path, tmp_path: Pa
     assert (tmp_path / "BRATS_001.nii.gz").read_bytes() == b"from before" and "BRATS_001" not in rows_of(tmp_path)
     assert run_predict(*command, "--overwrite") == 0
     assert labels_of(tmp_path / "BRATS_001.nii.gz").any() and "BRATS_001" in rows_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "says"),
+    [(signal.SIGINT, 130, "interrupted; the same"), (signal.SIGTERM, 75, "stopped by SIGTERM; the same")],
+)
+def test_a_command_that_is_stopped_leaves_whole_files_and_goes_on_with_the_others(
+    number: signal.Signals,
+    status: int,
+    says: str,
+    run: Path,
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """The signal comes when the second case is predicted, the first one being written and the third one read."""
+    at_work = threading.Barrier(3, timeout=20)
+    read, save, probabilities = Predictor.read, inference.write_nifti, Predictor.probabilities
+    seen: list[Prepared] = []
+
+    def reading(predictor: Predictor, case: Case) -> RawCase:
+        if case.name == "BRATS_003":
+            at_work.wait()
+            time.sleep(0.2)
+        return read(predictor, case)
+
+    def saving(path: Path, *rest: Any) -> None:
+        if path.name == "BRATS_001.nii.gz":
+            at_work.wait()
+            time.sleep(0.2)
+        save(path, *rest)
+
+    def predicting(predictor: Predictor, scan: Prepared) -> torch.Tensor:
+        seen.append(scan)
+        if len(seen) == 2:
+            at_work.wait()
+            os.kill(os.getpid(), number)
+            time.sleep(20)
+        return probabilities(predictor, scan)
+
+    command = ["--runs", str(run), "--input", str(scans), "--output", str(tmp_path), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "read", reading)
+        patch.setattr(inference, "write_nifti", saving)
+        patch.setattr(Predictor, "probabilities", predicting)
+        started = time.monotonic()
+        assert predict.main(command) == status
+    assert time.monotonic() - started < 10 and says in capsys.readouterr().err
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("read", "finish"))]
+    assert [path.name for path in tmp_path.iterdir()] == ["BRATS_001.nii.gz"]
+    assert labels_of(tmp_path / "BRATS_001.nii.gz").any()
+    assert predict.main(command) == 0
+    assert f"2 cases segmented, 1 kept: {tmp_path}" in capsys.readouterr().out
 
 
 def test_the_order_of_modalities_may_be_another_one(run: Path, scans: Path, tmp_path: Path) -> None:

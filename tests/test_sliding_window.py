@@ -16,7 +16,7 @@ from monai.transforms import NormalizeIntensity
 
 from benchmarks.bench_inference import peak_bytes
 from engine import sliding_window
-from engine.sliding_window import sliding_window_logits, window_starts, zscore_nonzero
+from engine.sliding_window import sliding_window_logits, window_starts, window_weights, zscore_nonzero
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -169,14 +169,19 @@ def test_a_window_is_not_empty_with_one_voxel_of_one_channel(value: float) -> No
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("window", [(48, 48, 48), (128, 128, 64), (17, 80, 1)])
+def test_weights_of_a_window_are_monais_to_the_last_bit(window: tuple[int, int, int]) -> None:
+    assert torch.equal(window_weights(window), compute_importance_map(window, mode="gaussian"))
+
+
 def test_the_sum_of_weights_is_computed_once_for_volumes_of_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, ...]] = []
 
-    def counted(window: tuple[int, ...], **options: Any) -> torch.Tensor:
+    def counted(window: tuple[int, ...]) -> torch.Tensor:
         made.append(window)
-        return compute_importance_map(window, **options)
+        return window_weights(window)
 
-    monkeypatch.setattr(sliding_window, "compute_importance_map", counted)
+    monkeypatch.setattr(sliding_window, "window_weights", counted)
     sliding_window._weights.cache_clear()
     net, image = network(), scan((2, 21, 18, 13))
     with torch.inference_mode():  # what is kept from here must serve outside it
