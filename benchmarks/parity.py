@@ -175,9 +175,9 @@ def differences(curves: dict[str, Curve]) -> dict[str, dict[str, float]]:
 
 
 def beyond_noise(found: dict[str, dict[str, float]]) -> list[str]:
-    """Pairs whose losses differ, step by step, at least as much as those of two seeds of the same code."""
+    """Pairs whose losses differ, step by step, at least as much as those of two seeds of the same code, or are NaN."""
     noise = found[f"{OTHER_SEED} - {PLAIN}"]["loss"]
-    return [pair for pair, values in found.items() if OTHER_SEED not in pair and values["loss"] >= noise]
+    return [pair for pair, values in found.items() if OTHER_SEED not in pair and not values["loss"] < noise]
 
 
 # ---------- report

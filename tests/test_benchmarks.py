@@ -632,6 +632,8 @@ def test_a_difference_as_large_as_between_seeds_is_told() -> None:
     notes = parity.notes_of(found, "", 1)
     assert "differ by 1.5 of what two seeds do, NOT within" in notes[-1]
     assert any("bf16 was left out" in note for note in notes)
+    curves[parity.FLOAT32] = parity.Curve([1.0, math.nan], dice)
+    assert parity.beyond_noise(parity.differences(curves)) == ["glioforge float32 - plain"]
 
 
 def test_one_step_is_too_few_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
