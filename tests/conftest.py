@@ -35,7 +35,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest files go first. Tests marked `gpu` skip where there is no CUDA device, `slow` ones without `--slow`."""
+    """The longest files first; `gpu` tests skip where there is no CUDA device, `slow` ones without `--slow`."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
