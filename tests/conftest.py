@@ -15,6 +15,9 @@ from engine.distributed import Ranks, init_ranks
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("BRATS_DATA", ROOT.parent / "shared" / "data"))
 
+LONGEST = ("test_distributed.py", "test_ranks.py", "test_runs.py", "test_step.py", "test_trainer.py")
+"""Files of half a minute and more: of several workers, each of which takes whole files, none ends long after others."""
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
@@ -32,7 +35,8 @@ def ranks() -> Iterator[Ranks]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip where there is no CUDA device, those marked `slow` without `--slow`."""
+    """The longest files first; `gpu` tests skip where there is no CUDA device, `slow` ones without `--slow`."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes half a minute or more: pytest --slow"))

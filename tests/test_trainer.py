@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -21,7 +22,7 @@ from monai.networks.nets import UNETR, UNet
 
 from engine.checkpoint import state_name, states
 from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
-from engine.data import Data, load_data
+from engine.data import Data, load_data, make_val_loader
 from engine.diagnosis import Diverged
 from engine.distributed import Ranks
 from engine.progress import DataWait
@@ -43,6 +44,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLIOFORGE_CACHE", str(folder))
         return load_data(DataConfig(phantom=PHANTOM, spacing_mm=(4.5, 4.5, 4.5), crop_size_voxels=CROP, workers=1))
+
+
+def test_a_case_comes_as_the_configuration_validates_it(data: Data) -> None:
+    """The centre crop, z-scored; or the full volume as it is stored, for sliding windows to do that."""
+    name, cpu = data.train[1], torch.device("cpu")
+    config = Config(data=DataConfig(crop_size_voxels=CROP), train=TrainConfig(validation="center_crop"))
+    ((found, image, labels),) = make_val_loader(config, data.store, [name], cpu)
+    assert (found, image.shape, labels.shape) == (name, (1, 4, *CROP), (1, *CROP))
+    assert image[image != 0].mean().abs() < 0.01
+    config = replace(config, train=TrainConfig(validation="full_volume"))
+    ((_, image, _),) = make_val_loader(config, data.store, [name], cpu)
+    stored = torch.tensor(data.store.image(data.store.index(name))).permute(3, 0, 1, 2)
+    assert torch.equal(image[0], stored) and image.is_contiguous()
 
 
 @pytest.mark.parametrize("name", ["unetr_monai", "unet"])
