@@ -101,11 +101,7 @@ def predict(options: Namespace) -> int:
     cases, faults = find(options.input, predictor, options.modalities, options.release)
     output: Path = options.output
     check_folder(output)
-    waiting = [
-        case
-        for case in cases.cases
-        if options.overwrite or not all(path.is_file() for path in outputs(case, output, options.probabilities))
-    ]
+    waiting = left_to_do(cases.cases, output, options.probabilities, options.overwrite, ranks)
     kept = len(cases.cases) - len(waiting)
     if kept:
         log.info("%d of %d cases are segmented already and kept (--overwrite replaces them)", kept, len(cases.cases))
@@ -121,6 +117,14 @@ def predict(options: Namespace) -> int:
     for row in failed:
         print(f"failed: {row.error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def left_to_do(
+    cases: Sequence[Case], output: Path, probabilities: bool, overwrite: bool, ranks: Ranks
+) -> Sequence[Case]:
+    """The cases without a segmentation, as the first rank finds them: by the time that another looks, some are done."""
+    waiting = [case for case in cases if overwrite or not all(map(Path.is_file, outputs(case, output, probabilities)))]
+    return gather(waiting, ranks)[0]
 
 
 def predict_cases(

@@ -289,6 +289,18 @@ def test_evaluation_names_cases_that_cannot_be_read(run: Path, scans: Path, tmp_
     assert run_evaluate("--runs", run, "--root", root, "--cases", "BRATS_003", "--output", tmp_path / "one") == 0
 
 
+def test_all_ranks_share_what_the_first_finds_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is late finds segmentations that another has just written; its share would be of fewer cases."""
+    cases = [Case(name, (tmp_path / f"{name}.nii.gz",), (0,), None) for name in "abc"]
+    late = Ranks(1, 2, 1, torch.device("cpu"), 2)
+    monkeypatch.setattr(predict, "gather", lambda value, ranks: [cases, value])
+    (tmp_path / "a.nii.gz").touch()
+    assert predict.left_to_do(cases, tmp_path, False, False, late) == cases
+    monkeypatch.setattr(predict, "gather", lambda value, ranks: [value])
+    assert predict.left_to_do(cases, tmp_path, False, False, late) == cases[1:]
+    assert predict.left_to_do(cases, tmp_path, False, True, late) == cases
+
+
 def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: Path, tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29591")
     command = [*torchrun, str(ROOT / "launch" / "predict.py"), "--runs", str(run), "--device", "cpu"]
