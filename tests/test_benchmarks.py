@@ -482,12 +482,22 @@ def test_times_of_programs_that_do_not_do_the_same_are_refused(
         bench_predict.measure(bench_predict.Work(tmp_path, (tmp_path / "a.nii.gz",), 8), ways, 1)
 
 
-def test_both_programs_are_called_as_users_do(tmp_path: Path) -> None:
+def test_both_programs_are_called_as_users_do(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     work = bench_predict.Work(tmp_path / "net.pt", (tmp_path / "a.nii.gz",), 8)
     ours, workers, plain = (way.command(work, tmp_path / "out") for way in bench_predict.variants())
     parsed = predict.make_parser().parse_args(ours[2:])
     assert parsed.runs == [str(work.weights)] and parsed.input == list(work.files) and Path(ours[1]).is_file()
     assert plain[1:-1] == workers[1:-1] and (plain[-1], workers[-1]) == ("0", "2")
+    monkeypatch.setattr(bench_predict, "IS_GPU", True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)
+    on_gpu = bench_predict.variants()[0].command(work, tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", on_gpu[2:])
+    with pytest.raises(SystemExit) as end:
+        exec(on_gpu[2], {})
+    told = capfd.readouterr().err
+    assert end.value.code == 2 and f"{work.weights} is no run" in told and told.endswith("torch's peak:  5\n")
 
 
 # ---------- scaling
