@@ -3,14 +3,15 @@
 #
 #   bash benchmarks/gpu_suite.sh                      tests tune bench train
 #   bash benchmarks/gpu_suite.sh tune bench           these alone
-#   bash benchmarks/gpu_suite.sh pipeline             data, sliding window and prediction from files to files, beside
-#                                                     MONAI: not among the four above
+#   bash benchmarks/gpu_suite.sh pipeline parity      the rest, which the four above leave out
 #
 #   tests     the tests marked gpu
 #   tune      every configuration of every kernel; writes kernels/tuned.json
 #   bench     the kernels' benchmarks
 #   train     the demo, and a training step of UNETR at the published size beside a plain MONAI loop: its parts, its
 #             time and memory by precision, compiled and as a CUDA graph, the batch with the largest throughput
+#   pipeline  data, sliding window and prediction from files to files, beside MONAI
+#   parity    trainings in float32 and bf16 with every kernel beside a plain MONAI loop, and the noise between two seeds
 #
 # A section that fails or runs out of time leaves what it has and stops no other; the exit status says so at the end. A
 # short table comes last. The time, $LIMIT seconds in all, is divided among the sections, and what one does not need the
@@ -89,12 +90,17 @@ pipeline() {
   tail -n 10 "$logs/predict.log"
 }
 
-declare -A weight=([tests]=20 [tune]=34 [bench]=30 [train]=30 [pipeline]=60) # of the time
+parity() {
+  run 1 parity "$python" -m benchmarks.parity --data.phantom.cases 8 --steps 150
+  tail -n 24 "$logs/parity.log"
+}
+
+declare -A weight=([tests]=20 [tune]=34 [bench]=30 [train]=30 [pipeline]=60 [parity]=30) # of the time
 sections=("$@")
 ((${#sections[@]})) || sections=(tests tune bench train)
 for section in "${sections[@]}"; do
   if [[ -z ${weight[$section]:-} ]]; then
-    echo "error: section $section must be one of tests, tune, bench, train, pipeline" >&2
+    echo "error: section $section must be one of ${!weight[*]}" >&2
     exit 2
   fi
 done
