@@ -20,7 +20,7 @@ from engine.comparison import PUBLISHED, VALIDATION_CASES, Row, Run, differences
 from engine.config import Config
 from engine.data import list_cases, make_val_loader, obtain_root, prepared
 from engine.metrics import CaseDice, case_dice
-from engine.pictures import as_numpy, legend, plt, show_slice
+from engine.pictures import DPI, as_numpy, legend, plt, show_slice
 from engine.progress import percent
 from engine.sliding_window import sliding_window_logits
 from engine.trained import load_trained
@@ -33,23 +33,23 @@ SLICES = 3
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
     """Validation Dice and training loss of all runs by epoch; seeds of a model share its colour."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharex=True)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(6, 7.6), layout="constrained", sharex=True)
     for row in rows:
         for index, run in enumerate(row.runs):
             style: dict[str, Any] = {"color": COLOURS[row.model], "alpha": 1.0 if len(row.runs) == 1 else 0.6}
             label = None if index else f"{PUBLISHED[row.model].title}, best {row.cell('mean')}"
             dice = [(r["epoch"], 100 * r["val_mean"]) for r in run.history if r.get("val_mean") is not None]  # type: ignore[operator]
             loss = [(r["epoch"], r["loss"]) for r in run.history if r["loss"] is not None]
-            left.plot(*zip(*dice), marker="o", ms=3, label=label, **style)
-            right.plot(*zip(*loss), lw=1.2, **style)
-    left.set(xlabel="epoch", ylabel="validation, mean Dice (%)", ylim=(0, 100))
-    right.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    for axes in (left, right):
+            above.plot(*zip(*loss), lw=1.2, **style)
+            below.plot(*zip(*dice), marker="o", ms=3, label=label, **style)
+    above.set(ylabel="training loss", ylim=(0, None))
+    below.set(xlabel="epoch", ylabel="validation, mean Dice (%)", ylim=(0, 100))
+    for axes in (above, below):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.legend(loc="outside lower center", frameon=False)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -118,7 +118,7 @@ def draw_predictions(predictions: Predictions, path: Path) -> None:
         dice = [percent(None if math.isnan(value) else value) for value in counts.dice()]
         scores = "  ".join(f"{region} {value}" for region, value in zip(REGIONS, dice))
         shown[model] = (f"{PUBLISHED[model].title}   Dice {scores}", masks)
-    size = (2.9 * SLICES, 3.1 * len(shown))
+    size = (2.2 * SLICES, 2.65 * len(shown) + 0.5)
     figure, rows = plt.subplots(len(shown), SLICES, figsize=size, layout="constrained", squeeze=False)
     for row, (title, masks) in zip(rows, shown.values()):
         for axis, z in zip(row, slices.astype(int)):
@@ -127,5 +127,5 @@ def draw_predictions(predictions: Predictions, path: Path) -> None:
         row[SLICES // 2].set_title(title, fontsize=10)
     figure.suptitle(predictions.name, fontsize=11)
     legend(figure)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
     plt.close(figure)
