@@ -206,9 +206,8 @@ class Plain:
             one = scene.cached
         # Many epochs as one, so that none ends under the clock.
         dataset: Any = torch.utils.data.ConcatDataset([one] * 1000)
-        loader = DataLoader(
-            dataset, batch_size=batch, shuffle=True, num_workers=WORKERS, pin_memory=IS_GPU, timeout=300
-        )
+        options = {"num_workers": WORKERS, "timeout": 300 if WORKERS else 0}
+        loader = DataLoader(dataset, batch_size=batch, shuffle=True, pin_memory=IS_GPU, **options)
         for content in loader:
             image, target = (content[key].as_tensor().to(DEVICE, non_blocking=True) for key in ("image", "label"))
             yield image.contiguous(memory_format=self.format), target

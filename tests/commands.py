@@ -42,6 +42,8 @@ class Forked:
         arguments = (folder, args, environment, self.terminals)
         self.process = context.Process(target=_run_script, args=arguments, daemon=True)
         self.process.start()
+        assert self.process.pid
+        self.pid = self.process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -54,8 +56,7 @@ class Forked:
         self.process.kill()
 
     def send_signal(self, number: int) -> None:
-        assert self.process.pid
-        os.kill(self.process.pid, number)
+        os.kill(self.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.process.join(timeout)
@@ -77,9 +78,12 @@ def _run_script(folder: Path, args: tuple[str, ...], environment: dict[str, str]
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 
+Started = subprocess.Popen | Forked
+
+
 def start(
     folder: Path, *args: str, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
-) -> subprocess.Popen | Forked:
+) -> Started:
     """Start the command, by a launcher as a user would or forked; scans and volumes go to `folder/cache`."""
     environment = os.environ | (environment or {}) | {"GLIOFORGE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     for name in ("DS_ACCELERATOR", "LOCAL_RANK"):  # `init_ranks` sets them in this process

@@ -258,7 +258,8 @@ def test_both_loops_do_the_same_steps(scene: training.Scene) -> None:
     assert losses[2] < losses[0] and losses == pytest.approx(plain_losses, rel=1e-4)
 
 
-def test_the_plain_loop_loads_what_ours_loads(scene: training.Scene) -> None:
+def test_the_plain_loop_loads_what_ours_loads(scene: training.Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "WORKERS", 0)  # one forked amid the threads of other tests may crash
     for from_files in (True, False):
         plain = training.Plain(scene, training.Variant("plain", from_files=from_files), 2)
         image, target = next(plain.batches)
