@@ -33,6 +33,7 @@ from engine.checkpoint import save_weights
 from engine.config import Config, DataConfig, ModelConfig, to_dict
 from engine.inference import Predictor
 from engine.interchange import (
+    OPSET,
     describe,
     read_state_dict,
     reference_class,
@@ -125,6 +126,32 @@ def test_onnx_gives_the_networks_logits_for_any_batch_size(
     words = session.get_modelmeta().custom_metadata_map
     assert json.loads(words["modalities"]) == ["t1c", "flair"] and json.loads(words["spacing_mm"]) == [2.0, 2.0, 3.0]
     assert json.loads(words["threshold"]) == 0 and "non-zero" in words["input"] and "TC, WT, ET" in words["output"]
+
+
+class Norm(torch.nn.Module):
+    """An affine instance norm and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(torch.tensor([2.0, -1.0])), torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.instance_norm(x_BCXYZ, weight=self.weight, bias=self.bias)
+
+
+@torch.no_grad()
+def test_instance_norm_in_onnx_is_exact_over_a_million_voxels_of_one_background(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = torch.randn(1, 2, 128, 128, 64, generator=torch.Generator().manual_seed(0))
+    x[..., :48] = 0.3
+    table = {torch.ops.aten.instance_norm.default: interchange._instance_norm_in_onnx}
+    program = torch.export.export(Norm(), (x,))
+    graph = torch.onnx.export(program, opset_version=OPSET, custom_translation_table=table, verbose=False)
+    assert graph is not None
+    graph.save(tmp_path / "norm.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "norm.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, Norm().double()(x.double()).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
