@@ -17,10 +17,9 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
-from commands import ROOT
 from matplotlib.colors import to_rgb
 
-from engine import comparison
+from engine import comparison, comparison_pictures
 from engine.checkpoint import save_weights
 from engine.config import Config, ModelConfig, make_parser, parse_config, to_dict
 from engine.pictures import COLOURS
@@ -29,6 +28,7 @@ from launch import compare
 from pipelines.cases import MODALITIES
 from pipelines.labels import CODINGS
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "tutorial.md"
 PICTURES = PAGE.with_suffix("")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -135,7 +135,7 @@ def test_every_picture_is_linked_and_small() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(maker.PICTURE.findall(PAGE.read_text()))))
 def test_pictures_keep_the_colours_of_their_legends(name: str) -> None:
-    palette = comparison.COLOURS if name == "curves.png" else COLOURS
+    palette = comparison_pictures.COLOURS if name == "curves.png" else COLOURS
     pixels = matplotlib.image.imread(PICTURES / name)[..., :3]
     for colour in palette.values():
         assert np.abs(pixels - np.array(to_rgb(colour), np.float32)).max(axis=-1).min() < 0.03, colour
