@@ -21,7 +21,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +294,7 @@ def save_onnx(path: Path, trained: Trained, program: torch.export.ExportedProgra
             output_names=["logits"],
             dynamic_shapes=_free_batch(),
             opset_version=OPSET,
-            custom_translation_table={torch.ops.aten.instance_norm.default: _instance_norm_in_onnx},
+            custom_translation_table=IN_ONNX,
             verbose=False,
         )
     assert graph is not None
@@ -313,7 +313,9 @@ def _instance_norm_in_onnx(
     ONNX Runtime's own sums the voxels of a channel one by one, in float32: of a million, most of them the same
     background, logits came out up to 6e-4 of the largest wrong (onnxruntime 1.32 on a CPU, UNETR at 128 x 128 x 64).
     """
-    from onnxscript import opset20 as op  # type: ignore[attr-defined]
+    import onnxscript
+
+    op: Any = onnxscript.opset20
 
     def mean(x: Any) -> Any:
         for axis in (4, 3, 2):
@@ -328,6 +330,10 @@ def _instance_norm_in_onnx(
     y = op.Div(centred, op.Sqrt(op.Add(variance, op.Constant(value_float=eps))))
     y = y if weight is None else op.Mul(y, by_channel(weight))
     return y if bias is None else op.Add(y, by_channel(bias))
+
+
+IN_ONNX: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.instance_norm.default: _instance_norm_in_onnx}
+"""Operations that go to ONNX in another way than torch's own."""
 
 
 @torch.no_grad()

@@ -144,9 +144,8 @@ def test_instance_norm_in_onnx_is_exact_over_a_million_voxels_of_one_background(
     onnxruntime = pytest.importorskip("onnxruntime")
     x = torch.randn(1, 2, 128, 128, 64, generator=torch.Generator().manual_seed(0))
     x[..., :48] = 0.3
-    table = {torch.ops.aten.instance_norm.default: interchange._instance_norm_in_onnx}
     program = torch.export.export(Norm(), (x,))
-    graph = torch.onnx.export(program, opset_version=OPSET, custom_translation_table=table, verbose=False)
+    graph = torch.onnx.export(program, opset_version=OPSET, custom_translation_table=interchange.IN_ONNX, verbose=False)
     assert graph is not None
     graph.save(tmp_path / "norm.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "norm.onnx", providers=["CPUExecutionProvider"])
