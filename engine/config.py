@@ -280,6 +280,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def to_portable_dict(config: Config) -> dict[str, Any]:
+    """As `to_dict`, with paths that mean the same from any folder, and without what is about one run's folder."""
+    values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
+    for group, name in (("data", "root"), ("data", "store_dir"), ("train", "deepspeed")):
+        if values[group][name]:
+            values[group][name] = str(Path(values[group][name]).resolve())
+    return values
+
+
 def config_from_dict(values: dict[str, Any]) -> Config:
     """A configuration from what `to_dict` made of one.
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-PREPARATION_LIMIT = timedelta(hours=12)  # one rank of a node prepares the data while the others wait
+PREPARATION_LIMIT = timedelta(hours=12)  # one rank of a node prepares the data, or has more cases, while others wait
 
 
 class Place(NamedTuple):
@@ -123,12 +123,20 @@ def export(place: Place) -> None:
         os.environ.setdefault("MASTER_PORT", "29500")  # PyTorch's own choice; srun sets none
 
 
-def gather(value: T, ranks: Ranks) -> list[T]:
-    """Every rank's value, in order of rank, on every rank."""
+def gather(value: T, ranks: Ranks, is_patient: bool = False) -> list[T]:
+    """Every rank's value, in order of rank, on every rank.
+
+    Args:
+        value: anything that pickles. is_patient: wait for ranks that are at work for `PREPARATION_LIMIT`, and not for
+            ten minutes at most, as NCCL does.
+    """
     if ranks.world_size == 1:
         return [value]
     values: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(values, value)
+    group = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT) if is_patient else None
+    dist.all_gather_object(values, value, group=group)
+    if group is not None:
+        dist.destroy_process_group(group)
     return values
 
 
@@ -147,16 +155,13 @@ def first_on_node(work: Callable[[], T], ranks: Ranks) -> T:
         except (ValueError, OSError) as error:
             failure = error
     if ranks.world_size > 1:
-        messages: list[str | None] = [None] * ranks.world_size
         try:
-            group = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
-            dist.all_gather_object(messages, str(failure) if failure else None, group=group)
+            messages = gather(str(failure) if failure else None, ranks, is_patient=True)
         except RuntimeError as error:
             raise TimeoutError(
                 f"rank {ranks.rank} waited for the first rank of each node to prepare the data, and lost it or waited "
                 f"for {PREPARATION_LIMIT}: see the messages above; launch/prepare.py prepares the data beforehand"
             ) from error
-        dist.destroy_process_group(group)
         elsewhere = next((message for message in messages if message), None)
         failure = failure or (PeerFailed(elsewhere) if elsewhere else None)
     if failure:

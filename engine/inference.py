@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from engine.sliding_window import sliding_window_logits
-from engine.step import prepare_network
+from engine.step import prepare_network, set_tf32
 from engine.trained import Trained, load_trained
 from kernels import dispatch
 from pipelines.cases import Case, DataError
 from pipelines.geometry import BackToFile, Grid, resample_image, target_grid
 from pipelines.labels import ENHANCING, NECROSIS, NON_ENHANCING, OEDEMA, REGIONS, Coding
 from pipelines.likeness import looks_of, unlike
-from pipelines.nifti import RawCase, read_case, write_nifti
+from pipelines.nifti import RawCase, affine_fault, read_case, read_grid, write_nifti
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -138,6 +138,9 @@ class Predictor:
             prepare_network(member.network, member.config.train.precision if self.device.type == "cuda" else "float32")
             for member in self.members
         ]
+        if self.device.type == "cuda":
+            in_tf32 = all(member.config.train.precision == "tf32" for member in self.members)
+            set_tf32(in_tf32)
         axes = (2, 3, 4)
         subsets = chain.from_iterable(combinations(axes, count) for count in range(4)) if flips else [()]
         self._mirrored = list(subsets)
@@ -166,8 +169,7 @@ class Predictor:
                     f"(C, X, Y, Z) with the C = {len(self.modalities)} modalities {', '.join(self.modalities)}, and "
                     "its affine (4, 4) given"
                 )
-            raw = RawCase(np.moveaxis(images, 0, -1), None, np.asarray(affine, np.float64), None)
-            return self.finish(*self._predicted(raw), probabilities)
+            return self.finish(*self._predicted(_raw(images, affine)), probabilities)
         case = self.case_of(images)
         return self.finish(*self._predicted(self.read(case)), probabilities, case.images[0])
 
@@ -179,7 +181,7 @@ class Predictor:
         """The case that files make up; see `segment`.
 
         Raises:
-            ValueError: more or fewer files than modalities, or not these.
+            ValueError: more or fewer files, or images in one file, than modalities, or not these.
         """
         if isinstance(images, Mapping):
             missing = [modality for modality in self.modalities if modality not in images]
@@ -191,6 +193,12 @@ class Predictor:
         files = tuple(Path(image) for image in ([images] if isinstance(images, str | Path) else images))
         count = len(self.modalities)
         if len(files) == 1 and count > 1:
+            shape = read_grid(files[0])[0]
+            if len(shape) > 3 and shape[3] != count:
+                raise ValueError(
+                    f"{files[0]} has {shape[3]} images on its last axis: the network needs {count}, "
+                    f"{', '.join(self.modalities)}, and can't tell which they are; give a file of these alone"
+                )
             return Case(name, files, tuple(range(count)), None)
         if len(files) != count:
             raise ValueError(
@@ -249,6 +257,24 @@ class Predictor:
             if kept is not None:
                 kept[i] = values.cpu().numpy()
         return Segmentation(masks, scan.affine, self.coding, kept, scan.warnings, like)
+
+
+def _raw(image_CXYZ: np.ndarray, affine: np.ndarray) -> RawCase:
+    """An array as a scan that was read.
+
+    Raises:
+        ValueError: no voxels, voxels that are no finite real numbers, or an affine that maps no volume.
+    """
+    affine = np.asarray(affine, np.float64)
+    if not image_CXYZ.size or image_CXYZ.dtype.kind not in "buif" or not np.isfinite(image_CXYZ).all():
+        raise ValueError(
+            f"an array of {image_CXYZ.shape}, {image_CXYZ.dtype}: voxels must be finite real numbers (0 is the usual "
+            "background), and at least one"
+        )
+    fault = affine_fault(affine) if affine.shape == (4, 4) else f"its affine is {affine.shape} and must be (4, 4)"
+    if fault:
+        raise ValueError(f"an array of {image_CXYZ.shape}: {fault}")
+    return RawCase(np.moveaxis(image_CXYZ, 0, -1), None, affine, None)
 
 
 def compose_labels(masks_RXYZ: np.ndarray, coding: Coding) -> np.ndarray:

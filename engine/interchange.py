@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -152,8 +153,8 @@ def read_state_dict(path: Path) -> StateDict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path} can't be read without running code from it ({type(error).__name__}: {error}); save the state "
-            "dict alone: torch.save(model.state_dict(), ...)"
+            f"{path} can't be read: it is damaged, or holds more than tensors, and no code from a file is run "
+            f"({type(error).__name__}); save the state dict alone: torch.save(model.state_dict(), ...)"
         ) from error
     for name in NESTED:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
@@ -230,10 +231,16 @@ def save_safetensors(path: Path, content: dict[str, Any], description: dict[str,
 
     Args:
         path: the file. content: of a weights file, as `load_weights` gives it. description: from `describe`.
+
+    Raises:
+        OSError: it can't be written.
     """
     rest = {name: value for name, value in content.items() if name != "weights"} | {"format": FORMAT}
     weights = {name: value.contiguous() for name, value in content["weights"].items()}
-    save_file(weights, path, {SAFETENSORS_KEY: json.dumps(rest), **_strings(description)})
+    try:
+        save_file(weights, path, {SAFETENSORS_KEY: json.dumps(rest), **_strings(description)})
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}") from error
 
 
 def _strings(description: dict[str, Any]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from engine import checkpoint, metrics, pictures, report
 from engine.command import run_command
-from engine.config import Config, to_dict
+from engine.config import Config, to_portable_dict
 from engine.data import Data, load_data, make_val_loader
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.progress import percent
@@ -205,10 +205,6 @@ def _how_to_go_on(config: Config | None) -> str:
 
 def _write_config(config: Config, run_dir: Path) -> None:
     """`config.yaml`, from which `--resume` continues and anyone can start the same run again, from any folder."""
-    values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
-    for group, name in (("data", "root"), ("data", "store_dir"), ("train", "deepspeed")):
-        if values[group][name]:
-            values[group][name] = str(Path(values[group][name]).resolve())
     partial = run_dir / "config.yaml.partial"
-    partial.write_text(yaml.safe_dump(values, sort_keys=False))
+    partial.write_text(yaml.safe_dump(to_portable_dict(config), sort_keys=False))
     os.replace(partial, run_dir / "config.yaml")

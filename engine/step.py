@@ -36,12 +36,17 @@ LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def set_up_torch(train: TrainConfig) -> None:
     """Process-wide switches: TF32, and bits that do not depend on the run."""
-    torch.set_float32_matmul_precision("high" if train.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = train.precision == "tf32"
+    set_tf32(train.precision == "tf32")
     torch.backends.cudnn.benchmark = not train.deterministic  # crops have one size: the search pays
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(train.deterministic)
+
+
+def set_tf32(is_on: bool) -> None:
+    """Products of float32 in TF32 on a GPU, or as IEEE has them, in the whole process. PyTorch mixes the two."""
+    torch.set_float32_matmul_precision("high" if is_on else "highest")
+    torch.backends.cudnn.allow_tf32 = is_on
 
 
 class TrainingStep:

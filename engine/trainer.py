@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from engine import checkpoint, memory, metrics
-from engine.config import Config, to_dict
+from engine.config import Config, to_portable_dict
 from engine.data import Data, make_loaders
 from engine.diagnosis import Diverged, first_nonfinite
 from engine.distributed import Ranks, gather
@@ -284,7 +284,7 @@ class Trainer:
         if not self.ranks.is_first:
             return
         coding = self.data.store.coding
-        content = {"weights": averaged or weights, "config": to_dict(self.config), "epoch": self.epoch,
+        content = {"weights": averaged or weights, "config": to_portable_dict(self.config), "epoch": self.epoch,
                    "validation": metrics.summarise(self.cases), "modalities": list(self.data.store.modalities),
                    "release": coding.release, "tissues": dict(coding.tissues), "scans": self.scans,
                    "regions": [list(values) for values in coding.regions]}  # fmt: skip

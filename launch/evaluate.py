@@ -83,7 +83,7 @@ def evaluate(options: Namespace) -> int:
     if ranks.is_first:
         check_folder(folder)
     cases = first_on_node(lambda: find(options, predictor), ranks)
-    parts = gather(score_cases(predictor, cases, options.on, ranks), ranks)
+    parts = gather(score_cases(predictor, cases, options.on, ranks), ranks, is_patient=True)
     if not ranks.is_first:
         return 0
     outcomes = [outcome for part in parts for outcome in part]

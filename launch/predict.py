@@ -107,9 +107,12 @@ def predict(options: Namespace) -> int:
         log.info("%d of %d cases are segmented already and kept (--overwrite replaces them)", kept, len(cases.cases))
     coding = CODINGS[options.release] if options.release else cases.coding
     log.info("label coding %s: %s", coding.release, ", ".join(f"{v} {t}" for v, t in coding.tissues.items()))
-    rows = gather(predict_cases(predictor, waiting, output, coding, options.probabilities, ranks), ranks)
+    own = predict_cases(predictor, waiting, output, coding, options.probabilities, ranks)
+    rows = gather(own, ranks, is_patient=True)
     if not ranks.is_first:
         return 0
+    for row in (row for part in rows[1:] for row in part if row.warnings):
+        log.warning("%s: %s", row.case, row.warnings)
     done = [row for part in rows for row in part]
     failed = [*(Row(str(fault.path), error=str(fault)) for fault in faults), *(row for row in done if row.error)]
     write_rows(output / "predictions.csv", [*done, *(row for row in failed if row not in done)])
@@ -195,8 +198,15 @@ def files_as_cases(files: Sequence[Path], predictor: Predictor, modalities: Sequ
             f"{' '.join(predictor.modalities)}"
         )
     wanted = [order.index(name) for name in predictor.modalities]
-    dimensions = {path: len([n for n in read_grid(path)[0][3:] if n > 1]) + 3 for path in files}
+    shapes = {path: read_grid(path)[0] for path in files}
+    dimensions = {path: len([n for n in shape[3:] if n > 1]) + 3 for path, shape in shapes.items()}
     if len(order) > 1 and set(dimensions.values()) == {4}:
+        for path, shape in shapes.items():
+            if shape[3] != len(order):
+                raise ValueError(
+                    f"--input {path.name} has {shape[3]} images on its last axis, and {len(order)} are expected "
+                    f"({' '.join(order)}): name what is on it, in order, with --modalities"
+                )
         return [Case(stem(path), (path,), tuple(wanted), None) for path in files]
     if set(dimensions.values()) != {3} or len(files) != len(order):
         given = ", ".join(f"{path.name} ({count}D)" for path, count in dimensions.items())

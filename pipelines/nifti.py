@@ -92,7 +92,9 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         array += np.float32(proxy.inter)
         array.flags.writeable = False
     affine = np.array(image.affine, np.float64)
-    _check_affine(path, affine)
+    fault = affine_fault(affine)
+    if fault:
+        raise CaseError(path, fault, f"Correct sform and qform of its header, {_WITHOUT_IT}")
     return array, affine
 
 
@@ -194,13 +196,12 @@ def _parse_header(path: Path, data: bytes) -> nib.Nifti1Image:
         raise CaseError(path, f"damaged NIfTI header ({error})", _COPY_AGAIN) from error
 
 
-def _check_affine(path: Path, affine: np.ndarray) -> None:
+def affine_fault(affine: np.ndarray) -> str | None:
+    """What is wrong with an affine (4, 4), or None."""
     axes = affine[:3, :3]
-    volume = float(abs(np.linalg.det(axes)))
-    lengths = np.linalg.norm(axes, axis=0)
-    if not np.isfinite(affine).all() or not volume > 1e-3 * np.prod(lengths):
-        problem = f"its affine {affine[:3].tolist()} can't be inverted: the three axes must span a volume"
-        raise CaseError(path, problem, f"Correct sform and qform of its header, {_WITHOUT_IT}")
+    if np.isfinite(affine).all() and abs(np.linalg.det(axes)) > 1e-3 * np.prod(np.linalg.norm(axes, axis=0)):
+        return None
+    return f"its affine {affine[:3].tolist()} can't be inverted: the three axes must span a volume"
 
 
 def read_case(case: Case, coding: Coding) -> RawCase:

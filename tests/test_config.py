@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import CONFIGS, Config, make_parser, parse_config, to_dict
+from engine.config import (
+    CONFIGS,
+    Config,
+    DataConfig,
+    config_from_dict,
+    make_parser,
+    parse_config,
+    to_dict,
+    to_portable_dict,
+)
 from engine.data import load_data
 
 
@@ -137,3 +146,14 @@ def test_a_job_that_was_never_begun_is_begun_by_the_command_that_resumes_it(tmp_
     (tmp_path / "config.yaml").write_text("train: {epochs: 11}\n")  # it ended before its first checkpoint
     config = parse("--resume", "auto", "--run_dir", str(tmp_path), "--train.epochs", "7")
     assert (config.train.epochs, config.resume, config.run_dir) == (7, None, tmp_path)
+
+
+def test_a_portable_configuration_means_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Config(data=DataConfig(root=Path("scans"), store_dir=Path("/store")), run_dir=Path("run"))
+    values = to_portable_dict(config)
+    assert values["data"]["root"] == str(tmp_path / "scans") and values["data"]["store_dir"] == "/store"
+    assert values["train"]["deepspeed"] is None and "run_dir" not in values and "resume" not in values
+    assert config_from_dict(values).data.root == tmp_path / "scans"

@@ -111,6 +111,36 @@ def test_other_images_than_the_network_needs_are_refused(images: Any, message: s
         Predictor(run, "cpu").segment(images)
 
 
+def test_a_4d_file_of_more_images_than_modalities_is_refused(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
+    """Its first channels need not be the network's, and nothing in the file says what they are."""
+    nib.save(nib.Nifti1Image(np.stack([*scan, scan[0]], axis=-1), AFFINE), tmp_path / "three.nii")
+    with pytest.raises(ValueError, match="three.nii has 3 images on its last axis: the network needs 2, t1c, flair"):
+        Predictor(run, "cpu").segment(tmp_path / "three.nii")
+
+
+@pytest.mark.parametrize(
+    ("image", "affine", "message"),
+    [
+        (np.full((2, 8, 8, 8), np.nan), AFFINE, r"\(2, 8, 8, 8\), float64: voxels must be finite real numbers"),
+        (np.zeros((2, 8, 8, 8), np.complex64), AFFINE, "complex64: voxels must be finite"),
+        (np.zeros((2, 8, 0, 8)), AFFINE, r"\(2, 8, 0, 8\), .* at least one"),
+        (np.zeros((2, 8, 8, 8)), np.eye(3), r"its affine is \(3, 3\) and must be \(4, 4\)"),
+        (np.zeros((2, 8, 8, 8)), np.diag([1, 1, 0, 1]), "can't be inverted"),
+        (np.zeros((2, 8, 8, 8)), np.full((4, 4), np.nan), "can't be inverted"),
+    ],
+)
+def test_arrays_that_are_no_scans_are_refused(image: np.ndarray, affine: np.ndarray, message: str, run: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor(run, "cpu").segment(image, affine)
+
+
+@pytest.mark.gpu
+def test_a_network_trained_in_float32_predicts_in_float32_on_a_gpu_too(run: Path) -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    Predictor(run, "cuda")
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_saved_segmentation_lies_on_the_scans_grid(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
     paths = write_scan(tmp_path, scan)
     found = Predictor(run, "cpu").segment(paths, probabilities=True)

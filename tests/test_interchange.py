@@ -264,8 +264,9 @@ def test_no_code_from_a_file_is_run(tmp_path: Path) -> None:
     torch.save({"weight": Intruder(tmp_path / "was_here")}, tmp_path / "bad.pt")
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps(Intruder(tmp_path / "was_here"), protocol=2))
     for name in ("bad.pt", "bad.pkl"):
-        with pytest.raises(ValueError, match=f"{name} can't be read without running code"):
+        with pytest.raises(ValueError, match=f"{name} can't be read.* no code from a file is run") as told:
             read_state_dict(tmp_path / name)
+        assert "weights_only" not in str(told.value)  # PyTorch's own advice is to run the code
     assert not (tmp_path / "was_here").exists()
     torch.save({"weight": 1}, tmp_path / "number.pt")
     with pytest.raises(ValueError, match="holds no state dict"):
@@ -275,6 +276,13 @@ def test_no_code_from_a_file_is_run(tmp_path: Path) -> None:
 
 
 # Files
+
+
+def test_safetensors_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = saved_run(tmp_path, "unet")
+    assert main([str(run), "--to", "safetensors", "--output", "/proc/model.safetensors"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: /proc/") and "can't be written" in error and error.count("\n") == 1
 
 
 def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

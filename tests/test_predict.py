@@ -231,6 +231,9 @@ def test_files_that_make_up_no_case_are_refused(run: Path, scans: Path, tmp_path
     for files in (sorted_files(case)[:1], sorted_files(case)[:3], [stacked, *sorted_files(case)[:3]]):
         with pytest.raises(ValueError, match=r"\(3D\).*: give 4D files with 4 modalities"):
             run_predict(*command, *files)
+    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 5), np.float32), np.eye(4)), tmp_path / "five.nii")
+    with pytest.raises(ValueError, match="five.nii has 5 images on its last axis, and 4 are expected"):
+        run_predict(*command, tmp_path / "five.nii")
     with pytest.raises(ValueError, match="several cases of the name BraTS-GLI-1"):
         run_predict(*command, case, case)
     with pytest.raises(ValueError, match="a data set says it by itself"):
