@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from commands import free_port
 from test_trained import content_of
 
 from engine import evaluation, metrics
@@ -230,7 +231,7 @@ def test_evaluation_names_cases_that_cannot_be_read(run: Path, scans: Path, tmp_
 
 
 def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: Path, tmp_path: Path) -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29591")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
     command = [*torchrun, str(ROOT / "launch" / "predict.py"), "--runs", str(run), "--device", "cpu"]
     done = subprocess.run(
         [*command, "--input", str(scans), "--output", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=300
