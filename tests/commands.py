@@ -6,6 +6,7 @@ import csv
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,13 @@ def train(folder: Path, *args: str, launcher: tuple[str, ...] = ()) -> subproces
     output, errors = process.communicate(timeout=600)
     assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def free_port() -> str:
+    """A port of this machine that nobody has now: another run of these tests may be going on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def write_small(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from commands import free_port
 
 from engine import distributed, failure, run
 from engine.config import Config
@@ -59,11 +60,8 @@ class TwoRanks:
         self.folder, self.terminal = folder, folder / "terminal"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["engine.run"])  # torch and the like are imported once, not once per rank
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         self.variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                          "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+                          "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.context = context
 
     def start(self, work: Work, lost_after_s: float = failure.LOST_AFTER_S, **variables: str) -> TwoRanks:
@@ -284,15 +282,13 @@ def test_two_torchruns_are_two_nodes_that_end_together(tmp_path: Path) -> None:
         "    watch.fail(ValueError(), 'scan 7 is faulty', 2)\n"
         "time.sleep(600)\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     nodes = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
-             "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port), str(script)],
+             "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", port, str(script)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for node in range(2)

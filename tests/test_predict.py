@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from commands import free_port
 from test_trained import content_of
 
 from engine import evaluation, inference, metrics
@@ -305,7 +306,7 @@ def test_all_ranks_share_what_the_first_finds_undone(tmp_path: Path, monkeypatch
 
 
 def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: Path, tmp_path: Path) -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29591")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
     command = [*torchrun, str(ROOT / "launch" / "predict.py"), "--runs", str(run), "--device", "cpu"]
     done = subprocess.run(
         [*command, "--input", str(scans), "--output", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=300

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from commands import Started, rows_of, start, train, write_small
+from commands import Started, free_port, rows_of, start, train, write_small
 
 from engine.checkpoint import states
 
@@ -31,7 +31,7 @@ TwoRanks = tuple[Path, str, dict[str, torch.Tensor]]
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> TwoRanks:
     """Run folder, output and last weights of two ranks at ZeRO 1."""
-    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29581")
+    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", free_port())
     config = str(write_small(folder))
     done = train(folder, "--config", config, "--run_dir", "runs/two", "--train.zero_stage", "1", launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -49,7 +49,7 @@ def test_two_ranks_under_the_launcher_train_together(two_ranks: TwoRanks) -> Non
 
 
 def test_a_killed_rank_ends_the_job_with_the_reason(folder: Path) -> None:
-    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29582")
+    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", free_port())
     options = ("--config", str(write_small(folder)), "--run_dir", "runs/lost", "--train.epochs", "1000")
     process = start(folder, *options, launcher=launcher)
     log = folder / "runs" / "lost" / "log.csv"
@@ -81,7 +81,7 @@ def test_a_signal_to_one_of_two_ranks_ends_both_with_a_checkpoint(folder: Path) 
     """Started as a SLURM step is, without a launcher in between, and by a command that would go on as well."""
     options = ("--config", str(write_small(folder)), "--run_dir", "runs/preempted", "--resume", "auto",
                "--train.epochs", "200", "--train.val_every_epochs", "1000")  # fmt: skip
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29584", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     log = folder / "runs" / "preempted" / "log.csv"
     ranks = [
         start(folder, *options, environment=place | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
@@ -104,11 +104,11 @@ def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TwoRanks) -
     options = ("--config", str(write_small(folder)), "--run_dir", str(run), "--resume", "auto",
                "--train.zero_stage", "1", "--train.save_every_steps", "1")  # fmt: skip
 
-    def start_nodes(port: int) -> list[Started]:
-        meet = ("--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port))
+    def start_nodes(port: str) -> list[Started]:
+        meet = ("--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port)
         return [start(folder, *options, launcher=(torchrun, *meet, "--node_rank", str(node))) for node in range(2)]
 
-    nodes = start_nodes(29586)
+    nodes = start_nodes(free_port())
     while not states(run / "checkpoints") and nodes[0].poll() is None:
         time.sleep(0.01)
     for process in (*psutil.Process(nodes[1].pid).children(recursive=True), nodes[1]):
@@ -116,7 +116,7 @@ def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TwoRanks) -
     _, errors = nodes[0].communicate(timeout=LIMIT_S)
     assert nodes[0].returncode != 0 and "error: rank 1 on " in errors
     assert not (run / "metrics.json").exists()
-    nodes = start_nodes(29587)
+    nodes = start_nodes(free_port())
     outputs = [node.communicate(timeout=LIMIT_S) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     weights = last_weights(run)

@@ -17,6 +17,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from commands import free_port
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR, UNet
 
@@ -352,7 +353,7 @@ distributed.first_on_node(lambda: time.sleep(6), ranks)
 
 
 def test_ranks_do_not_wait_for_ever_for_the_one_that_prepares(tmp_path: Path) -> None:
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29583"}
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     waiting = [
         subprocess.Popen(
             [sys.executable, "-c", WAITING],
