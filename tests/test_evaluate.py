@@ -13,6 +13,7 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import free_port
 from test_predict import ROOT, one_rank, run, run_evaluate, scans  # noqa: F401  # fixtures
 
 from launch import evaluate
@@ -95,7 +96,7 @@ def test_two_ranks_find_what_one_does(run: Path, scans: Path, tmp_path: Path) ->
     (root / "imagesTr" / "BRATS_003.nii.gz").write_bytes(b"\x1f\x8b damaged")
     command = ["--runs", str(run), "--root", str(root), "--device", "cpu", "--output"]
     assert run_evaluate(*command[:-3], "--output", tmp_path / "one") == 1
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29593")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
     done = subprocess.run(
         [*torchrun, str(ROOT / "launch" / "evaluate.py"), *command, str(tmp_path / "two")],
         capture_output=True,

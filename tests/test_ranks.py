@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from commands import Started, free_port, rows_of, start, train, write_small
+from commands import free_port, rows_of, start, train, write_small
 
 from engine.checkpoint import states
 
@@ -104,7 +105,7 @@ def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TwoRanks) -
     options = ("--config", str(write_small(folder)), "--run_dir", str(run), "--resume", "auto",
                "--train.zero_stage", "1", "--train.save_every_steps", "1")  # fmt: skip
 
-    def start_nodes(port: str) -> list[Started]:
+    def start_nodes(port: str) -> list[subprocess.Popen]:
         meet = ("--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port)
         return [start(folder, *options, launcher=(torchrun, *meet, "--node_rank", str(node))) for node in range(2)]
 

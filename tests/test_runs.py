@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def options(folder: Path) -> tuple[str, ...]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which a run of two epochs, twelve steps each, ended in `runs/one`."""
     folder = tmp_path_factory.mktemp("command")
-    done = train(folder, *options(folder), "--run_dir", "runs/one", launcher=(sys.executable,))
+    done = train(folder, *options(folder), "--run_dir", "runs/one")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import free_port
 
 from engine.config import Config, OptimConfig, TrainConfig
 from engine.diagnosis import first_nonfinite
@@ -351,7 +352,7 @@ if ranks.is_first:
 @pytest.fixture(scope="module")
 def on_two_ranks() -> dict[str, Any]:
     """What `TWO_RANKS` prints, from two processes."""
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29591"}
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "LOCAL_WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
