@@ -30,7 +30,7 @@ from engine.watch import Preempted, StopSignal
 from kernels.dice_ce import region_masks
 from models import parameter_count
 from pipelines.labels import REGIONS
-from pipelines.likeness import looks_of_store
+from pipelines.likeness import filled, looks_of_store
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,9 @@ class Trainer:
         self.best: dict[str, Any] = {"epoch": None, "mean": None}
         in_store = [name for name in data.train if name in data.store.names] or data.store.names
         self.scans = looks_of_store(data.store, in_store) if ranks.is_first else {}
+        advice = filled(self.scans, data.store.modalities)
+        if advice:
+            log.warning(advice)
         if state:
             self._restore(state)
 

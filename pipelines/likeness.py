@@ -16,6 +16,7 @@ import numpy as np
 from pipelines.store import Store
 
 SCANS = 8  # that are looked at
+FILLED = 0.95  # share of non-zero voxels above which a scan has no background of zero
 OCCUPIED_SLACK = 0.2
 CONTRAST_SLACK = 2.0
 SPACING_FACTOR = 2.0
@@ -53,6 +54,22 @@ def ranges(looks: Iterable[dict[str, list[float]]]) -> dict[str, list[list[float
         key: [[min(values), max(values)] for values in zip(*(each[key] for each in all_looks), strict=True)]
         for key in (all_looks[0] if all_looks else ())
     }
+
+
+def filled(known: dict[str, Any], modalities: Sequence[str]) -> str | None:
+    """What to tell of scans that have no background of zero, or None.
+
+    Args:
+        known: from `looks_of_store`, possibly empty. modalities: names of the channels.
+    """
+    names = [name for name, (low, _) in zip(modalities, known.get("occupied", ())) if low > FILLED]
+    if not names:
+        return None
+    return (
+        f"{', '.join(names)}: more than {100 * FILLED:.0f} % of the voxels of each scan are not zero, so the z-score "
+        "counts the background with the brain, and networks may find tumours outside it: set the background to zero, "
+        "by a brain mask, for better results"
+    )
 
 
 def unlike(look: dict[str, list[float]], known: dict[str, Any], modalities: Sequence[str]) -> list[str]:

@@ -98,8 +98,8 @@ def _in_processes(
     except BrokenProcessPool as error:
         raise DataError(
             f"one of {workers} worker processes was killed, by the system if memory ran out (about 0.4 GB each): "
-            f"try --data.workers {max(1, workers // 2)}. Cases that are done stay done. (In a script of your own, calls "
-            "belong under if __name__ == '__main__': each worker runs its other lines again.)"
+            f"try --data.workers {max(1, workers // 2)}. Cases that are done stay done. (In a script of your own, "
+            "calls belong under if __name__ == '__main__': each worker runs its other lines again.)"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

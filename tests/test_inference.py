@@ -23,7 +23,7 @@ from engine.sliding_window import zscore_nonzero
 from engine.trained import make_model
 from pipelines.labels import CODINGS, regions_from_labels
 from pipelines.layouts import DataError
-from pipelines.likeness import looks_of, ranges, unlike
+from pipelines.likeness import filled, looks_of, ranges, unlike
 
 SHAPE = (30, 44, 21)
 AFFINE = np.array([[-1.25, 0, 0, 20.0], [0, -1.0, 0, 31.0], [0, 0, 2.0, -4.0], [0, 0, 0, 1]])
@@ -255,6 +255,15 @@ def test_a_scan_that_looks_unlike_the_training_data_carries_a_warning(scan: np.n
     assert any("100 % of t1c is not zero" in line for line in found(image + 1))
     centred = np.where(image > 0, image - 1000, 0)
     assert any("the mean of t1c is" in line for line in found(centred))
+
+
+def test_scans_without_a_background_of_zero_are_told_of_by_name() -> None:
+    image = np.zeros((10, 10, 10, 2), np.float32)
+    image[2:8, 2:8, 2:8] = 1.0
+    assert filled(ranges([looks_of(image, AFFINE)]), ("flair", "t1c")) is None and filled({}, ("flair",)) is None
+    image[..., 1] -= 0.4  # z-scored beforehand: its background is a constant
+    advice = filled(ranges([looks_of(image, AFFINE)]), ("flair", "t1c"))
+    assert advice and advice.startswith("t1c: more than 95 %")
 
 
 def test_a_segmentation_carries_the_warnings(scan: np.ndarray, tmp_path: Path) -> None:
