@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
@@ -76,3 +77,15 @@ def _told(error: BaseException, how_to_go_on: Callable[[], str]) -> tuple[int, s
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         return status, "the command line was refused, see above"
     return 1, f"{type(error).__name__}: {error}"
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder where there is none, and see that files can be made in it.
+
+    Raises:
+        OSError: they can't.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.touch()
+    probe.unlink()

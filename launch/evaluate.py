@@ -12,7 +12,6 @@ tutorial's centre crop of it.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from engine import evaluation
-from engine.command import run_command
+from engine.command import make_writable, run_command
 from engine.data import list_cases, obtain_root, split_names
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.evaluation import CaseScores
@@ -114,16 +113,13 @@ def default_folder(options: Namespace, predictor: Predictor) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Make the folder, and see that it can be written to, before any work is done.
+    """See that the folder can be written to, before any work is done.
 
     Raises:
         ValueError: it can't be.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        make_writable(folder)
     except OSError as error:
         raise ValueError(
             f"the folder of the tables, {folder}, can't be written ({error.strerror}): free space or change its "

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from engine.command import run_command
+from engine.command import make_writable, run_command
 from engine.distributed import Ranks, gather, init_ranks
 from engine.inference import Predictor, Prepared, in_stages
 from engine.progress import CaseBar
@@ -100,7 +100,10 @@ def predict(options: Namespace) -> int:
     log.info("%s; %s", ", ".join(str(member.path) for member in predictor.members), predictor.kernels_taken)
     cases, faults = find(options.input, predictor, options.modalities, options.release)
     output: Path = options.output
-    check_folder(output)
+    try:
+        make_writable(output)
+    except OSError as error:
+        raise cannot_write(output, error) from error
     waiting = left_to_do(cases.cases, output, options.probabilities, options.overwrite, ranks)
     kept = len(cases.cases) - len(waiting)
     if kept:
@@ -228,17 +231,6 @@ def outputs(case: Case, output: Path, probabilities: bool) -> list[Path]:
     """The files of a case, the label map first."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", case.name)
     return [output / f"{name}{end}.nii.gz" for end in ("", *(["-probabilities"] if probabilities else []))]
-
-
-def check_folder(output: Path) -> None:
-    """Make the folder, and see that it can be written to, before any work is done."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise cannot_write(output, error) from error
 
 
 def cannot_write(output: Path, error: OSError) -> ValueError:
