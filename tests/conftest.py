@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,12 @@ REAL_DATA = Path(os.environ.get("BRATS_DATA", ROOT.parent / "shared" / "data"))
 
 LONGEST = ("test_distributed.py", "test_ranks.py", "test_runs.py", "test_step.py", "test_trainer.py")
 """Files of half a minute and more: of several workers, each of which takes whole files, none ends long after others."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeds_interrupts() -> None:
+    """A shell lets what it runs in the background ignore Ctrl-C, which some tests send themselves."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
