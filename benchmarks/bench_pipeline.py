@@ -43,12 +43,13 @@ from benchmarks.common import IS_GPU, machine
 from engine.config import cache_dir
 from pipelines.cases import CaseSet, find_cases
 from pipelines.phantom import FORMAT, make_phantoms
+from pipelines.processes import cores
 
 CROP = (128, 128, 64)
 BATCH = 2
 CASES = 4
 ROUNDS = 3
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = cores()
 SECONDS = 8.0
 """A measurement of batches goes on for so long, and for two batches at least."""
 

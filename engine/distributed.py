@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from pipelines.processes import cores
+
 T = TypeVar("T")
 PREPARATION_LIMIT = timedelta(hours=12)  # one rank of a node prepares the data, or has more cases, while others wait
 
@@ -101,6 +103,9 @@ def init_ranks(device: str = "auto") -> Ranks:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is first imported
     place = read_place()
     export(place)
+    if place.ranks_on_node > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Each would start as many as there are cores: so two ranks on two cores trained at less than half the speed.
+        torch.set_num_threads(max(1, cores() // place.ranks_on_node))
     if use_cuda:
         _check_gpu(place, torch.cuda.device_count())
         torch.cuda.set_device(place.local_rank)

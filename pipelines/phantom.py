@@ -45,6 +45,7 @@ from pipelines.anatomy import (
     draw_tumour,
 )
 from pipelines.cases import DataError
+from pipelines.processes import cores
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def make_phantoms(
     names = [f"BRATS_{i + 1:03d}" for i in range(cases)]
     missing = [i for i, name in enumerate(names) if not all(path.is_file() for path in _paths(folder, name))]
     if missing:
-        threads = min(workers or len(os.sched_getaffinity(0)), 8, len(missing))
+        threads = min(workers or cores(), 8, len(missing))
         with ThreadPoolExecutor(threads) as pool:  # NumPy and isal let go of the GIL
             jobs = pool.map(lambda i: _write_case(folder, names[i], size, spacing, seed, i), missing)
             console = Console(stderr=True)

@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_on_cases(
     task: Callable[[Case], T], cases: Sequence[Case], workers: int | None, title: str
 ) -> Generator[tuple[Case, T | CaseError], None, None]:
@@ -50,10 +55,9 @@ def run_on_cases(
         DataError: `workers` is below 1, or a worker process was killed.
         Exception: whatever else the task raised, which ends the run.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is not None and workers < 1:
         raise DataError(f"workers {workers} must be at least 1 (--data.workers); leave it out for one per core")
-    workers = min(workers or cores, len(cases))
+    workers = min(workers or cores(), len(cases))
     finished = _in_this_process(task, cases) if workers == 1 else _in_processes(task, cases, workers)
     console = Console(stderr=True)
     columns = (TextColumn(f"{title} {len(cases)} cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -456,6 +456,24 @@ def test_each_launcher_tells_the_place_of_a_rank(variables: dict[str, str], plac
 
 
 @pytest.mark.parametrize(
+    ("on_node", "given", "threads"), [(1, None, []), (3, None, [2]), (16, None, [1]), (3, "4", [])]
+)
+def test_ranks_of_a_node_share_its_cores(
+    on_node: int, given: str | None, threads: list[int], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the number of threads is given; launchers other than torchrun do not set it."""
+    taken: list[int] = []
+    monkeypatch.setattr(distributed, "read_place", lambda: Place(ranks_on_node=on_node))
+    monkeypatch.setattr(distributed, "cores", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    init_ranks("cpu")
+    assert taken == threads
+
+
+@pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
