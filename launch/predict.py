@@ -35,6 +35,8 @@ from pipelines.nifti import read_grid
 
 log = logging.getLogger("launch.predict")
 
+TABLE = "predictions.csv"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -104,6 +106,8 @@ def predict(options: Namespace) -> int:
         make_writable(output)
     except OSError as error:
         raise cannot_write(output, error) from error
+    if ranks.is_first:
+        write_rows(output / TABLE, [])  # for all ranks to add to
     waiting = left_to_do(cases.cases, output, options.probabilities, options.overwrite, ranks)
     kept = len(cases.cases) - len(waiting)
     if kept:
@@ -118,7 +122,7 @@ def predict(options: Namespace) -> int:
         log.warning("%s: %s", row.case, row.warnings)
     done = [row for part in rows for row in part]
     failed = [*(Row(str(fault.path), error=str(fault)) for fault in faults), *(row for row in done if row.error)]
-    write_rows(output / "predictions.csv", [*done, *(row for row in failed if row not in done)])
+    write_rows(output / TABLE, [*done, *(row for row in failed if row not in done)])
     print(f"{len(done) - sum(bool(row.error) for row in done)} cases segmented, {kept} kept: {output}")
     for row in failed:
         print(f"failed: {row.error}", file=sys.stderr)
@@ -152,9 +156,12 @@ def predict_cases(
             if extra:
                 segmentation.save_probabilities(extra[0])
             segmentation.save(labels, coding)
+            row = Row(case.name, round(time.perf_counter() - started[case.name], 2), "; ".join(segmentation.warnings))
+            with (output / TABLE).open("a", newline="") as file:  # at once, in case that the command is stopped
+                csv.DictWriter(file, Row.__dataclass_fields__).writerow(asdict(row))
         except OSError as error:
             raise cannot_write(output, error) from error
-        return Row(case.name, round(time.perf_counter() - started[case.name], 2), "; ".join(segmentation.warnings))
+        return row
 
     mine = waiting[ranks.rank :: ranks.world_size]
     rows: list[Row] = []
@@ -242,7 +249,7 @@ def cannot_write(output: Path, error: OSError) -> ValueError:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Bring `predictions.csv` up to date; rows of other cases stay."""
+    """Bring the table up to date; rows of other cases stay, and of several of one case the last."""
     known: dict[str, dict] = {}
     if path.is_file():
         with path.open(newline="") as file:

@@ -154,10 +154,13 @@ def test_a_command_that_is_stopped_leaves_whole_files_and_goes_on_with_the_other
         assert predict.main(command) == status
     assert time.monotonic() - started < 10 and says in capsys.readouterr().err
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("read", "finish"))]
-    assert [path.name for path in tmp_path.iterdir()] == ["BRATS_001.nii.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["BRATS_001.nii.gz", "predictions.csv"]
+    assert list(rows_of(tmp_path)) == ["BRATS_001"]
     assert labels_of(tmp_path / "BRATS_001.nii.gz").any()
     assert predict.main(command) == 0
     assert f"2 cases segmented, 1 kept: {tmp_path}" in capsys.readouterr().out
+    assert list(rows_of(tmp_path)) == ["BRATS_001", "BRATS_002", "BRATS_003"]
+    assert (tmp_path / "predictions.csv").read_text().count("\n") == 4
 
 
 def test_the_order_of_modalities_may_be_another_one(run: Path, scans: Path, tmp_path: Path) -> None:
