@@ -1,7 +1,7 @@
 """How much memory a training step will take, known before the first one, and what to do when it was too much.
 
     weights      float32, all of them; ZeRO 3: a shard, and all while they are gathered
-    gradients    float32, all of them; ZeRO 2 and 3: a shard
+    gradients    float32, all of them; ZeRO 2 and 3: a shard. ZeRO 0 on several ranks keeps their memory between steps
     optimizer    AdamW's two moments, float32; from ZeRO 1 on a shard, and with it a shard of the weights' copy
     buffers      from ZeRO 1 on the bucket in which gradients are reduced, allocated whole; on a GPU two of them
     activations  the peak of forward, loss and backward: what autograd saved and not yet freed, the temporaries of the

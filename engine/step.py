@@ -5,10 +5,10 @@ Precision. Weights, gradients, moments, losses are float32; `precision` is what 
     float32   IEEE products everywhere          bf16   autocast
     tf32      TF32 products on a GPU            fp16   autocast, the loss scaled so that no gradient underflows
 
-Nothing here waits for the device, but for what DeepSpeed does at ZeRO 1 to 3 (docs/training.md). The values of a pass
-stay on it as one tensor, which the trainer reads a step later. The order of wrapping: autocast inside, torch.compile
-around it, DeepSpeed around that. Validation runs the network without the compiled code, so that no compilation can fail
-there.
+Nothing here waits for the device, but for what DeepSpeed and, at ZeRO 0, PyTorch do on several GPUs (docs/training.md).
+The values of a pass stay on it as one tensor, which the trainer reads a step later. The order of wrapping: autocast
+inside, torch.compile around it, DeepSpeed around that. Validation runs the network without the compiled code, so that
+no compilation can fail there.
 """
 
 from __future__ import annotations
