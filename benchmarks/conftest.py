@@ -112,5 +112,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for line in report.lost(_rows):
             terminalreporter.write_line(f"slower than PyTorch: {line}")
     else:
-        terminalreporter.write_line("no GPU: sizes are small, and ours is the reference path, not the kernels")
+        terminalreporter.write_line("no GPU: sizes are small, and ours is what PyTorch has, not the kernels")
     terminalreporter.write_line(f"wrote {path}.json and .png")

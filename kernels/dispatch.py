@@ -5,7 +5,8 @@ Every operation of this package has up to three paths with one signature and one
     triton      our kernels: on an NVIDIA GPU of compute capability 8.0 or more, or in Triton's interpreter
                 (`TRITON_INTERPRET=1` before anything imports triton), which runs them on a CPU for tests
     torch       the fastest thing that PyTorch itself has for the operation (`torch.compile` of the reference, or
-                `scaled_dot_product_attention`): taken where `tuned.json` says that our kernel lost to it
+                `scaled_dot_product_attention`): taken where `tuned.json` says that our kernel lost to it, and for
+                instance norm on a CPU (`group_norm`)
     reference   plain PyTorch, float32: everywhere else
 
 The choice is made here, by the mode (`use`), the device, the dtype and what was measured (`path`), and a caller never
@@ -52,6 +53,9 @@ _SDPA_BACKENDS = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 )
+
+_FASTER_ON_CPU = ("instance_norm",)
+"""Operations for which PyTorch has, on a CPU, something faster than the reference."""
 
 _mode: Kernels = "auto"
 
@@ -112,7 +116,7 @@ def use(kernels: Kernels, device: torch.device | str = "cuda") -> str:
     if kernels == "reference":
         return "kernels: reference (asked for)"
     if refusal:
-        return f"kernels: reference ({refusal})"
+        return f"kernels: PyTorch's own ({refusal})"
     if INTERPRETED:
         return "kernels: triton, interpreted on the CPU (TRITON_INTERPRET is set): slow, for tests"
     chosen = f"kernels: triton ({torch.cuda.get_device_name(device)}, {_capability(device)})"
@@ -138,7 +142,7 @@ def path(op: str, x: Tensor, key: str) -> Taken:
     if refusal:
         if _mode == "triton":
             raise ValueError(f"kernels 'triton': {refusal}; leave the choice to 'auto', or move the tensors")
-        return "reference"
+        return "torch" if op in _FASTER_ON_CPU and x.device.type == "cpu" else "reference"
     if _mode == "auto" and _faster_of_pytorch(f"{op} {key}", _direction(x), x.device):
         return "torch"
     return "triton"

@@ -49,10 +49,14 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 @needs_compiled_kernels
-def test_a_cpu_takes_the_reference_and_says_why() -> None:
+def test_a_cpu_takes_pytorch_and_says_why() -> None:
     why = "Triton kernels need an NVIDIA GPU, the tensors are on cpu"
-    assert dispatch.use("auto", "cpu") == f"kernels: reference ({why})"
+    assert dispatch.use("auto", "cpu") == f"kernels: PyTorch's own ({why})"
     assert dispatch.path("attention", torch.zeros(1), "N256") == "reference"
+    assert dispatch.path("instance_norm", torch.zeros(1), "float32") == "torch"
+    assert dispatch.path("instance_norm", torch.zeros(1, device="meta"), "float32") == "reference"
+    dispatch.use("reference", "cpu")
+    assert dispatch.path("instance_norm", torch.zeros(1), "float32") == "reference"
 
 
 @needs_compiled_kernels

@@ -1,6 +1,6 @@
 """Fused instance norm against its equation, torch's modules, and its kernels against the reference in float64.
 
-One file, three runs: plain, where a CPU takes the reference; under `TRITON_INTERPRET=1`, where it takes the kernels in
+One file, three runs: plain, where a CPU takes PyTorch's own; under `TRITON_INTERPRET=1`, where it takes the kernels in
 Triton's interpreter; and on a GPU.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels import dispatch
 from kernels import instance_norm as module
-from kernels.instance_norm import PASSES, instance_norm, instance_norm_reference
+from kernels.instance_norm import PASSES, instance_norm
 
 SHAPE = (2, 5, 6, 4, 3)
 SMALL = (2, 2, 5, 6, 5)
@@ -171,7 +172,7 @@ def plans_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def needs_kernels(device: str) -> None:
-    """Skip where a call on `device` would take the reference."""
+    """Skip where a call on `device` would take PyTorch's own."""
     if (device == "cpu") != dispatch.INTERPRETED:
         pytest.skip("kernels run on a CPU under TRITON_INTERPRET=1, and only there")
 
@@ -602,13 +603,44 @@ def test_torch_is_taken_where_it_was_measured_faster(monkeypatch: pytest.MonkeyP
 
     def compiled(*args: Any) -> Tensor:
         calls.append(args)
-        return instance_norm_reference(*args)
+        return args[0]
 
     monkeypatch.setattr(dispatch, "path", lambda op, x, key: "torch")
     monkeypatch.setattr(module, "_compiled_reference", lambda: compiled)
-    args = inputs(SHAPE)
-    torch.testing.assert_close(instance_norm(**args), instance_norm_reference(args.pop("x"), **args))
+    args = inputs(SHAPE, "meta")  # neither a CPU nor in need of a GPU
+    assert instance_norm(**args) is args["x"]
     assert len(calls) == 1 and launched == []
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="takes the kernels on a CPU")
+@pytest.mark.parametrize("dtype", dispatch.DTYPES)
+@pytest.mark.parametrize("slope", [0.01, "one"])
+@pytest.mark.parametrize("residual", ["none", "raw", "normalised"])
+def test_a_cpu_takes_group_norm_and_loses_nothing_by_it(
+    dtype: torch.dtype, slope: float | str, residual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_norm = SimpleNamespace(leaky_relu=F.leaky_relu, prelu=F.prelu)  # the reference would fail
+    monkeypatch.setattr(module, "F", no_norm)
+    args = inputs((2, 3, 12, 11, 10), "cpu", dtype, slope, residual)
+    args["x"] = args["x"] * 100  # with the mean of 7 deviations
+    out = instance_norm(**args)
+    monkeypatch.undo()
+    in_float64: dict[str, Any] = {name: a.double() if isinstance(a, Tensor) else a for name, a in args.items()}
+    exact = instance_norm(**in_float64)
+    dispatch.use("reference")
+    errors = [(y.double() - exact).abs().max() for y in (out, instance_norm(**args))]
+    dispatch.use("auto")
+    assert errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize("without", [(), ("weight",), ("bias",), ("weight", "bias")])
+def test_one_voxel_is_its_own_mean_in_float32_too(without: tuple[str, ...]) -> None:
+    args = leaves(inputs((2, 5, 1, 1, 1), slope=None) | dict.fromkeys(without))
+    out = instance_norm(**args)
+    expected = torch.zeros(5) if args["bias"] is None else args["bias"]
+    torch.testing.assert_close(out, expected.view(1, 5, 1, 1, 1).expand(2, 5, 1, 1, 1), rtol=0, atol=0)
+    out.sum().backward()
+    assert not args["x"].grad.any()
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="holds no kernel of ours: the plain run has said it")
