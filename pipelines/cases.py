@@ -170,8 +170,8 @@ def survey_cases(
     absent = [m for m in wanted if m not in present]
     if absent or not present:
         raise DataError(
-            f"{root}: no case has {', '.join(absent) or 'an image'}; they have {', '.join(present) or 'none'}: choose "
-            "among these with --data.modalities"
+            f"{root}: no case has {', '.join(absent) or 'an image'}; they have {', '.join(present) or 'none'}: add "
+            "the files, or train on what is there with --data.modalities"
         )
     faults = _faults(found, wanted)
     usable = tuple(_case(f, wanted) for f, its_faults in zip(found, faults, strict=True) if not its_faults)
@@ -189,7 +189,7 @@ def _faults(found: Sequence[Found], modalities: Sequence[str]) -> list[list[Case
         if missing:
             have = [m for m in MODALITIES if m in f.files]
             problem = f"case {f.name}: modality {', '.join(missing)} is missing; it has {', '.join(have) or 'none'}"
-            remedy = "Add the file, move the case away, or ask for what all cases have with --data.modalities"
+            remedy = "Add the file, move the case away, or train on what all cases have with --data.modalities"
             faults[-1].append(CaseError(f.source, problem, remedy))
         if first.setdefault(f.name, f) is not f:
             problem = f"case {f.name}: another case has this name ({first[f.name].source}); names must be unique"

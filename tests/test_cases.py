@@ -230,7 +230,7 @@ def test_every_fault_of_every_case_is_listed_at_once(tmp_path: Path) -> None:
     for path in (*(path.parent for path in gone), twins):
         assert text.count(f"\n  {path}: ") == 1
     assert "case BraTS-GLI-00028-000: another case has this name" in text
-    assert text.count("Add the file, move the case away, or ask") == 1
+    assert text.count("Add the file, move the case away, or train") == 1
 
 
 def test_every_listed_file_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
