@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -528,3 +529,50 @@ def test_a_signal_is_heard_of_within_two_seconds_or_three_steps(step_s: float, m
         if stop.due():
             break
     assert (step - 100) * step_s <= max(2.5, 3 * step_s)
+
+
+STEPS = """
+import resource
+import sys
+
+import torch
+
+from engine.distributed import init_ranks
+
+if sys.argv[1] == "rank":
+    init_ranks("cpu")
+
+
+def step():
+    return [torch.ones(12 << 20) for _ in range(3)]
+
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+for _ in range(10):
+    step()
+before = faults()
+for _ in range(10):
+    step()
+print(faults() - before)
+held = step()
+print(*(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+"""Of 144 MB each; prints how often the kernel had to find a page for ten, and kB in huge pages."""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not GNU's")
+def test_a_rank_on_a_cpu_keeps_the_memory_of_a_step_for_the_next() -> None:
+    ours = (*LAUNCHERS, "THP_MEM_ALLOC_ENABLE")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    (kept, huge), (fresh, _) = (
+        map(int, subprocess.check_output([sys.executable, "-c", STEPS, who], env=environment, text=True).split())
+        for who in ("rank", "other")
+    )
+    assert 100 * kept < fresh
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if pages.is_file() and "[never]" not in pages.read_text():
+        assert huge > 50_000
