@@ -11,7 +11,8 @@ bf16 stands beside our tf32; our float32 is IEEE throughout. Scans are synthetic
 
 "Step" is one optimizer step on a batch that is there; "end to end" has the variant's own loading in it. All variants
 live in one process and take turns; a time is the median of its rounds. Each brings back its own settings of TF32 and
-cuDNN before its turn. A variant that fails is reported with its reason and stops no other.
+cuDNN before its turn. That a rank on a CPU keeps memory between steps serves all of them. A variant that fails is
+reported with its reason and stops no other.
 
 Memory is the peak of a step beyond what was there before the variant was built: on a GPU all that PyTorch's allocator
 gave out, volumes included, and for a CUDA graph in its recording; on a CPU weights, gradients, moments and what a step

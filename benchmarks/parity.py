@@ -10,9 +10,9 @@ Four trainings of so many steps, AdamW at 1e-4 as published, MONAI's DiceCELoss:
     glioforge bf16    the same again in bf16, with every fused kernel
     plain, other seed other weights and other batches: what differs between two seeds of the same code
 
-A difference means something only beside that between the seeds. float32 is IEEE in both, convolutions too. On a CPU the
-fused kernels are their plain references, so what is compared there is all but the kernels; bf16 is left out on a CPU
-without instructions for it. Networks and crops are the published ones on a GPU, and small on a CPU.
+A difference means something only beside that between the seeds. float32 is IEEE in both, convolutions too. On a CPU
+PyTorch stands for the fused kernels, so what is compared there is all but these; bf16 is left out on a CPU without
+instructions for it. Networks and crops are the published ones on a GPU, and small on a CPU.
 """
 
 from __future__ import annotations
