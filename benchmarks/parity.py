@@ -213,7 +213,7 @@ def notes_of(found: dict[str, dict[str, float]], kernels: str, cases: int) -> li
         f"Dice of {cases} validation case(s); {noise} is what differs between two seeds of the same code.",
     ]
     if not IS_GPU:
-        lines.append("On a CPU the fused kernels are their plain references: this compares all of the engine but them.")
+        lines.append("On a CPU PyTorch stands for the fused kernels: this compares all of the engine but them.")
     if f"{BF16} - {PLAIN}" not in found:
         lines.append("bf16 was left out: this CPU has no instructions for it.")
     beyond = beyond_noise(found)
