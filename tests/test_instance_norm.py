@@ -622,7 +622,7 @@ def test_a_cpu_takes_group_norm_and_loses_nothing_by_it(
     no_norm = SimpleNamespace(leaky_relu=F.leaky_relu, prelu=F.prelu)  # the reference would fail
     monkeypatch.setattr(module, "F", no_norm)
     args = inputs((2, 3, 12, 11, 10), "cpu", dtype, slope, residual)
-    args["x"] = args["x"] * 100  # with the mean of 7 deviations
+    args["x"] = args["x"] * 100
     out = instance_norm(**args)
     monkeypatch.undo()
     in_float64: dict[str, Any] = {name: a.double() if isinstance(a, Tensor) else a for name, a in args.items()}
