@@ -73,8 +73,13 @@ def deepspeed_engine(
     overlaps = (
         ranks.world_size > 1 and not train.zero_stage and not train.cuda_graph and not OWN_REDUCTION & settings.keys()
     )
+    wrapped = reduced_during_backward(model, bucket, ranks) if overlaps else model
+    # DeepSpeed sends weights to the other ranks as bytes, and fails where their channels are last in memory.
+    given = [(parameter, parameter.data) for parameter in model.parameters()]
+    for parameter, data in given:
+        parameter.data = data.clone(memory_format=torch.contiguous_format)
     engine, *_ = deepspeed.initialize(
-        model=reduced_during_backward(model, bucket, ranks) if overlaps else model,
+        model=wrapped,
         optimizer=optimizer,
         config={
             "steps_per_print": 1_000_000_000,  # the trainer logs
@@ -87,6 +92,9 @@ def deepspeed_engine(
             "gradient_clipping": 0.0,  # DeepSpeed 0.19 clips at norm 1.0 unless told otherwise
         },
     )
+    if not train.zero_stage:  # else they lie in flat buffers now
+        for parameter, data in given:
+            parameter.data = data.copy_(parameter.data)
     if overlaps:
         engine.enable_backward_allreduce = False
     return engine

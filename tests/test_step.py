@@ -86,6 +86,21 @@ def test_the_first_updates_are_those_of_torchs_adamw(precision: str, stage: int,
             assert (found[name] - value).norm() <= 1e-3 * change, (name, number)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_with_the_channels_last_in_memory_take_the_same_step(stage: int, ranks: Ranks) -> None:
+    """As on a GPU. One of a single voxel counts as both formats, with strides of this one."""
+    contiguous = make_step(ranks, zero_stage=stage)
+    step = make_step(ranks, network().to(memory_format=torch.channels_last_3d), zero_stage=stage)
+    first = next(step.model.parameters())
+    assert stage or first.is_contiguous(memory_format=torch.channels_last_3d)
+    for number in range(2):
+        contiguous(*batch(number))
+        step(*batch(number))
+    expected = copy_weights(contiguous.model)
+    for name, value in copy_weights(step.model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
 def test_fp16_scales_the_loss_and_takes_the_step_of_float32(ranks: Ranks) -> None:
     plain = network()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=0.1)
