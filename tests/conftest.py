@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -39,6 +40,18 @@ def ranks() -> Iterator[Ranks]:
     """This process as the only rank, on the CPU. Once for all files: DeepSpeed keeps groups of the first one made."""
     yield init_ranks("cpu")
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def gpu_ranks(ranks: Ranks) -> Iterator[Ranks]:
+    """This process as the only rank, on a GPU: DeepSpeed, told of the CPU by `ranks`, would move networks there."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    before = get_accelerator()
+    set_accelerator(CUDA_Accelerator())
+    yield dataclasses.replace(ranks, device=torch.device("cuda", 0))
+    set_accelerator(before)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -426,9 +426,8 @@ def test_all_ranks_leave_a_step_out_when_one_has_nonfinite_gradients(stage: int,
 
 
 @pytest.mark.gpu
-def test_a_step_on_a_gpu_waits_for_nothing(ranks: Ranks) -> None:
-    here = Ranks(0, 1, 0, torch.device("cuda", 0))
-    step = make_step(here, grad_clip=1.0, ema_decay=0.9, precision="bf16")
+def test_a_step_on_a_gpu_waits_for_nothing(gpu_ranks: Ranks) -> None:
+    step = make_step(gpu_ranks, grad_clip=1.0, ema_decay=0.9, precision="bf16")
     image, labels = (tensor.cuda() for tensor in batch(0))
     for _ in range(3):  # compilation, allocation and cuDNN's search wait
         step(image, labels)
@@ -487,9 +486,9 @@ def test_gradients_of_a_replayed_graph_reach_the_optimizer(ranks: Ranks, monkeyp
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_recorded_graph_takes_the_steps_of_the_eager_one(precision: str, ranks: Ranks) -> None:
-    here = Ranks(0, 1, 0, torch.device("cuda", 0))
-    eager, recorded = make_step(here, precision=precision), make_step(here, precision=precision, cuda_graph=True)
+def test_a_recorded_graph_takes_the_steps_of_the_eager_one(precision: str, gpu_ranks: Ranks) -> None:
+    eager = make_step(gpu_ranks, precision=precision)
+    recorded = make_step(gpu_ranks, precision=precision, cuda_graph=True)
     for number in range(6):
         image, labels = (tensor.cuda() for tensor in batch(number))
         eager(image, labels)
