@@ -95,7 +95,7 @@ def deepspeed_engine(
     if not train.zero_stage:  # else they lie in flat buffers now
         for parameter, data in given:
             parameter.data = data.copy_(parameter.data)
-    if overlaps:
+    if overlaps or (not train.zero_stage and ranks.world_size == 1):  # one rank would copy its gradients to and fro
         engine.enable_backward_allreduce = False
     return engine
 

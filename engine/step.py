@@ -111,7 +111,8 @@ class TrainingStep:
             self._learn_order(image, labels)
         if self.graph:
             loss = self.graph(image, labels)
-            self.engine.allreduce_gradients()
+            if self.engine.enable_backward_allreduce:
+                self.engine.allreduce_gradients()
         else:
             loss = self.loss(image, labels)
             self.backward(loss)

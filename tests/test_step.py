@@ -101,6 +101,13 @@ def test_weights_with_the_channels_last_in_memory_take_the_same_step(stage: int,
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
 
+def test_gradients_of_one_rank_are_not_reduced(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would copy all of them into one buffer, reduce it over one rank, and copy them back."""
+    step = make_step(ranks)
+    monkeypatch.setattr(type(step.engine), "buffered_allreduce_fallback", lambda *_, **__: pytest.fail("reduced"))
+    step(*batch(0))
+
+
 def test_fp16_scales_the_loss_and_takes_the_step_of_float32(ranks: Ranks) -> None:
     plain = network()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=0.1)
