@@ -251,5 +251,6 @@ def legend(figure: Figure) -> None:
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's values on the host."""
-    return tensor.detach().cpu().numpy()
+    """A tensor's values on the host; of bfloat16, which NumPy does not know, in float32."""
+    values = tensor.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()

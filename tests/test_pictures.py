@@ -9,10 +9,11 @@ import matplotlib.image
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from engine.pictures import COLOURS, draw_case, draw_curves, draw_prediction, draw_sample, show_slice
+from engine.pictures import COLOURS, as_numpy, draw_case, draw_curves, draw_prediction, draw_sample, show_slice
 
 ROW = {"epoch": 1, "step": 2, "loss": 1.5, "dice_loss": 1.0, "ce_loss": 0.5}
 
@@ -43,6 +44,11 @@ def test_a_sample_shows_every_modality_and_region(tmp_path: Path) -> None:
     draw_sample(image, np.zeros((3, 16, 16, 8), bool), ("flair", "t1c"), tmp_path / "plain.png")
     coloured = {c for c in colours(tmp_path / "samples.png") - colours(tmp_path / "plain.png") if max(c) - min(c) > 40}
     assert coloured
+
+
+def test_crops_in_bfloat16_which_a_gpu_gets_can_be_drawn() -> None:
+    np.testing.assert_array_equal(as_numpy(torch.tensor([1.5, -2.0], dtype=torch.bfloat16)), [1.5, -2.0])
+    assert as_numpy(torch.tensor([True])).dtype == bool
 
 
 def test_a_prediction_is_drawn_for_empty_truths_and_dark_scans_too(tmp_path: Path) -> None:
