@@ -76,7 +76,7 @@ bench() {
 }
 
 train() {
-  run 4 demo "$python" launch/train.py --config launch/configs/demo.yaml --train.device cuda --run_dir "$work/runs/demo"
+  run 2 demo "$python" launch/train.py --config launch/configs/demo.yaml --train.device cuda --run_dir "$work/runs/demo"
   run 1 bench_train "$python" -m benchmarks.bench_train --sections breakdown steps batches
   tail -n 40 "$logs/bench_train.log"
 }
