@@ -90,7 +90,9 @@ def test_the_first_updates_are_those_of_torchs_adamw(precision: str, stage: int,
 def test_weights_with_the_channels_last_in_memory_take_the_same_step(stage: int, ranks: Ranks) -> None:
     """As on a GPU. One of a single voxel counts as both formats, with strides of this one."""
     contiguous = make_step(ranks, zero_stage=stage)
-    step = make_step(ranks, network().to(memory_format=torch.channels_last_3d), zero_stage=stage)
+    model = network()
+    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    step = make_step(ranks, model, zero_stage=stage)
     first = next(step.model.parameters())
     assert stage or first.is_contiguous(memory_format=torch.channels_last_3d)
     for number in range(2):
