@@ -633,6 +633,29 @@ def test_a_cpu_takes_group_norm_and_loses_nothing_by_it(
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.parametrize(("channels", "memory_format"), [(1, FORMATS[1]), (2, FORMATS[0])])
+def test_statistics_hold_whatever_layouts_meet(channels: int, memory_format: torch.memory_format) -> None:
+    """A map of one channel is contiguous and channels_last_3d at once, and a residual may be what its map is not."""
+    x = (randn(1, channels, 12, 9, 10, seed=0) + 1e3).float().to(memory_format=memory_format)
+    residual = x.flip(4).contiguous(memory_format=torch.channels_last_3d)
+    out = instance_norm(x, residual=residual, residual_norm=True)
+    expected = instance_norm(x.double(), residual=residual.double(), residual_norm=True)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="takes the kernels on a CPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_without_weight_has_the_statistics_of_float32_in_its_gradient(dtype: torch.dtype) -> None:
+    args = leaves({"x": (randn(2, 3, 12, 11, 10, seed=0) + 10).to(dtype), "negative_slope": 0.01})
+    in_float64 = leaves({"x": args["x"].detach().double(), "negative_slope": 0.01})
+    dy = args["x"].detach() - 10  # in step with the map, so that the statistics count
+    instance_norm(**args).backward(dy)
+    instance_norm(**in_float64).backward(dy.double())
+    exact = in_float64["x"].grad
+    error = (args["x"].grad.double() - exact).abs().max() / exact.abs().max()
+    assert error < torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("without", [(), ("weight",), ("bias",), ("weight", "bias")])
 def test_one_voxel_is_its_own_mean_in_float32_too(without: tuple[str, ...]) -> None:
     args = leaves(inputs((2, 5, 1, 1, 1), slope=None) | dict.fromkeys(without))
