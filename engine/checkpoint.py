@@ -208,7 +208,15 @@ def _digest(path: Path) -> str:
 
 def _save_synced(content: dict[str, Any], path: Path) -> None:
     with path.open("wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            cause = error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            # PyTorch raises an error of its own, about positions in a file, in place of a full disk's.
+            advice = "no checkpoint could be written; make room, and --resume goes on from the one before"
+            raise OSError(cause.errno, f"{cause.strerror}: {advice}", str(path)) from error
         file.flush()
         os.fsync(file.fileno())
 

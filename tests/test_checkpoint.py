@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,20 @@ def test_resuming_where_nothing_was_saved_says_so(tmp_path: Path) -> None:
         find_state(tmp_path)
 
 
-def test_a_full_disk_is_told_at_the_next_save(tmp_path: Path) -> None:
+def test_a_full_disk_is_told_as_such_and_what_was_saved_stays(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: no checkpoint could be written; make room") as raised:
+            write(tmp_path, 2, more=torch.zeros(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(tmp_path / "partial-step-00000002" / "state.pt")
+    assert load_state(find_state(tmp_path))["value"][0] == 1
+
+
+def test_what_could_not_be_written_is_told_at_the_next_save(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     writer = CheckpointWriter(tmp_path / "checkpoints", 2)
     writer.write("step-00000001", {}, {}, {})
