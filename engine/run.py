@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import IO
 
 import torch
 import yaml
@@ -58,6 +60,7 @@ def run(config: Config) -> None:
     run_dir = config.run_dir
     assert run_dir is not None
 
+    lock = _claim(run_dir, is_resumed=config.resume is not None) if ranks.is_first else None
     _start_log(run_dir, ranks)
     data = first_on_node(lambda: load_data(config.data), ranks)
     torch.manual_seed(config.train.seed)
@@ -75,6 +78,8 @@ def run(config: Config) -> None:
     trainer.fit()
     if ranks.is_first:
         finish(trainer, run_dir, paths_taken)
+    if lock:
+        lock.close()
 
 
 def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
@@ -167,6 +172,30 @@ def _print_table(summary: dict) -> None:
         dice = [percent(scores.get(name)) for name in ("mean", *REGIONS)]
         table.add_row(row, str(scores["epoch"]), *dice, str(scores.get("cases", 0)))
     Console().print(table)
+
+
+def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
+    """Make the folder this run's own, for as long as the file that is returned is open.
+
+    Raises:
+        ValueError: another process trains in it, or it holds a run that this one would write over.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / ".lock").open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of those that it starts
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(
+            f"--run_dir {run_dir}: another job trains in this folder; wait until it ends, or give another folder"
+        ) from error
+    except OSError as error:
+        log.debug("%s: no locks here: %s", run_dir, error)
+    if not is_resumed and checkpoint.states(run_dir / "checkpoints"):
+        raise ValueError(
+            f"--run_dir {run_dir} holds a run with checkpoints, which a new one would replace: go on with it by "
+            f"--resume {run_dir}, or give another folder"
+        )
+    return lock
 
 
 def _start_log(run_dir: Path, ranks: Ranks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import time
@@ -12,6 +13,7 @@ import torch
 from commands import rows_of, start, train, write_small
 
 from engine.checkpoint import states
+from engine.run import _claim
 
 
 def options(folder: Path) -> tuple[str, ...]:
@@ -95,6 +97,20 @@ def test_a_users_mistake_ends_in_one_line_and_status_2(args: tuple[str, ...], me
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and message in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_in_which_another_job_trains_is_refused(finished: Path) -> None:
+    with open(finished / "runs" / "one" / ".lock", "a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        done = train(finished, "--resume", "runs/one", "--train.epochs", "3")
+    assert done.returncode == 2 and "error: --run_dir runs/one: another job trains in this folder" in done.stderr
+
+
+def test_a_run_is_not_written_over(finished: Path) -> None:
+    run = finished / "runs" / "one"
+    with pytest.raises(ValueError, match=f"go on with it by --resume {run}, or give another folder"):
+        _claim(run, is_resumed=False)
+    _claim(run, is_resumed=True).close()
 
 
 @pytest.mark.gpu
