@@ -165,9 +165,14 @@ def read_deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
     before = dataclasses.replace(config.train), dataclasses.replace(config.optim)
     try:
         _take_over(config, settings, world_size)
+        config.__post_init__()
     except ValueError as error:
         raise ValueError(f"--train.deepspeed {path}: {error}") from error
-    config.__post_init__()
+    except (AttributeError, TypeError, ArithmeticError) as error:
+        raise ValueError(
+            f"--train.deepspeed {path}: a value is of another kind than in DeepSpeed's documentation, where sections "
+            f'are objects and sizes numbers above 0, without quotes; what is not meant is left out or "auto" ({error})'
+        ) from error
     for group, old in zip(("train", "optim"), before, strict=True):
         new = getattr(config, group)
         for item in dataclasses.fields(new):
@@ -196,8 +201,10 @@ def _take_over(config: Config, settings: dict[str, Any], world_size: int) -> Non
                 f"gradient_accumulation_steps {train.accumulate_steps} x {world_size} rank(s)"
             )
         micro = total // passes
-    train.batch_size = micro or train.batch_size
+    train.batch_size = train.batch_size if micro is None else micro
     optim.grad_clip = settings.pop("gradient_clipping", optim.grad_clip)
+    if settings.get("fp16", {}).get("enabled"):
+        _name_unheeded("fp16", settings["fp16"], {"enabled"})
     autocast = settings.pop("torch_autocast", {})
     half = [name for name, key in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16"))
             if settings.pop(key, {}).get("enabled")]  # fmt: skip
@@ -229,8 +236,17 @@ def _take_optimizer(config: Config, optimizer: dict[str, Any] | None) -> None:
              and params[name] != value and tuple(_as_list(params[name])) != tuple(_as_list(value))]  # fmt: skip
     if other:
         raise ValueError(f"optimizer {', '.join(other)}: must be AdamW's defaults, betas [0.9, 0.999] and eps 1e-8")
+    _name_unheeded("optimizer", params, {"lr", "weight_decay", "adam_w_mode", "torch_adam", *default})
     config.optim.lr = params.get("lr", config.optim.lr)
     config.optim.weight_decay = params.get("weight_decay", config.optim.weight_decay)
+
+
+def _name_unheeded(section: str, given: dict[str, Any], heeded: set[str]) -> None:
+    """Say which settings of a section change nothing, so that nobody believes that they do."""
+    others = [f"{name} {value}" for name, value in given.items() if name not in heeded]
+    if others:
+        log.warning("%s: %s: not heeded, this engine has a way of its own (docs/training.md)", section,
+                    ", ".join(others))  # fmt: skip
 
 
 def _as_list(value: Any) -> list:
@@ -244,6 +260,7 @@ def _take_schedule(config: Config, schedule: dict[str, Any] | None) -> None:
     if schedule.get("type") not in kinds:
         raise ValueError(f"scheduler {schedule.get('type')} must be one of {', '.join(kinds)}; or leave it out")
     params = schedule.get("params", {})
+    _name_unheeded("scheduler", params, {"warmup_num_steps", "warmup_max_lr"})
     config.optim.schedule = kinds[schedule["type"]]  # type: ignore[assignment]
     config.optim.warmup_steps = params.get("warmup_num_steps", config.optim.warmup_steps)
     config.optim.lr = params.get("warmup_max_lr", config.optim.lr)
