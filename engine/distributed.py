@@ -131,9 +131,11 @@ def keep_memory() -> None:
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
+    if not hasattr(library, "mallopt"):
+        return
+    # Older ones refuse more than 32 MB. The other setting alone would leave this one at 128 KB for good.
+    if library.mallopt(_M_MMAP_THRESHOLD, 2**30) or library.mallopt(_M_MMAP_THRESHOLD, 2**25):
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        library.mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 def export(place: Place) -> None:

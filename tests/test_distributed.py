@@ -576,3 +576,19 @@ def test_a_rank_on_a_cpu_keeps_the_memory_of_a_step_for_the_next() -> None:
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if pages.is_file() and "[never]" not in pages.read_text():
         assert huge > 50_000
+
+
+def test_an_older_c_library_keeps_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 2.34 or so GNU's refuses thresholds above 32 MB."""
+    taken: dict[int, int] = {}
+
+    def mallopt(name: int, value: int) -> int:
+        if name == distributed._M_MMAP_THRESHOLD and value > 2**25:
+            return 0
+        taken[name] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: mock.Mock(mallopt=mallopt))
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    distributed.keep_memory()
+    assert taken == {distributed._M_MMAP_THRESHOLD: 2**25, distributed._M_TRIM_THRESHOLD: 2**31 - 1}
