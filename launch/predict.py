@@ -102,6 +102,7 @@ def predict(options: Namespace) -> int:
     log.info("%s; %s", ", ".join(str(member.path) for member in predictor.members), predictor.kernels_taken)
     cases, faults = find(options.input, predictor, options.modalities, options.release)
     output: Path = options.output
+    check_outputs(cases.cases, output, options.probabilities)
     try:
         make_writable(output)
     except OSError as error:
@@ -129,6 +130,28 @@ def predict(options: Namespace) -> int:
     return 1 if failed else 0
 
 
+def check_outputs(cases: Sequence[Case], output: Path, probabilities: bool) -> None:
+    """Refuse segmentations that would take the place of a scan, of a label or of each other.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    given = {path.resolve() for case in cases for path in (*case.images, case.label) if path}
+    case_of: dict[Path, str] = {}
+    for case in cases:
+        for path in outputs(case, output, probabilities):
+            if path.resolve() in given:
+                raise ValueError(
+                    f"--output {output}: {path} is a file of the data and would be lost; choose another folder"
+                )
+            if path in case_of:
+                raise ValueError(
+                    f"cases {case_of[path]} and {case.name} of --input would both be written to {path}: predict them "
+                    "separately, or rename one"
+                )
+            case_of[path] = case.name
+
+
 def left_to_do(
     cases: Sequence[Case], output: Path, probabilities: bool, overwrite: bool, ranks: Ranks
 ) -> Sequence[Case]:
@@ -145,7 +168,7 @@ def predict_cases(
 
     def read(case: Case) -> Prepared:
         started[case.name] = time.perf_counter()
-        return predictor.prepare(predictor.read(case))
+        return predictor.prepare(predictor.read(replace(case, label=None)))
 
     def write(case: Case, scan: Prepared, found: torch.Tensor) -> Row:
         segmentation = predictor.finish(scan, found, probabilities, case.images[0])
@@ -175,10 +198,10 @@ def predict_cases(
 def find(
     inputs: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None, release: str | None
 ) -> tuple[CaseSet, list[CaseError]]:
-    """The cases to segment, without their labels, and the faults of those that can't be.
+    """The cases to segment, and the faults of those that can't be.
 
     Raises:
-        ValueError: nothing there, names that occur twice, files that make up no case.
+        ValueError: nothing there, files that make up no case.
     """
     files = [path for path in inputs if path.name.lower().endswith((".nii", ".nii.gz"))]
     cases, coding = files_as_cases(files, predictor, modalities), predictor.coding
@@ -187,12 +210,9 @@ def find(
         raise ValueError("--modalities names the files or the 4D axis of --input files; a data set says it by itself")
     for root in (path for path in inputs if path not in files):
         survey = survey_cases(root, None, predictor.modalities, labelled=False, unlabelled_as=predictor.coding)
-        cases += [replace(case, label=None) for case in survey.usable.cases]
+        cases += survey.usable.cases
         faults += survey.faults
         coding = survey.usable.coding if len(inputs) == 1 else coding
-    twice = {case.name for case in cases if sum(case.name == other.name for other in cases) > 1}
-    if twice:
-        raise ValueError(f"--input has several cases of the name {', '.join(sorted(twice))}: predict them separately")
     return CaseSet(tuple(cases), predictor.modalities, coding), faults
 
 
@@ -236,7 +256,7 @@ def stem(path: Path) -> str:
 
 def outputs(case: Case, output: Path, probabilities: bool) -> list[Path]:
     """The files of a case, the label map first."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", case.name)
+    name = re.sub(r"[^\w.-]", "_", case.name)
     return [output / f"{name}{end}.nii.gz" for end in ("", *(["-probabilities"] if probabilities else []))]
 
 

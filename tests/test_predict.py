@@ -206,6 +206,31 @@ def test_failed_cases_are_named_at_the_end_and_the_others_are_segmented(
     assert "damaged gzip" in rows_of(tmp_path / "out")["BraTS-GLI-2"]["error"]
 
 
+def test_segmentations_take_the_place_of_no_scan_and_no_label(run: Path, scans: Path, tmp_path: Path) -> None:
+    task = shutil.copytree(scans, tmp_path / "task")
+    before = {path: path.read_bytes() for path in task.rglob("*.nii.gz")}
+    image = task / "imagesTr" / "BRATS_001.nii.gz"
+    for given, folder in ((image, image.parent), (task, task / "labelsTr")):
+        with pytest.raises(ValueError, match=r"BRATS_00\d.nii.gz is a file of the data and would be lost"):
+            run_predict("--runs", run, "--input", given, "--output", folder, "--overwrite")
+    assert {path: path.read_bytes() for path in task.rglob("*.nii.gz")} == before
+
+
+def test_each_case_has_a_segmentation_of_its_own_whatever_its_name(run: Path, scans: Path, tmp_path: Path) -> None:
+    image = str(scans / "imagesTr" / "BRATS_001.nii.gz")
+
+    def listed(*names: str) -> Path:
+        cases = [{"name": name, "image": image} for name in names]
+        (tmp_path / "list.json").write_text(json.dumps({"modalities": ORDER, "cases": cases}))
+        return tmp_path / "list.json"
+
+    out = tmp_path / "out"
+    assert run_predict("--runs", run, "--input", listed("Müller", "Möller", "张"), "--output", out) == 0
+    assert {path.name for path in out.glob("*.nii.gz")} == {"Müller.nii.gz", "Möller.nii.gz", "张.nii.gz"}
+    with pytest.raises(ValueError, match="cases a b and a_b of --input would both be written to .*a_b.nii.gz"):
+        run_predict("--runs", run, "--input", listed("a b", "a_b"), "--output", out)
+
+
 def test_labels_are_of_the_scans_release_or_of_the_one_asked_for(run: Path, scans: Path, tmp_path: Path) -> None:
     """The network knows Decathlon's values, names of 2023 stand for 1, 2 and 3 in another order."""
     case = brats_folder(tmp_path, "BraTS-GLI-9", scans)
@@ -238,7 +263,7 @@ def test_files_that_make_up_no_case_are_refused(run: Path, scans: Path, tmp_path
     nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 5), np.float32), np.eye(4)), tmp_path / "five.nii")
     with pytest.raises(ValueError, match="five.nii has 5 images on its last axis, and 4 are expected"):
         run_predict(*command, tmp_path / "five.nii")
-    with pytest.raises(ValueError, match="several cases of the name BraTS-GLI-1"):
+    with pytest.raises(ValueError, match="cases BraTS-GLI-1 and BraTS-GLI-1 of --input would both be written to"):
         run_predict(*command, case, case)
     with pytest.raises(ValueError, match="a data set says it by itself"):
         run_predict(*command, case, "--modalities", "t2", "t1", "t1c", "flair")
