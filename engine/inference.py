@@ -29,7 +29,7 @@ from engine.trained import Trained, load_trained
 from kernels import dispatch
 from pipelines.cases import Case, DataError
 from pipelines.geometry import BackToFile, Grid, resample_image, target_grid
-from pipelines.labels import ENHANCING, NECROSIS, NON_ENHANCING, OEDEMA, REGIONS, Coding
+from pipelines.labels import ENHANCING, NECROSIS, NON_ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
 from pipelines.likeness import looks_of, unlike
 from pipelines.nifti import RawCase, affine_fault, read_case, read_grid, write_nifti
 
@@ -79,7 +79,12 @@ class Segmentation:
 
     def labels(self, coding: Coding | None = None) -> np.ndarray:
         """uint8 (X, Y, Z), in a release's coding; None: that of the network's training data. See `compose_labels`."""
-        return compose_labels(self.masks_RXYZ, coding or self.coding)
+        coding = coding or self.coding
+        masks_RXYZ = self.masks_RXYZ
+        if self.coding.release == TUTORIAL != coding.release:  # what it calls enhancing is the core that does not
+            core, whole, non_enhancing = masks_RXYZ
+            masks_RXYZ = np.stack([core | non_enhancing, whole, core & ~non_enhancing])
+        return compose_labels(masks_RXYZ, coding)
 
     def save(self, path: Path | str, coding: Coding | None = None) -> None:
         """Write the label map as NIfTI, with the scan's grid, units and codes.

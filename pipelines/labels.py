@@ -25,6 +25,7 @@ import numpy as np
 
 REGIONS = ("TC", "WT", "ET")
 OEDEMA, NECROSIS, NON_ENHANCING, ENHANCING = "oedema", "necrosis", "non-enhancing", "enhancing"
+TUTORIAL = "decathlon-tutorial"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Coding:
     """What the values of a label map mean.
 
     Args:
-        release: name of the coding, a key of `CODINGS` or "decathlon-tutorial".
+        release: name of the coding, a key of `CODINGS` or `TUTORIAL`.
         tissues: label value -> tissue; background (0) is left out.
         regions: the label values of TC, WT and ET, in that order.
     """
@@ -134,7 +135,7 @@ def tutorial_coding(coding: Coding) -> Coding:
         "BraTS results; use regions 'release' for those.",
         stacklevel=2,
     )
-    return _coding("decathlon-tutorial", {1: OEDEMA, 2: ENHANCING, 3: NON_ENHANCING})
+    return _coding(TUTORIAL, {1: OEDEMA, 2: ENHANCING, 3: NON_ENHANCING})
 
 
 def regions_from_labels(labels: np.ndarray, coding: Coding) -> np.ndarray:

@@ -18,10 +18,10 @@ from test_trained import CONFIG, content_of
 
 from engine.checkpoint import save_weights
 from engine.config import to_dict
-from engine.inference import Predictor, compose_labels, in_stages
+from engine.inference import Predictor, Segmentation, compose_labels, in_stages
 from engine.sliding_window import zscore_nonzero
 from engine.trained import make_model
-from pipelines.labels import CODINGS, regions_from_labels
+from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
 from pipelines.layouts import DataError
 from pipelines.likeness import filled, looks_of, ranges, unlike
 
@@ -204,6 +204,19 @@ def test_labels_of_nested_regions_give_the_regions_back(release: str) -> None:
     assert labels.dtype == np.uint8 and set(labels.ravel()) <= set(coding.values)
     only_inner = masks & np.array([False, False, True])[:, None, None, None]
     np.testing.assert_array_equal(compose_labels(only_inner, coding)[3], labels[3])
+
+
+@pytest.mark.parametrize(("release", "values"), [("decathlon", (1, 2, 3)), ("brats2023", (2, 1, 3))])
+def test_what_the_tutorial_calls_enhancing_is_written_as_what_does_not_enhance(
+    release: str, values: tuple[int, ...]
+) -> None:
+    """Label 2 of `dataset.json`, which its networks find as ET, is non-enhancing tumour, and 3 is enhancing."""
+    with pytest.warns(UserWarning, match="label 2 is scored as enhancing"):
+        coding = tutorial_coding(CODINGS["decathlon"])
+    truth = np.array([0, 1, 2, 3], np.uint8).reshape(4, 1, 1)
+    found = Segmentation(regions_from_labels(truth, coding), np.eye(4), coding)
+    np.testing.assert_array_equal(found.labels(), truth)
+    np.testing.assert_array_equal(found.labels(CODINGS[release]).ravel(), (0, *values))
 
 
 def test_stages_overlap_and_a_faulty_item_leaves_the_others_alone() -> None:
