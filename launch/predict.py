@@ -244,8 +244,8 @@ def files_as_cases(files: Sequence[Path], predictor: Predictor, modalities: Sequ
             f"--input {given}: give 4D files with {len(order)} modalities ({', '.join(order)}), or the "
             f"{len(order)} 3D files of one case, in this order"
         )
-    prefix = os.path.commonprefix([stem(path) for path in files]).rstrip("-_. ")
-    name = prefix if len(files) > 1 else stem(files[0])
+    prefix = os.path.commonprefix([stem(path) for path in files])
+    name = re.sub(r"(^|[-_. ]+)(t1?)?$", "", prefix, flags=re.IGNORECASE) if len(files) > 1 else stem(files[0])
     return [Case(name or files[0].resolve().parent.name, tuple(files[i] for i in wanted), None, None)]
 
 

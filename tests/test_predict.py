@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -229,6 +230,30 @@ def test_each_case_has_a_segmentation_of_its_own_whatever_its_name(run: Path, sc
     assert {path.name for path in out.glob("*.nii.gz")} == {"Müller.nii.gz", "Möller.nii.gz", "张.nii.gz"}
     with pytest.raises(ValueError, match="cases a b and a_b of --input would both be written to .*a_b.nii.gz"):
         run_predict("--runs", run, "--input", listed("a b", "a_b"), "--output", out)
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        (("case_flair", "case_t1", "case_t1ce", "case_t2"), "case"),
+        (("BraTS-GLI-00000-000-t2f", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
+        (("BraTS-GLI-00000-000-t1n", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
+        (("t1", "t1ce", "t2"), "patient7"),
+        (("Flair_subtrMeanDivStd", "T1c_subtrMeanDivStd"), "patient7"),
+        (("patient_t1", "patient_t2"), "patient"),
+        (("start1", "start2"), "start"),
+    ],
+)
+def test_files_of_a_case_give_it_the_name_that_they_share(files: tuple[str, ...], name: str, tmp_path: Path) -> None:
+    """Of t1c and t2f the t is shared too and no part of it: cases of `t1.nii.gz` and `t2.nii.gz` were all named t."""
+    folder = tmp_path / "patient7"
+    folder.mkdir()
+    paths = [folder / f"{file}.nii" for file in files]
+    for path in paths:
+        nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), path)
+    modalities = ORDER[: len(files)]
+    (case,) = predict.files_as_cases(paths, SimpleNamespace(modalities=modalities), None)  # type: ignore[arg-type]
+    assert case.name == name
 
 
 def test_labels_are_of_the_scans_release_or_of_the_one_asked_for(run: Path, scans: Path, tmp_path: Path) -> None:
