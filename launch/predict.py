@@ -269,17 +269,18 @@ def cannot_write(output: Path, error: OSError) -> ValueError:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Bring the table up to date; rows of other cases stay, and of several of one case the last."""
+    """Bring the table up to date; rows of other segmentations stay, and faults of earlier commands go."""
     known: dict[str, dict] = {}
     if path.is_file():
         with path.open(newline="") as file:
-            known = {row["case"]: row for row in csv.DictReader(file)}
-    known |= {row.case: asdict(row) for row in rows}
+            known = {row["case"]: row for row in csv.DictReader(file) if not row["error"]}
+    for row in rows:
+        known.pop(row.case, None)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, Row.__dataclass_fields__)
         writer.writeheader()
-        writer.writerows(known[name] for name in sorted(known))
+        writer.writerows(sorted([*known.values(), *map(asdict, rows)], key=lambda row: row["case"]))
     os.replace(partial, path)
 
 

@@ -232,6 +232,25 @@ def test_each_case_has_a_segmentation_of_its_own_whatever_its_name(run: Path, sc
         run_predict("--runs", run, "--input", listed("a b", "a_b"), "--output", out)
 
 
+def test_the_table_has_every_fault_until_it_is_mended(run: Path, scans: Path, tmp_path: Path) -> None:
+    """Cases of one list have its path in common, and a fault that is mended leaves no row behind."""
+    image = np.asarray(nib.load(scans / "imagesTr" / "BRATS_001.nii.gz").dataobj)
+    columns = [f"{modality}.nii" for modality in ORDER]
+    for channel, file in enumerate(columns):
+        nib.save(nib.Nifti1Image(image[..., channel], np.eye(4)), tmp_path / file)
+
+    def predicted(**cases: list[str]) -> list[tuple[str, bool]]:
+        rows = [",".join((name, *files)) for name, files in cases.items()]
+        (tmp_path / "list.csv").write_text("\n".join([",".join(("name", *ORDER)), *rows]))
+        run_predict("--runs", run, "--input", tmp_path / "list.csv", "--output", tmp_path / "out")
+        with (tmp_path / "out" / "predictions.csv").open() as file:
+            return [(row["case"], bool(row["error"])) for row in csv.DictReader(file)]
+
+    lacking, listed = [*columns[:3], ""], str(tmp_path / "list.csv")
+    assert predicted(a=columns, b=lacking, c=lacking) == [(listed, True), (listed, True), ("a", False)]
+    assert predicted(a=columns, b=columns, c=columns) == [("a", False), ("b", False), ("c", False)]
+
+
 @pytest.mark.parametrize(
     ("files", "name"),
     [
