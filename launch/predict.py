@@ -204,8 +204,8 @@ def find(
         ValueError: nothing there, files that make up no case.
     """
     files = [path for path in inputs if path.name.lower().endswith((".nii", ".nii.gz"))]
-    cases, coding = files_as_cases(files, predictor, modalities), predictor.coding
-    faults: list[CaseError] = []
+    cases, faults = files_as_cases(files, predictor, modalities)
+    coding = predictor.coding
     if modalities and not files:
         raise ValueError("--modalities names the files or the 4D axis of --input files; a data set says it by itself")
     for root in (path for path in inputs if path not in files):
@@ -216,10 +216,12 @@ def find(
     return CaseSet(tuple(cases), predictor.modalities, coding), faults
 
 
-def files_as_cases(files: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None) -> list[Case]:
-    """4D files, each a case; or the 3D files of one."""
+def files_as_cases(
+    files: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None
+) -> tuple[list[Case], list[CaseError]]:
+    """4D files, each a case, and the faults of those that are none; or the 3D files of one case."""
     if not files:
-        return []
+        return [], []
     order = canonical_modalities(modalities) if modalities else predictor.modalities
     missing = [name for name in predictor.modalities if name not in order]
     if missing:
@@ -228,7 +230,13 @@ def files_as_cases(files: Sequence[Path], predictor: Predictor, modalities: Sequ
             f"{' '.join(predictor.modalities)}"
         )
     wanted = [order.index(name) for name in predictor.modalities]
-    shapes = {path: read_grid(path)[0] for path in files}
+    shapes: dict[Path, tuple[int, ...]] = {}
+    faults: list[CaseError] = []
+    for path in files:
+        try:
+            shapes[path] = read_grid(path)[0]
+        except CaseError as error:
+            faults.append(error)
     dimensions = {path: len([n for n in shape[3:] if n > 1]) + 3 for path, shape in shapes.items()}
     if len(order) > 1 and set(dimensions.values()) == {4}:
         for path, shape in shapes.items():
@@ -237,7 +245,9 @@ def files_as_cases(files: Sequence[Path], predictor: Predictor, modalities: Sequ
                     f"--input {path.name} has {shape[3]} images on its last axis, and {len(order)} are expected "
                     f"({' '.join(order)}): name what is on it, in order, with --modalities"
                 )
-        return [Case(stem(path), (path,), tuple(wanted), None) for path in files]
+        return [Case(stem(path), (path,), tuple(wanted), None) for path in shapes], faults
+    if faults:
+        raise faults[0]
     if set(dimensions.values()) != {3} or len(files) != len(order):
         given = ", ".join(f"{path.name} ({count}D)" for path, count in dimensions.items())
         raise ValueError(
@@ -246,7 +256,7 @@ def files_as_cases(files: Sequence[Path], predictor: Predictor, modalities: Sequ
         )
     prefix = os.path.commonprefix([stem(path) for path in files])
     name = re.sub(r"(^|[-_. ]+)(t1?)?$", "", prefix, flags=re.IGNORECASE) if len(files) > 1 else stem(files[0])
-    return [Case(name or files[0].resolve().parent.name, tuple(files[i] for i in wanted), None, None)]
+    return [Case(name or files[0].resolve().parent.name, tuple(files[i] for i in wanted), None, None)], []
 
 
 def stem(path: Path) -> str:

@@ -251,6 +251,19 @@ def test_the_table_has_every_fault_until_it_is_mended(run: Path, scans: Path, tm
     assert predicted(a=columns, b=columns, c=columns) == [("a", False), ("b", False), ("c", False)]
 
 
+def test_a_4d_file_that_cannot_be_read_leaves_the_others_alone(
+    run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    damaged = tmp_path / "damaged.nii.gz"
+    damaged.write_bytes(b"\x1f\x8b damaged")
+    good = scans / "imagesTr" / "BRATS_001.nii.gz"
+    assert run_predict("--runs", run, "--input", damaged, good, "--output", tmp_path / "out") == 1
+    assert "failed: " in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["BRATS_001.nii.gz"]
+    with pytest.raises(ValueError, match="damaged gzip"):
+        run_predict("--runs", run, "--input", damaged, "--output", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("files", "name"),
     [
@@ -271,7 +284,7 @@ def test_files_of_a_case_give_it_the_name_that_they_share(files: tuple[str, ...]
     for path in paths:
         nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), path)
     modalities = ORDER[: len(files)]
-    (case,) = predict.files_as_cases(paths, SimpleNamespace(modalities=modalities), None)  # type: ignore[arg-type]
+    ((case,), _) = predict.files_as_cases(paths, SimpleNamespace(modalities=modalities), None)  # type: ignore[arg-type]
     assert case.name == name
 
 
