@@ -3,9 +3,9 @@
 The order is the tutorial's: resampling starts at the file's first voxel, so orienting first gives another grid (on an
 LPS scan an origin of -239 instead of -238.5 mm, and a third of noisy labels different). Steps, as in MONAI 1.6.1:
 
-1. Spaced grid. The affine's axes keep their directions and get the new lengths (any shear is removed); its first voxel
-   is the file's, its extent that of the voxel centres, n' = round((n - 1) s / s' + 1). If neither affine nor shape
-   change (by 1e-3), nothing is resampled.
+1. Spaced grid. The affine's axes keep their directions and get the new lengths (any shear is removed), each but where
+   its own is the new one by 1e-3 mm; its first voxel is the file's, its extent that of the voxel centres,
+   n' = round((n - 1) s / s' + 1). If neither affine nor shape change (by 1e-3), nothing is resampled.
 2. Sampling, "border" padding: linear for images, nearest for labels, at M @ index, M = inv(affine) @ spaced affine.
 3. Orientation: flips and a permutation of the axes. They only move voxels, so here they are folded into the sampling.
 
@@ -89,7 +89,10 @@ def target_grid(shape: Sequence[int], affine: np.ndarray, spacing_mm: Sequence[f
     if len(spacing_mm) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
         raise ValueError(f"spacing_mm {tuple(spacing_mm)} must be three positive numbers of mm; 1.5 1.5 2.0 is usual")
     affine = np.asarray(affine, np.float64)
-    spaced_affine = _with_spacing(affine, np.asarray(spacing_mm, np.float64))
+    own_mm = np.sqrt(np.sum(affine[:3, :3] ** 2, axis=0))
+    wanted_mm = np.asarray(spacing_mm, np.float64)
+    # A header's float32 has 2.5 mm rotated as 2.50000003: resampling by that would smear the head into its background.
+    spaced_affine = _with_spacing(affine, np.where(np.abs(own_mm - wanted_mm) <= AFFINE_TOLERANCE, own_mm, wanted_mm))
     spaced_shape, spaced_affine[:3, 3] = _extent(shape, affine, spaced_affine)
     if _is_same_grid(shape, affine, spaced_shape, spaced_affine):
         spaced_affine = affine

@@ -20,7 +20,7 @@ from pipelines.geometry import label_grid, resample_image, resample_label, targe
 from pipelines.labels import Coding
 from pipelines.nifti import read_case
 
-FORMAT = 1
+FORMAT = 2
 StoreDtype = Literal["float32", "float16"]
 FOREGROUND_VOXELS = 4096
 _INTENSITIES = "as in the files, resampled; not normalised"

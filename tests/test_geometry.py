@@ -64,6 +64,8 @@ AFFINES = {
     "oblique_far": (rotated((1.9, 0.4, -2.4), (0.7, 1.1, 2.5)), (1.5, 1.5, 2.0)),
     "nearly_aligned": (rotated((1e-9, -2e-9, 1e-9), (1, 1, 1)), (1.5, 1.5, 2.0)),
     "oblique_anisotropic": (rotated((0.1, -0.3, 0.2), (1, 1, 1.25)), (1.5, 1.5, 2.0)),
+    "oblique_rounded": (rotated((0.0, 0.0, 0.3), (1.5, 1.5, 1.25)).astype(np.float32).astype(float), (1.5, 1.5, 2.0)),
+    "one_axis_within_tolerance": (axis_affine((0, 1, 2), (-1, -1, 1), (1.5004, 1.5, 1.0)), (1.5, 1.5, 2.0)),
     "sheared": (sheared(), (1.5, 1.5, 2.0)),
 }
 SHAPE = (37, 32, 29)
