@@ -83,8 +83,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--release",
         choices=sorted(CODINGS),
-        help="Label coding to write; by default that of the scans' release, where their names tell it, else that of "
-        "the network's training data.",
+        help="Label coding to write; by default that of the release that names in one data set or case folder tell, "
+        "else, and for files, that of the network's training data.",
     )
     parser.add_argument(
         "--probabilities", action="store_true", help="Write <case>-probabilities.nii.gz (TC, WT, ET) too."
