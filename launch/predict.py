@@ -4,8 +4,8 @@ python launch/predict.py --runs runs/RUN --input SCANS --output SEGMENTATIONS
 deepspeed launch/predict.py --runs runs/A runs/B --input SCANS --output SEGMENTATIONS --flips    all GPUs, an ensemble
 
 SCANS is a data set as for training (a Decathlon task, BraTS folders, a list), folders of cases, a case's files (one
-for each modality), or 4D files. Each case becomes `<case>.nii.gz` on the scan's own grid. What is there already is
-kept, so a run that was stopped goes on by the same command.
+for each modality), or 4D files; for a network of one modality, 3D files. Each case becomes `<case>.nii.gz` on the
+scan's own grid. What is there already is kept, so a run that was stopped goes on by the same command.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def predict(options: Namespace) -> int:
         logging.getLogger().setLevel(logging.ERROR)
     predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
     log.info("%s; %s", ", ".join(str(member.path) for member in predictor.members), predictor.kernels_taken)
-    cases, faults = find(options.input, predictor, options.modalities, options.release)
+    cases, faults = find(options.input, predictor, options.modalities)
     output: Path = options.output
     check_outputs(cases.cases, output, options.probabilities)
     try:
@@ -196,7 +196,7 @@ def predict_cases(
 
 
 def find(
-    inputs: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None, release: str | None
+    inputs: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None
 ) -> tuple[CaseSet, list[CaseError]]:
     """The cases to segment, and the faults of those that can't be.
 
@@ -219,7 +219,7 @@ def find(
 def files_as_cases(
     files: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None
 ) -> tuple[list[Case], list[CaseError]]:
-    """4D files, each a case, and the faults of those that are none; or the 3D files of one case."""
+    """4D files, each a case (3D for a network of one modality), and their faults; or the 3D files of one case."""
     if not files:
         return [], []
     order = canonical_modalities(modalities) if modalities else predictor.modalities
@@ -238,24 +238,27 @@ def files_as_cases(
         except CaseError as error:
             faults.append(error)
     dimensions = {path: len([n for n in shape[3:] if n > 1]) + 3 for path, shape in shapes.items()}
-    if len(order) > 1 and set(dimensions.values()) == {4}:
+    alone = len(order) == 1  # the network has one modality
+    if set(dimensions.values()) == {3 if alone else 4}:
         for path, shape in shapes.items():
-            if shape[3] != len(order):
+            if not alone and shape[3] != len(order):
                 raise ValueError(
                     f"--input {path.name} has {shape[3]} images on its last axis, and {len(order)} are expected "
                     f"({' '.join(order)}): name what is on it, in order, with --modalities"
                 )
-        return [Case(stem(path), (path,), tuple(wanted), None) for path in shapes], faults
+        return [Case(stem(path), (path,), None if alone else tuple(wanted), None) for path in shapes], faults
     if faults:
         raise faults[0]
     if set(dimensions.values()) != {3} or len(files) != len(order):
         given = ", ".join(f"{path.name} ({count}D)" for path, count in dimensions.items())
+        if alone:
+            raise ValueError(f"--input {given}: give 3D files, each a case")
         raise ValueError(
             f"--input {given}: give 4D files with {len(order)} modalities ({', '.join(order)}), or the "
             f"{len(order)} 3D files of one case, in this order"
         )
     prefix = os.path.commonprefix([stem(path) for path in files])
-    name = re.sub(r"(^|[-_. ]+)(t1?)?$", "", prefix, flags=re.IGNORECASE) if len(files) > 1 else stem(files[0])
+    name = re.sub(r"(^|[-_. ]+)(t1?)?$", "", prefix, flags=re.IGNORECASE)
     return [Case(name or files[0].resolve().parent.name, tuple(files[i] for i in wanted), None, None)], []
 
 

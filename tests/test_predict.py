@@ -52,13 +52,15 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that validated on one of them, whose logits are wide enough to give masks of some size."""
+    return make_run(scans, tmp_path_factory.mktemp("run"), ORDER)
+
+
+def make_run(scans: Path, folder: Path, modalities: tuple[str, ...]) -> Path:
     data = DataConfig(root=scans, crop_size_voxels=CROP, spacing_mm=SPACING, val_cases=["BRATS_002"], pad=True)
-    model = ModelConfig(name="unet", feature_size=2)
-    config = Config(data=data, model=model)
+    config = Config(data=data, model=ModelConfig(name="unet", feature_size=2))
     torch.manual_seed(3)
-    weights = make_model(config, 4).state_dict()
-    folder = tmp_path_factory.mktemp("run")
-    content = content_of(CODINGS["decathlon"], weights=weights, config=to_dict(config), modalities=list(ORDER))
+    weights = make_model(config, len(modalities)).state_dict()
+    content = content_of(CODINGS["decathlon"], weights=weights, config=to_dict(config), modalities=list(modalities))
     save_weights(folder / "checkpoints" / "best.pt", content)
     return folder
 
@@ -327,6 +329,21 @@ def test_files_that_make_up_no_case_are_refused(run: Path, scans: Path, tmp_path
     (tmp_path / "a_file").write_text("")
     with pytest.raises(ValueError, match="a_file can't be written"):
         run_predict("--runs", run, "--input", case, "--output", tmp_path / "a_file")
+
+
+def test_a_network_of_one_modality_takes_3d_files_each_a_case(scans: Path, tmp_path: Path) -> None:
+    run, output = make_run(scans, tmp_path / "run", ("t1c",)), tmp_path / "out"
+    cases = [brats_folder(tmp_path, name, scans) for name in ("BraTS-GLI-1", "BraTS-GLI-2")]
+    files = [sorted_files(case)[2] for case in cases]
+    damaged = tmp_path / "damaged.nii.gz"
+    damaged.write_bytes(files[0].read_bytes()[:1000])
+    assert run_predict("--runs", run, "--output", output, "--input", *files, damaged) == 1
+    for file in files:
+        expected = Predictor(run, "cpu").segment(file).labels()
+        np.testing.assert_array_equal(labels_of(output / file.name), expected)
+    assert "truncated" in rows_of(output)["damaged"]["error"]
+    with pytest.raises(ValueError, match="BRATS_001.nii.gz .4D.: give 3D files, each a case"):
+        run_predict("--runs", run, "--output", output, "--input", scans / "imagesTr" / "BRATS_001.nii.gz")
 
 
 def test_evaluation_on_the_prepared_grid_is_a_validation(run: Path, scans: Path, tmp_path: Path) -> None:
