@@ -16,7 +16,7 @@ from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_
 from pipelines.decathlon import download_task01
 from pipelines.loaders import CropLoader, TrainLoader, ValLoader
 from pipelines.phantom import FORMAT, make_phantoms
-from pipelines.raw import RawLoader
+from pipelines.raw_loader import RawLoader
 from pipelines.store import Store, prepare
 
 log = logging.getLogger(__name__)

@@ -96,7 +96,7 @@ def build(task: Task, case: Case, key: str) -> dict[str, Any]:
     source_shape = raw.image.shape[:3]
     grid = target_grid(source_shape, raw.affine, task.spacing_mm)
     if task.device == "gpu":
-        from pipelines.raw import resample_case  # which imports this file
+        from pipelines.raw import resample_case  # DALI, which preparing on a CPU does without
 
         arrays = {"image": resample_case(raw, grid, task.device)}
     else:

@@ -1,4 +1,4 @@
-"""Which crop of which case comes next, and what chance does to it.
+"""Which crop of which case comes next, what chance does to it, and where in the volume it lies.
 
 Randomness. A sample's draws come from a counter-based generator (Philox: the key holds the seed, the counter the epoch
 and the position in the epoch). They depend on nothing else: not on the number of threads or ranks, not on what was
@@ -11,6 +11,7 @@ Axes. Volumes are (X, Y, Z, C); X, Y, Z are the axes of RAS.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -92,3 +93,25 @@ def epoch_order(seed: int, epoch: int, samples: int, multiple: int) -> NDArray[n
     order = np.resize(generator(seed, epoch, -1).permutation(samples), -(-samples // multiple) * multiple)
     order.flags.writeable = False
     return order
+
+
+def copy_crop(volume: NDArray, start: Sequence[int], out: NDArray) -> None:
+    """Copy a crop into `out`; a volume smaller than `out` is padded with zeros, symmetrically as by MONAI's SpatialPad.
+
+    Args:
+        volume: (X, Y, Z, C), memory-mapped.
+        start: first voxel (x, y, z), in the coordinates of the padded volume.
+        out: (x, y, z, C), overwritten.
+    """
+    source, target = overlap(volume.shape, start, out.shape)
+    if out[target].shape != out.shape:
+        out[...] = 0
+    out[target] = volume[source]
+
+
+def overlap(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[tuple, tuple]:
+    """Where in the volume a crop comes from, and where in the crop that goes: three slices each."""
+    padding = [max(n - dim, 0) // 2 for n, dim in zip(size[:3], shape[:3], strict=True)]
+    first = [int(a) - p for a, p in zip(start, padding, strict=True)]
+    source = tuple(slice(max(a, 0), min(a + n, dim)) for a, n, dim in zip(first, size, shape, strict=False))
+    return source, tuple(slice(s.start - a, s.stop - a) for s, a in zip(source, first, strict=True))

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.cases import DataError
-from pipelines.sampling import Size
+from pipelines.sampling import Size, copy_crop, overlap
 from pipelines.store import Store
 
 log = logging.getLogger(__name__)
@@ -134,28 +134,6 @@ def label_of(store: Store, case: int) -> NDArray[np.uint8]:
             f"case {store.names[case]} has no label: add it, or leave the case out of training and validation"
         )
     return label[..., None]
-
-
-def copy_crop(volume: NDArray, start: Sequence[int], out: NDArray) -> None:
-    """Copy a crop into `out`; a volume smaller than `out` is padded with zeros, symmetrically as by MONAI's SpatialPad.
-
-    Args:
-        volume: (X, Y, Z, C), memory-mapped.
-        start: first voxel (x, y, z), in the coordinates of the padded volume.
-        out: (x, y, z, C), overwritten.
-    """
-    source, target = overlap(volume.shape, start, out.shape)
-    if out[target].shape != out.shape:
-        out[...] = 0
-    out[target] = volume[source]
-
-
-def overlap(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[tuple, tuple]:
-    """Where in the volume a crop comes from, and where in the crop that goes: three slices each."""
-    padding = [max(n - dim, 0) // 2 for n, dim in zip(size[:3], shape[:3], strict=True)]
-    first = [int(a) - p for a, p in zip(start, padding, strict=True)]
-    source = tuple(slice(max(a, 0), min(a + n, dim)) for a, n, dim in zip(first, size, shape, strict=False))
-    return source, tuple(slice(s.start - a, s.stop - a) for s, a in zip(source, first, strict=True))
 
 
 def nonzero_mean_std(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

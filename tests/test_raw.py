@@ -19,7 +19,7 @@ import pytest
 import torch
 from nibabel.eulerangles import euler2mat
 
-from pipelines import raw
+from pipelines import raw, raw_loader
 from pipelines.augment import Augment
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.geometry import axis_weights, resample_image, target_grid
@@ -28,7 +28,8 @@ from pipelines.layouts import CaseError
 from pipelines.loaders import TrainLoader
 from pipelines.nifti import RawCase, read_case, read_grid
 from pipelines.phantom import draw_phantom
-from pipelines.raw import CaseReader, Decoded, RawImage, RawLoader, resample_case
+from pipelines.raw import RawImage, resample_case
+from pipelines.raw_loader import CaseReader, Decoded, RawLoader
 from pipelines.reference import case_to_dict, prepare_steps
 from pipelines.store import Store, prepare
 
@@ -252,7 +253,7 @@ def test_two_ranks_get_the_very_samples_of_one(cases: CaseSet) -> None:
 
 
 def test_nothing_is_decoded_before_the_first_batch(cases: CaseSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raw, "read_case", None)
+    monkeypatch.setattr(raw_loader, "read_case", None)
     assert len(RawLoader(cases, cases.names, CROP, 2)) == 4
 
 
@@ -261,7 +262,7 @@ def test_at_most_batch_size_and_two_decoded_cases_are_in_memory(
     cases: CaseSet, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     lock, alive, most = threading.Lock(), [0], [0]
-    original = raw.read_case
+    original = raw_loader.read_case
 
     def count(by: int) -> None:
         with lock:
@@ -276,7 +277,7 @@ def test_at_most_batch_size_and_two_decoded_cases_are_in_memory(
 
     gc.disable()  # the bound must hold by itself
     try:
-        monkeypatch.setattr(raw, "read_case", counted)
+        monkeypatch.setattr(raw_loader, "read_case", counted)
         names = [name for name in cases.names if name not in ("rotated", "sheared")]
         loader = RawLoader(cases, names, CROP, batch_size, threads=3, crops_per_case=2, foreground_prob=0.5)
         for epoch, first_step in ((0, 0), (3, 1), (1, 0)):

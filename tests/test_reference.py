@@ -32,9 +32,9 @@ from pipelines.reference import (
     train_steps,
     val_steps,
 )
-from pipelines.sampling import Draw
+from pipelines.sampling import Draw, copy_crop
 from pipelines.store import Store, prepare
-from pipelines.volumes import MappedVolumes, copy_crop, label_of
+from pipelines.volumes import MappedVolumes, label_of
 
 IMAGE_TOLERANCE = 1e-3  # of the image's range
 DRAWS = 4

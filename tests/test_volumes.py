@@ -12,8 +12,9 @@ import torch
 from pipelines import volumes
 from pipelines.cases import DataError, find_cases
 from pipelines.phantom import make_phantoms
+from pipelines.sampling import copy_crop
 from pipelines.store import Store, prepare
-from pipelines.volumes import LoadedVolumes, MappedVolumes, choose_residence, copy_crop, nonzero_mean_std
+from pipelines.volumes import LoadedVolumes, MappedVolumes, choose_residence, nonzero_mean_std
 
 SIZE = (10, 9, 6)
 CUDA = torch.device("cuda")
