@@ -21,7 +21,7 @@ import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,30 @@ def reduced_during_backward(model: torch.nn.Module, bucket_elements: int, ranks:
     Its first backward tells the order in which gradients come, by which it lays out its buckets for good: see
     `TrainingStep`, which makes that pass before any that counts.
     """
+    for parameter in model.parameters():
+        if 1 in parameter.shape:
+            parameter.register_hook(_with_strides_of(parameter))
     return DistributedDataParallel(
         model,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
         bucket_cap_mb=bucket_elements * 4 / 2**20,
         gradient_as_bucket_view=True,
     )
+
+
+def _with_strides_of(parameter: torch.nn.Parameter) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes of a gradient one with the very strides of its weight, if it lies in memory as that does.
+
+    The stride of an axis of one voxel or channel means nothing, and a convolution sets it as it likes, by its device
+    and the format of its input; PyTorch, which lays out buckets by the weights' strides, warns where it differs.
+    """
+    shape, strides = parameter.shape, parameter.stride()
+
+    def restrided(gradient: torch.Tensor) -> torch.Tensor:
+        is_alike = all(size == 1 or a == b for size, a, b in zip(shape, strides, gradient.stride(), strict=True))
+        return gradient.as_strided(shape, strides) if is_alike else gradient
+
+    return restrided
 
 
 def network_of(engine: Any) -> torch.nn.Module:

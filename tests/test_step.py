@@ -356,6 +356,9 @@ def first_updates(**options):  # weights after two steps of eight crops each
 _, result["whole"] = first_updates()
 _, result["in parts"] = first_updates(accumulate_steps=2)
 _, result["compiled"] = first_updates(compile=True)
+_, result["channels last"] = first_updates(model=network().to(memory_format=torch.channels_last_3d))
+one_channel = torch.nn.Sequential(torch.nn.Conv3d(2, 1, 1), torch.nn.Conv3d(1, 3, 3, padding=1))
+first_updates(model=one_channel.to(memory_format=torch.channels_last_3d))
 step, result["by DeepSpeed"] = first_updates(settings={"prescale_gradients": True})
 result["by DeepSpeed alone"] = step.reducer is None
 sent = []
@@ -380,7 +383,7 @@ def on_two_ranks() -> dict[str, Any]:
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "LOCAL_WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS],
+            [sys.executable, "-W", "error:Grad strides", "-c", TWO_RANKS],
             env=environment | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -406,7 +409,7 @@ def test_gradients_of_graphs_are_averaged_over_ranks(on_two_ranks: dict[str, Any
     assert on_two_ranks["graph"] == pytest.approx(on_two_ranks["0"][:20], rel=1e-6)
 
 
-@pytest.mark.parametrize("way", ["in parts", "compiled", "by DeepSpeed"])
+@pytest.mark.parametrize("way", ["in parts", "compiled", "channels last", "by DeepSpeed"])
 def test_gradients_reduced_during_the_backward_are_those_reduced_after_it(
     way: str, on_two_ranks: dict[str, Any]
 ) -> None:
