@@ -75,6 +75,8 @@ def run(config: Config) -> None:
     if ranks.is_first:
         _write_config(config, run_dir)
         _draw_sample(trainer, data, run_dir / "samples.png")
+        # Written last: of a run that goes on it would say that it is over.
+        (run_dir / "report.html").unlink(missing_ok=True)
     trainer.fit()
     if ranks.is_first:
         finish(trainer, run_dir, paths_taken)

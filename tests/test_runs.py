@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from commands import rows_of, start, train, write_small
 
 from engine.checkpoint import states
+from engine.comparison import Run, is_finished
 from engine.run import _claim
 
 
@@ -131,3 +133,17 @@ def test_resuming_a_finished_run_keeps_its_table(finished: Path) -> None:
     assert json.loads((finished / "runs" / "one" / "metrics.json").read_text()) == before
     after = (finished / "runs" / "one" / "report.html").read_text()
     assert after.split("</table>")[0] == page.split("</table>")[0]
+
+
+def test_a_finished_run_that_goes_on_is_no_finished_one(finished: Path) -> None:
+    run = finished / "runs" / "longer"
+    shutil.copytree(finished / "runs" / "one", run)
+    assert is_finished(run)
+    process = start(finished, "--resume", str(run), "--train.epochs", "1000")
+    while len(rows_of(run)) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert not is_finished(run)
+    with pytest.raises(ValueError, match="is no finished run"):
+        Run.read(run)
