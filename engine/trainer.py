@@ -100,6 +100,9 @@ class Trainer:
                     if self._is_patience_over():
                         break
                     self._fit_epoch(epoch, progress, stop, records)
+                if self.history and "val_mean" not in self.history[-1]:  # --train.epochs lowered to what was done
+                    row = self.history.pop()
+                    self._close_epoch(row | self.validate(progress), progress, records)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not memory.is_out_of_memory(error):
                 raise
@@ -161,11 +164,14 @@ class Trainer:
             row |= self.validate(progress)
         self.epoch, self.first_batch = epoch + 1, 0
         self.sums.zero_()
+        self._close_epoch(row, progress, records)
+
+    def _close_epoch(self, row: dict[str, Any], progress: TrainingProgress, records: EpochLog | None) -> None:
         self.history.append(row)
-        progress.epoch(row, train.epochs)
+        progress.epoch(row, self.config.train.epochs)
         if records:
             records.write(self.history)
-        if is_due:
+        if "val_mean" in row:
             self._save_validated(row)
         elif self._is_save_due():
             self._save()

@@ -21,7 +21,7 @@ from commands import free_port
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR, UNet
 
-from engine.checkpoint import state_name, states
+from engine.checkpoint import load_weights, state_name, states
 from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
 from engine.data import Data, load_data, make_val_loader
 from engine.diagnosis import Diverged
@@ -233,6 +233,24 @@ def test_a_finished_run_is_extended(make: Callable[..., Trainer]) -> None:
     longer.fit()
     assert [row["epoch"] for row in longer.history] == [1, 2, 3]
     assert losses(longer) == losses(whole) and equal_weights(longer, whole)
+
+
+def test_a_run_shortened_to_what_it_has_done_is_validated(make: Callable[..., Trainer]) -> None:
+    """Else its table would have the Dice of an earlier epoch, and `last.pt` the weights."""
+    whole = make("whole", epochs=3)
+    whole.fit()
+
+    def stop(step: int, image: torch.Tensor) -> None:
+        if step == 12:  # after three epochs, of which the second was validated
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        make("stopped", stop, epochs=9).fit()
+    shortened = make("stopped", epochs=3, resume=True)
+    shortened.fit()
+    assert [row["epoch"] for row in shortened.history if "val_mean" in row] == [2, 3]
+    assert shortened.summary()["last"] == whole.summary()["last"] and shortened.cases == whole.cases
+    assert load_weights(shortened.run_dir / "checkpoints" / "last.pt")["epoch"] == 3
 
 
 @pytest.mark.parametrize(("quick_s", "before"), [(60.0, [True, False, False]), (0.0, [True, True, True])])
