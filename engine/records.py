@@ -32,15 +32,20 @@ class EpochLog:
             if name not in ("epoch", "step") and value is not None:
                 self.writer.add_scalar(name.replace("val_", "val/"), value, row["step"])
         self.writer.flush()
-        columns = list(dict.fromkeys(name for row in history for name in row))
-        with open(self.run_dir / "log.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, columns)
-            table.writeheader()
-            table.writerows(history)
+        write_log(self.run_dir, history)
 
     def close(self) -> None:
         """At the end of the run."""
         self.writer.close()
+
+
+def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:
+    """`log.csv` with a row for each epoch."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    with open(run_dir / "log.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(history)
 
 
 def write_validation(run_dir: Path, cases: list[CaseDice], summary: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from engine.config import Config, to_portable_dict
 from engine.data import Data, load_data, make_val_loader
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.progress import percent
+from engine.records import write_log, write_validation
 from engine.trained import load_trained, make_model
 from engine.trainer import Trainer
 from kernels import dispatch
@@ -85,12 +86,14 @@ def run(config: Config) -> None:
 
 
 def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
-    """Pictures, page and the closing table, from the best weights.
+    """Tables, pictures and page, from the best weights.
 
     Args:
         trainer: of a run that is over. run_dir: its folder. paths_taken: what `dispatch.use` said of the kernels.
     """
     summary, data, config = trainer.summary(), trainer.data, trainer.config
+    write_log(run_dir, trainer.history)  # once more, for a run that was over when it went on and lacked them
+    write_validation(run_dir, trainer.cases, summary)
     pictures.draw_curves(trainer.history, run_dir / "curves.png")
     facts = report.Facts(
         config=config,
