@@ -91,7 +91,7 @@ class Run:
         """From a run's folder.
 
         Raises:
-            ValueError: the run has not finished, or is none.
+            ValueError: the run has not finished, or is none; a file of it can't be read.
         """
         missing = [name for name in FILES if not (path / name).is_file()]
         saved = states(path / "checkpoints")
@@ -101,13 +101,24 @@ class Run:
                 f"{path} is no finished run, it has no {lacks}: one that was interrupted goes on by "
                 f"python launch/train.py --resume {path}"
             )
+        try:
+            return cls._read(path, saved[0])
+        except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise ValueError(
+                f"{path} can't be read, a file in it is damaged or of another version of this program: {reason}; copy "
+                f"it again, or write its tables once more by python launch/train.py --resume {path}"
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path, state: Path) -> Run:
         config = config_from_dict(yaml.safe_load((path / "config.yaml").read_text()))
         metrics = json.loads((path / "metrics.json").read_text())
         with open(path / "validation.csv") as file:
             validated = list(csv.DictReader(file))
         whole = [row["case"] for row in validated if all(row[region] for region in REGIONS)]
         names = tuple(row["case"] for row in validated)
-        world_size = json.loads((saved[0] / "about.json").read_text())["world_size"]
+        world_size = json.loads((state / "about.json").read_text())["world_size"]
         crops = config.train.batch_size * config.train.accumulate_steps * world_size
         with open(path / "log.csv") as file:
             history = [{key: float(value) if value else None for key, value in row.items()}

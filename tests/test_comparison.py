@@ -183,6 +183,24 @@ def test_an_unfinished_run_is_refused_with_what_goes_on_with_it(tmp_path: Path) 
         Run.read(run_dir)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("metrics.json", '{"definition": "Di', "Unterminated string"),
+        ("metrics.json", "{}", "it lacks 'epochs'"),
+        ("config.yaml", "", "NoneType"),
+        ("config.yaml", "data: [", "expected the node content"),
+        ("log.csv", "epoch,loss\n1,half", "could not convert string to float: 'half'"),
+    ],
+)
+def test_a_run_with_a_damaged_file_is_named(name: str, content: str, says: str, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", settings("demo"))
+    (run_dir / name).write_text(content)
+    with pytest.raises(ValueError, match=r"run can't be read, a file in it is damaged .*; copy it again") as raised:
+        Run.read(run_dir)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
 def test_runs_that_differ_say_in_what(tmp_path: Path) -> None:
     demo = settings("demo")
     same = [Run.read(write_run(tmp_path / m, settings("demo", model_name=m))) for m in ("unet", "unetr", "unetr_monai")]
