@@ -59,7 +59,7 @@ class DataConfig:
     """A Decathlon task folder, a folder of BraTS cases, or a JSON or CSV list. None: synthetic scans."""
     download: bool = False
     """Fetch Decathlon Task01_BrainTumour (7.1 GB) into `root` first; resumable, checked."""
-    release: Literal["decathlon", "brats2013", "brats2018", "brats2023"] | None = None
+    release: Literal["decathlon", "brats2013", "brats2018", "brats2023", "brats2024", "brats2024-ped"] | None = None
     """Label coding of the scans, where file names leave it open."""
     regions: Literal["release", "tutorial"] = "release"
     """TC, WT, ET from the release's coding, or with the published tutorial's swapped one (Decathlon only)."""

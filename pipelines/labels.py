@@ -2,17 +2,20 @@
 
 A label map holds one tissue code per voxel, and what a code means changed between releases:
 
-    release      years         1               2               3               4
-    decathlon    MSD Task01    oedema          non-enhancing   enhancing       -
-    brats2013    2013 to 2017  necrosis        oedema          non-enhancing   enhancing
-    brats2018    2018 to 2022  non-enhancing   oedema          -               enhancing
-    brats2023    2023 on       necrosis        oedema          enhancing       -
+    release        years                   1               2               3               4
+    decathlon      MSD Task01              oedema          non-enhancing   enhancing       -
+    brats2013      2013 to 2017            necrosis        oedema          non-enhancing   enhancing
+    brats2018      2018 to 2022            non-enhancing   oedema          -               enhancing
+    brats2023      2023                    necrosis        oedema          enhancing       -
+    brats2024      2024 on, adults         necrosis        oedema          enhancing       resection cavity
+    brats2024-ped  2024 on, children       enhancing       non-enhancing   cyst            oedema
 
 "non-enhancing" of decathlon and brats2018 includes the necrosis. Codes {1, 2, 3} and {1, 2, 3, 4} fit several rows, so
 a coding is never guessed from the values: it comes from `dataset.json`'s label names, the files' names, or the user.
 
 What is scored is the same for all: TC (tumour core: everything but oedema), WT (whole tumour: everything) and ET
-(enhancing tumour), always in this order. They overlap, so a region map has one channel per region.
+(enhancing tumour), always in this order. They overlap, so a region map has one channel per region. The cavity that
+surgery leaves is no tumour (BraTS 2024, arXiv:2405.18368) and in none of them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import numpy as np
 
 REGIONS = ("TC", "WT", "ET")
 OEDEMA, NECROSIS, NON_ENHANCING, ENHANCING = "oedema", "necrosis", "non-enhancing", "enhancing"
+CYST, CAVITY = "cyst", "resection cavity"
 TUTORIAL = "decathlon-tutorial"
 
 
@@ -49,7 +53,7 @@ class Coding:
 
 
 def _coding(release: str, tissues: dict[int, str]) -> Coding:
-    whole = tuple(sorted(tissues))
+    whole = tuple(v for v in sorted(tissues) if tissues[v] != CAVITY)
     core = tuple(v for v in whole if tissues[v] != OEDEMA)
     enhancing = tuple(v for v in whole if tissues[v] == ENHANCING)
     return Coding(release, tissues, (core, whole, enhancing))
@@ -60,6 +64,8 @@ CODINGS: dict[str, Coding] = {
     "brats2013": _coding("brats2013", {1: NECROSIS, 2: OEDEMA, 3: NON_ENHANCING, 4: ENHANCING}),
     "brats2018": _coding("brats2018", {1: NON_ENHANCING, 2: OEDEMA, 4: ENHANCING}),
     "brats2023": _coding("brats2023", {1: NECROSIS, 2: OEDEMA, 3: ENHANCING}),
+    "brats2024": _coding("brats2024", {1: NECROSIS, 2: OEDEMA, 3: ENHANCING, 4: CAVITY}),
+    "brats2024-ped": _coding("brats2024-ped", {1: ENHANCING, 2: NON_ENHANCING, 3: CYST, 4: OEDEMA}),
 }
 
 
@@ -83,6 +89,8 @@ def _tissue(name: str) -> str | None:
         return NON_ENHANCING
     if "necro" in text:
         return NECROSIS
+    if "cavity" in text:
+        return CAVITY
     return ENHANCING if "enhanc" in text else None
 
 

@@ -4,7 +4,9 @@
   axis, "labels" names the label values, "training" lists the cases. Order is the file's: the split depends on it.
 * BraTS folders: a folder per case, one 3D file per modality, up to two levels below the root (HGG/, LGG/) or the root
   itself. Naming tells the release apart only in part:
-      -t2f -t1n -t1c -t2w -seg                 2023 on
+      -t2f -t1n -t1c -t2w -seg                 2023 on: what the coding of 2024 adds, the cavity that surgery leaves,
+                                               is asked for where it is met; that of children (BraTS-PED-*) is another
+                                               from 2024 on, so there a year decides, and without one it is asked for
       Flair_subtrMeanDivStd ... OTMultiClass   2013 (as re-released, z-scored)
       _flair _t1 _t1ce _t2 _seg                2012 to 2022: the coding changed in 2018, so a year in a name decides
                                                (`BraTS20_Training_001`), and without one the release is asked for
@@ -46,8 +48,11 @@ _NAMING = {
     "2012-2022": re.compile(r"_(flair|t1ce|t1|t2|segm?)$"),
 }
 _LABEL_NAMES = ("seg", "segm", "otmulticlass")
-# "BraTS2021_00000", "brats_2013_pat0001", "Brats18_x"; but "BraTS_12" and "BraTS_0012" are numbers of cases.
-_YEAR = re.compile(r"(?:brats|fets)(?:[_-]?(20\d\d)|(1[2-9]|2\d))(?!\d)", re.IGNORECASE)
+# "BraTS2021_00000", "brats_2013_pat0001", "Brats18_x", "BraTS-PEDs2024"; but "BraTS_12", "BraTS_0012" and
+# "BraTS-PED-00024" are numbers of cases.
+_YEAR = re.compile(r"(?:brats|fets)(?:(?:-[a-z]+)?[_-]?(20\d\d)|(1[2-9]|2\d))(?!\d)", re.IGNORECASE)
+_CHILDREN = re.compile(r"brats-peds?-", re.IGNORECASE)
+_YEARS_OF = {"brats2013": "until 2017", "brats2018": "2018 to 2022", "brats2023": "2023", "brats2024-ped": "2024 on"}
 _FOLDER_DEPTH = 2
 
 
@@ -86,7 +91,7 @@ class Found:
     files: Mapping[str, Path]
     channels: Mapping[str, int] | None
     label: Path | None
-    release: str | None  # None: the names leave it open
+    releases: tuple[str, ...]  # that its names allow, none where they say nothing; if several, the user decides
     faults: tuple[CaseError, ...] = ()
 
 
@@ -158,7 +163,8 @@ def from_decathlon(path: Path, asked: Coding | None, with_test: bool) -> tuple[C
         image_path = path.parent / image
         label_path = None if label is None else path.parent / label
         faults = _absent((image_path, label_path), path, name)
-        found.append(Found(name, path, dict.fromkeys(channels, image_path), channels, label_path, "decathlon", faults))
+        files = dict.fromkeys(channels, image_path)
+        found.append(Found(name, path, files, channels, label_path, ("decathlon",), faults))
     if not found:
         raise DataError(f"{path} lists no case under 'training': a Decathlon task lists its images and labels there")
     return coding, found
@@ -185,9 +191,8 @@ def from_folders(root: Path, asked: Coding | None, unlabelled_as: Coding | None 
             f"(2023 on), or named Flair_subtrMeanDivStd and alike (2013).{hint}"
         )
     if unlabelled_as:
-        releases = {f.release for f in found}
-        open_or_mixed = len(releases) > 1 or None in releases
-        return asked or (unlabelled_as if open_or_mixed else CODINGS[found[0].release or ""]), found
+        releases = {release for f in found for release in f.releases}
+        return asked or (CODINGS[releases.pop()] if len(releases) == 1 else unlabelled_as), found
     return _one_release(found, root, asked)
 
 
@@ -221,13 +226,27 @@ def _folder_case(folder: Path, root: Path) -> Found | None:
     label = files.pop("label", None)
     if not files:
         return None
-    release = {"2023": "brats2023", "2013": "brats2013"}.get(naming) or _release_by_year(folder, root, files.values())
-    return Found(folder.resolve().name, folder, files, None, label, release, faults)
+    releases = _releases(naming, [path.name for path in files.values()], folder, root)
+    return Found(folder.resolve().name, folder, files, None, label, releases, faults)
 
 
-def _release_by_year(folder: Path, root: Path, files: Iterable[Path]) -> str | None:
-    """The release by the year in the name nearest to the files: theirs, then the case's folder, up to the root."""
-    names = [path.name for path in files]
+def _releases(naming: str, files: Sequence[str], folder: Path, root: Path) -> tuple[str, ...]:
+    """The releases that the names of a case's files, of its folder and of those up to the root allow."""
+    if naming == "2013":
+        return ("brats2013",)
+    year = _year(files, folder, root)
+    if naming == "2012-2022":
+        if year is None:
+            return "brats2013", "brats2018"
+        return ("brats2013" if year <= 2017 else "brats2018" if year <= 2022 else "brats2023",)
+    if any(map(_CHILDREN.match, files)):
+        return ("brats2023", "brats2024-ped") if year is None else ("brats2024-ped" if year >= 2024 else "brats2023",)
+    return ("brats2024" if year and year >= 2024 else "brats2023",)
+
+
+def _year(files: Sequence[str], folder: Path, root: Path) -> int | None:
+    """The year in the name nearest to the files: theirs, then the case's folder, up to the root."""
+    names = [*files]
     while True:
         names.append(folder.resolve().name)
         if folder == root:
@@ -236,29 +255,31 @@ def _release_by_year(folder: Path, root: Path, files: Iterable[Path]) -> str | N
     for name in names:
         match = _YEAR.search(name)
         if match:
-            year = int(match.group(1) or match.group(2)) % 100
-            return "brats2013" if year <= 17 else "brats2018" if year <= 22 else "brats2023"
+            return 2000 + int(match.group(1) or match.group(2)) % 100
     return None
 
 
 def _one_release(found: list[Found], root: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
-    counts = Counter(f.release for f in found)
-    listing = ", ".join(f"{n} of {release or 'a release from 2012 to 2022'}" for release, n in counts.items())
+    counts = Counter(f.releases for f in found)
+    listing = ", ".join(f"{n} of {' or '.join(releases)}" for releases, n in counts.items())
     if asked is None:
         if len(counts) > 1:
+            choice = ", ".join(dict.fromkeys(release for releases in counts for release in releases))
             raise DataError(
                 f"{root} mixes releases, whose label codes differ: its cases are {listing} by their names. "
-                f"Choose with --data.release ({', '.join(r for r in counts if r)}), which takes the cases that fit"
+                f"Choose with --data.release ({choice}), which takes the cases that fit"
             )
-        release = found[0].release
-        if release is None:
+        releases = found[0].releases
+        if len(releases) > 1:
+            choice = " or ".join(f"{release} ({_YEARS_OF[release]})" for release in releases)
             raise DataError(
-                f"{root}: the naming (case {found[0].name}) is that of 2012 to 2022, whose label codes differ, and no "
-                "name carries a year. Give --data.release brats2013 (until 2017) or brats2018 (2018 to 2022)"
+                f"{root}: the naming (case {found[0].name}) is that of several releases, whose label codes differ, and "
+                f"no name carries a year. Give --data.release {choice}"
             )
-        return CODINGS[release], found
-    open_fits = asked.release in ("brats2013", "brats2018")
-    fits = [f for f in found if f.release == asked.release or (f.release is None and open_fits)]
+        return CODINGS[releases[0]], found
+    # Codes of 2023 mean the same in 2024, but for children, whose names leave both open.
+    also = ("brats2023",) if asked.release == "brats2024" else None
+    fits = [f for f in found if asked.release in f.releases or f.releases == also]
     if fits:
         if len(fits) < len(found):
             log.warning("release %s: %d of %d cases fit by name (%s)", asked.release, len(fits), len(found), listing)
@@ -311,6 +332,6 @@ def _record_case(record: Mapping[str, str | None], order: Sequence[str], listed_
     label = paths.pop("label", None)
     if "image" in paths:
         channels = {m: i for i, m in enumerate(order)}
-        return Found(name, listed_in, dict.fromkeys(order, paths["image"]), channels, label, None, faults)
+        return Found(name, listed_in, dict.fromkeys(order, paths["image"]), channels, label, (), faults)
     files = {_CANONICAL[key]: path for key, path in paths.items()}
-    return Found(name, listed_in, files, None, label, None, faults)
+    return Found(name, listed_in, files, None, label, (), faults)

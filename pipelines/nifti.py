@@ -334,11 +334,11 @@ def _rounded(path: Path, array: np.ndarray) -> np.ndarray:
 
 def _coding_remedy(found: list[int], coding: Coding) -> str:
     """What to do about label values outside the coding; never a coding that would make another tissue of one."""
-    if coding.release == "brats2023" and 4 in found:
+    if coding.release == "brats2023" and 4 in found and set(found) <= set(CODINGS["brats2024"].values):
         # brats2013 has a 4 as well, its enhancing tumour, and would score the cavity as that.
         return (
-            "4 is the resection cavity in the post-treatment release (BraTS 2024), which is named alike and not "
-            f"supported: relabel its maps with the values of brats2023 ({', '.join(map(str, coding.values))})"
+            "4 is the resection cavity in scans of 2024 on, which are named alike: --data.release brats2024; in those "
+            "of children it is the oedema, and the other codes differ too: --data.release brats2024-ped"
         )
     fits = [release for release, other in CODINGS.items() if set(found) <= set(other.values)]
     if not fits:

@@ -275,6 +275,36 @@ def test_mixed_releases_are_counted_and_an_explicit_one_selects(tmp_path: Path) 
         find_cases(tmp_path, release="decathlon")
 
 
+@pytest.mark.parametrize(
+    ("folder", "case", "release"),
+    [
+        ("BraTS2024-BraTS-GLI-TrainingData", "BraTS-GLI-00005-100", "brats2024"),
+        ("training", "BraTS-GLI-00005-100", "brats2023"),
+        ("BraTS-PEDs2024_Training", "BraTS-PED-00001-000", "brats2024-ped"),
+        ("ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData", "BraTS-PED-00024-000", "brats2023"),
+    ],
+)
+def test_the_year_of_a_folder_decides_from_2023_on(tmp_path: Path, folder: str, case: str, release: str) -> None:
+    brats_2023(tmp_path / folder, case)
+    assert find_cases(tmp_path / folder).coding == CODINGS[release]
+
+
+def test_of_children_without_a_year_the_release_is_asked_for(tmp_path: Path) -> None:
+    brats_2023(tmp_path / "scans", "BraTS-PED-00024-000")
+    with pytest.raises(DataError, match=r"PED-00024.*--data.release brats2023 \(2023\) or brats2024-ped \(2024 on\)"):
+        find_cases(tmp_path / "scans")
+    for release in ("brats2023", "brats2024-ped"):
+        assert find_cases(tmp_path / "scans", release=release).coding == CODINGS[release]
+
+
+def test_codes_of_2024_take_adults_of_2023_and_no_children(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    brats_2023(tmp_path, "BraTS-GLI-00005-100")
+    assert find_cases(tmp_path, release="brats2024").coding == CODINGS["brats2024"]
+    assert not caplog.text
+    brats_2023(tmp_path, "BraTS-PED-00001-000")
+    assert find_cases(tmp_path, release="brats2024").names == ("BraTS-GLI-00005-100",)
+
+
 def test_an_explicit_release_overrides_what_all_names_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     brats_2023(tmp_path, "renamed")
     with caplog.at_level(logging.WARNING):

@@ -25,6 +25,8 @@ TASK01_LABELS = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3
         ("brats2013", {1, 3, 4}, {1, 2, 3, 4}, {4}),
         ("brats2018", {1, 4}, {1, 2, 4}, {4}),
         ("brats2023", {1, 3}, {1, 2, 3}, {3}),
+        ("brats2024", {1, 3}, {1, 2, 3}, {3}),
+        ("brats2024-ped", {1, 2, 3}, {1, 2, 3, 4}, {1}),
     ],
 )
 def test_regions_hold_the_tissues_of_each_release(
@@ -33,7 +35,7 @@ def test_regions_hold_the_tissues_of_each_release(
     coding = coding_for_release(release)
     assert REGIONS == ("TC", "WT", "ET")
     assert [set(r) for r in coding.regions] == [tumour_core, whole, enhancing]
-    assert coding.values == (0, *sorted(whole))
+    assert coding.values == (0, *sorted(whole | ({4} if release == "brats2024" else set())))  # 4: the resection cavity
 
 
 def test_regions_of_2018_match_monai_with_no_voxel_different() -> None:
@@ -51,6 +53,8 @@ def test_every_coding_gives_the_same_regions_for_the_same_tissues() -> None:
         "brats2013": (0, 2, 3, 4),
         "brats2018": (0, 2, 1, 4),
         "brats2023": (0, 2, 1, 3),
+        "brats2024": (0, 2, 1, 3),
+        "brats2024-ped": (0, 4, 2, 1),
     }
     expected = np.stack([tissue >= 2, tissue >= 1, tissue == 3])
     for release, codes in values.items():
@@ -77,6 +81,8 @@ def test_dataset_json_decides_by_name_not_by_value() -> None:
     assert coding_from_dataset_json(TASK01_LABELS) == CODINGS["decathlon"]
     swapped = {"0": "background", "3": "Oedema", "1": "non-enhancing_tumour", "2": "Enhancing Tumor"}
     assert coding_from_dataset_json(swapped).regions == ((1, 2), (1, 2, 3), (2,))
+    treated = {**TASK01_LABELS, "4": "Resection cavity"}
+    assert coding_from_dataset_json(treated).regions == CODINGS["decathlon"].regions
     joint = {
         "0": "background",
         "1": "necrotic and non-enhancing tumor",

@@ -213,20 +213,24 @@ def test_fault_of_a_4d_file(tmp_path: Path, array: np.ndarray, channels: tuple[i
         read_case(case, CODING)
 
 
-def test_a_resection_cavity_is_offered_no_other_coding(tmp_path: Path) -> None:
+def test_a_label_4_among_codes_of_2023_is_offered_those_of_2024_alone(tmp_path: Path) -> None:
     case = make_case(tmp_path)
     save(tmp_path / "seg.nii.gz", np.where(labels() == 3, 4, labels()).astype(np.uint8))
-    with pytest.raises(CaseError, match="resection cavity.*not supported: relabel") as caught:
+    with pytest.raises(CaseError, match="4 is the resection cavity.*oedema, and the other codes differ") as caught:
         read_case(case, CODINGS["brats2023"])
-    assert not any(text in caught.value.remedy for text in ("--data.release", "brats2013", "brats2018"))
+    assert [name for name in CODINGS if f"--data.release {name}" in caught.value.remedy] == [
+        "brats2024",
+        "brats2024-ped",
+    ]
+    assert read_case(case, CODINGS["brats2024"]).label is not None
 
 
 @pytest.mark.parametrize(
     ("values", "release", "offered"),
     [
-        ((0, 1, 2, 3), "brats2018", ("decathlon", "brats2013", "brats2023")),
-        ((0, 3, 4), "brats2018", ("brats2013",)),
-        ((0, 2, 4), "decathlon", ("brats2013", "brats2018")),
+        ((0, 1, 2, 3), "brats2018", ("decathlon", "brats2013", "brats2023", "brats2024", "brats2024-ped")),
+        ((0, 3, 4), "brats2018", ("brats2013", "brats2024", "brats2024-ped")),
+        ((0, 2, 4), "decathlon", ("brats2013", "brats2018", "brats2024", "brats2024-ped")),
         ((0, 5), "brats2013", ()),
     ],
 )
