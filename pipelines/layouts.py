@@ -137,24 +137,29 @@ def from_decathlon(path: Path, asked: Coding | None, with_test: bool) -> tuple[C
         DataError: the file is malformed, or a modality or label name is unknown.
     """
     info = _read_json(path)
-    absent = [key for key in ("modality", "labels", "training") if key not in info]
-    if absent:
-        raise DataError(f"{path} has no {', '.join(map(repr, absent))}: a Decathlon task states all three")
+    kinds = {"modality": dict, "labels": dict, "training": list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(info, dict) or not isinstance(info.get(key), kind)]
+    if wrong:
+        raise DataError(
+            f"{path}: a Decathlon task has modality {{number: name}}, labels {{value: name}} and training [cases], and "
+            f"here {', '.join(wrong)} is missing or another thing. A data set of another kind is given by a .json or "
+            ".csv list"
+        )
     try:
         coding = asked or coding_from_dataset_json(info["labels"])
     except ValueError as error:
         raise DataError(f"{path}: {error} (--data.release)") from error
     channels: dict[str, int] = {}
     for index, name in info["modality"].items():
-        canonical = _CANONICAL.get(name.lower())
-        if canonical is None or canonical in channels:
+        canonical = _CANONICAL.get(str(name).lower())
+        if canonical is None or canonical in channels or not index.isdecimal():
             raise DataError(f"{path}: modality {index} is {name!r}; each must be one of FLAIR, T1w, T1gd, T2w, once")
         channels[canonical] = int(index)
-    malformed = [e for e in info["training"] if not isinstance(e, dict) or "image" not in e]
+    listed = [*info["training"], *({"image": image} for image in (info.get("test", []) if with_test else []))]
+    malformed = [e for e in listed if not isinstance(e, dict) or not isinstance(e.get("image"), str)]
     if malformed:
-        raise DataError(f'{path}: training entry {malformed[0]!r} must be {{"image": file, "label": file}}')
-    entries = [(e["image"], e.get("label")) for e in info["training"]]
-    entries += [(image, None) for image in info.get("test", [])] if with_test else []
+        raise DataError(f'{path}: entry {malformed[0]!r} must be {{"image": file, "label": file}}, in "test" the file')
+    entries = [(e["image"], e.get("label")) for e in listed]
     found = []
     for image, label in entries:
         name = _stem(Path(image))
@@ -304,20 +309,42 @@ def from_list(path: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
     if asked is None:
         raise DataError(f"{path}: a list does not say what its labels mean: give --data.release ({', '.join(CODINGS)})")
     order: Sequence[str] = ()
+    records: Any
     if path.suffix.lower() == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            records = list(csv.DictReader(file))
+        records = _read_csv(path)
     else:
         records = _read_json(path)
         if isinstance(records, dict):
-            order, records = canonical_modalities(records.get("modalities", MODALITIES)), records.get("cases", [])
-    if not records or not all(isinstance(r, dict) for r in records):
+            named = records.get("modalities", MODALITIES)
+            order = canonical_modalities([named] if isinstance(named, str) else named)
+            records = records.get("cases")
+    if not records or not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise DataError(f"{path} lists no cases: give records with name, {', '.join(MODALITIES)} and label")
     return asked, [_record_case(record, order, path) for record in records]
 
 
-def _record_case(record: Mapping[str, str | None], order: Sequence[str], listed_in: Path) -> Found:
-    values = {str(key).strip().lower(): str(value).strip() for key, value in record.items() if value}
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    """A record for each row; fields are separated by commas, or, as some spreadsheets do, by semicolons or tabs."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not in UTF-8 ({error}): save it as CSV UTF-8") from error
+    lines = text.splitlines()
+    header, *rows = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count)) if lines else [[]]
+    columns = [column.strip().lower() for column in header]
+    records = []
+    for row in filter(None, rows):
+        if len(row) > len(columns):
+            raise DataError(f"{path}: {', '.join(row)} are {len(row)} fields, and the first row names {len(columns)}")
+        records.append(dict(zip(columns, row, strict=False)))
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{path}: columns {', '.join(columns)}: name each once")
+    return records
+
+
+def _record_case(record: Mapping[str, Any], order: Sequence[str], listed_in: Path) -> Found:
+    given = {str(key).strip().lower(): "" if value is None else str(value).strip() for key, value in record.items()}
+    values = {key: value for key, value in given.items() if value}
     name = values.pop("name", None)
     if name is None:
         raise DataError(f"{listed_in}: record {dict(record)} has no name: give each case a unique one")
@@ -329,6 +356,11 @@ def _record_case(record: Mapping[str, str | None], order: Sequence[str], listed_
         )
     paths = {key: listed_in.parent / value for key, value in values.items()}
     faults = _absent(paths.values(), listed_in, name)
+    kinds = [_CANONICAL.get(key, key) for key in paths]
+    if len(set(kinds)) < len(kinds) or len(set(paths.values())) < len(paths):
+        listed = ", ".join(f"{key} {values[key]}" for key in paths)
+        problem = f"case {name}: {listed}: a file is given twice, or two for one modality"
+        faults += (CaseError(listed_in, problem, "Correct the list: one file for each modality"),)
     label = paths.pop("label", None)
     if "image" in paths:
         channels = {m: i for i, m in enumerate(order)}

@@ -101,6 +101,11 @@ def test_hidden_entries_of_dataset_json_are_ignored(tmp_path: Path) -> None:
         ({"labels": {"0": "background", "1": "liver"}}, "dataset.json.*'liver'.*release"),
         ({"training": []}, "no case"),
         ({"training": ["./imagesTr/BRATS_001.nii.gz"]}, "must be"),
+        ({"training": [{"image": ["a.nii.gz", "b.nii.gz"]}]}, "must be"),
+        ({"modality": ["FLAIR", "T1w"]}, "modality .*missing or another thing.*list"),
+        ({"modality": {"first": "FLAIR"}}, "modality first is 'FLAIR'"),
+        ({"modality": {"0": 1}}, "modality 0 is 1"),
+        ({"labels": ["background", "edema"]}, "labels is missing or another thing"),
     ],
 )
 def test_a_dataset_json_that_is_no_brain_tumour_task_is_refused(
@@ -387,13 +392,41 @@ def test_a_json_list_may_hold_4d_images(tmp_path: Path) -> None:
         ([{"name": "a", "flair": "gone.nii.gz"}], "gone.nii.gz: case a: .*not there"),
         ([{"name": "a", "flairr": "x.nii.gz"}], "case a has flairr"),
         ([{"name": "a", "image": "x.nii.gz"}], "case a has image.*modalities"),
+        ([{"name": "a", "flair": "x.nii.gz", "t2f": "y.nii.gz"}], "flair x.*t2f y.*two for one modality"),
+        ([{"name": "a", "flair": "x.nii.gz", "t1": "x.nii.gz"}], "flair x.*t1 x.*a file is given twice"),
+        (3, "lists no cases"),
+        ({"modalities": "t1", "cases": {"a": {}}}, "lists no cases"),
     ],
 )
-def test_faulty_lists_are_refused_by_record(tmp_path: Path, records: list[dict[str, str]], message: str) -> None:
-    touch(tmp_path, "x.nii.gz")
+def test_faulty_lists_are_refused_by_record(tmp_path: Path, records: Any, message: str) -> None:
+    touch(tmp_path, "x.nii.gz", "y.nii.gz")
     (tmp_path / "list.json").write_text(json.dumps(records))
     with pytest.raises(DataError, match=message):
         find_cases(tmp_path / "list.json", release="brats2018")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_rows_of_a_list_are_separated_as_spreadsheets_do(tmp_path: Path, separator: str) -> None:
+    touch(tmp_path, "a, left.nii.gz", "s.nii.gz")
+    rows = (("Name", "T1w", "label"), ("0", '"a, left.nii.gz"', "s.nii.gz"), ())
+    (tmp_path / "list.csv").write_bytes("\r\n".join(map(separator.join, rows)).encode("utf-8-sig"))
+    found = find_cases(tmp_path / "list.csv", release="brats2018")
+    assert found.cases == (Case("0", (tmp_path / "a, left.nii.gz",), None, tmp_path / "s.nii.gz"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name,t1\né,x.nii.gz".encode("latin-1"), "not in UTF-8.*save it as"),
+        (b"name,t1\na,x.nii.gz,y.nii.gz", "a, x.nii.gz, y.nii.gz are 3 fields.*names 2"),
+        (b"name,t1,T1\na,x.nii.gz,y.nii.gz", "columns name, t1, t1: name each once"),
+        (b"", "lists no cases"),
+    ],
+)
+def test_a_faulty_csv_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        find_cases(tmp_path / "list.csv", release="brats2018")
 
 
 def test_lists_ask_for_the_release(tmp_path: Path) -> None:
