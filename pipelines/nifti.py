@@ -78,13 +78,13 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     dtype, shape = proxy.dtype, proxy.shape
     if dtype.kind not in "iuf":
         raise CaseError(path, f"voxels are of type {dtype}, must be integers or real numbers", "Convert the file")
+    if min(shape) < 1:
+        raise CaseError(path, f"has no voxels: shape {shape}", _COPY_AGAIN)
     count = int(np.prod(shape, dtype=np.int64))
     needed = proxy.offset + count * dtype.itemsize
     if len(data) < needed:
         problem = f"truncated: the header announces {needed} bytes for shape {shape} of {dtype}, there are {len(data)}"
         raise CaseError(path, problem, _COPY_AGAIN)
-    if count == 0:
-        raise CaseError(path, f"has no voxels: shape {shape}", _COPY_AGAIN)
     array = np.frombuffer(data, dtype, count, proxy.offset).reshape(shape, order="F")
     if (proxy.slope, proxy.inter) != (1, 0):
         array = array.astype(np.float32, order="K")

@@ -150,6 +150,12 @@ def make_singular(path: Path) -> None:
     path.write_bytes(gzip.compress(bytes(content)))
 
 
+def negate_an_axis(path: Path) -> None:
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[42:44] = (-SHAPE[0]).to_bytes(2, "little", signed=True)
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
 FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing": ("t1c", Path.unlink, r"no such file\. Put it there"),
     "empty": ("t1c", lambda p: p.write_bytes(b""), r"empty file: 0 bytes\. Copy or download"),
@@ -167,6 +173,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "two_dimensions": ("t1c", lambda p: save(p, np.zeros(SHAPE[:2], "int16")), r"has 2 dimensions, must have 3"),
     "other_shape": ("t1c", lambda p: save(p, voxels(1)[:-1]), r"\(6, 6, 5\) differs from \(7, 6, 5\) of .*flair"),
     "other_affine": ("t1c", lambda p: save(p, voxels(1), moved(0.1)), r"up to 0\.1 mm apart, 0\.01 mm is allowed"),
+    "negative_axis": ("t1c", negate_an_axis, r"has no voxels: shape \(-7, 6, 5\)"),
     "singular_affine": ("t1c", make_singular, r"can't be inverted.*Correct sform and qform"),
     "nan": ("t1c", lambda p: save(p, two_nan()), r"2 voxels are NaN or Inf, the first at \(1, 2, 3\)"),
     "inf": ("t1c", lambda p: save(p, with_voxel((0, 5, 4), -np.inf)), r"1 voxels are NaN or Inf, .* \(0, 5, 4\)"),
