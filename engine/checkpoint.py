@@ -180,6 +180,10 @@ def load_weights(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of this program's format {FORMAT}: launch/convert.py --from brings in state "
             "dicts of MONAI and self-attention-cv"
         )
+    if "moments" in content:
+        raise ValueError(
+            f"{path} is the state from which training goes on, not a network to use: take best.pt or last.pt of the run"
+        )
     return content
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from engine.command import replacing
 from engine.metrics import CaseDice
 from pipelines.labels import REGIONS
 
@@ -42,7 +43,7 @@ class EpochLog:
 def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:
     """`log.csv` with a row for each epoch."""
     columns = list(dict.fromkeys(name for row in history for name in row))
-    with open(run_dir / "log.csv", "w", newline="") as file:
+    with replacing(run_dir / "log.csv") as file:
         table = csv.DictWriter(file, columns)
         table.writeheader()
         table.writerows(history)
@@ -50,10 +51,11 @@ def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:
 
 def write_validation(run_dir: Path, cases: list[CaseDice], summary: dict[str, Any]) -> None:
     """`validation.csv` by case (of the last validation), `metrics.json`."""
-    with open(run_dir / "validation.csv", "w", newline="") as file:
+    with replacing(run_dir / "validation.csv") as file:
         table = csv.writer(file)
         table.writerow(["case", *REGIONS, *(f"{region}_voxels" for region in REGIONS)])
         for case in cases:
             dice = ["" if math.isnan(value) else f"{value:.4f}" for value in case.dice()]
             table.writerow([case.name, *dice, *case.truth])
-    (run_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with replacing(run_dir / "metrics.json") as file:
+        file.write(json.dumps(summary, indent=2) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import checkpoint, metrics, pictures, report
-from engine.command import run_command
+from engine.command import replacing, run_command
 from engine.config import Config, to_portable_dict
 from engine.data import Data, load_data, make_val_loader
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
@@ -239,6 +238,5 @@ def _how_to_go_on(config: Config | None) -> str:
 
 def _write_config(config: Config, run_dir: Path) -> None:
     """`config.yaml`, from which `--resume` continues and anyone can start the same run again, from any folder."""
-    partial = run_dir / "config.yaml.partial"
-    partial.write_text(yaml.safe_dump(to_portable_dict(config), sort_keys=False))
-    os.replace(partial, run_dir / "config.yaml")
+    with replacing(run_dir / "config.yaml") as file:
+        yaml.safe_dump(to_portable_dict(config), file, sort_keys=False)

@@ -326,8 +326,10 @@ class Trainer:
             self.sums += torch.tensor(ranks[self.ranks.rank]["sums"], device=self.ranks.device)
             _set_random_states(ranks[self.ranks.rank]["random"], self.ranks.device)
         else:
-            log.warning("saved by %d rank(s), resumed by %d: a step now has another number of crops",
-                        len(ranks), self.ranks.world_size)  # fmt: skip
+            log.warning(
+                "saved by %d rank(s), resumed by %d: a step has another number of crops, unless --train.batch_size or "
+                "--train.accumulate_steps makes up for it", len(ranks), self.ranks.world_size,
+            )  # fmt: skip
             if self.ranks.is_first:
                 self.sums += torch.tensor([rank["sums"] for rank in ranks], device=self.ranks.device).sum(0)
                 self.sums[4] = ranks[0]["sums"][4]  # steps that all ranks left out together

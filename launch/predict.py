@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from engine.command import make_writable, run_command
+from engine.command import make_writable, replacing, run_command
 from engine.distributed import Ranks, gather, init_ranks
 from engine.inference import Predictor, Prepared, in_stages
 from engine.progress import CaseBar
@@ -289,12 +289,10 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
             known = {row["case"]: row for row in csv.DictReader(file) if not row["error"]}
     for row in rows:
         known.pop(row.case, None)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as file:
         writer = csv.DictWriter(file, Row.__dataclass_fields__)
         writer.writeheader()
         writer.writerows(sorted([*known.values(), *map(asdict, rows)], key=lambda row: row["case"]))
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

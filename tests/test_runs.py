@@ -14,6 +14,7 @@ import torch
 from commands import rows_of, start, train, write_small
 
 from engine.checkpoint import states
+from engine.command import replacing
 from engine.comparison import Run, is_finished
 from engine.run import _claim
 
@@ -150,3 +151,12 @@ def test_a_finished_run_that_goes_on_is_no_finished_one(finished: Path) -> None:
     assert not is_finished(run)
     with pytest.raises(ValueError, match="is no finished run"):
         Run.read(run)
+
+
+def test_a_table_whose_writing_is_broken_off_stays_as_it_was(tmp_path: Path) -> None:
+    table = tmp_path / "log.csv"
+    table.write_text("epoch\n1\n")
+    with pytest.raises(KeyboardInterrupt), replacing(table) as file:
+        file.write("epoch\n")
+        raise KeyboardInterrupt
+    assert table.read_text() == "epoch\n1\n"
