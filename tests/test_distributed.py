@@ -152,6 +152,7 @@ def rank_1_crashes(config: Config) -> None:
 def rank_0_is_wrong(config: Config) -> None:
     ranks = init_ranks("cpu")
     _ready(ranks)
+    wait_for(Path("ready1"))  # which `TwoRanks.end` looks for: this failure may end rank 1 at once
     if ranks.rank == 0:
         raise OSError("disk full")
     time.sleep(600)
