@@ -482,7 +482,7 @@ def test_differences_stand_beside_those_of_two_seeds(curves: dict[str, parity.Cu
     assert list(found) == [f"{a} - {b}" for a, b in parity.PAIRS if HAS_BF16 or parity.BF16 not in (a, b)]
     assert parity.beyond_noise(found) == []
     notes = parity.notes_of(found, "kernels: reference", 1)
-    assert "within the noise of seeds" in notes[-1] and "On a CPU the fused kernels are" in " ".join(notes)
+    assert "within the noise of seeds" in notes[-1] and "PyTorch stands for the fused kernels" in " ".join(notes)
     about = {"model": "unetr", "steps": 6, "data": "phantom", "machine": {"device": "cpu"}, "notes": notes}
     said = StringIO()
     parity.print_all(curves, {**about, "differences": found}, Console(file=said, width=160))
