@@ -68,12 +68,14 @@ def read_record(task: Task, case: Case, key: str) -> dict[str, Any] | None:
     """The `.json` of a case; None unless it and all its arrays are there, whole."""
     stem = stem_of(case.name, key)
     try:
-        record = json.loads((task.folder / f"{stem}.json").read_text())
+        content = json.loads((task.folder / f"{stem}.json").read_bytes())
+        record = content["record"]
+        if content["crc32"] != _crc_of_record(record) or record["key"] != key:
+            return None
         sizes = {kind: (task.folder / f"{stem}.{kind}.npy").stat().st_size for kind in record["files"]}
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = record["key"] == key and all(sizes[kind] == file["bytes"] for kind, file in record["files"].items())
-    return record if whole else None
+    return record if all(sizes[kind] == file["bytes"] for kind, file in record["files"].items()) else None
 
 
 def prepare_case(task: Task, case: Case) -> tuple[dict[str, Any], dict[str, FileHash]]:
@@ -130,7 +132,7 @@ def build(task: Task, case: Case, key: str) -> dict[str, Any]:
         "scale": scale,
         "files": files,
     }
-    content = json.dumps(record).encode()
+    content = json.dumps({"record": record, "crc32": _crc_of_record(record)}).encode()
     write_whole(Path(f"{stem}.json"), lambda file: file.write(content), needed)
     return record
 
@@ -151,6 +153,10 @@ def foreground_voxels(label_XYZ: np.ndarray) -> np.ndarray:
     if len(voxels) > FOREGROUND_VOXELS:
         voxels = voxels[np.linspace(0, len(voxels) - 1, FOREGROUND_VOXELS).round().astype(np.int64)]
     return np.ascontiguousarray(voxels, np.int32)  # argwhere's result is in Fortran order
+
+
+def _crc_of_record(record: dict[str, Any]) -> int:
+    return isal_zlib.crc32(json.dumps(record).encode())  # the same for what is written and for what is read
 
 
 def crc(array: np.ndarray) -> int:

@@ -18,7 +18,7 @@ a run may be killed at any point and started again, and several runs may fill on
 the same bytes. Temporary files of dead runs are removed at the next start.
 
 Each array is compared with its checksum when it is first opened; one that is damaged or gone is prepared again from the
-scans, with a warning.
+scans, with a warning. The `.json` has its own, and a case whose is damaged is one that is not there.
 
 Cases are prepared in processes (pipelines/processes.py), each one case at a time, and only its record and hashes come
 back: memory is about 0.4 GB per worker, whatever the set.
@@ -55,7 +55,7 @@ class Store:
     Args:
         task: what was asked of each case.
         case_set: the cases, in this order.
-        records: what the `.json` of each case holds.
+        records: what the `.json` of each case records.
     """
 
     def __init__(self, task: Task, case_set: CaseSet, records: Sequence[Mapping[str, Any]]) -> None:

@@ -65,9 +65,13 @@ def assert_whole(folder: Path, store: Store) -> None:
         assert_unchanged(store, i)
 
 
+def record_of(folder: Path, name: str) -> Any:
+    return json.loads(next(folder.glob(f"{name}-*.json")).read_text())["record"]
+
+
 def assert_unchanged(store: Store, i: int) -> None:
     """Every array of a case is as it was written; nothing has to be prepared again."""
-    for kind, file in json.loads(next(store.folder.glob(f"{store.names[i]}-*.json")).read_text())["files"].items():
+    for kind, file in record_of(store.folder, store.names[i])["files"].items():
         array = np.load(next(store.folder.glob(f"{store.names[i]}-*.{kind}.npy")))
         assert isal_zlib.crc32(array.tobytes()) == file["crc32"]
 
@@ -170,6 +174,22 @@ def test_what_is_missing_or_half_there_is_prepared_again(tmp_path: Path, cases: 
     again = prepare(cases, folder, SPACING, workers=1)
     assert {path.name: path.read_bytes() for path in folder.glob("case*")} == expected
     np.testing.assert_array_equal(again.image(0), whole.image(0))
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\xfe", b"[]", b'{"record": 1}', "another affine"])
+def test_damaged_record_is_not_taken_for_a_case(tmp_path: Path, cases: CaseSet, damaged: bytes | str) -> None:
+    folder, cases = tmp_path / "store", cases.select(["case0"])
+    expected = prepare(cases, folder, SPACING, workers=1).affine(0)
+    path = next(folder.glob("case0-*.json"))
+    whole = path.read_bytes()
+    if isinstance(damaged, str):
+        number = json.dumps(expected[0, 3]).encode()
+        assert number in whole
+        damaged = whole.replace(number, b"1" + number[1:])
+    assert damaged != whole
+    path.write_bytes(damaged)
+    np.testing.assert_array_equal(prepare(cases, folder, SPACING, workers=1).affine(0), expected)
+    assert path.read_bytes() == whole
 
 
 def prepare_until_killed(cases: CaseSet, folder: Path, moves: int) -> None:
@@ -422,7 +442,7 @@ def test_float16_takes_any_range_and_keeps_tiny_voxels_apart_from_zero() -> None
 
 def test_record_holds_what_a_reader_needs(tmp_path: Path, cases: CaseSet) -> None:
     prepare(cases, tmp_path / "store", SPACING, workers=1)
-    record = json.loads(next((tmp_path / "store").glob("case0-*.json")).read_text())
+    record = record_of(tmp_path / "store", "case0")
     assert record["label_values"] == [0, 1, 2, 3] and record["modalities"] == ["flair", "t1c"]
     assert record["source_shape"] == list(SHAPE) and record["spacing_mm"] == list(SPACING)
 
