@@ -282,15 +282,26 @@ def cannot_write(output: Path, error: OSError) -> ValueError:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Bring the table up to date; rows of other segmentations stay, and faults of earlier commands go."""
+    """Bring the table up to date; rows of other segmentations stay, and faults of earlier commands go.
+
+    Raises:
+        ValueError: a file of that name is another table, or none.
+    """
+    columns = list(Row.__dataclass_fields__)
     known: dict[str, dict] = {}
     if path.is_file():
-        with path.open(newline="") as file:
-            known = {row["case"]: row for row in csv.DictReader(file) if not row["error"]}
+        with path.open(newline="", errors="replace") as file:
+            table = csv.DictReader(file)
+            if table.fieldnames != columns:
+                raise ValueError(
+                    f"{path} is not a table of this command ({','.join(columns)}) and would be lost: move it, or "
+                    "choose another --output"
+                )
+            known = {row["case"]: row for row in table if not row["error"]}
     for row in rows:
         known.pop(row.case, None)
     with replacing(path) as file:
-        writer = csv.DictWriter(file, Row.__dataclass_fields__)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(sorted([*known.values(), *map(asdict, rows)], key=lambda row: row["case"]))
 

@@ -166,6 +166,17 @@ def test_a_command_that_is_stopped_leaves_whole_files_and_goes_on_with_the_other
     assert (tmp_path / "predictions.csv").read_text().count("\n") == 4
 
 
+@pytest.mark.parametrize("content", [b"id,dice\n1,0.9\n", b"\xff\xfe\x00", b""])
+def test_a_table_of_something_else_is_never_replaced(
+    run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "predictions.csv").write_bytes(content)
+    command = ["--runs", str(run), "--input", str(scans), "--output", str(tmp_path), "--device", "cpu"]
+    assert predict.main(command) == 2
+    assert "predictions.csv is not a table of this command (case,seconds,warnings,error)" in capsys.readouterr().err
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]
+
+
 def test_the_order_of_modalities_may_be_another_one(run: Path, scans: Path, tmp_path: Path) -> None:
     source = nib.load(scans / "imagesTr" / "BRATS_001.nii.gz")
     image = np.asarray(source.dataobj)
