@@ -139,15 +139,16 @@ class Run:
         for group in ("data", "model", "loss", "optim", "train"):
             left_out = OTHERS.get(group, set()) | (WIDTHS if self.model == "unet" else set())
             values = to_dict(getattr(self.config, group))
-            found |= _flat({name: value for name, value in values.items() if name not in left_out}, f"--{group}.")
+            found |= by_option({name: value for name, value in values.items() if name not in left_out}, f"--{group}.")
         found["--data.modalities"] = found["--data.modalities"] or list(MODALITIES)
         return found | {"crops of a step": self.crops_per_step}
 
 
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+def by_option(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
+    """Values of nested settings by the names that options have on the command line."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= by_option(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

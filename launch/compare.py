@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import yaml
@@ -32,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import comparison, comparison_pictures
-from engine.command import run_command
+from engine.command import replacing, run_command
 from engine.comparison import PUBLISHED, Row, Run
 from engine.config import Config, make_parser, parse_config, to_dict
 from engine.distributed import read_place
@@ -138,17 +139,33 @@ def write_options(config: Config, run_dir: Path) -> Path:
     values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
     file = run_dir.with_name(f"{run_dir.name}.yaml")
     if file.is_file():
-        before = yaml.safe_load(file.read_text())
-        for group in (name for name in values if before[name] != values[name]):
-            changed = [name for name in values[group] if before[group].get(name) != values[group][name]]
-            was, now = ({name: each[group].get(name) for name in changed} for each in (before, values))
+        before, now = (comparison.by_option(each) for each in (read_options(file), values))
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if names:
+            was, asked = (", ".join(f"{name} {each.get(name)}" for name in names) for each in (before, now))
             raise ValueError(
-                f"{run_dir} was begun with {group} {was}, and now has {now}: all runs of a comparison must have the "
-                "same options; give another --run_dir, or the options of before"
+                f"{run_dir} was begun with {was}, and now has {asked}: all runs of a comparison must have the same "
+                "options; give another --run_dir, or the options of before"
             )
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    with replacing(file) as partial:
+        yaml.safe_dump(values, partial, sort_keys=False)
     return file
+
+
+def read_options(file: Path) -> dict[str, Any]:
+    """What `write_options` wrote.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file} can't be read ({' '.join(str(error).split())}): give another --run_dir") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no options by which a run was begun: give another --run_dir")
+    return values
 
 
 def launch_command(launcher: str | None) -> list[str]:

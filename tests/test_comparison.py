@@ -338,7 +338,15 @@ def test_the_same_command_goes_on_where_it_stopped(
     for name in ("table.md", "comparison.json", "curves.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert compare.main([*args, "--optim.lr", "0.5"]) == 2
-    assert "unet was begun with optim {'lr': 0.002}, and now has {'lr': 0.5}" in capsys.readouterr().err
+    assert "unet was begun with --optim.lr 0.002, and now has --optim.lr 0.5" in capsys.readouterr().err
+    assert compare.main([*args, "--kernels", "reference"]) == 2
+    assert "unet was begun with --kernels auto, and now has --kernels reference" in capsys.readouterr().err
+    options = tmp_path / "out" / "unet.yaml"
+    whole = options.read_bytes()
+    for damaged in (b"", b"{", b"\xff"):
+        options.write_bytes(damaged)
+        assert compare.main(args) == 2 and f"{options} " in capsys.readouterr().err
+    options.write_bytes(whole)
     runs = [str(tmp_path / "out" / name) for name in ("unet", "unetr_monai")]
     assert compare.main(["--runs", *runs, "--run_dir", str(tmp_path / "two")]) == 0
     assert len(json.loads((tmp_path / "two" / "comparison.json").read_text())["rows"]) == 2
