@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+import yaml
 from jsonargparse import ArgumentParser
 
 from kernels.dispatch import Kernels
@@ -326,7 +327,7 @@ def parse_config(parser: ArgumentParser, args: list[str] | None = None) -> tuple
         its type refuses ends the process with a message, as command lines do.
 
     Raises:
-        ValueError: values that contradict a rule; `--resume` without a run to resume.
+        ValueError: values that contradict a rule; `--resume` without a run to resume; a file that holds no options.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--resume", nargs="?", const="auto")
@@ -338,6 +339,11 @@ def parse_config(parser: ArgumentParser, args: list[str] | None = None) -> tuple
         rest = ["--config", str(run_dir / "config.yaml"), *rest, "--run_dir", str(run_dir)]
     elif not named & {"--config", "--data", "--data.root", "--help", "-h"}:
         rest = ["--config", str(CONFIGS / "demo.yaml"), *rest]
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path, action="append", default=[])
+    for path in files.parse_known_args(rest)[0].config:
+        if path.is_file():
+            _check_file(path)
     namespace = parser.parse_args(rest)
     values = parser.instantiate(namespace)
     fields = {item.name: values[item.name] for item in dataclasses.fields(Config)}
@@ -346,6 +352,30 @@ def parse_config(parser: ArgumentParser, args: list[str] | None = None) -> tuple
         source = Path(str(namespace.config[0])).stem if namespace.config else "run"
         config.run_dir = Path("runs") / f"{source}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return config, namespace
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what jsonargparse would pass over or fail at: no YAML, and a group that is none.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    _check_group(values, Config, str(path), "")
+
+
+def _check_group(values: Any, kind: type, where: str, prefix: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{where}: {prefix.rstrip('.') or 'the file'} is {values!r} and must be a group of options, as "
+            "{name: value}; leave it out to take the defaults"
+        )
+    for item in dataclasses.fields(kind):
+        if item.name in values and dataclasses.is_dataclass(item.default_factory):
+            _check_group(values[item.name], item.default_factory, where, f"{prefix}{item.name}.")
 
 
 def find_run(resume: str, args: list[str]) -> Path | None:

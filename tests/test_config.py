@@ -82,6 +82,26 @@ def test_a_typo_in_a_file_is_an_error_that_names_it(tmp_path: Path, capsys: pyte
     assert "'epoch'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"data: 3\n", "mine.yaml: data is 3 and must be a group of options"),
+        (b"train:\n  # epochs: 7\n", "mine.yaml: train is None and must be a group"),
+        (b"data:\n  phantom:\n", "mine.yaml: data.phantom is None and must be a group"),
+        (b"", "mine.yaml: the file is None and must be a group"),
+        (b"data: [\n", "mine.yaml is no YAML"),
+        (b"\xff\xfe", "mine.yaml is no YAML"),
+    ],
+)
+def test_a_file_that_holds_no_options_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        parse("--config", str(file))
+    with pytest.raises(ValueError, match=message):
+        parse(f"--config={file}")
+
+
 def test_the_launchers_local_rank_is_no_error() -> None:
     assert parse("--local_rank=1").train.epochs > 0
 
