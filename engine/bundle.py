@@ -111,7 +111,7 @@ def write_bundle(folder: Path, trained: Trained) -> None:
     torch.save(weights, folder / "models" / "model.pt")
     _write_json(folder / "configs" / METADATA, _metadata(trained))
     _write_json(folder / "configs" / "inference.json", _inference(trained))
-    (folder / "docs" / "README.md").write_text(_readme(trained))
+    (folder / "docs" / "README.md").write_text(_readme(trained), encoding="utf-8")
     for name, text in _scripts(with_network=not is_monais).items():
         (folder / "scripts" / f"{name}.py").write_text(text)
 

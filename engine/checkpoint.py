@@ -28,6 +28,7 @@ import torch
 from safetensors import safe_open
 
 from engine.config import STATES
+from pipelines.atomic import replacing
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +147,7 @@ def save_weights(path: Path, content: dict[str, Any]) -> None:
         content: "weights", a state dict, and plain values about them: configuration, coding, metrics.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    _save_synced({"format": FORMAT, **content}, partial)
-    os.replace(partial, path)
+    _save_synced({"format": FORMAT, **content}, path)
 
 
 def load_weights(path: Path) -> dict[str, Any]:
@@ -211,7 +210,7 @@ def _digest(path: Path) -> str:
 
 
 def _save_synced(content: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
+    with replacing(path, "wb", sync=True) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
@@ -221,15 +220,11 @@ def _save_synced(content: dict[str, Any], path: Path) -> None:
             # PyTorch raises an error of its own, about positions in a file, in place of a full disk's.
             advice = "no checkpoint could be written; make room, and --resume goes on from the one before"
             raise OSError(cause.errno, f"{cause.strerror}: {advice}", str(path)) from error
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_synced(text: str, path: Path) -> None:
-    with path.open("w") as file:
+    with replacing(path, sync=True) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

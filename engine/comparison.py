@@ -26,6 +26,7 @@ import yaml
 from engine.checkpoint import states
 from engine.config import CONFIGS, Config, config_from_dict, to_dict
 from engine.progress import percent
+from pipelines.atomic import write_text
 from pipelines.cases import MODALITIES
 from pipelines.labels import REGIONS
 
@@ -310,9 +311,9 @@ def write_table(rows: Sequence[Row], folder: Path) -> None:
     """`table.md` and `comparison.json`."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *table_cells(rows))]
     said = notes(rows)
-    (folder / "table.md").write_text("\n".join([*lines, "", "\n\n".join(said).replace("\n\n- ", "\n- "), ""]))
+    write_text(folder / "table.md", "\n".join([*lines, "", "\n\n".join(said).replace("\n\n- ", "\n- "), ""]))
     content = {"rows": [_plain(row) for row in rows], "notes": said}
-    (folder / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_text(folder / "comparison.json", json.dumps(content, indent=2) + "\n")
 
 
 def _plain(row: Row) -> dict[str, Any]:

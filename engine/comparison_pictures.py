@@ -20,7 +20,7 @@ from engine.comparison import PUBLISHED, VALIDATION_CASES, Row, Run, differences
 from engine.config import Config
 from engine.data import list_cases, make_val_loader, obtain_root, prepared
 from engine.metrics import CaseDice, case_dice
-from engine.pictures import DPI, as_numpy, legend, plt, show_slice
+from engine.pictures import as_numpy, legend, plt, save, show_slice
 from engine.progress import percent
 from engine.sliding_window import sliding_window_logits
 from engine.trained import load_trained
@@ -49,8 +49,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -127,5 +126,4 @@ def draw_predictions(predictions: Predictions, path: Path) -> None:
         row[SLICES // 2].set_title(title, fontsize=10)
     figure.suptitle(predictions.name, fontsize=11)
     legend(figure)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)

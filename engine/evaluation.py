@@ -24,6 +24,7 @@ from rich.table import Table
 
 from engine.metrics import CaseDice, case_dice, summarise
 from engine.progress import percent
+from pipelines.atomic import replacing, write_text
 from pipelines.labels import REGIONS
 
 WORST = 5
@@ -180,7 +181,7 @@ def write(folder: Path, cases: Sequence[CaseScores], found: dict[str, Any], titl
         folder: made where it is missing. cases: in any order. found: from `summary`. title: of the Markdown.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "cases.csv").open("w", newline="") as file:
+    with replacing(folder / "cases.csv") as file:
         writer = csv.writer(file)
         kinds = ("dice", "hd95_mm", "voxels_predicted", "voxels_truth")
         columns = [f"{kind}_{region}" for kind in kinds for region in REGIONS]
@@ -190,5 +191,5 @@ def write(folder: Path, cases: Sequence[CaseScores], found: dict[str, Any], titl
             counts = (*case.dice.predicted, *case.dice.truth)
             rounded = ("" if math.isnan(number) else round(number, 6) for number in numbers)
             writer.writerow([case.name, *rounded, *counts, "; ".join(case.warnings)])
-    (folder / "summary.json").write_text(json.dumps(found, indent=1))
-    (folder / "table.md").write_text(markdown(found, title))
+    write_text(folder / "summary.json", json.dumps(found, indent=1) + "\n")
+    write_text(folder / "table.md", markdown(found, title))

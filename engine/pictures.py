@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from engine.progress import percent
+from pipelines.atomic import replacing
 from pipelines.labels import REGIONS
 
 matplotlib.use("Agg")
@@ -67,8 +68,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_sample(image_CXYZ: np.ndarray, regions_RXYZ: np.ndarray, modalities: Sequence[str], path: Path) -> None:
@@ -89,8 +89,7 @@ def draw_sample(image_CXYZ: np.ndarray, regions_RXYZ: np.ndarray, modalities: Se
     for axis in axes.flat[count:]:
         axis.axis("off")
     legend(figure)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_prediction(
@@ -121,8 +120,7 @@ def draw_prediction(
         axis.set_title(title, fontsize=10)
     figure.suptitle(f"{name}   Dice {_scores(dice)}", fontsize=11)
     legend(figure)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_case(
@@ -172,8 +170,7 @@ def draw_case(
     axes[0, 1].axis("off")
     axes[0, 1].legend(handles=_outline_handles(), loc="center", frameon=False, fontsize=10, handlelength=3)
     figure.suptitle(f"{name}\nDice {_scores(dice)}", fontsize=11)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)
 
 
 def _filled_box(scan_XYZ: np.ndarray, *masks_RXYZ: np.ndarray) -> tuple[slice, slice, slice]:
@@ -248,6 +245,15 @@ def legend(figure: Figure) -> None:
     """Name the colours of the regions below the figure."""
     handles = [Line2D([], [], marker="s", ls="", color=COLOURS[key], label=text) for key, text in NAMES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, and forget it. Raises OSError."""
+    try:
+        with replacing(path, "wb") as file:
+            figure.savefig(file, dpi=DPI, bbox_inches="tight")
+    finally:
+        plt.close(figure)
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

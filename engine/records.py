@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.command import replacing
 from engine.metrics import CaseDice
+from pipelines.atomic import replacing
 from pipelines.labels import REGIONS
 
 

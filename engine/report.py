@@ -27,6 +27,7 @@ from engine.config import Config, to_dict
 from engine.distributed import Ranks
 from engine.metrics import CaseDice
 from engine.progress import percent
+from pipelines.atomic import write_text
 from pipelines.labels import REGIONS, Coding
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +127,7 @@ def write_html(run_dir: Path, facts: Facts, sections: Sequence[Section]) -> Path
 </body></html>
 """
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import checkpoint, metrics, pictures, report
-from engine.command import replacing, run_command
+from engine.command import run_command
 from engine.config import Config, to_portable_dict
 from engine.data import Data, load_data, make_val_loader
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
@@ -27,6 +27,7 @@ from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import parameter_count
+from pipelines.atomic import replacing
 from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)

@@ -33,12 +33,13 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import comparison, comparison_pictures
-from engine.command import replacing, run_command
+from engine.command import run_command
 from engine.comparison import PUBLISHED, Row, Run
 from engine.config import Config, make_parser, parse_config, to_dict
 from engine.distributed import read_place
 from engine.watch import STOP_SIGNALS
 from kernels import dispatch
+from pipelines.atomic import replacing
 
 STOP_LIMIT_S = 60.0  # for a run's processes to save and end
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit

@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from engine.command import make_writable, replacing, run_command
+from engine.command import make_writable, run_command
 from engine.distributed import Ranks, gather, init_ranks
 from engine.inference import Predictor, Prepared, in_stages
 from engine.progress import CaseBar
 from launch.options import add_network_options
+from pipelines.atomic import replacing
 from pipelines.cases import Case, CaseSet, survey_cases
 from pipelines.labels import CODINGS, Coding
 from pipelines.layouts import CaseError, DataError, canonical_modalities

@@ -1,8 +1,6 @@
-"""Files of a store: each is written whole or not at all, and known by its content.
+"""Files of a store: each is written whole or not at all (`pipelines.atomic`), and known by its content.
 
-A file is written under a temporary name in its folder and moved into place. The name holds host and process, so that
-what a dead run left is told from what a living one is at. `index.json` remembers the content hash of a scan by path,
-size and time.
+`index.json` remembers the content hash of a scan by path, size and time.
 """
 
 from __future__ import annotations
@@ -11,11 +9,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
-import re
-import socket
-import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.atomic import remove_left_over, replacing
 from pipelines.cases import DataError
 from pipelines.layouts import CaseError
-
-_TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
-_TEMPORARY_LIFETIME_S = 3600.0  # for files of other hosts, whose processes can't be asked for
 
 
 class StoreError(DataError):
@@ -78,16 +69,10 @@ def write_whole(path: Path, write: Callable[[Any], Any], needed: int) -> int:
     Raises:
         StoreError: it can't be written; nothing is left of it.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
     try:
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-            size = temporary.stat().st_size
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with replacing(path, "wb") as file:
+            write(file)
+            size = file.tell()
     except OSError as error:
         raise store_error(path.parent, error, needed) from error
     return size
@@ -105,25 +90,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise store_error(folder, error, 0) from error
-    for path in folder.glob(".*.tmp-*"):
-        match = _TEMPORARY.search(path.name)
-        if match is None:
-            continue
-        with contextlib.suppress(OSError):
-            here = match["host"] == socket.gethostname()
-            dead = here and not _is_alive(int(match["pid"]))
-            if dead or time.time() - path.stat().st_mtime > _TEMPORARY_LIFETIME_S:
-                path.unlink()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    remove_left_over(folder)
 
 
 def file_state(path: Path) -> tuple[int, int]:

@@ -15,7 +15,6 @@ members of a gzip file one after another, axes of length 1 after the third.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -28,6 +27,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from pipelines.atomic import replacing
 from pipelines.cases import Case
 from pipelines.labels import CODINGS, Coding
 from pipelines.layouts import CaseError
@@ -134,12 +134,8 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, like: Path | 
     data = image.to_bytes()
     if path.name.endswith(".gz"):
         data = igzip.compress(data, 2)  # of a label map 1 % is left
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path, "wb") as file:
+        file.write(data)
 
 
 def _header_of(path: Path) -> nib.Nifti1Image:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +43,7 @@ from pipelines.anatomy import (
     draw_seat,
     draw_tumour,
 )
+from pipelines.atomic import replacing, write_text
 from pipelines.cases import DataError
 from pipelines.processes import cores
 
@@ -185,7 +185,7 @@ def make_phantoms(
             for _ in track(jobs, "Synthetic cases", total=len(missing), console=console, disable=hidden):
                 pass
     if not (folder / "dataset.json").is_file():
-        _write_atomic(folder / "dataset.json", json.dumps(_dataset_json(names), indent=2).encode())
+        write_text(folder / "dataset.json", json.dumps(_dataset_json(names), indent=2))
     return folder
 
 
@@ -203,7 +203,7 @@ def _claim(folder: Path, parameters: dict[str, object]) -> None:
     if folder.exists() and not (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         raise DataError(f"{folder} is not empty and no folder of phantoms (no {_MARKER} in it): give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomic(marker, json.dumps(parameters).encode())
+    write_text(marker, json.dumps(parameters))
 
 
 def _paths(folder: Path, name: str) -> tuple[Path, Path]:
@@ -220,14 +220,9 @@ def _write_case(
         image.header.set_xyzt_units("mm")
         image.set_sform(affine, code=1)
         image.set_qform(affine, code=1)
-        _write_atomic(path, igzip.compress(image.to_bytes(), _GZIP_LEVEL, mtime=0))
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, "wb") as file:
+            file.write(igzip.compress(image.to_bytes(), _GZIP_LEVEL, mtime=0))
 
 
 def _dataset_json(names: Sequence[str]) -> dict[str, object]:

@@ -14,9 +14,9 @@ import torch
 from commands import rows_of, start, train, write_small
 
 from engine.checkpoint import states
-from engine.command import replacing
 from engine.comparison import Run, is_finished
 from engine.run import _claim
+from pipelines.atomic import replacing
 
 
 def options(folder: Path) -> tuple[str, ...]:

@@ -293,14 +293,14 @@ def test_read_only_store_is_one_clear_error_and_may_still_be_read(
 ) -> None:
     folder = tmp_path / "store"
     prepare(cases.select(["case0"]), folder, SPACING, workers=1)
-    opened = Path.open
+    opened = os.open
 
-    def read_only(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-        if folder in path.parents and "w" in mode:
+    def read_only(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_CREAT and folder in Path(path).parents:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return opened(path, mode, *args, **options)
+        return opened(path, flags, *args, **options)
 
-    monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(os, "open", read_only)
     before = state(folder)
     with pytest.raises(StoreError, match=r"store: not writable \(Read-only file system\).*--data\.store_dir"):
         prepare(cases, folder, SPACING, workers=1)

@@ -1,0 +1,88 @@
+"""Files that are written whole or not at all.
+
+A file is written under a temporary name in its folder and moved into place, so that nobody reads a part of it, however
+the process ends. The temporary name can't be a user's: it is hidden and holds host, process and a random number, by
+which what a dead process left is told from what a living one is at. A symbolic link in the file's place is replaced and
+never followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+_TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
+_LIFETIME_S = 3600.0  # of temporary files of other hosts, whose processes can't be asked for
+_NAME_BYTES = 100  # of the file's own name in its temporary one: a file system takes 255 in all
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: Literal["w", "wb"] = "w", sync: bool = False) -> Iterator[IO[Any]]:
+    """A file to write, which takes its name when all is in it; where anything fails, nothing is left of it.
+
+    Args:
+        path: the file; its folder must be there.
+        mode: "w" for text in UTF-8 with its line ends as they are given, "wb" for bytes.
+        sync: have its content on the disk before it gets its name.
+
+    Raises:
+        OSError: it can't be written; `filename` is `path`.
+    """
+    temporary = temporary_name(path)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        text: dict[str, Any] = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
+        with open(os.open(temporary, flags, 0o666), mode, **text) as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8. Raises OSError."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name in the folder of `path` that no other file has, for what will take its place."""
+    name = os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
+    return path.with_name(f".{name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files of processes that died from a folder."""
+    for path in folder.glob(".*.tmp-*"):
+        match = _TEMPORARY.search(path.name)
+        if match is None:
+            continue
+        with contextlib.suppress(OSError):
+            is_dead = match["host"] == socket.gethostname() and not _is_alive(int(match["pid"]))
+            if is_dead or time.time() - path.stat().st_mtime > _LIFETIME_S:
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
