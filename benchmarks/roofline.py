@@ -1,0 +1,452 @@
+"""What one training step moves and computes, counted without a GPU, and the time that this takes at a GPU's limits.
+
+    python -m benchmarks.roofline                                    the published UNETR, batch 2, bf16
+    python -m benchmarks.roofline --model unet --batch 8 --precision tf32 --json unet.json --plot unet.png
+
+Forward, loss, backward and the optimizer's step of the engine's own code run on fake tensors, which have sizes and no
+memory. Every operation that reaches PyTorch, and every launch of our kernels, is a row: FLOPs of its products, bytes
+that its launches read and write, and how many launches there are. So a change of the code changes these numbers.
+
+Counted. An operation reads each input once and writes each output once; views are free. A kernel of ours reads or
+writes each tensor that it is given once (`kernels.dispatch.observed` shows its launches). A convolution's bias is an
+operation of its own, and so is its gradient, as PyTorch has it around cuDNN; an operand that is not dense in
+channels_last_3d is copied first. Multi-tensor operations count their launches by PyTorch's chunks. What one GPU does
+is counted; what DeepSpeed adds over several ranks is not.
+
+At the roofline an operation takes the longer of its bytes over the memory's bandwidth and its FLOPs over the rate of
+products, both as measured ceilings (`SHARE` of the data sheet's). The predicted time takes `EFFICIENCY` of that
+bandwidth, `conv_rate` for convolutions and `LAUNCH_S` as the least for a launch: assumptions, not measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.config import OptimConfig
+from engine.optim import GuardedAdamW
+from engine.step import LOW_PRECISION
+from kernels import attention, dice_ce, dispatch, instance_norm
+from kernels.cases import REGIONS
+from kernels.dice_ce import dice_ce_loss
+from models import MODELS, build_model
+from pipelines.atomic import replacing, write_text
+
+aten = torch.ops.aten
+LAST = torch.channels_last_3d
+CROP = (128, 128, 64)
+MODALITIES = 4
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's data sheet: dense products in TFLOP/s by precision, with float32 sums, and memory in GB/s."""
+
+    half: float
+    tf32: float
+    float32: float
+    memory: float
+
+
+# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (a GPU of eight), and the architecture papers of Ada
+# and of RTX Blackwell.
+GPUS = {
+    "A100": Gpu(312, 156, 19.5, 2039),
+    "H100": Gpu(989, 495, 67, 3350),
+    "H200": Gpu(989, 495, 67, 4800),
+    "B200": Gpu(2250, 1125, 75, 7700),
+    "RTX 4090": Gpu(165, 82.6, 82.6, 1008),
+    "RTX 5090": Gpu(210, 105, 105, 1792),
+}
+SHARE = {"products": 0.8, "memory": 0.9}
+"""Of the data sheet that a large product and a large copy reach: 790 TFLOP/s and 3.0 TB/s on an H100."""
+
+EFFICIENCY = {
+    "norm": 0.8, "bias": 0.7, "copy": 0.55, "cast": 0.75, "pointwise": 0.75, "layer norm": 0.6, "loss": 0.7,
+    "reduction": 0.3, "optimizer": 0.85, "product": 0.6, "attention": 0.4, "convolution": 0.6,
+}  # fmt: skip
+"""Share of the measured bandwidth that operations of a kind reach."""
+LAUNCH_S = 2.2e-6
+"""The least that a launch takes on the GPU, in a CUDA graph."""
+CONV_RATES = {8: 55e12, 16: 110e12, 32: 205e12, 64: 320e12, 128: 420e12}
+"""FLOP/s of cuDNN's 3 x 3 x 3 convolutions in half precision on an H100 by output channels, fitted to MLPerf's 3D UNet
+(mlcommons/training_results_v3.1, NVIDIA, 8 x H100: 71 samples/s each) for 32 and more, guessed below that; a weight
+gradient has the rate of half as many channels."""
+
+
+@dataclass
+class Row:
+    """An operation of a step.
+
+    Fields:
+        layer: name of the module. direction: "forward", "loss", "backward" or "optimizer".
+        kind: a key of `EFFICIENCY`. op: PyTorch's name, or the kernel's.
+        flops, bytes, launches: of all its launches. width: output channels of a convolution, else 0.
+    """
+
+    layer: str
+    direction: str
+    kind: str
+    op: str
+    flops: int = 0
+    bytes: int = 0
+    launches: int = 1
+    width: int = 0
+
+
+OURS: dict[Any, Callable[..., Any]] = {
+    torch.ops.glioforge.instance_norm.default: instance_norm.instance_norm_forward,
+    torch.ops.glioforge.instance_norm_backward.default: instance_norm.instance_norm_backward,
+    torch.ops.glioforge.attention_forward.default: attention.attention_forward,
+    torch.ops.glioforge.attention_backward.default: attention.attention_backward,
+    torch.ops.glioforge.dice_ce_forward.default: dice_ce.dice_ce_forward,
+    torch.ops.glioforge.dice_ce_backward.default: dice_ce.dice_ce_backward,
+}
+"""What each registered operation runs, whose launches are counted."""
+KINDS = {
+    "cat": "copy", "clone": "copy", "copy_": "copy", "stack": "copy", "_to_copy": "cast", "mm": "product",
+    "addmm": "product", "bmm": "product", "native_layer_norm": "layer norm", "native_layer_norm_backward": "layer norm",
+    "sum": "reduction", "mean": "reduction", "linalg_vector_norm": "reduction", "prelu": "pointwise",
+}  # fmt: skip
+FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+}
+
+
+class Counter(TorchDispatchMode):
+    """Makes a row of every operation below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Row] = []
+        self.direction = "forward"
+        self.layers: list[str] = []
+        self._is_ours = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in OURS:
+            return self._launch(func, args)
+        out = func(*args, **kwargs)
+        name = func._schema.name.split("::")[1]
+        if name == "convolution":
+            out = _as_cudnn(out)
+            self._convolution(args[0], args[1], args[2], out, is_transposed=args[6])
+        elif name == "convolution_backward":
+            out = (_as_cudnn(out[0]), _as_cudnn(out[1]), out[2])
+            self._convolution_backward(args[0], args[1], args[2], args[7], args[10])
+        elif name.startswith(("_foreach", "_fused")):
+            self._multi_tensor(name, args)
+        elif not (name in FREE or _is_view(func) or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out))):
+            self._plain(name, args, kwargs, out)
+        return out
+
+    def _add(self, kind: str, op: str, nbytes: int, flops: int = 0, launches: int = 1, width: int = 0) -> None:
+        if self.direction == "optimizer":
+            kind = "optimizer"
+        self.rows.append(Row(self._layer(), self.direction, kind, op, flops, nbytes, launches, width))
+
+    def _layer(self) -> str:
+        if self.direction == "backward":
+            node: Any = torch._C._current_autograd_node()  # of the loss where no module made it, or none
+            return node.metadata.get("layer", "loss") if node is not None else "loss"
+        return self.layers[-1] if self.layers else self.direction
+
+    def _plain(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        flops = 2 * math.prod(inputs[-2].shape) * inputs[-1].shape[-1] if name in ("mm", "addmm", "bmm") else 0
+        nbytes = sum(map(_nbytes, inputs)) + sum(map(_nbytes, outputs))
+        if name == "copy_":
+            nbytes -= _nbytes(inputs[0])  # is written and not read
+        launches = 2 if name == "native_layer_norm_backward" else 1
+        self._add(KINDS.get(name, "pointwise"), name, nbytes, flops, launches)
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, is_transposed: bool) -> None:
+        self._dense(x)
+        flops = 2 * math.prod((x if is_transposed else y).shape) * math.prod(weight.shape[1:])
+        self._add("convolution", "convolution", sum(map(_nbytes, (x, weight, y))), flops, width=y.shape[1])
+        if bias is not None:
+            self._add("bias", "bias", 2 * _nbytes(y))
+
+    def _convolution_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, transposed: bool, mask: Sequence[bool]
+    ) -> None:
+        self._dense(dy)
+        flops = 2 * math.prod((x if transposed else dy).shape) * math.prod(weight.shape[1:])
+        nbytes = sum(map(_nbytes, (dy, x, weight)))
+        if mask[0]:
+            self._add("convolution", "convolution's input gradient", nbytes, flops, width=x.shape[1])
+        if mask[1]:
+            self._add("convolution", "convolution's weight gradient", nbytes, flops, width=min(dy.shape[1], 128) // 2)
+        if mask[2]:
+            self._add("bias", "bias's gradient", _nbytes(dy))
+
+    def _dense(self, x: Tensor) -> None:
+        if x.dim() == 5 and not x.is_contiguous(memory_format=LAST):
+            self._add("copy", "to channels_last_3d", 2 * _nbytes(x))
+
+    def _multi_tensor(self, name: str, args: Any) -> None:
+        lists = [part for part in args if isinstance(part, list) and part and isinstance(part[0], Tensor)]
+        written = 3 if name.startswith("_fused_adam") else 0  # parameters and two moments
+        nbytes = sum(_nbytes(each) for part in lists for each in part if each.dim())
+        nbytes += sum(_nbytes(each) for part in (lists[0], *lists[2 : 1 + written])[:written] for each in part)
+        self._add(
+            "optimizer", name, nbytes, launches=multi_tensor_launches([each.numel() for each in lists[0]], len(lists))
+        )
+
+    def _launch(self, func: Any, args: Any) -> Any:
+        """One of our operations: its launches by what each is given, and its other operations as they come."""
+        name = func._schema.name.split("::")[1]
+        kind = "attention" if "attention" in name else "loss" if "dice" in name else "norm"
+
+        def note(launch: dispatch.Launch) -> None:
+            tensors = [leaf for leaf in tree_leaves(dict(launch.args)) if isinstance(leaf, Tensor)]
+            self._add(kind, launch.name, sum(map(_nbytes, tensors)))
+
+        first = len(self.rows)
+        with dispatch.observed(note), self:
+            out = OURS[func](*args)
+        if kind == "attention":
+            batch, heads, tokens, features = args[0].shape
+            products = (
+                2 if name.endswith("forward") else 7
+            )  # the backward has five, and the scores again in both passes
+            self.rows[first].flops = products * 2 * batch * heads * tokens * tokens * features
+        return out
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _is_view(func: Any) -> bool:
+    return any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+
+
+def _as_cudnn(x: Any) -> Any:
+    """What cuDNN gives: channels last. (A fake tensor of the CPU has that backend's layout.)"""
+    return x if x is None or x.dim() != 5 else torch.empty_like(x, memory_format=LAST)
+
+
+def multi_tensor_launches(sizes: Sequence[int], depth: int) -> int:
+    """Launches of a multi-tensor operation over tensors of these sizes (ATen/native/cuda/MultiTensorApply.cuh).
+
+    A launch takes at most 320 chunks of 65,536 elements, and of `depth` lists at most so many tensors.
+    """
+    most_tensors = (110, 64, 48, 36, 30)[min(depth, 5) - 1]
+    launches = chunks = tensors = 0
+    for size in sizes:
+        tensors += 1
+        left = max(1, math.ceil(size / 65536))
+        while left:
+            taken = min(left, 320 - chunks)
+            chunks, left = chunks + taken, left - taken
+            if chunks == 320 or (not left and tensors == most_tensors):
+                launches, chunks, tensors = launches + 1, 0, int(left > 0)
+    return launches + (chunks > 0)
+
+
+def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) -> list[Row]:
+    """The operations of one step.
+
+    Args:
+        model: a name of `models.MODELS`, at its published size. batch: crops. precision: of `--train.precision`.
+        crop: (X, Y, Z), voxels.
+    """
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.multiple(dispatch, _refusal=lambda device: "", _faster_of_pytorch=lambda *_: ""),
+    ):
+        network = build_model(model, MODALITIES, len(REGIONS), crop)
+        _channels_last(network)
+        low = LOW_PRECISION.get(precision)
+        image = torch.empty(
+            (batch, MODALITIES, *crop), dtype=torch.bfloat16 if low == torch.bfloat16 else torch.float32
+        )
+        labels = torch.empty((batch, *crop), dtype=torch.uint8)
+        optimizer = GuardedAdamW(network.parameters(), OptimConfig(), scales_loss=precision == "fp16")
+        counter = Counter()
+        _name_layers(network, counter)
+        with counter:
+            # On fake tensors of the CPU, whose autocast lowers what that of CUDA lowers in these networks.
+            with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
+                logits = network(image.contiguous(memory_format=LAST))
+            counter.direction = "loss"
+            loss = dice_ce_loss(logits, labels, REGIONS, ce="bce", check_labels=False).loss
+            counter.direction = "backward"
+            loss.backward()
+        optimizer.step()  # the first one makes the moments
+        counter.direction = "optimizer"
+        with counter:
+            optimizer.step()
+    return counter.rows
+
+
+def _channels_last(network: nn.Module) -> None:
+    """As `Module.to(memory_format=...)`, which fake parameters do not take."""
+    for module in network.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.dim() == 5:
+                setattr(module, name, nn.Parameter(weight.detach().contiguous(memory_format=LAST)))
+
+
+def _name_layers(network: nn.Module, counter: Counter) -> None:
+    """Have the counter know in which module an operation is, and the nodes of the backward too."""
+    seen: set[Any] = set()
+
+    def tag(output: Any, name: str) -> None:
+        waiting: list[Any] = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            node.metadata["layer"] = name
+            waiting += [following for following, _ in node.next_functions]
+
+    for name, module in network.named_modules():
+        name = name or "network"
+
+        def enter(_: Any, inputs: Any, name: str = name) -> None:
+            tag(inputs, counter.layers[-1] if counter.layers else name)  # what its caller did before
+            counter.layers.append(name)
+
+        def leave(_: Any, inputs: Any, output: Any, name: str = name) -> None:
+            counter.layers.pop()
+            tag(output, name)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+
+def totals(rows: Iterable[Row]) -> dict[str, int]:
+    """Bytes, launches and FLOPs of all."""
+    rows = list(rows)
+    return {name: sum(getattr(row, name) for row in rows) for name in ("bytes", "launches", "flops")}
+
+
+def roofline_s(row: Row, gpu: Gpu, precision: str) -> float:
+    """Seconds of an operation at the measured ceilings of a GPU."""
+    products = {"tf32": gpu.tf32, "float32": gpu.float32}.get(precision, gpu.half) * 1e12 * SHARE["products"]
+    return max(row.bytes / (gpu.memory * 1e9 * SHARE["memory"]), row.flops / products)
+
+
+def predicted_s(row: Row, gpu: Gpu, precision: str) -> float:
+    """Seconds of an operation in a CUDA graph, by the assumptions at the head of this file."""
+    memory = row.bytes / (gpu.memory * 1e9 * SHARE["memory"] * EFFICIENCY[row.kind])
+    rate = conv_rate(row.width, gpu, precision) if row.width else math.inf
+    products = row.flops / rate if row.width else roofline_s(row, gpu, precision) / EFFICIENCY[row.kind]
+    return max(memory, products, LAUNCH_S * row.launches)
+
+
+def conv_rate(width: int, gpu: Gpu, precision: str) -> float:
+    """FLOP/s of a convolution with so many output channels: the H100's in half precision, scaled by the data sheets."""
+    known = max((size for size in CONV_RATES if size <= width), default=min(CONV_RATES))
+    peak = {"tf32": gpu.tf32, "float32": gpu.float32}.get(precision, gpu.half)
+    return CONV_RATES[known] * peak / GPUS["H100"].half
+
+
+def grouped(rows: Iterable[Row], gpu: Gpu, precision: str) -> list[dict[str, Any]]:
+    """Sums by layer, direction and kind, the longest predicted time first."""
+    groups: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(lambda: defaultdict(float))
+    for row in rows:
+        group = groups[row.layer, row.direction, row.kind]
+        for name in ("flops", "bytes", "launches"):
+            group[name] += getattr(row, name)
+        group["roofline_s"] += roofline_s(row, gpu, precision)
+        group["predicted_s"] += predicted_s(row, gpu, precision)
+    named = [dict(zip(("layer", "direction", "kind"), key)) | dict(group) for key, group in groups.items()]
+    return sorted(named, key=lambda group: -group["predicted_s"])
+
+
+def report(rows: list[Row], precision: str, batch: int, gpu: str, most: int) -> None:
+    """Print where the time goes on one GPU, and the totals on all."""
+    console = Console(width=None if Console().is_terminal else 140)
+    table = Table(title=f"counted; times on {gpu} at the roofline and predicted, not measured")
+    for column in ("layer", "direction", "kind", "GFLOP", "MB", "launches", "roofline us", "predicted us"):
+        table.add_column(column, justify="left" if column in ("layer", "direction", "kind") else "right")
+    for group in grouped(rows, GPUS[gpu], precision)[:most]:
+        numbers = (group["flops"] / 1e9, group["bytes"] / 1e6, group["launches"])
+        times = (1e6 * group["roofline_s"], 1e6 * group["predicted_s"])
+        table.add_row(group["layer"], group["direction"], group["kind"], *(f"{n:,.0f}" for n in (*numbers, *times)))
+    console.print(table)
+    total = totals(rows)
+    console.print(
+        f"in all: {total['flops'] / 1e9:,.0f} GFLOP, {total['bytes'] / 1e9:.2f} GB, {total['launches']} launches"
+    )
+    for name, sheet in GPUS.items():
+        floor, guess = (sum(each(row, sheet, precision) for row in rows) for each in (roofline_s, predicted_s))
+        console.print(f"{name:9} {batch / floor:6.0f} samples/s at the roofline, {batch / guess:6.0f} predicted")
+
+
+def draw(rows: list[Row], precision: str, gpu: str, title: str, path: Path) -> None:
+    """Bars of the predicted time by kind and direction, the roofline's part of each dark."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for row in rows:
+        both = groups[row.kind, row.direction]
+        both[0] += 1e3 * roofline_s(row, GPUS[gpu], precision)
+        both[1] += 1e3 * predicted_s(row, GPUS[gpu], precision)
+    named = sorted(groups.items(), key=lambda item: item[1][1])
+    names = [f"{kind}, {direction}" for (kind, direction), _ in named]
+    figure, axes = plt.subplots(figsize=(7, 0.28 * len(names) + 1.2), layout="constrained")
+    axes.barh(names, [times[1] for _, times in named], color="#56b4e9", label="predicted")
+    axes.barh(names, [times[0] for _, times in named], color="#0072b2", label="at the roofline")
+    axes.set(xlabel=f"ms of a step on {gpu}, computed and not measured", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    with replacing(path, "wb") as file:
+        figure.savefig(file, dpi=160)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Count, print, and write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="unetr")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--gpu", choices=list(GPUS), default="H100", help="whose times the table and the plot show")
+    parser.add_argument("--rows", type=int, default=30, help="of the table")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    rows = count(options.model, options.batch, options.precision)
+    report(rows, options.precision, options.batch, options.gpu, options.rows)
+    title = f"{options.model}, batch {options.batch}, {options.precision}"
+    if options.json:
+        content = {"counted": title, "crop": CROP, "total": totals(rows), "rows": [asdict(row) for row in rows]}
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
+    if options.plot:
+        draw(rows, options.precision, options.gpu, title, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What a step moves, launches and computes is what was counted before: a change that adds a pass is seen here."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import roofline
+from benchmarks.roofline import GPUS, count, multi_tensor_launches, predicted_s, roofline_s, totals
+
+# Batch 2 of 4 x 128 x 128 x 64 in bf16: GB, launches, GFLOP. Less is better, and then these numbers change.
+PUBLISHED = {
+    "unetr": (12.98, 914, 770),
+    "unetr_monai": (15.47, 974, 1074),
+    "unet": (1.84, 374, 78),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_step_has_no_more_passes_than_were_counted(model: str) -> None:
+    found = totals(count(model, batch=2, precision="bf16"))
+    gigabytes, launches, gflop = PUBLISHED[model]
+    assert round(found["bytes"] / 1e9, 2) == gigabytes
+    assert found["launches"] == launches
+    assert round(found["flops"] / 1e9) == gflop
+
+
+def test_a_pass_more_is_counted_in_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = count("unet", 1, "bf16", (32, 32, 32))
+    build = roofline.build_model
+
+    def with_a_pass(*args: object) -> nn.Module:
+        return nn.Sequential(build(*args), nn.Sigmoid())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(roofline, "build_model", with_a_pass)
+    after = count("unet", 1, "bf16", (32, 32, 32))
+    added = [row for row in after if row.layer == "1"]
+    assert [(row.direction, row.op, row.launches) for row in added] == [
+        ("forward", "sigmoid", 1),
+        ("backward", "sigmoid_backward", 1),
+    ]
+    map_bytes = 3 * 32**3 * 2
+    assert [row.bytes for row in added] == [2 * map_bytes, 3 * map_bytes]
+    assert totals(after)["launches"] == totals(before)["launches"] + 2
+
+
+def test_every_operation_belongs_to_a_layer_and_a_kind() -> None:
+    rows = count("unetr", 1, "bf16", (32, 32, 32))
+    assert all(row.layer and row.kind in roofline.EFFICIENCY for row in rows)
+    assert {row.direction for row in rows} == {"forward", "loss", "backward", "optimizer"}
+    norms = [row for row in rows if row.kind == "norm"]
+    assert norms and {row.layer for row in norms} == {"stem", *(f"decoder{level}.block" for level in range(4))}
+
+
+def test_a_convolution_counts_its_three_directions() -> None:
+    rows = [row for row in count("unet", 1, "float32", (32, 32, 32)) if row.layer == "downs.0.unit0.conv"]
+    kinds = [row.op for row in rows if row.kind == "convolution"]
+    assert kinds == ["convolution", "convolution's weight gradient"]  # the image has no gradient
+    assert {row.flops for row in rows if row.flops} == {2 * 16**3 * 16 * 4 * 27}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "depth", "launches"),
+    [([1] * 36, 4, 1), ([1] * 37, 4, 2), ([320 * 65536], 4, 1), ([321 * 65536], 4, 2), ([1] * 110, 1, 1), ([], 4, 0)],
+)
+def test_multi_tensor_operations_launch_by_chunks_and_tensors(sizes: list[int], depth: int, launches: int) -> None:
+    assert multi_tensor_launches(sizes, depth) == launches
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_nothing_is_predicted_faster_than_the_roofline(gpu: str) -> None:
+    for row in count("unet", 1, "bf16", (32, 32, 32)):
+        assert 0 < roofline_s(row, GPUS[gpu], "bf16") <= predicted_s(row, GPUS[gpu], "bf16") < math.inf or not row.bytes
+
+
+def test_the_command_writes_totals_rows_and_a_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(roofline, "CROP", (32, 32, 32))
+    monkeypatch.setattr(count, "__defaults__", ((32, 32, 32),))
+    command = ["roofline", "--model", "unet", "--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
+    monkeypatch.setattr(sys, "argv", command)
+    roofline.main()
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert set(content["total"]) == {"bytes", "launches", "flops"}
+    assert sum(row["bytes"] for row in content["rows"]) == content["total"]["bytes"] > 0
+    assert (tmp_path / "c.png").stat().st_size > 0
+    assert "not measured" in capsys.readouterr().out
+    assert not torch.is_autocast_enabled("cpu")
