@@ -33,16 +33,11 @@ from kernels import attention, instance_norm
 from models import unetr, vit
 from models.convert import PACKAGES
 from pipelines.labels import REGIONS
-from pipelines.layouts import MODALITIES
+from pipelines.layouts import MODALITIES, SPELLINGS
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 VERSION = "0.1.0"
-FILE_NAMES = {
-    "flair": ("flair", "t2f", "flair_subtrMeanDivStd"),
-    "t1": ("t1", "t1n", "t1w", "t1_subtrMeanDivStd"),
-    "t1c": ("t1c", "t1ce", "t1gd", "t1c_subtrMeanDivStd"),
-    "t2": ("t2", "t2w", "t2_subtrMeanDivStd"),
-}
+FILE_NAMES = {modality: (*spellings, f"{modality}_subtrMeanDivStd") for modality, spellings in SPELLINGS.items()}
 """How the file of a modality ends, of any release."""
 PROJECT = re.compile(r"^(?:from|import) (?:engine|kernels|models|pipelines)\b", re.MULTILINE)
 MOVED = {

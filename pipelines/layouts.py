@@ -34,13 +34,23 @@ from pipelines.labels import CODINGS, Coding, coding_from_dataset_json
 log = logging.getLogger(__name__)
 
 MODALITIES = ("flair", "t1", "t1c", "t2")
-# Decathlon's, 2012-2022's and 2023's names for them.
-_CANONICAL = {
-    **{name: "flair" for name in ("flair", "t2f")},
-    **{name: "t1" for name in ("t1", "t1w", "t1n")},
-    **{name: "t1c" for name in ("t1c", "t1gd", "t1ce")},
-    **{name: "t2" for name in ("t2", "t2w")},
+SPELLINGS = {
+    "flair": ("flair", "t2f", "t2flair"),
+    "t1": ("t1", "t1n", "t1w", "t1pre", "t1native"),
+    "t1c": ("t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1contrast", "t1km", "t1wc", "t1wce", "t1wgd", "t1wpost", "ct1"),
+    "t2": ("t2", "t2w"),
 }
+"""How each modality is spelled in file names, lists and options, in any letter case; what follows "t1" or "t2" may
+stand apart (`t1_ce`, `T2-FLAIR`)."""
+_MODALITY_OF = {spelling: modality for modality, spellings in SPELLINGS.items() for spelling in spellings}
+_APART = "[-_. ]"
+_SPELLED = "|".join(re.sub("^(t[12])(.)", rf"\1{_APART}?\2", spelling) for spelling in _MODALITY_OF)
+# The end of a file's stem. BIDS tells a contrast agent before the modality (`ce-gd_T1w`), BRATS until 2015 had a number
+# after it (`MR_T1c.54514`), that of 2013 how it was normalised.
+_ENDS_IN_MODALITY = re.compile(
+    rf"(?:^|{_APART})(?:(?P<agent>ce-[a-z0-9]+_)t1w?|(?P<spelling>{_SPELLED}))(?:_subtrmeandivstd|\.\d+)?$",
+    re.IGNORECASE,
+)
 # End of a file's stem, lower case; group 1 is the modality or the label.
 _NAMING = {
     "2023": re.compile(r"-(t2f|t1n|t1c|t2w|seg)$"),
@@ -95,13 +105,27 @@ class Found:
     faults: tuple[CaseError, ...] = ()
 
 
+def modality_of(path: Path) -> str | None:
+    """Which of `MODALITIES` a file's name tells, None where it tells none: `BraTS2021_00000_t1ce.nii.gz` is t1c."""
+    stem = stem_of(path)
+    match = _ENDS_IN_MODALITY.search(stem) if stem else None
+    if match is None:
+        return None
+    return "t1c" if match["agent"] else modality_named(match["spelling"])
+
+
+def modality_named(name: str) -> str | None:
+    """Which of `MODALITIES` a word means (`T1w`, `t1ce`, `T2-FLAIR`, ...), None where it means none."""
+    return _MODALITY_OF.get(re.sub(_APART, "", name.strip().lower()))
+
+
 def canonical_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
-    """The names of `MODALITIES` for a release's own (T1w, t1ce, t2f, ...), in the order given.
+    """The names of `MODALITIES` for other spellings of them (T1w, t1ce, t2f, ...), in the order given.
 
     Raises:
         DataError: none given, one unknown, or one twice.
     """
-    names = tuple(_CANONICAL.get(m.lower(), m) for m in modalities)
+    names = tuple(modality_named(m) or m for m in modalities)
     unknown = [m for m in names if m not in MODALITIES]
     if unknown or not names or len(set(names)) < len(names):
         raise DataError(f"modalities {list(modalities)}: name at least one of {', '.join(MODALITIES)}, each once")
@@ -114,7 +138,7 @@ def _absent(paths: Iterable[Path | None], listed_in: Path, case: str) -> tuple[C
     return tuple(CaseError(path, problem, remedy) for path in paths if path is not None and not path.is_file())
 
 
-def _stem(path: Path) -> str | None:
+def stem_of(path: Path) -> str | None:
     """File name without .nii or .nii.gz; None for other files and for hidden ones (macOS's `._*`)."""
     match = re.fullmatch(r"(?!\.)(.+?)\.nii(\.gz)?", path.name, re.IGNORECASE)
     return match and match.group(1)
@@ -151,7 +175,7 @@ def from_decathlon(path: Path, asked: Coding | None, with_test: bool) -> tuple[C
         raise DataError(f"{path}: {error} (--data.release)") from error
     channels: dict[str, int] = {}
     for index, name in info["modality"].items():
-        canonical = _CANONICAL.get(str(name).lower())
+        canonical = modality_named(str(name))
         if canonical is None or canonical in channels or not index.isdecimal():
             raise DataError(f"{path}: modality {index} is {name!r}; each must be one of FLAIR, T1w, T1gd, T2w, once")
         channels[canonical] = int(index)
@@ -162,7 +186,7 @@ def from_decathlon(path: Path, asked: Coding | None, with_test: bool) -> tuple[C
     entries = [(e["image"], e.get("label")) for e in listed]
     found = []
     for image, label in entries:
-        name = _stem(Path(image))
+        name = stem_of(Path(image))
         if name is None:
             continue
         image_path = path.parent / image
@@ -212,7 +236,7 @@ def _folder_case(folder: Path, root: Path) -> Found | None:
     """The case in a folder; None where no file is named like an image of any release."""
     matches: dict[str, list[tuple[str, Path]]] = {naming: [] for naming in _NAMING}
     for path in sorted(folder.iterdir()):
-        stem = _stem(path)
+        stem = stem_of(path)
         if stem is None or not path.is_file():
             continue
         for naming, pattern in _NAMING.items():
@@ -223,7 +247,7 @@ def _folder_case(folder: Path, root: Path) -> Found | None:
     files: dict[str, Path] = {}
     faults: tuple[CaseError, ...] = ()  # one at most: a folder of many cases has as many as files
     for role, path in matches[naming]:
-        key = "label" if role in _LABEL_NAMES else _CANONICAL[role]
+        key = "label" if role in _LABEL_NAMES else _MODALITY_OF[role]
         if key in files and not faults:
             problem = f"{files[key].name} and {path.name} are both its {key}; a folder holds one file of each kind"
             faults = (CaseError(folder, problem, "Remove one, give each case its folder, or use a .csv list"),)
@@ -348,7 +372,7 @@ def _record_case(record: Mapping[str, Any], order: Sequence[str], listed_in: Pat
     name = values.pop("name", None)
     if name is None:
         raise DataError(f"{listed_in}: record {dict(record)} has no name: give each case a unique one")
-    unknown = [key for key in values if key not in ("label", "image") and key not in _CANONICAL]
+    unknown = [key for key in values if key not in ("label", "image") and not modality_named(key)]
     if unknown or ("image" in values and not order):
         raise DataError(
             f"{listed_in}: case {name} has {', '.join(unknown) or 'image'}; columns are name, {', '.join(MODALITIES)} "
@@ -356,7 +380,7 @@ def _record_case(record: Mapping[str, Any], order: Sequence[str], listed_in: Pat
         )
     paths = {key: listed_in.parent / value for key, value in values.items()}
     faults = _absent(paths.values(), listed_in, name)
-    kinds = [_CANONICAL.get(key, key) for key in paths]
+    kinds = [modality_named(key) or key for key in paths]
     if len(set(kinds)) < len(kinds) or len(set(paths.values())) < len(paths):
         listed = ", ".join(f"{key} {values[key]}" for key in paths)
         problem = f"case {name}: {listed}: a file is given twice, or two for one modality"
@@ -365,5 +389,5 @@ def _record_case(record: Mapping[str, Any], order: Sequence[str], listed_in: Pat
     if "image" in paths:
         channels = {m: i for i, m in enumerate(order)}
         return Found(name, listed_in, dict.fromkeys(order, paths["image"]), channels, label, (), faults)
-    files = {_CANONICAL[key]: path for key, path in paths.items()}
+    files = {modality: path for key, path in paths.items() if (modality := modality_named(key))}
     return Found(name, listed_in, files, None, label, (), faults)
