@@ -14,7 +14,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -58,6 +58,46 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8. Raises OSError."""
     with replacing(path) as file:
         file.write(text)
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write text files that belong together: where one can't be written, none is replaced.
+
+    Raises:
+        OSError: naming the file.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, text in texts.items():
+            file = stack.enter_context(replacing(path))
+            file.write(text)
+            file.flush()
+
+
+def open_own(path: Path) -> IO[str]:
+    """Open a text file at its end, made where it is missing, and never the target of a link in its place.
+
+    Raises:
+        OSError: it can't be opened, or is a link.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace")
+
+
+def own_folder(within: Path, *names: str) -> Path:
+    """A folder below another one, made where it is missing.
+
+    Raises:
+        ValueError: a link on the way leads out of `within`, as in a folder that somebody else made.
+        OSError: it can't be made.
+    """
+    folder = within.joinpath(*names)
+    if not folder.resolve().is_relative_to(within.resolve()):
+        raise ValueError(
+            f"{folder} is a link to {folder.resolve()}, outside {within}, and what is written would change files "
+            "there: remove the link, or copy the folder to its place"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def temporary_name(path: Path) -> Path:

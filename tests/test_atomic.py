@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.atomic import remove_left_over, replacing, temporary_name, write_text
+from pipelines.atomic import (
+    open_own,
+    own_folder,
+    remove_left_over,
+    replacing,
+    temporary_name,
+    write_text,
+    write_texts,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -69,3 +77,42 @@ def test_what_dead_processes_left_is_removed_and_nothing_else(tmp_path: Path) ->
         path.touch()
     remove_left_over(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([mine, users])
+
+
+def test_of_files_that_belong_together_none_is_replaced_where_one_fails(tmp_path: Path) -> None:
+    first, last = tmp_path / "first", tmp_path / "missing" / "last"
+    first.write_text("old")
+    with pytest.raises(FileNotFoundError):
+        write_texts({first: "new", last: "new"})
+    assert first.read_text() == "old" and os.listdir(tmp_path) == ["first"]
+    last.parent.mkdir()
+    write_texts({first: "new", last: "new"})
+    assert first.read_text() == last.read_text() == "new"
+
+
+def test_a_log_is_added_to_and_never_through_a_link(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    (tmp_path / "link.log").symlink_to(target)
+    with pytest.raises(OSError) as caught:
+        open_own(tmp_path / "link.log")
+    assert caught.value.errno == errno.ELOOP and target.read_text() == "mine"
+    for line in ("caf\udce9\n", "b\n"):
+        with open_own(tmp_path / "run.log") as file:
+            file.write(line)
+    assert (tmp_path / "run.log").read_text() == "caf\\udce9\nb\n"
+
+
+def test_a_folder_that_leads_out_by_a_link_is_refused(tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    assert own_folder(run, "logs") == run / "logs" and (run / "logs").is_dir()
+    (run / "checkpoints").symlink_to(outside)
+    (run / "within").symlink_to(run / "logs")
+    assert own_folder(run, "within").is_dir()
+    for names in (("checkpoints",), ("checkpoints", "deeper")):
+        with pytest.raises(ValueError, match=f"is a link to {outside}.*: remove the link"):
+            own_folder(run, *names)
+    assert not os.listdir(outside)
+    (tmp_path / "link").symlink_to(run)  # a run's folder itself may be one: its user names it
+    assert own_folder(tmp_path / "link", "logs").is_dir()

@@ -1,0 +1,26 @@
+"""Text that comes from users (names of cases, files and folders) as it is shown.
+
+A file's name on Linux is bytes. Python holds those that are not UTF-8 as lone surrogates, which no file in UTF-8 and no
+font takes, so they are shown as their escapes, `\\udce9` for byte 0xE9, wherever a name is written or printed.
+"""
+
+from __future__ import annotations
+
+import re
+
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def encodable(text: str) -> str:
+    """The text with lone surrogates as escapes, and all else as it is; UTF-8 can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def printable(text: str) -> str:
+    """The text on one line: lone surrogates, line breaks and other characters that are not printed as escapes."""
+    return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
+
+
+def markdown(text: str) -> str:
+    """The text as Markdown and HTML show it, in a cell of a table too. An underscore within a word needs no escape."""
+    return _MARKDOWN.sub(r"\\\g<0>", printable(text))

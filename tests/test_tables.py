@@ -1,0 +1,104 @@
+"""Tables that are written and read back: no formula, no name that stops a writer, no damage without a name."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from pipelines.tables import append_row, from_cell, read_table, to_cell, write_table
+from pipelines.text import encodable, markdown, printable
+
+COLUMNS = ("case", "dice", "warnings")
+NAMES = ["=HYPERLINK(1)", "+1", "-case", "@case", "\t=1", "\r=1", "'=quoted", "''+", "'plain'", "caf\udce9", "\ud800",
+         r"literal \udce9", r"literal \u005cudce9", "a,b;\"c\"\r\nd", "\u5bb6", "", " ", "=\udcff"]  # fmt: skip
+ALPHABET = ["'", "=", "-", "\\", "u", "d", "8", "0", "5", "c", "e", "\udce9", "\ud8ff", "a"]
+
+
+def table_of(path: Path, names: list[str]) -> Path:
+    write_table(path, COLUMNS, [{"case": name, "dice": -0.5} for name in names])
+    return path
+
+
+def test_names_come_back_as_they_were(tmp_path: Path) -> None:
+    rows = read_table(table_of(tmp_path / "table.csv", NAMES), COLUMNS)
+    assert [row["case"] for row in rows] == NAMES
+    assert rows[0]["dice"] == "-0.5" and rows[0]["warnings"] == ""
+
+
+def test_any_text_comes_back_from_its_cell() -> None:
+    draw = random.Random(0)
+    for _ in range(20_000):
+        text = "".join(draw.choices(ALPHABET, k=8))
+        assert from_cell(to_cell(text)) == text
+
+
+def test_no_cell_is_a_formula_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    with table_of(tmp_path / "table.csv", NAMES).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    assert not [row[0] for row in rows if row[0][:1] in tuple("=+-@\t\r")]
+    assert {row[1] for row in rows} == {"-0.5"}
+
+
+def test_a_row_is_added_whole_and_through_no_link(tmp_path: Path) -> None:
+    path = table_of(tmp_path / "table.csv", ["a"])
+    append_row(path, COLUMNS, {"case": "=b"})
+    assert [row["case"] for row in read_table(path)] == ["a", "=b"]
+    (tmp_path / "link.csv").symlink_to(path)
+    with pytest.raises(OSError) as caught:
+        append_row(tmp_path / "link.csv", COLUMNS, {"case": "c"})
+    assert caught.value.errno == errno.ELOOP and len(read_table(path)) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_names_the_table() -> None:
+    with pytest.raises(OSError, match="No space left.*'/dev/full'"):
+        append_row(Path("/dev/full"), COLUMNS, {"case": "a"})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"case,dice,warnings\r\n" + b"x" * 131_073 + b",1,\r\n", "line 2: field larger than field limit"),
+        (b"case,dice,warnings\r\na,1,,,\r\n", "line 2: 5 cells, must be 3"),
+        (b"case,dice,warnings\r\na,1\r\n", "line 2: 2 cells, must be 3"),
+        (b"case,dice,warnings\r\n\r\na,1,\0\0\r\n", "line 3: it holds NUL bytes"),
+        (b'case,dice,warnings\r\n"a,1,\r\n', "line 2: unexpected end of data"),
+        (b'case,dice,warnings\r\n"a"b,1,\r\n', "line 2: ',' expected after '\"'"),
+        (b"case,dice,warnings\r\ncaf\xe9,1,\r\n", "is no table in UTF-8"),
+        (b"name,value\r\n", "has the columns name, value, must have case, dice, warnings"),
+        (b"x," * 10_000, r"has the columns x, x, .{190,}\.\.\., must have"),
+        (b"\r\n", "is empty"),
+        (b"", "is empty"),
+    ],
+)
+def test_a_damaged_table_is_refused_by_name_and_line(content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{path}.*{says}"):
+        read_table(path, COLUMNS)
+
+
+def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("case,case\n")
+    with pytest.raises(ValueError, match="names a column twice: case, case"):
+        read_table(tmp_path / "table.csv")
+
+
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("\ufeffcase,dice,warnings\n\na,1,\n", encoding="utf-8")
+    assert read_table(tmp_path / "table.csv", COLUMNS) == [{"case": "a", "dice": "1", "warnings": ""}]
+
+
+def test_text_is_shown_on_one_line_in_characters_that_every_file_takes() -> None:
+    assert encodable("caf\udce9\n") == "caf\\udce9\n"
+    assert printable("caf\udce9\n\x1b[31m\u202e \u5bb6\xe9") == "caf\\udce9\\n\\x1b[31m\\u202e \u5bb6\xe9"
+
+
+def test_markdown_shows_a_name_as_it_is() -> None:
+    assert markdown("BraTS_GLI-0001_t1") == "BraTS_GLI-0001_t1"
+    assert markdown("a|b\n<img src=x>*_em_*") == r"a\|b\\n\<img src=x\>\*\_em\_\*"
