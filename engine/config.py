@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser
 from kernels.dispatch import Kernels
 from pipelines.augment import Augment
 from pipelines.cases import check_folds
+from pipelines.labels import Release
 from pipelines.prepared import StoreDtype
 from pipelines.volumes import Residence
 
@@ -60,7 +61,7 @@ class DataConfig:
     """A Decathlon task folder, a folder of BraTS cases, or a JSON or CSV list. None: synthetic scans."""
     download: bool = False
     """Fetch Decathlon Task01_BrainTumour (7.1 GB) into `root` first; resumable, checked."""
-    release: Literal["decathlon", "brats2013", "brats2018", "brats2023", "brats2024", "brats2024-ped"] | None = None
+    release: Release | None = None
     """Label coding of the scans, where file names leave it open."""
     regions: Literal["release", "tutorial"] = "release"
     """TC, WT, ET from the release's coding, or with the published tutorial's swapped one (Decathlon only)."""

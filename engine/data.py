@@ -14,6 +14,7 @@ from engine.config import Config, DataConfig, cache_dir
 from engine.distributed import Ranks
 from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
+from pipelines.layouts import some
 from pipelines.loaders import CropLoader, TrainLoader, ValLoader
 from pipelines.phantom import FORMAT, make_phantoms
 from pipelines.raw_loader import RawLoader
@@ -85,6 +86,7 @@ def load_data(config: DataConfig) -> Data:
     """
     cases = list_cases(config, obtain_root(config))
     train, val = split_names(config, cases)
+    _say_sizes(cases, train, val)
     if config.unprepared:
         if not val:
             raise DataError("--data.unprepared true needs a case to validate on: see --data.val_fraction")
@@ -93,7 +95,29 @@ def load_data(config: DataConfig) -> Data:
     train, val = (tuple(name for name in names if name in store.names) for names in (train, val))
     if not train:
         raise DataError("every training case has a fault and was left out (--data.skip_faulty): nothing to train on")
+    for use, names in (("train on", train), ("validate on", val)):
+        _say_tumours(store, names, use)
     return Data(store, train, val)
+
+
+def _say_sizes(cases: CaseSet, train: Sequence[str], val: Sequence[str]) -> None:
+    """How many patients and cases there are, and how many of each on either side."""
+    patient_of = {name: patient for patient, names in cases.patients.items() for name in names}
+    counts = [(len({patient_of[name] for name in names}), len(names)) for names in (patient_of, train, val)]
+    if counts[0][0] == counts[0][1]:
+        log.info("%d cases: %d to train on, %d to validate on", *(cases for _, cases in counts))
+        return
+    total, trained, validated = (f"{cases} cases of {patients} patients" for patients, cases in counts)
+    log.info("%s: %s to train on, %s to validate on", total, trained, validated)
+
+
+def _say_tumours(store: Store, names: Sequence[str], use: str) -> None:
+    """Warn of cases whose label has no tumour."""
+    empty = [name for name in names if not store.has_tumour(store.index(name))]
+    if empty and len(empty) == len(names):
+        log.warning("none of the %d cases to %s has a tumour in its label: check the labels", len(names), use)
+    elif empty:
+        log.warning("%d of %d cases to %s have no tumour in their label: %s", len(empty), len(names), use, some(empty))
 
 
 def make_loaders(config: Config, ranks: Ranks, data: Data) -> tuple[CropLoader, ValLoader | None]:

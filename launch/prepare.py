@@ -6,7 +6,7 @@ python launch/prepare.py --data.root BraTS2023 --check                          
 It takes the options of `launch/train.py`, of which those of `--data` matter, so that the same YAML file serves both;
 training prepares what is missing by itself. `--check` writes nothing and ends with status 1 where a case is faulty. It
 reads every file of the cases whose files are all there, so its table has each fault of names and lists, and the first
-fault inside the files of each other case.
+fault inside the files of each other case. Cases without a label are checked as prediction takes them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.command import run_command
 from engine.config import DataConfig, make_parser, parse_config
 from engine.data import list_cases, obtain_root, prepared
 from pipelines.cases import survey_cases
-from pipelines.layouts import CaseError
+from pipelines.layouts import CaseError, printable
 from pipelines.store import Store, check_cases
 
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
@@ -52,14 +52,25 @@ def check(config: DataConfig) -> int:
     """Print a table of all faulty cases; 1 where there are any."""
     if config.root is None or config.download:
         raise ValueError("--check reads scans that are there and writes nothing: give --data.root, no --data.download")
-    survey = survey_cases(config.root, config.release, config.modalities, config.regions)
+    survey = survey_cases(config.root, config.release, config.modalities, config.regions, labelled=False)
     usable = survey.usable
+    labelled = [case.name for case in usable.cases if case.label]
+    unlabelled = [case.name for case in usable.cases if not case.label]
+    inside = []
     crop_size = None if config.pad else config.crop_size_voxels
-    inside = check_cases(usable, config.workers, config.spacing_mm, crop_size) if usable.cases else []
+    for names, least in ((labelled, crop_size), (unlabelled, None)):
+        if names:
+            inside += check_cases(usable.select(names), config.workers, config.spacing_mm, least)
     faulty = survey.total - len(usable.cases) + len(inside)
     if faulty:
         print_faults([*survey.faults, *inside], config.root)
-    print(f"{faulty} of {survey.total} cases are faulty ({', '.join(usable.modalities)}; {usable.coding.release})")
+    coding = f"; {usable.coding.release}" if labelled else ""
+    print(f"{faulty} of {survey.total} cases are faulty ({', '.join(usable.modalities)}{coding})")
+    if unlabelled:
+        few = (
+            f"{len(labelled)} of {len(usable.cases)} cases have" if labelled else f"none of {len(unlabelled)} cases has"
+        )
+        print(f"{few} a label: without one a case can be segmented, but not trained on or scored")
     return 1 if faulty else 0
 
 
@@ -70,7 +81,8 @@ def print_faults(faults: list[CaseError], root: Path) -> None:
         table.add_column(column, overflow="fold")
     for fault in faults:
         path = fault.path.relative_to(root) if root in fault.path.parents else fault.path
-        table.add_row(*map(escape, (f"{path.parent}/\n{path.name}", fault.problem, fault.remedy)))
+        shown = f"{printable(str(path.parent))}/\n{printable(path.name)}"
+        table.add_row(*map(escape, (shown, printable(fault.problem), printable(fault.remedy))))
     Console(width=None if Console().is_terminal else PIPE_WIDTH).print(table)
 
 
@@ -93,6 +105,9 @@ def print_summary(store: Store, seconds: float) -> None:
         f"{' x '.join(f'{s:g}' for s in store.spacing_mm)} mm, {store.nbytes() / 1e9:.2f} GB in {store.folder}\n"
         f"{seconds:.1f} s, {seconds / len(store):.2f} s per case"
     )
+    empty = sum(not store.has_tumour(i) for i in range(len(store)))
+    if empty:
+        print(f"{empty} of {len(store)} cases have no tumour in their label")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,25 @@
 """Find the cases of a data set, and split them.
 
-`find_cases` reads one of the three layouts of `layouts.py` (a Decathlon task, BraTS folders, a list), settles the label
-coding and the modalities, and returns a `CaseSet`: names and paths alone, for no image is opened. `survey_cases` does
-the same with faulty cases set aside and not refused. `split_cases` divides the set as MONAI does, in two parts as its
-`DecathlonDataset` or in folds as its `partition_dataset`, so that the same seed gives the same cases in both.
+`find_cases` reads a data set of any layout (`pipelines.folders`, `pipelines.tasks`, `pipelines.lists`), settles the
+label coding and the modalities, and returns a `CaseSet`: names and paths alone, for no image is opened. `survey_cases`
+does the same with faulty cases set aside and not refused. `split_cases` divides the set as MONAI does, in two parts as
+its `DecathlonDataset` or in folds as its `partition_dataset`, so that the same seed gives the same cases in both. It
+divides patients: of several time points of one, all are on the same side.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from pipelines.folders import from_folders
 from pipelines.labels import Coding, coding_for_release, tutorial_coding
 from pipelines.layouts import (
     MODALITIES,
@@ -26,10 +27,13 @@ from pipelines.layouts import (
     DataError,
     Found,
     canonical_modalities,
-    from_decathlon,
-    from_folders,
-    from_list,
+    case_name_fault,
+    name_fault,
+    printable,
+    some,
 )
+from pipelines.lists import from_list
+from pipelines.tasks import from_task
 
 __all__ = [
     "MODALITIES",
@@ -48,33 +52,50 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Case:
-    """The files of one patient.
+    """The files of a patient at one time.
 
     Args:
         name: unique in its set.
         images: one 3D file per modality, in the order of `CaseSet.modalities`; or one 4D file.
         channels: for a 4D file, the index on its last axis of each modality; None for 3D files.
         label: the label map, None where there is none.
+        patient: whose cases are not told apart in a split; None where neither name nor list says.
     """
 
     name: str
     images: tuple[Path, ...]
     channels: tuple[int, ...] | None
     label: Path | None
+    patient: str | None = None
 
 
 @dataclass(frozen=True)
 class CaseSet:
-    """Cases that share modalities and label coding."""
+    """Cases that share modalities and label coding.
+
+    Args:
+        cases: in the order of the data set. modalities: in that of the network's channels.
+        coding: of the labels.
+        held_out: names of the cases that the data set itself lists for validation.
+    """
 
     cases: tuple[Case, ...]
     modalities: tuple[str, ...]
     coding: Coding
+    held_out: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the cases, in order."""
         return tuple(case.name for case in self.cases)
+
+    @property
+    def patients(self) -> dict[str, tuple[str, ...]]:
+        """The names of each patient's cases, by patient, in order; a case without one is its own."""
+        found: dict[str, list[str]] = {}
+        for case in self.cases:
+            found.setdefault(case.patient or case.name, []).append(case.name)
+        return {patient: tuple(names) for patient, names in found.items()}
 
     def select(self, names: Sequence[str]) -> CaseSet:
         """The named cases alone, in the order of `names`.
@@ -109,7 +130,7 @@ def find_cases(
     regions: Literal["release", "tutorial"] = "release",
     labelled: bool = True,
 ) -> CaseSet:
-    """Find the cases of a Decathlon task, of BraTS folders, or of a JSON or CSV list.
+    """Find the cases of a Decathlon task, an nnU-Net folder, BraTS folders, or a JSON or CSV list.
 
     Args:
         root: the folder, or the list.
@@ -117,8 +138,8 @@ def find_cases(
             of several releases, it selects those whose names fit; where all say another release, it overrides them.
         modalities: which to use, in this order; None takes all that the data set has, in the order of `MODALITIES`.
         regions: "tutorial" swaps Decathlon's labels 2 and 3, as the published tutorial does (`labels.tutorial_coding`).
-        labelled: leave out cases without a label, which can't be trained on. False keeps them, and adds the cases
-            under "test" of a `dataset.json`.
+        labelled: leave out cases without a label, which can't be trained on. False keeps them, and adds those that a
+            `dataset.json` or nnU-Net's `imagesTs` has for testing.
 
     Raises:
         DataError: one that lists every fault of every case (a listed file or a modality is missing, two files of one
@@ -152,14 +173,17 @@ def survey_cases(
         ValueError: unknown release, or regions.
     """
     root = Path(root)
+    fault = name_fault(str(root))
+    if fault:
+        raise DataError(f"{fault}: rename that folder")
     if regions not in ("release", "tutorial"):
         raise ValueError(f"unknown regions {regions!r}: choose release or tutorial")
     wanted = None if modalities is None else canonical_modalities(modalities)
     asked = None if release is None else coding_for_release(release)
     if root.is_file():
-        coding, found = from_list(root, asked or unlabelled_as)
+        coding, found = from_list(root, asked, not labelled, unlabelled_as)
     elif (root / "dataset.json").is_file():
-        coding, found = from_decathlon(root / "dataset.json", asked, with_test=not labelled)
+        coding, found = from_task(root / "dataset.json", asked, not labelled, unlabelled_as)
     else:
         coding, found = from_folders(root, asked, unlabelled_as)
     if labelled:
@@ -174,26 +198,39 @@ def survey_cases(
             "the files, or train on what is there with --data.modalities"
         )
     faults = _faults(found, wanted)
-    usable = tuple(_case(f, wanted) for f, its_faults in zip(found, faults, strict=True) if not its_faults)
+    sound = [f for f, its_faults in zip(found, faults, strict=True) if not its_faults]
+    usable = tuple(_case(f, wanted) for f in sound)
     coding = tutorial_coding(coding) if regions == "tutorial" else coding
-    return Survey(CaseSet(usable, wanted, coding), tuple(fault for each in faults for fault in each), len(found))
+    held_out = tuple(f.name for f in sound if f.held_out)
+    return Survey(
+        CaseSet(usable, wanted, coding, held_out), tuple(fault for each in faults for fault in each), len(found)
+    )
 
 
 def _faults(found: Sequence[Found], modalities: Sequence[str]) -> list[list[CaseError]]:
     """The faults of each case."""
     first: dict[str, Found] = {}
-    faults = []
-    for f in found:
-        faults.append([*f.faults])
-        missing = [m for m in modalities if m not in f.files]
-        if missing:
-            have = [m for m in MODALITIES if m in f.files]
-            problem = f"case {f.name}: modality {', '.join(missing)} is missing; it has {', '.join(have) or 'none'}"
-            remedy = "Add the file, move the case away, or train on what all cases have with --data.modalities"
-            faults[-1].append(CaseError(f.source, problem, remedy))
-        if first.setdefault(f.name, f) is not f:
-            problem = f"case {f.name}: another case has this name ({first[f.name].source}); names must be unique"
-            faults[-1].append(CaseError(f.source, problem, "Rename one of them"))
+    return [_faults_of(f, modalities, first.setdefault(f.name, f)) for f in found]
+
+
+def _faults_of(found: Found, modalities: Sequence[str], first: Found) -> list[CaseError]:
+    """The faults of a case; `first` is the first of its name."""
+    faults = [*found.faults]
+    missing = [m for m in modalities if m not in found.files]
+    if missing and (found.files or not faults):
+        have = [m for m in MODALITIES if m in found.files]
+        problem = f"case {found.name}: modality {', '.join(missing)} is missing; it has {', '.join(have) or 'none'}"
+        if found.unused:
+            problem += f", and {some([path.name for path in found.unused])}, named like none"
+        remedy = "Add the file, move the case away, or train on what all cases have with --data.modalities"
+        faults.append(CaseError(found.source, problem, remedy))
+    if first is not found:
+        problem = f"case {found.name}: another case has this name ({first.source}); names must be unique"
+        faults.append(CaseError(found.source, problem, "Rename one of them"))
+    names = (str(path) for path in (*found.files.values(), found.label) if path)
+    wrong = case_name_fault(found.name) or next(filter(None, map(name_fault, names)), "")
+    if wrong:
+        faults.append(CaseError(found.source, wrong, "Rename it"))
     return faults
 
 
@@ -208,12 +245,9 @@ def _listing(root: Path, survey: Survey) -> str:
 
 def _case(found: Found, modalities: Sequence[str]) -> Case:
     if found.channels is None:
-        return Case(found.name, tuple(found.files[m] for m in modalities), None, found.label)
-    return Case(found.name, (found.files[modalities[0]],), tuple(found.channels[m] for m in modalities), found.label)
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+        return Case(found.name, tuple(found.files[m] for m in modalities), None, found.label, found.patient)
+    channels = tuple(found.channels[m] for m in modalities)
+    return Case(found.name, (found.files[modalities[0]],), channels, found.label, found.patient)
 
 
 def _with_label(found: Sequence[Found], root: Path) -> list[Found]:
@@ -222,7 +256,7 @@ def _with_label(found: Sequence[Found], root: Path) -> list[Found]:
         raise DataError(f"{root}: none of its {len(found)} cases has a label map: training and evaluation need one")
     if len(kept) < len(found):
         names = [f.name for f in found if f.label is None and not f.faults]
-        log.warning("%d of %d cases have no label and are left out: %s", len(names), len(found), _some(names))
+        log.warning("%d of %d cases have no label and are left out: %s", len(names), len(found), printable(some(names)))
     return kept
 
 
@@ -237,15 +271,17 @@ def split_cases(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split by the rule of `monai.apps.DecathlonDataset`, in its order: shuffle, the first int(n * fraction) validate.
 
-    At least one case validates where val_fraction > 0 (MONAI: none for fewer than 1 / fraction cases). With `folds` the
-    rule is that of `monai.data.partition_dataset`: after the same shuffle every `folds`-th case validates, from the
-    `fold`-th on, so that each case validates in one fold and their sizes differ by at most one.
+    n counts patients, so that no patient is on both sides; where each has one case, that is MONAI's split of the cases.
+    At least one patient validates where val_fraction > 0 (MONAI: none for fewer than 1 / fraction cases). With `folds`
+    the rule is that of `monai.data.partition_dataset`: after the same shuffle every `folds`-th patient validates, from
+    the `fold`-th on, so that each validates in one fold and their numbers differ by at most one. Cases that the data
+    set lists for validation (`CaseSet.held_out`) validate, unless names or folds are given.
 
     Args:
         val_fraction: from 0 to less than 1. Not used for a side that is given by name, nor with folds.
         seed: of the shuffle.
         train_cases, val_cases: names, which override the rule. With one of the two, the other side is all other cases.
-            A case in both is allowed (to overfit on it) and warned of.
+            A case in both is allowed (to overfit on it) and warned of, and so is a patient on both sides.
         folds: 0, or the number of folds. fold: the one that validates, from 0.
 
     Returns:
@@ -253,38 +289,56 @@ def split_cases(
 
     Raises:
         DataError: an unknown or repeated name, a fraction out of range, a fold that there is not, names beside folds,
-            more folds than cases, or nothing left to train on.
+            more folds than patients, or nothing left to train on.
     """
-    names = case_set.names
+    names, patients = case_set.names, case_set.patients
     check_folds(folds, fold, train_cases, val_cases)
-    if folds > len(names):
+    if folds > len(patients):
+        of = "cases" if len(patients) == len(names) else f"patients ({len(names)} cases)"
         raise DataError(
-            f"--data.folds {folds} must be at most the number of cases, {len(names)}: with {len(names)} each case is a "
+            f"--data.folds {folds} must be at most the number of {of}, {len(patients)}: with {len(patients)} each is a "
             "fold of its own"
         )
     if not 0 <= val_fraction < 1:
         raise DataError(f"--data.val_fraction {val_fraction} must be at least 0 and less than 1: 0.2 is usual")
     for option, given in (("--data.train_cases", train_cases), ("--data.val_cases", val_cases)):
         _check_names(given or (), names, option)
+    if train_cases is None and val_cases is None and not folds and case_set.held_out:
+        log.info("validating the %d cases that the data set lists for it", len(case_set.held_out))
+        val_cases = case_set.held_out
     if train_cases is None and val_cases is None:
-        order = np.arange(len(names))
+        order = np.arange(len(patients))
         np.random.RandomState(seed % 2**32).shuffle(order)  # MONAI's generator and its reduction of the seed
-        val_length = max(int(len(names) * val_fraction), int(val_fraction > 0))
+        val_length = max(int(len(patients) * val_fraction), int(val_fraction > 0))
         held_out = slice(fold, None, folds) if folds else slice(val_length)
-        train = tuple(names[i] for i in np.delete(order, held_out))
-        val = tuple(names[i] for i in order[held_out])
+        cases_of = tuple(patients.values())
+        train = tuple(name for i in np.delete(order, held_out) for name in cases_of[i])
+        val = tuple(name for i in order[held_out] for name in cases_of[i])
     else:
         train = _others(names, val_cases) if train_cases is None else tuple(train_cases)
         val = _others(names, train_cases) if val_cases is None else tuple(val_cases)
     if not train:
         raise DataError(
-            f"no case is left to train on: {len(names)} in all, {len(val)} for validation. Add cases, set "
-            "--data.val_fraction to 0, or name a case in both --data.train_cases and --data.val_cases to overfit on it"
+            f"no case is left to train on: {len(names)} in all, of {len(patients)} patient(s), {len(val)} for "
+            "validation. Add cases, set --data.val_fraction to 0, or name a case in both --data.train_cases and "
+            "--data.val_cases to overfit on it"
         )
-    both = [name for name in train if name in set(val)]
-    if both:
-        warnings.warn(f"{_some(both)}: both trained on and validated, so this Dice is no estimate", stacklevel=2)
+    _warn_of_both_sides(patients, set(train), set(val))
     return train, val
+
+
+def _warn_of_both_sides(patients: Mapping[str, Sequence[str]], train: set[str], val: set[str]) -> None:
+    both = [name for names in patients.values() for name in names if name in train & val]
+    if both:
+        log.warning("%s: both trained on and validated, so this Dice is no estimate", some(both))
+    shared = [p for p, names in patients.items() if not train.isdisjoint(names) and not val.isdisjoint(names)]
+    apart = [patient for patient in shared if not set(patients[patient]) <= train & val and len(patients[patient]) > 1]
+    if apart:
+        log.warning(
+            "patient %s: some time points are trained on and others validated, so this Dice is too high: name all "
+            "cases of a patient on one side",
+            some(apart),
+        )
 
 
 def check_folds(
@@ -315,6 +369,6 @@ def _check_names(given: Sequence[str], names: Sequence[str], option: str) -> Non
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise DataError(f"{option}: there is no case {name!r} among {len(names)} ({_some(names)}).{hint}")
+            raise DataError(f"{option}: there is no case {name!r} among {len(names)} ({some(names)}).{hint}")
         if count > 1:
             raise DataError(f"{option}: case {name!r} is named {count} times: name it once")

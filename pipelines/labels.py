@@ -4,14 +4,16 @@ A label map holds one tissue code per voxel, and what a code means changed betwe
 
     release        years                   1               2               3               4
     decathlon      MSD Task01              oedema          non-enhancing   enhancing       -
-    brats2013      2013 to 2017            necrosis        oedema          non-enhancing   enhancing
+    brats2013      2012 to 2016            necrosis        oedema          non-enhancing   enhancing
+    brats2017      2017                    non-enhancing   oedema          -               enhancing
     brats2018      2018 to 2022            non-enhancing   oedema          -               enhancing
     brats2023      2023                    necrosis        oedema          enhancing       -
     brats2024      2024 on, adults         necrosis        oedema          enhancing       resection cavity
     brats2024-ped  2024 on, children       enhancing       non-enhancing   cyst            oedema
 
-"non-enhancing" of decathlon and brats2018 includes the necrosis. Codes {1, 2, 3} and {1, 2, 3, 4} fit several rows, so
-a coding is never guessed from the values: it comes from `dataset.json`'s label names, the files' names, or the user.
+"non-enhancing" of decathlon, brats2017 and brats2018 includes the necrosis. Codes {1, 2, 3} and {1, 2, 3, 4} fit
+several rows, so a coding is never guessed from the values: it comes from `dataset.json`'s label names, the files'
+names, or the user.
 
 What is scored is the same for all: TC (tumour core: everything but oedema), WT (whole tumour: everything) and ET
 (enhancing tumour), always in this order. They overlap, so a region map has one channel per region. The cavity that
@@ -20,9 +22,11 @@ surgery leaves is no tumour (BraTS 2024, arXiv:2405.18368) and in none of them.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,9 +63,11 @@ def _coding(release: str, tissues: dict[int, str]) -> Coding:
     return Coding(release, tissues, (core, whole, enhancing))
 
 
+Release = Literal["decathlon", "brats2013", "brats2017", "brats2018", "brats2023", "brats2024", "brats2024-ped"]
 CODINGS: dict[str, Coding] = {
     "decathlon": _coding("decathlon", {1: OEDEMA, 2: NON_ENHANCING, 3: ENHANCING}),
     "brats2013": _coding("brats2013", {1: NECROSIS, 2: OEDEMA, 3: NON_ENHANCING, 4: ENHANCING}),
+    "brats2017": _coding("brats2017", {1: NON_ENHANCING, 2: OEDEMA, 4: ENHANCING}),
     "brats2018": _coding("brats2018", {1: NON_ENHANCING, 2: OEDEMA, 4: ENHANCING}),
     "brats2023": _coding("brats2023", {1: NECROSIS, 2: OEDEMA, 3: ENHANCING}),
     "brats2024": _coding("brats2024", {1: NECROSIS, 2: OEDEMA, 3: ENHANCING, 4: CAVITY}),
@@ -80,9 +86,16 @@ def coding_for_release(release: str) -> Coding:
     return CODINGS[release]
 
 
+_ABBREVIATED = {
+    **dict.fromkeys(("ed", "snfh"), OEDEMA),
+    **dict.fromkeys(("net", "netc", "ncr/net", "ncr-net"), NON_ENHANCING),
+    **{"ncr": NECROSIS, "et": ENHANCING, "cc": CYST, "rc": CAVITY},
+}
+
+
 def _tissue(name: str) -> str | None:
     """The tissue that a label name of a `dataset.json` speaks of; None where it speaks of none."""
-    text = name.lower().replace("_", "-").replace(" ", "-")
+    text = name.lower().strip().replace("_", "-").replace(" ", "-")
     if "edema" in text:
         return OEDEMA
     if "non-enhanc" in text or "nonenhanc" in text:  # before "enhanc"; a joint "necrotic and non-enhancing" is this too
@@ -91,36 +104,89 @@ def _tissue(name: str) -> str | None:
         return NECROSIS
     if "cavity" in text:
         return CAVITY
-    return ENHANCING if "enhanc" in text else None
+    if "cyst" in text:
+        return CYST
+    return ENHANCING if "enhanc" in text else _ABBREVIATED.get(text)
 
 
-def coding_from_dataset_json(labels: Mapping[str, str]) -> Coding:
-    """The coding that a Decathlon `dataset.json` states.
+def coding_from_dataset_json(labels: Mapping[str, Any]) -> Coding:
+    """The coding that a `dataset.json` states, of Decathlon or of nnU-Net.
 
     Args:
-        labels: its "labels" entry, label value -> name: {"0": "background", "1": "edema", ...}.
+        labels: its "labels" entry: label value -> name, {"0": "background", "1": "edema", ...}; or, as nnU-Net has it,
+            name -> label value; or region -> its label values, {"whole tumor": [1, 2, 3], "tumor core": [2, 3], ...}.
 
     Raises:
-        ValueError: a value is not an integer from 0 to 255, a name is not a known tissue, or oedema or enhancing
-            tumour is missing.
+        ValueError: a value is not an integer from 0 to 255 or is there twice, a name is not a known tissue or region,
+            or oedema or enhancing tumour is missing.
     """
+    if any(isinstance(value, list) for value in labels.values()):
+        return _coding_from_regions(labels)
+    by_name = not any(re.fullmatch("[0-9]+", key) for key in labels)
     tissues: dict[int, str] = {}
-    for key, name in labels.items():
-        if not str(key).isdecimal() or int(key) > 255:
-            raise ValueError(f"label value {key!r} ({name!r}) must be an integer from 0 to 255: correct dataset.json")
-        if int(key) == 0:
+    for key, name in ((value, key) if by_name else (key, value) for key, value in labels.items()):
+        value = _label_value(key, name)
+        tissue = _tissue(name) if isinstance(name, str) else None
+        if value == 0 and tissue is None:
             continue
-        tissue = _tissue(str(name))
-        if tissue is None:
+        if tissue is None or value == 0 or value in tissues:
+            problem = "is there twice" if value in tissues else "is the background" if tissue else "is no known tissue"
             raise ValueError(
-                f"label {key} is named {name!r}, which is no known tissue: name it edema, non-enhancing tumor, "
+                f"label {value} is named {str(name)[:80]!r}, which {problem}: name it edema, non-enhancing tumor, "
                 "necrosis or enhancing tumour in dataset.json, or give the release"
             )
-        tissues[int(key)] = tissue
+        tissues[value] = tissue
     missing = [t for t in (OEDEMA, ENHANCING) if t not in tissues.values()]
     if missing:
         raise ValueError(f"labels {dict(labels)} lack {', '.join(missing)}: correct dataset.json, or give the release")
-    return _coding("decathlon", tissues)
+    return _coding_of(tissues)
+
+
+def _coding_of(tissues: dict[int, str]) -> Coding:
+    """The newest release's coding that is this, else one of its own, called after Decathlon."""
+    known = (coding for coding in reversed(CODINGS.values()) if coding.tissues == tissues)
+    return next(known, _coding("decathlon", tissues))
+
+
+def _label_value(value: Any, name: Any) -> int:
+    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    if not re.fullmatch("0*[0-9]{1,3}", text) or int(text) > 255:
+        raise ValueError(
+            f"label value {str(value)[:80]!r} ({str(name)[:80]!r}) must be an integer from 0 to 255: correct "
+            "dataset.json"
+        )
+    return int(text)
+
+
+_REGION_NAMES = {
+    "TC": ("tc", "tumorcore", "tumourcore"),
+    "WT": ("wt", "wholetumor", "wholetumour"),
+    "ET": ("et", "enhancingtumor", "enhancingtumour"),
+}
+
+
+def _coding_from_regions(labels: Mapping[str, Any]) -> Coding:
+    """The coding of nested regions: what is whole tumour alone is oedema, what is core alone does not enhance."""
+    members: dict[str, set[int]] = {}
+    for name, values in labels.items():
+        word = re.sub("[-_ ]", "", name.lower())
+        region = next((region for region, names in _REGION_NAMES.items() if word in names), None)
+        found = {_label_value(value, name) for value in (values if isinstance(values, list) else [values])}
+        if region is None and found != {0}:
+            raise ValueError(
+                f"label {name[:80]!r} is no region that is scored: name them whole tumor, tumor core and enhancing "
+                "tumor in dataset.json, or give the release"
+            )
+        if region:
+            members[region] = found
+    if len(members) < 3 or not members["ET"] < members["TC"] < members["WT"] or 0 in members["WT"]:
+        raise ValueError(
+            f"regions {dict(labels)} must be whole tumor, tumor core and enhancing tumor, each within the one before: "
+            "correct dataset.json, or give the release"
+        )
+    tissues = dict.fromkeys(members["WT"], OEDEMA)
+    tissues |= dict.fromkeys(members["TC"], NON_ENHANCING) | dict.fromkeys(members["ET"], ENHANCING)
+    return _coding_of(dict(sorted(tissues.items())))
 
 
 def tutorial_coding(coding: Coding) -> Coding:

@@ -1,37 +1,20 @@
-"""The layouts of a data set on disk, and what their names say. No image is opened here.
+"""What all layouts of a data set on disk have in common: how names tell modality, label and patient, and what is found.
 
-* A Medical Segmentation Decathlon task: a folder with `dataset.json`. One 4D image per case; "modality" names its last
-  axis, "labels" names the label values, "training" lists the cases. Order is the file's: the split depends on it.
-* BraTS folders: a folder per case, one 3D file per modality, up to two levels below the root (HGG/, LGG/) or the root
-  itself. Naming tells the release apart only in part:
-      -t2f -t1n -t1c -t2w -seg                 2023 on: what the coding of 2024 adds, the cavity that surgery leaves,
-                                               is asked for where it is met; that of children (BraTS-PED-*) is another
-                                               from 2024 on, so there a year decides, and without one it is asked for
-      Flair_subtrMeanDivStd ... OTMultiClass   2013 (as re-released, z-scored)
-      _flair _t1 _t1ce _t2 _seg                2012 to 2022: the coding changed in 2018, so a year in a name decides
-                                               (`BraTS20_Training_001`), and without one the release is asked for
-  Real data spell these in any letter case (`t2W`); one case of BraTS 2020 has its label in `W39_1998.09.19_Segm.nii`.
-* A list: CSV with a column "name", one per modality, and "label"; or JSON with the same records, [{...}, ...]. JSON may
-  also be {"modalities": ["flair", ...], "cases": [{"name": ..., "image": 4D file, "label": ...}, ...]}. Paths are
-  relative to the list, and the release is always asked for.
+The layouts themselves are read in `pipelines.folders` (BraTS folders), `pipelines.tasks` (`dataset.json` of Decathlon
+and nnU-Net, MONAI's datalists) and `pipelines.lists` (CSV and JSON). No image is opened in any of them.
 """
 
 from __future__ import annotations
 
-import csv
+import errno
 import json
-import logging
 import os
 import re
-from collections import Counter
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pipelines.labels import CODINGS, Coding, coding_from_dataset_json
-
-log = logging.getLogger(__name__)
 
 MODALITIES = ("flair", "t1", "t1c", "t2")
 SPELLINGS = {
@@ -42,6 +25,7 @@ SPELLINGS = {
 }
 """How each modality is spelled in file names, lists and options, in any letter case; what follows "t1" or "t2" may
 stand apart (`t1_ce`, `T2-FLAIR`)."""
+LABEL_SPELLINGS = ("label", "labels", "seg", "segm", "segmentation")
 _MODALITY_OF = {spelling: modality for modality, spellings in SPELLINGS.items() for spelling in spellings}
 _APART = "[-_. ]"
 _SPELLED = "|".join(re.sub("^(t[12])(.)", rf"\1{_APART}?\2", spelling) for spelling in _MODALITY_OF)
@@ -51,23 +35,35 @@ _ENDS_IN_MODALITY = re.compile(
     rf"(?:^|{_APART})(?:(?P<agent>ce-[a-z0-9]+_)t1w?|(?P<spelling>{_SPELLED}))(?:_subtrmeandivstd|\.\d+)?$",
     re.IGNORECASE,
 )
-# End of a file's stem, lower case; group 1 is the modality or the label.
-_NAMING = {
-    "2023": re.compile(r"-(t2f|t1n|t1c|t2w|seg)$"),
-    "2013": re.compile(r"^(flair|t1c|t1|t2|otmulticlass)(?:_subtrmeandivstd|(?<=otmulticlass))$"),
-    "2012-2022": re.compile(r"_(flair|t1ce|t1|t2|segm?)$"),
-}
-_LABEL_NAMES = ("seg", "segm", "otmulticlass")
-# "BraTS2021_00000", "brats_2013_pat0001", "Brats18_x", "BraTS-PEDs2024"; but "BraTS_12", "BraTS_0012" and
-# "BraTS-PED-00024" are numbers of cases.
-_YEAR = re.compile(r"(?:brats|fets)(?:(?:-[a-z]+)?[_-]?(20\d\d)|(1[2-9]|2\d))(?!\d)", re.IGNORECASE)
-_CHILDREN = re.compile(r"brats-peds?-", re.IGNORECASE)
-_YEARS_OF = {"brats2013": "until 2017", "brats2018": "2018 to 2022", "brats2023": "2023", "brats2024-ped": "2024 on"}
-_FOLDER_DEPTH = 2
+_ENDS_IN_LABEL = re.compile(
+    rf"(?:^|(?<!brain)(?<!parenchyma){_APART})"
+    rf"(?:{'|'.join(LABEL_SPELLINGS)}|tumou?r_?mask|otmulticlass|ot(?=\.\d))(?:\.\d+)?$",
+    re.IGNORECASE,
+)
+_TIME_POINT = (
+    r"(?:(?:ses|session|time_?-?point|time|tp|visit|week|month|day)[-_ ]?\d[\d-]*|"
+    r"(?:19|20)\d\d[-_]?[01]\d[-_]?[0-3]\d)"
+)
+_IS_TIME_POINT = re.compile(_TIME_POINT, re.IGNORECASE)
+# A name is that of a patient (group 1) and of one of his time points.
+_PATIENTS = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(brats\d*-[a-z]+(?:-[a-z]+)*-\d+)-\d+",  # 2023 on: BraTS-GLI-02062-101
+        r"(brats(?:1[2-9])?_(?:2013|tcia\d*|cbica|tmc)_[a-z0-9]+)_\d+",  # until 2019: brats_tcia_pat153_0109
+        r"(upenn-gbm-\d+)_\d+",
+        r"(sub-[a-z0-9]+)_.+",  # BIDS
+        rf"(.*\d.*?){_APART}{_TIME_POINT}(?:{_APART}.*)?",
+    )
+)
+_NAME_BYTES = 200  # a file system takes 255, and files of a case are named by it and by what they hold
 
 
 class DataError(ValueError):
     """A fault of the user's data or of what was asked of it; the message has path or value, rule and remedy."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class CaseError(DataError):
@@ -86,7 +82,7 @@ class CaseError(DataError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}. {self.remedy}."
+        return printable(f"{self.path}: {self.problem}. {self.remedy}.")
 
 
 @dataclass(frozen=True)
@@ -101,8 +97,14 @@ class Found:
     files: Mapping[str, Path]
     channels: Mapping[str, int] | None
     label: Path | None
-    releases: tuple[str, ...]  # that its names allow, none where they say nothing; if several, the user decides
+    releases: tuple[str, ...] = ()  # that its names allow, none where they say nothing; if several, the user decides
     faults: tuple[CaseError, ...] = ()
+    patient: str | None = None  # None: this case is all that there is of its patient
+    unused: tuple[Path, ...] = ()  # scans beside its files that are named like none of them
+    held_out: bool = False  # a list names it for validation
+
+
+# What names tell
 
 
 def modality_of(path: Path) -> str | None:
@@ -112,6 +114,12 @@ def modality_of(path: Path) -> str | None:
     if match is None:
         return None
     return "t1c" if match["agent"] else modality_named(match["spelling"])
+
+
+def is_label(path: Path) -> bool:
+    """Whether a file's name says that it is a label map."""
+    stem = stem_of(path)
+    return stem is not None and _ENDS_IN_LABEL.search(stem) is not None
 
 
 def modality_named(name: str) -> str | None:
@@ -132,262 +140,151 @@ def canonical_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _absent(paths: Iterable[Path | None], listed_in: Path, case: str) -> tuple[CaseError, ...]:
-    """A fault for each listed file that is not there."""
-    problem, remedy = f"case {case}: listed in {listed_in}, and not there", "Put the file there, or correct the list"
-    return tuple(CaseError(path, problem, remedy) for path in paths if path is not None and not path.is_file())
+def patient_of(name: str) -> str | None:
+    """The patient that the name of a case tells beside the time point: BraTS-GLI-02062 of BraTS-GLI-02062-101."""
+    for pattern in _PATIENTS:
+        match = pattern.fullmatch(name)
+        if match:
+            return match.group(1)
+    return None
+
+
+def is_time_point(name: str) -> bool:
+    """Whether the name of a folder is that of a time point alone: `ses-02`, `Timepoint_1`, `2017-03-01`."""
+    return _IS_TIME_POINT.fullmatch(name) is not None
 
 
 def stem_of(path: Path) -> str | None:
     """File name without .nii or .nii.gz; None for other files and for hidden ones (macOS's `._*`)."""
-    match = re.fullmatch(r"(?!\.)(.+?)\.nii(\.gz)?", path.name, re.IGNORECASE)
+    match = re.fullmatch(r"(?!\.)(.+?)\.nii(\.gz)?", path.name, re.IGNORECASE | re.DOTALL)
     return match and match.group(1)
 
 
-def _read_json(path: Path) -> Any:
+# Names and files that can't be used
+
+
+def printable(text: str) -> str:
+    """Text that any terminal, log and table takes: what is not UTF-8, and control characters but line ends, escaped."""
+    escaped = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
+    escaped = re.sub("[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", escaped)
+    return escaped.encode("utf-8", "backslashreplace").decode()
+
+
+def name_fault(name: str) -> str:
+    """Why no case and no path may be called so; empty where it may."""
+    if printable(name) != name or "\n" in name:
+        shown = printable(name).replace("\n", "\\n")
+        return f"{shown} is not plain text in UTF-8: it holds bytes of another encoding, or control characters"
+    return ""
+
+
+def case_name_fault(name: str) -> str:
+    """Why no case may be called so; empty where it may."""
+    size = len(name.encode("utf-8", "surrogatepass"))
+    if size > _NAME_BYTES:
+        return (
+            f"the name of the case, {name[:40]}..., has {size} bytes; files are named by it, so {_NAME_BYTES} at most"
+        )
+    return name_fault(name)
+
+
+def file_fault(path: Path, missing: str, remedy: str) -> CaseError | None:
+    """What keeps a path from being that of a file; None where nothing does.
+
+    Args:
+        path: a path that a case names. missing, remedy: what to say where nothing is there.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null character, or one that no file system takes
+        number = error.errno if isinstance(error, OSError) else errno.EINVAL
+        if os.path.islink(path):
+            target = os.readlink(path)
+            if ".git/annex/" in target:
+                return CaseError(
+                    path, "is git-annex's pointer to a file that is not here", "Fetch it with git annex get"
+                )
+            return CaseError(path, f"is a link to {target}, which is not there", "Put the file itself in its place")
+        if number in (errno.ENOENT, errno.ENOTDIR):
+            return CaseError(path, missing, remedy)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return CaseError(path, f"can't be read ({reason})", "Check its name, its permissions and the disk")
+    if stat.S_ISREG(mode):
+        return None
+    kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+    return CaseError(path, f"is {kind}; a scan is a .nii or .nii.gz file", "Give the file itself")
+
+
+def listed_faults(paths: Iterable[Path | None], listed_in: Path, case: str) -> tuple[CaseError, ...]:
+    """A fault for each listed file that is not there, or is none."""
+    missing, remedy = f"case {case}: listed in {listed_in}, and not there", "Put the file there, or correct the list"
+    faults = (file_fault(path, missing, remedy) for path in paths if path is not None)
+    return tuple(fault for fault in faults if fault)
+
+
+# Text files
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """A text file in UTF-8, with its line ends as they are.
+
+    Raises:
+        DataError: it can't be read, or is in another encoding.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not in UTF-8 ({error}): {remedy}") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror}): check its permissions and the disk") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: it can't be read, is not JSON, or gives a key twice with different values.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        twice = [key for key, value in pairs if value is not found[key] and value != found[key]]
+        if twice:
+            raise DataError(f"{path}: the key {brief(twice[0])} is given twice in one object: keep one of the two")
+        return found
+
+    text = read_text(path, "save it as UTF-8")
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of over 4300 digits
         raise DataError(f"{path} is not valid JSON ({error}): correct or replace the file") from error
 
 
-# Decathlon
+def brief(value: Any, limit: int = 80) -> str:
+    """A value of a file, as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def from_decathlon(path: Path, asked: Coding | None, with_test: bool) -> tuple[Coding, list[Found]]:
-    """The cases that a `dataset.json` lists under "training", and under "test" where asked, in its order.
+def text_of(value: Any, where: str) -> str:
+    """A value that must be text.
 
-    Raises:
-        DataError: the file is malformed, or a modality or label name is unknown.
-    """
-    info = _read_json(path)
-    kinds = {"modality": dict, "labels": dict, "training": list}
-    wrong = [key for key, kind in kinds.items() if not isinstance(info, dict) or not isinstance(info.get(key), kind)]
-    if wrong:
-        raise DataError(
-            f"{path}: a Decathlon task has modality {{number: name}}, labels {{value: name}} and training [cases], and "
-            f"here {', '.join(wrong)} is missing or another thing. A data set of another kind is given by a .json or "
-            ".csv list"
-        )
-    try:
-        coding = asked or coding_from_dataset_json(info["labels"])
-    except ValueError as error:
-        raise DataError(f"{path}: {error} (--data.release)") from error
-    channels: dict[str, int] = {}
-    for index, name in info["modality"].items():
-        canonical = modality_named(str(name))
-        if canonical is None or canonical in channels or not index.isdecimal():
-            raise DataError(f"{path}: modality {index} is {name!r}; each must be one of FLAIR, T1w, T1gd, T2w, once")
-        channels[canonical] = int(index)
-    listed = [*info["training"], *({"image": image} for image in (info.get("test", []) if with_test else []))]
-    malformed = [e for e in listed if not isinstance(e, dict) or not isinstance(e.get("image"), str)]
-    if malformed:
-        raise DataError(f'{path}: entry {malformed[0]!r} must be {{"image": file, "label": file}}, in "test" the file')
-    entries = [(e["image"], e.get("label")) for e in listed]
-    found = []
-    for image, label in entries:
-        name = stem_of(Path(image))
-        if name is None:
-            continue
-        image_path = path.parent / image
-        label_path = None if label is None else path.parent / label
-        faults = _absent((image_path, label_path), path, name)
-        files = dict.fromkeys(channels, image_path)
-        found.append(Found(name, path, files, channels, label_path, ("decathlon",), faults))
-    if not found:
-        raise DataError(f"{path} lists no case under 'training': a Decathlon task lists its images and labels there")
-    return coding, found
-
-
-# BraTS folders
-
-
-def from_folders(root: Path, asked: Coding | None, unlabelled_as: Coding | None = None) -> tuple[Coding, list[Found]]:
-    """The cases of BraTS folders, sorted by path, of one release; of any with `unlabelled_as` (see `survey_cases`).
+    Args:
+        value: from a JSON file. where: which entry and key it is of, for the message.
 
     Raises:
-        DataError: no folder, no case in it, or a release left open or mixed.
+        DataError: it is no text, or text that no path can hold.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not there: give a Decathlon task folder, a BraTS folder, or a .json or .csv list")
-    found = [f for folder in _folders(root, _FOLDER_DEPTH) if (f := _folder_case(folder, root))]
-    if not found:
-        tasks = [p.parent for p in sorted(root.glob("*/dataset.json"))]
-        hint = f" Did you mean {tasks[0]}?" if tasks else ""
-        raise DataError(
-            f"{root}: no cases found. Looked for dataset.json (Decathlon), and in it and {_FOLDER_DEPTH} levels below "
-            "for .nii or .nii.gz files ending in _flair/_t1/_t1ce/_t2 (2012-2022) or -t2f/-t1n/-t1c/-t2w "
-            f"(2023 on), or named Flair_subtrMeanDivStd and alike (2013).{hint}"
-        )
-    if unlabelled_as:
-        releases = {release for f in found for release in f.releases}
-        return asked or (CODINGS[releases.pop()] if len(releases) == 1 else unlabelled_as), found
-    return _one_release(found, root, asked)
+    if not isinstance(value, str):
+        raise DataError(f'{where} is {brief(value)} and must be text in quotes, as "a.nii.gz"')
+    fault = name_fault(value)
+    if fault:
+        raise DataError(f"{where}: {fault}: correct it")
+    return value.strip()
 
 
-def _folders(folder: Path, depth: int) -> Iterable[Path]:
-    yield folder
-    if depth:
-        for entry in sorted(e.path for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")):
-            yield from _folders(Path(entry), depth - 1)
-
-
-def _folder_case(folder: Path, root: Path) -> Found | None:
-    """The case in a folder; None where no file is named like an image of any release."""
-    matches: dict[str, list[tuple[str, Path]]] = {naming: [] for naming in _NAMING}
-    for path in sorted(folder.iterdir()):
-        stem = stem_of(path)
-        if stem is None or not path.is_file():
-            continue
-        for naming, pattern in _NAMING.items():
-            match = pattern.search(stem.lower())
-            if match:
-                matches[naming].append((match.group(1), path))
-    naming = max(matches, key=lambda key: len(matches[key]))
-    files: dict[str, Path] = {}
-    faults: tuple[CaseError, ...] = ()  # one at most: a folder of many cases has as many as files
-    for role, path in matches[naming]:
-        key = "label" if role in _LABEL_NAMES else _MODALITY_OF[role]
-        if key in files and not faults:
-            problem = f"{files[key].name} and {path.name} are both its {key}; a folder holds one file of each kind"
-            faults = (CaseError(folder, problem, "Remove one, give each case its folder, or use a .csv list"),)
-        files[key] = path
-    label = files.pop("label", None)
-    if not files:
-        return None
-    releases = _releases(naming, [path.name for path in files.values()], folder, root)
-    return Found(folder.resolve().name, folder, files, None, label, releases, faults)
-
-
-def _releases(naming: str, files: Sequence[str], folder: Path, root: Path) -> tuple[str, ...]:
-    """The releases that the names of a case's files, of its folder and of those up to the root allow."""
-    if naming == "2013":
-        return ("brats2013",)
-    year = _year(files, folder, root)
-    if naming == "2012-2022":
-        if year is None:
-            return "brats2013", "brats2018"
-        return ("brats2013" if year <= 2017 else "brats2018" if year <= 2022 else "brats2023",)
-    if any(map(_CHILDREN.match, files)):
-        return ("brats2023", "brats2024-ped") if year is None else ("brats2024-ped" if year >= 2024 else "brats2023",)
-    return ("brats2024" if year and year >= 2024 else "brats2023",)
-
-
-def _year(files: Sequence[str], folder: Path, root: Path) -> int | None:
-    """The year in the name nearest to the files: theirs, then the case's folder, up to the root."""
-    names = [*files]
-    while True:
-        names.append(folder.resolve().name)
-        if folder == root:
-            break
-        folder = folder.parent
-    for name in names:
-        match = _YEAR.search(name)
-        if match:
-            return 2000 + int(match.group(1) or match.group(2)) % 100
-    return None
-
-
-def _one_release(found: list[Found], root: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
-    counts = Counter(f.releases for f in found)
-    listing = ", ".join(f"{n} of {' or '.join(releases)}" for releases, n in counts.items())
-    if asked is None:
-        if len(counts) > 1:
-            choice = ", ".join(dict.fromkeys(release for releases in counts for release in releases))
-            raise DataError(
-                f"{root} mixes releases, whose label codes differ: its cases are {listing} by their names. "
-                f"Choose with --data.release ({choice}), which takes the cases that fit"
-            )
-        releases = found[0].releases
-        if len(releases) > 1:
-            choice = " or ".join(f"{release} ({_YEARS_OF[release]})" for release in releases)
-            raise DataError(
-                f"{root}: the naming (case {found[0].name}) is that of several releases, whose label codes differ, and "
-                f"no name carries a year. Give --data.release {choice}"
-            )
-        return CODINGS[releases[0]], found
-    # Codes of 2023 mean the same in 2024, but for children, whose names leave both open.
-    also = ("brats2023",) if asked.release == "brats2024" else None
-    fits = [f for f in found if asked.release in f.releases or f.releases == also]
-    if fits:
-        if len(fits) < len(found):
-            log.warning("release %s: %d of %d cases fit by name (%s)", asked.release, len(fits), len(found), listing)
-        return asked, fits
-    if len(counts) > 1:
-        raise DataError(f"{root}: no case fits release {asked.release}; its cases are {listing} by their names")
-    log.warning("%s: names say %s; read as %s, as asked", root, listing, asked.release)
-    return asked, found
-
-
-# Lists
-
-
-def from_list(path: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
-    """The cases of a .csv or .json list, in its order.
-
-    Raises:
-        DataError: no release asked, a malformed or empty list, or an unknown column.
-    """
-    if path.suffix.lower() not in (".json", ".csv"):
-        raise DataError(f"{path}: a list of cases must be .json or .csv; a data set is given by its folder")
-    if asked is None:
-        raise DataError(f"{path}: a list does not say what its labels mean: give --data.release ({', '.join(CODINGS)})")
-    order: Sequence[str] = ()
-    records: Any
-    if path.suffix.lower() == ".csv":
-        records = _read_csv(path)
-    else:
-        records = _read_json(path)
-        if isinstance(records, dict):
-            named = records.get("modalities", MODALITIES)
-            order = canonical_modalities([named] if isinstance(named, str) else named)
-            records = records.get("cases")
-    if not records or not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-        raise DataError(f"{path} lists no cases: give records with name, {', '.join(MODALITIES)} and label")
-    return asked, [_record_case(record, order, path) for record in records]
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    """A record for each row; fields are separated by commas, or, as some spreadsheets do, by semicolons or tabs."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8 ({error}): save it as CSV UTF-8") from error
-    lines = text.splitlines()
-    header, *rows = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count)) if lines else [[]]
-    columns = [column.strip().lower() for column in header]
-    records = []
-    for row in filter(None, rows):
-        if len(row) > len(columns):
-            raise DataError(f"{path}: {', '.join(row)} are {len(row)} fields, and the first row names {len(columns)}")
-        records.append(dict(zip(columns, row, strict=False)))
-    if len(set(columns)) < len(columns):
-        raise DataError(f"{path}: columns {', '.join(columns)}: name each once")
-    return records
-
-
-def _record_case(record: Mapping[str, Any], order: Sequence[str], listed_in: Path) -> Found:
-    given = {str(key).strip().lower(): "" if value is None else str(value).strip() for key, value in record.items()}
-    values = {key: value for key, value in given.items() if value}
-    name = values.pop("name", None)
-    if name is None:
-        raise DataError(f"{listed_in}: record {dict(record)} has no name: give each case a unique one")
-    unknown = [key for key in values if key not in ("label", "image") and not modality_named(key)]
-    if unknown or ("image" in values and not order):
-        raise DataError(
-            f"{listed_in}: case {name} has {', '.join(unknown) or 'image'}; columns are name, {', '.join(MODALITIES)} "
-            'and label, or in JSON with "modalities" (the order of the last axis of a 4D file) name, image and label'
-        )
-    paths = {key: listed_in.parent / value for key, value in values.items()}
-    faults = _absent(paths.values(), listed_in, name)
-    kinds = [modality_named(key) or key for key in paths]
-    if len(set(kinds)) < len(kinds) or len(set(paths.values())) < len(paths):
-        listed = ", ".join(f"{key} {values[key]}" for key in paths)
-        problem = f"case {name}: {listed}: a file is given twice, or two for one modality"
-        faults += (CaseError(listed_in, problem, "Correct the list: one file for each modality"),)
-    label = paths.pop("label", None)
-    if "image" in paths:
-        channels = {m: i for i, m in enumerate(order)}
-        return Found(name, listed_in, dict.fromkeys(order, paths["image"]), channels, label, (), faults)
-    files = {modality: path for key, path in paths.items() if (modality := modality_named(key))}
-    return Found(name, listed_in, files, None, label, (), faults)
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

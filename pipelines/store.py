@@ -101,6 +101,11 @@ class Store:
         """Whether the case has a label; no file is opened."""
         return "label" in self._records[i]["files"]
 
+    def has_tumour(self, i: int) -> bool:
+        """Whether the label of a case has a voxel of the whole tumour; no file is opened."""
+        _, whole, _ = self.coding.regions
+        return not set(whole).isdisjoint(self._records[i]["label_values"] or ())
+
     def foreground(self, i: int) -> np.ndarray:
         """int32 (K, 3): at most 4096 voxels of label > 0, evenly taken in C order; K is 0 where there are none."""
         if "foreground" not in self._records[i]["files"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import numpy as np
 import pytest
 from monai.transforms import ConvertToMultiChannelBasedOnBratsClasses
@@ -9,6 +11,7 @@ from monai.transforms import ConvertToMultiChannelBasedOnBratsClasses
 from pipelines.labels import (
     CODINGS,
     REGIONS,
+    Release,
     coding_for_release,
     coding_from_dataset_json,
     regions_from_labels,
@@ -23,6 +26,7 @@ TASK01_LABELS = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3
     [
         ("decathlon", {2, 3}, {1, 2, 3}, {3}),
         ("brats2013", {1, 3, 4}, {1, 2, 3, 4}, {4}),
+        ("brats2017", {1, 4}, {1, 2, 4}, {4}),
         ("brats2018", {1, 4}, {1, 2, 4}, {4}),
         ("brats2023", {1, 3}, {1, 2, 3}, {3}),
         ("brats2024", {1, 3}, {1, 2, 3}, {3}),
@@ -51,6 +55,7 @@ def test_every_coding_gives_the_same_regions_for_the_same_tissues() -> None:
     values = {
         "decathlon": (0, 1, 2, 3),
         "brats2013": (0, 2, 3, 4),
+        "brats2017": (0, 2, 1, 4),
         "brats2018": (0, 2, 1, 4),
         "brats2023": (0, 2, 1, 3),
         "brats2024": (0, 2, 1, 3),
@@ -73,7 +78,7 @@ def test_labels_that_are_not_uint8_are_refused() -> None:
 
 
 def test_unknown_release_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'brats2012'.*decathlon, brats2013, brats2018, brats2023"):
+    with pytest.raises(ValueError, match="'brats2012'.*decathlon, brats2013, brats2017, brats2018"):
         coding_for_release("brats2012")
 
 
@@ -93,15 +98,52 @@ def test_dataset_json_decides_by_name_not_by_value() -> None:
 
 
 @pytest.mark.parametrize(
+    ("labels", "release"),
+    [
+        ({"background": 0, "edema": 1, "non-enhancing tumor": 2, "enhancing tumour": 3}, "decathlon"),
+        ({"background": 0, "NCR": 1, "ED": 2, "ET": 3}, "brats2023"),
+        ({"background": 0, "NETC": 1, "SNFH": 2, "ET": 3, "RC": 4}, None),
+        ({"background": 0, "NET": 1, "ED": 2, "ET": 4}, "brats2018"),
+        ({"background": 0, "ET": 1, "NET": 2, "CC": 3, "ED": 4}, "brats2024-ped"),
+        ({"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]}, "decathlon"),
+        ({"background": [0], "WT": [4, 1, 2], "TC": [1, 4], "ET": 4}, "brats2018"),
+    ],
+)
+def test_labels_as_nnunet_names_them_give_the_same_codings(labels: dict[str, Any], release: str | None) -> None:
+    coding = coding_from_dataset_json(labels)
+    if release is None:  # 2024's, but for the necrosis, which is not told apart
+        assert coding.regions == CODINGS["brats2024"].regions and coding.values == CODINGS["brats2024"].values
+    else:
+        assert coding == CODINGS[release]
+
+
+def test_every_release_may_be_asked_for() -> None:
+    assert get_args(Release) == tuple(CODINGS)
+
+
+@pytest.mark.parametrize(
     ("labels", "message"),
     [
+        ({"0": "edema", "1": "edema", "2": "enhancing"}, "label 0 is named 'edema', which is the background"),
+        ({"1": "edema", "01": "enhancing"}, "label 1 is named 'enhancing', which is there twice"),
+        ({"1": "edema", "2": None}, "label 2 is named 'None'"),
+        ({"1": {"a": 1}, "2": "enhancing"}, "label 1 is named"),
+        ({"1": "edema", "9" * 5000: "enhancing"}, "'9999.*0 to 255"),
+        ({"edema": True, "enhancing": 2}, "'True'.*0 to 255"),
+        ({"edema": 1.5, "enhancing": 2}, "'1.5'.*0 to 255"),
+        ({"edema": float("nan"), "enhancing": 2}, "'nan'.*0 to 255"),
+        ({"WT": [1, 2, 3], "TC": [1, 3], "liver": [4]}, "'liver' is no region"),
+        ({"WT": [1, 2, 3], "TC": [1, 3]}, "each within the one before"),
+        ({"WT": [1, 2, 3], "TC": [1, 3], "ET": [2]}, "each within the one before"),
+        ({"WT": [1, [2]], "TC": [1, 3], "ET": [2]}, "0 to 255"),
+        ({}, "lack oedema, enhancing"),
         ({"0": "background", "1": "edema", "2": "liver"}, "label 2 is named 'liver'"),
         ({"0": "background", "1": "edema", "2": "non-enhancing"}, "lack enhancing"),
         ({"background": "0", "edema": "1"}, "'background'"),
         ({"0": "background", "300": "edema"}, "0 to 255"),
     ],
 )
-def test_dataset_json_labels_that_leave_regions_open_are_refused(labels: dict[str, str], message: str) -> None:
+def test_dataset_json_labels_that_leave_regions_open_are_refused(labels: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         coding_from_dataset_json(labels)
 
