@@ -143,6 +143,55 @@ def test_check_of_sound_cases_ends_with_status_0(root: Path, capsys: pytest.Capt
     assert "0 of 3 cases are faulty" in capsys.readouterr().out
 
 
+def test_check_takes_cases_without_labels_as_prediction_does(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, third = sorted(root.iterdir())
+    (first / f"{first.name}-seg.nii.gz").unlink()
+    assert run(root, "--check") == 0
+    out = capsys.readouterr().out
+    assert "0 of 3 cases are faulty (flair, t1, t1c, t2; brats2023)" in out
+    assert "2 of 3 cases have a label: without one a case can be segmented, but not trained on" in out
+    for folder in (second, third):
+        (folder / f"{folder.name}-seg.nii.gz").unlink()
+    assert run(root, "--check", crop="[99,99,99]") == 0  # no crop is taken of what is not trained on
+    out = capsys.readouterr().out
+    assert "0 of 3 cases are faulty (flair, t1, t1c, t2)\nnone of 3 cases has a label" in out
+    truncated = first / f"{first.name}-t1c.nii.gz"
+    truncated.write_bytes(truncated.read_bytes()[:-20])
+    assert run(root, "--check") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert truncated.name in out and "1 of 3 cases are faulty" in out
+
+
+def test_check_of_unlabelled_scans_of_several_releases_asks_for_none(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sorted(root.iterdir())[0]
+    for path in root.rglob("*-seg.nii.gz"):
+        path.unlink()
+    for path in first.iterdir():
+        path.rename(path.with_name(path.name.replace("-t2f", "_flair").replace("-t", "_t")))
+    assert run(root, "--check") == 0
+    assert "none of 3 cases has a label" in capsys.readouterr().out
+
+
+def test_check_names_scans_that_no_rule_knows(
+    root: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in root.rglob("*-t1c.nii.gz"):
+        path.rename(path.with_name(path.name.replace("-t1c", "-contrast")))
+    assert run(root, "--check") == 0
+    assert "0 of 3 cases are faulty (flair, t1, t2; " in capsys.readouterr().out
+    assert "3 scans are not used" in caplog.text and "contrast (3)" in caplog.text
+
+
+def test_check_names_folders_and_names_that_are_not_utf8(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = sorted(root.iterdir())[0]
+    first.rename(root / os.fsdecode(b"BraTS-GLI-M\xfcller"))
+    assert run(root, "--check") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "BraTS-GLI-M\\xfcller is not plain text in UTF-8" in out and "1 of 3 cases are faulty" in out
+
+
 def test_check_reports_volumes_smaller_than_the_crop_unless_they_are_padded(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
