@@ -83,7 +83,7 @@ class Work:
         """Count the windows of the first file, which stands for all."""
         data = load_trained(weights).config.data
         shape, affine = read_grid(files[0])
-        grid = target_grid(shape[:3], affine, data.spacing_mm)
+        grid = target_grid(shape[:3], affine, data.spacing)
         sizes = ((max(size, window), window) for size, window in zip(grid.shape, data.crop_size_voxels))
         return cls(weights, tuple(files), prod(len(window_starts(*axis, OVERLAP)) for axis in sizes))
 

@@ -167,6 +167,7 @@ def _channels(trained: Trained) -> list[int]:
 
 def _inference(trained: Trained) -> dict[str, Any]:
     data = trained.config.data
+    turned = [{"_target_": "scripts.steps.AxesInOrderd"}] if data.spacing_axes == "patient" else []
     imports = ["$import torch", "$from scripts.steps import find_scans"]
     if PACKAGES[trained.config.model.name] != "monai":
         imports.append("$from scripts.unetr import SELF_ATTENTION_CV")
@@ -188,6 +189,7 @@ def _inference(trained: Trained) -> dict[str, Any]:
                 {"_target_": "LoadImaged", "keys": "image"},
                 {"_target_": "EnsureChannelFirstd", "keys": "image"},
                 {"_target_": "scripts.steps.SelectChannelsd"},
+                *turned,
                 {"_target_": "Spacingd", "keys": "image", "pixdim": list(data.spacing_mm), "mode": "bilinear"},
                 {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": None},
             ],

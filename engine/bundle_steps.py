@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.transforms import Transform
+from monai.transforms import InvertibleTransform, MapTransform, Orientation, Transform
+from monai.utils import TraceKeys
+from nibabel.orientations import io_orientation
 
 from engine.sliding_window import zscore_nonzero
 
 ENDINGS = (".nii", ".nii.gz")
+AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # from where to where each axis runs
 
 
 def find_scans(folder: str, names: Mapping[str, Sequence[str]], channels: Sequence[int]) -> list[dict[str, Any]]:
@@ -87,6 +90,28 @@ class SelectChannelsd(Transform):
         return out
 
 
+class AxesInOrderd(MapTransform, InvertibleTransform):
+    """Turn "image" to LPS where its axes don't run along R or L, A or P, S or I in this order: Spacing takes the sizes
+    of voxels by axis of the file, and they are the patient's."""
+
+    def __init__(self) -> None:
+        super().__init__("image")
+        self.turn = Orientation("LPS", labels=AXES)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        out = dict(data)
+        if io_orientation(out["image"].affine.numpy())[:, 0].tolist() != [0, 1, 2]:
+            out["image"] = self.turn(out["image"])
+        return out
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        out = dict(data)
+        done = out["image"].applied_operations
+        if done and done[-1][TraceKeys.ID] == id(self.turn):
+            out["image"] = self.turn.inverse(out["image"])
+        return out
+
+
 class RegionsToLabelsd(Transform):
     """From probabilities (3, X, Y, Z) of TC, WT and ET under "pred" to a label map (1, X, Y, Z).
 
@@ -105,6 +130,8 @@ class RegionsToLabelsd(Transform):
         labels = torch.zeros_like(out["pred"][:1])
         for mask, value in ((whole, self.values[1]), (core, self.values[0]), (enhancing, self.values[2])):
             labels[0][mask] = value
+        # Otherwise MONAI's writer takes (X, Y, Z) for a channel and two axes, and fails where those are not R and A.
+        labels.meta["original_channel_dim"] = "no_channel"  # type: ignore[attr-defined]  # MONAI's MetaTensor
         out["pred"] = labels
         return out
 

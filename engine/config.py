@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser
 from kernels.dispatch import Kernels
 from pipelines.augment import Augment
 from pipelines.cases import check_folds
+from pipelines.geometry import Spacing, SpacingAxes
 from pipelines.labels import Release
 from pipelines.prepared import StoreDtype
 from pipelines.volumes import Residence
@@ -80,7 +81,10 @@ class DataConfig:
     fold: int | None = None
     """The fold that validates, from 0; the others train."""
     spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0)
-    """Voxel size of the prepared volumes, along the axes of the files (R, A and S for BraTS)."""
+    """Voxel size of the prepared volumes in mm, along the patient's axes R, A and S."""
+    spacing_axes: SpacingAxes = "patient"
+    """patient: `spacing_mm` is R, A, S however a file stores its axes; file: its first, second and third axis, as in
+    MONAI and the published tutorial. No difference for files whose axes are in this order, as those of BraTS."""
     crop_size_voxels: tuple[int, int, int] = (128, 128, 64)
     """Training crop; also the network's input size."""
     crops_per_case: int = 1
@@ -109,6 +113,11 @@ class DataConfig:
     every step pays for decoding."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     """Synthetic scans."""
+
+    @property
+    def spacing(self) -> Spacing:
+        """`spacing_mm` along `spacing_axes`."""
+        return Spacing(self.spacing_mm, self.spacing_axes)
 
 
 @dataclass

@@ -74,7 +74,7 @@ def prepared(config: DataConfig, cases: CaseSet) -> Store:
     """The store of these cases; what it lacks is prepared. With `skip_faulty` of those that could be."""
     folder = config.store_dir or cache_dir() / "store"
     return prepare(
-        cases, folder, config.spacing_mm, config.workers, config.store_dtype, config.skip_faulty, config.prepare_on
+        cases, folder, config.spacing, config.workers, config.store_dtype, config.skip_faulty, config.prepare_on
     )
 
 
@@ -147,7 +147,7 @@ def make_loaders(config: Config, ranks: Ranks, data: Data) -> tuple[CropLoader, 
         crops |= {"residence": settings.residence, "ranks_on_node": ranks.ranks_on_node}
         train = TrainLoader(data.store, **crops)
     else:
-        train = RawLoader(data.scans, spacing_mm=settings.spacing_mm, **crops)
+        train = RawLoader(data.scans, spacing=settings.spacing, **crops)
     if not data.val:
         return train, None
     shard = {"rank": ranks.rank, "world_size": ranks.world_size, "ranks_on_node": ranks.ranks_on_node}

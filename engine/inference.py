@@ -137,7 +137,7 @@ class Predictor:
         first = self.members[0]
         _check_alike(self.members)
         self.modalities, self.coding = first.modalities, first.coding
-        self.spacing_mm = first.config.data.spacing_mm
+        self.spacing = first.config.data.spacing
         # Halves are faster on a GPU alone; on a CPU they would be slower and less exact.
         self._networks = [
             prepare_network(member.network, member.config.train.precision if self.device.type == "cuda" else "float32")
@@ -223,7 +223,7 @@ class Predictor:
     def prepare(self, raw: RawCase) -> Prepared:
         """Resampled and oriented as in training; on the CPU, in any thread."""
         shape = raw.image.shape[:3]
-        grid = target_grid(shape, raw.affine, self.spacing_mm)
+        grid = target_grid(shape, raw.affine, self.spacing)
         image_XYZC = resample_image(raw.image, raw.affine, grid)
         look = looks_of(image_XYZC, raw.affine)
         warnings = unlike(look, self.members[0].scans, self.modalities)
@@ -350,7 +350,7 @@ def _check_alike(members: Sequence[Trained]) -> None:
     def traits(member: Trained) -> dict[str, object]:
         return {
             "modalities": member.modalities,
-            "spacing": member.config.data.spacing_mm,
+            "spacing": member.config.data.spacing,
             "label coding": (member.coding.release, member.coding.regions),
         }
 

@@ -51,6 +51,7 @@ def describe(trained: Trained) -> dict[str, Any]:
         "model": trained.config.model.name,
         "modalities": list(trained.modalities),
         "spacing_mm": list(data.spacing_mm),
+        "spacing_axes": "R, A, S" if data.spacing_axes == "patient" else "those of the file",
         "orientation": "RAS",
         "crop_size_voxels": list(data.crop_size_voxels),
         "input": (

@@ -171,7 +171,7 @@ def score_cases(predictor: Predictor, cases: CaseSet, grid: str, ranks: Ranks) -
             masks, label = predictor.finish(scan, found).masks_RXYZ, raw.label
         else:
             spacing = np.linalg.norm(scan.grid.affine[:3, :3], axis=0)
-            on = label_grid(scan.grid, raw.label.shape, raw.label_affine, predictor.spacing_mm)
+            on = label_grid(scan.grid, raw.label.shape, raw.label_affine, predictor.spacing)
             masks, label = (found > 0.5).cpu().numpy(), resample_label(raw.label, raw.label_affine, on)
             if grid == "center_crop":
                 label = label[centre(label.shape, size)]

@@ -60,7 +60,7 @@ def check(config: DataConfig) -> int:
     crop_size = None if config.pad else config.crop_size_voxels
     for names, least in ((labelled, crop_size), (unlabelled, None)):
         if names:
-            inside += check_cases(usable.select(names), config.workers, config.spacing_mm, least)
+            inside += check_cases(usable.select(names), config.workers, config.spacing, least)
     faulty = survey.total - len(usable.cases) + len(inside)
     if faulty:
         print_faults([*survey.faults, *inside], config.root)

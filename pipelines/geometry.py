@@ -9,6 +9,11 @@ LPS scan an origin of -239 instead of -238.5 mm, and a third of noisy labels dif
 2. Sampling, "border" padding: linear for images, nearest for labels, at M @ index, M = inv(affine) @ spaced affine.
 3. Orientation: flips and a permutation of the axes. They only move voxels, so here they are folded into the sampling.
 
+MONAI's spacing follows the file's axes, whatever they are in the patient: a scan stored as PIR gets the R spacing along
+P. A `Spacing` follows the patient's (R, A, S): a file whose axes are in another order is turned to LPS first, which
+moves voxels alone, and so gives the very volume that it would give as LPS. Files with their axes in this order (LPS,
+RAS, LAS, ...) are not turned and keep MONAI's grid.
+
 Positions are computed as MONAI computes them, with its rounding: the affine normalised to [-1, 1] in float64, torch's
 affine_grid, then grid_sample's own arithmetic. Exact positions would be worse, because the rounding decides two things:
 which voxels the z-score counts (1e-14 off an integer leaves about 1e-11 in zero voxels beside the head, and its mask is
@@ -31,15 +36,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from torch.nn.functional import affine_grid, grid_sample
 
 AFFINE_TOLERANCE = 1e-3  # MONAI's AFFINE_TOL: a change of the affine below it is none
 _SLICES = 8  # interpolated at a time: 5 MB of rows, which malloc gives out again without page faults
 _BLOCK = 16  # side of a transposition's blocks; 16 floats are a cache line: 189 ms where a plain copy takes 540
+
+
+SpacingAxes = Literal["patient", "file"]
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """Voxel size of a prepared volume.
+
+    Args:
+        mm: along three axes.
+        axes: "patient": R, A and S, each taken by the file's axis nearest to it, as nibabel's `io_orientation` has them
+            (the file's axes closest to one of the patient's choose first; of two as near, the first). "file": the
+            file's first, second and third, as in MONAI.
+
+    Raises:
+        ValueError: a size that is not positive.
+    """
+
+    mm: tuple[float, float, float] = (1.5, 1.5, 2.0)
+    axes: SpacingAxes = "patient"
+
+    def __post_init__(self) -> None:
+        if len(self.mm) != 3 or not all(np.isfinite(s) and s > 0 for s in self.mm):
+            raise ValueError(f"spacing_mm {tuple(self.mm)} must be three positive numbers of mm; 1.5 1.5 2.0 is usual")
+        x, y, z = (float(s) for s in self.mm)
+        object.__setattr__(self, "mm", (x, y, z))  # whether written 1 or 1.0, the same to a store's key
+
+    def __str__(self) -> str:
+        along = "R, A, S" if self.axes == "patient" else "the axes of the file"
+        return f"{' x '.join(f'{s:g}' for s in self.mm)} mm along {along}"
+
+
+USUAL = Spacing()
+
+
+def patient_spacing(value: Spacing | Sequence[float]) -> Spacing:
+    """A spacing as it is; of three numbers alone that along R, A and S. Raises ValueError as `Spacing`."""
+    return value if isinstance(value, Spacing) else Spacing(tuple(value))  # type: ignore[arg-type]
+
+
+def _file_spacing(value: Spacing | Sequence[float]) -> Spacing:
+    return value if isinstance(value, Spacing) else Spacing(tuple(value), "file")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -49,8 +98,9 @@ class Grid:
     Args:
         shape: (X, Y, Z) in RAS.
         affine: (4, 4) float64, voxel index to mm (RAS+).
-        spaced_shape, spaced_affine: the same before orientation, axes as in the file.
-        orientation: (3, 2), for each axis of the file its axis in RAS, and -1 where it is flipped (nibabel's).
+        spaced_shape, spaced_affine: the same before orientation, axes as in the file, once it is turned.
+        orientation: (3, 2), for each of these axes its axis in RAS, and -1 where it is flipped (nibabel's).
+        turn: (3, 2), the same for the axes of the file in LPS; None: the file is not turned.
     """
 
     shape: tuple[int, int, int]
@@ -58,39 +108,55 @@ class Grid:
     spaced_shape: tuple[int, int, int]
     spaced_affine: np.ndarray
     orientation: np.ndarray
+    turn: np.ndarray | None = None
 
     @property
     def permutation(self) -> tuple[int, int, int]:
-        """For each RAS axis, the axis of the file."""
+        """For each RAS axis, the axis of the file as turned."""
         x, y, z = np.argsort(self.orientation[:, 0])
         return int(x), int(y), int(z)
 
     @property
     def flipped(self) -> tuple[int, ...]:
-        """Axes of the file that are flipped."""
+        """Axes of the file as turned that are flipped."""
         return tuple(int(axis) for axis in np.flatnonzero(self.orientation[:, 1] == -1))
 
     def to_source(self, affine: np.ndarray) -> np.ndarray:
         """(4, 4): voxel index of this grid to voxel index of a volume with that affine."""
         return np.linalg.inv(affine) @ self.affine
 
+    def turned(self, volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A volume (X, Y, Z, ...) in file orientation and its affine, as they are resampled; the volume is a view."""
+        turned_affine = _turned(volume.shape[:3], affine, self.turn)[1]
+        return volume if self.turn is None else apply_orientation(volume, self.turn), turned_affine
 
-def target_grid(shape: Sequence[int], affine: np.ndarray, spacing_mm: Sequence[float]) -> Grid:
-    """The grid of MONAI's `Spacing(spacing_mm)`, then `Orientation("RAS")`.
+
+def voxel_size_mm(affine: np.ndarray) -> list[float]:
+    """Length of a voxel along the file's axes nearest to R, A and S; affine (4, 4) is the file's."""
+    return np.linalg.norm(affine[:3, np.argsort(io_orientation(affine)[:, 0])], axis=0).tolist()
+
+
+def target_grid(shape: Sequence[int], affine: np.ndarray, spacing: Spacing | Sequence[float]) -> Grid:
+    """The grid of MONAI's `Spacing`, then `Orientation("RAS")`, of a file that is turned first where that is needed.
 
     Args:
         shape: (X, Y, Z) of the file.
         affine: (4, 4), voxel index to mm (RAS+), of the file.
-        spacing_mm: voxel size along the axes of the *file* (as in MONAI, which resamples before it orients).
+        spacing: voxel size; three numbers are along the axes of the *file* (as in MONAI).
 
     Raises:
         ValueError: a spacing that is not positive.
     """
-    if len(spacing_mm) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
-        raise ValueError(f"spacing_mm {tuple(spacing_mm)} must be three positive numbers of mm; 1.5 1.5 2.0 is usual")
-    affine = np.asarray(affine, np.float64)
+    spacing, affine = _file_spacing(spacing), np.asarray(affine, np.float64)
+    axes = io_orientation(affine)
+    is_turned = spacing.axes == "patient" and not np.array_equal(axes[:, 0], range(3))
+    return _grid_of(shape, affine, spacing, ornt_transform(axes, axcodes2ornt("LPS")) if is_turned else None)
+
+
+def _grid_of(shape: Sequence[int], affine: np.ndarray, spacing: Spacing, turn: np.ndarray | None) -> Grid:
+    shape, affine = _turned(shape, affine, turn)
     own_mm = np.sqrt(np.sum(affine[:3, :3] ** 2, axis=0))
-    wanted_mm = np.asarray(spacing_mm, np.float64)
+    wanted_mm = np.asarray(spacing.mm, np.float64)
     # A header's float32 has 2.5 mm rotated as 2.50000003: resampling by that would smear the head into its background.
     spaced_affine = _with_spacing(affine, np.where(np.abs(own_mm - wanted_mm) <= AFFINE_TOLERANCE, own_mm, wanted_mm))
     spaced_shape, spaced_affine[:3, 3] = _extent(shape, affine, spaced_affine)
@@ -99,7 +165,18 @@ def target_grid(shape: Sequence[int], affine: np.ndarray, spacing_mm: Sequence[f
     orientation = ornt_transform(io_orientation(spaced_affine), axcodes2ornt("RAS"))
     final_affine = spaced_affine @ inv_ornt_aff(orientation, spaced_shape)
     x, y, z = (spaced_shape[int(axis)] for axis in np.argsort(orientation[:, 0]))
-    return Grid((x, y, z), final_affine, spaced_shape, spaced_affine, orientation)
+    return Grid((x, y, z), final_affine, spaced_shape, spaced_affine, orientation, turn)
+
+
+def _turned(
+    shape: Sequence[int], affine: np.ndarray, turn: np.ndarray | None
+) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Shape and affine of a file as it is resampled."""
+    x, y, z = shape
+    if turn is None:
+        return (x, y, z), affine
+    first, second, third = np.argsort(turn[:, 0])
+    return (shape[first], shape[second], shape[third]), affine @ inv_ornt_aff(turn, shape)
 
 
 def _with_spacing(affine: np.ndarray, spacing: np.ndarray) -> np.ndarray:
@@ -154,12 +231,12 @@ def resample_image(image_XYZC: np.ndarray, affine: np.ndarray, grid: Grid) -> np
     Returns:
         float32 (X', Y', Z', C) in RAS, C order.
     """
-    image_XYZC = np.asarray(image_XYZC, np.float32)
+    weights = axis_weights(image_XYZC.shape[:3], affine, grid)
+    image_XYZC, affine = grid.turned(np.asarray(image_XYZC, np.float32), affine)
     shape = image_XYZC.shape[:3]
     if _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine):
         return channels_last(_orient(image_XYZC, grid))
     image_CZYX = np.ascontiguousarray(image_XYZC.transpose(3, 2, 1, 0))
-    weights = axis_weights(shape, affine, grid)
     if weights is None:
         matrix = np.linalg.solve(affine, grid.spaced_affine)
         spaced_CXYZ = _sample_full(image_CZYX.transpose(0, 3, 2, 1), matrix, grid.spaced_shape, "bilinear")
@@ -169,13 +246,14 @@ def resample_image(image_XYZC: np.ndarray, affine: np.ndarray, grid: Grid) -> np
 
 
 def axis_weights(shape: Sequence[int], affine: np.ndarray, grid: Grid) -> list[Weights] | None:
-    """The weights of `resample_image` along each axis of the file; None where the axes are not independent.
+    """The weights of `resample_image` along each axis of the file as turned; None where these are not independent.
 
     Args:
         shape: (X, Y, Z) of the file.
         affine: (4, 4), voxel index to mm, of the file.
         grid: from `target_grid` of this shape and affine.
     """
+    shape, affine = _turned(shape, affine, grid.turn)
     sizes = zip(shape, grid.spaced_shape, (axis in grid.flipped for axis in range(3)), strict=True)
     if _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine):
         return [Weights.at(torch.arange(n, dtype=torch.float64), n, flipped) for n, _, flipped in sizes]
@@ -218,7 +296,8 @@ class BackToFile:
     def __init__(
         self, grid: Grid, shape: Sequence[int], affine: np.ndarray, device: torch.device | str = "cpu"
     ) -> None:
-        self.grid, self.shape = grid, tuple(shape)
+        shape, affine = _turned(shape, affine, grid.turn)
+        self.grid, self.shape = grid, shape
         self._matrix = np.linalg.solve(grid.spaced_affine, affine)
         self._is_same = _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine)
         self._along: list[torch.Tensor] = []
@@ -228,7 +307,14 @@ class BackToFile:
             self._along = [each.matrix(n).to(device) for each, n in zip(weights, grid.spaced_shape, strict=True)]
 
     def __call__(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
-        """Float32 (X', Y', Z') on the prepared grid to float32 `shape`, on the same device."""
+        """Float32 (X', Y', Z') on the prepared grid to float32 (X, Y, Z) of the file, on the same device."""
+        volume_XYZ = self._to_turned(volume_XYZ)
+        if self.grid.turn is None:
+            return volume_XYZ
+        flipped = np.flatnonzero(self.grid.turn[:, 1] == -1).tolist()
+        return volume_XYZ.permute([int(axis) for axis in self.grid.turn[:, 0]]).flip(flipped).contiguous()
+
+    def _to_turned(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
         axes = [int(axis) for axis in self.grid.orientation[:, 0]]
         spaced = volume_XYZ.permute(axes).flip(self.grid.flipped)
         if self._is_same:
@@ -317,6 +403,7 @@ def resample_label(label_XYZ: np.ndarray, affine: np.ndarray, grid: Grid) -> np.
     Returns:
         uint8 (X', Y', Z') in RAS, C order.
     """
+    label_XYZ, affine = grid.turned(label_XYZ, affine)
     shape = label_XYZ.shape
     if _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine):
         return np.ascontiguousarray(_orient(label_XYZ, grid))
@@ -331,12 +418,12 @@ def resample_label(label_XYZ: np.ndarray, affine: np.ndarray, grid: Grid) -> np.
     return np.ascontiguousarray(label_XYZ[np.ix_(*indices)].transpose(grid.permutation))
 
 
-def label_grid(grid: Grid, shape: Sequence[int], label_affine: np.ndarray, spacing_mm: Sequence[float]) -> Grid:
+def label_grid(grid: Grid, shape: Sequence[int], label_affine: np.ndarray, spacing: Spacing | Sequence[float]) -> Grid:
     """The grid for a label beside an image on `grid`: its own affine, which decides its ties, and the image's shape.
 
     MONAI too resamples each by its own affine; the two may differ by rounding.
     """
-    own = target_grid(shape, label_affine, spacing_mm)
+    own = _grid_of(shape, np.asarray(label_affine, np.float64), _file_spacing(spacing), grid.turn)
     return replace(own, shape=grid.shape, spaced_shape=grid.spaced_shape)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.geometry import voxel_size_mm
 from pipelines.store import Store
 
 SCANS = 8  # that are looked at
@@ -29,7 +30,7 @@ def looks_of(image_XYZC: np.ndarray, affine: np.ndarray) -> dict[str, list[float
         image_XYZC: prepared, not normalised. affine: (4, 4), voxel index to mm, of the file.
 
     Returns:
-        "spacing_mm" by axis of the file; "occupied", the share of non-zero voxels, and "contrast", their mean over
+        "spacing_mm" along X, Y and Z of RAS; "occupied", the share of non-zero voxels, and "contrast", their mean over
         their deviation (0 where there are none, or all are alike), by channel.
     """
     occupied, contrast = [], []
@@ -38,7 +39,7 @@ def looks_of(image_XYZC: np.ndarray, affine: np.ndarray) -> dict[str, list[float
         deviation = float(values.std()) if values.size else 0.0
         occupied.append(values.size / channel.size)
         contrast.append(float(values.mean()) / deviation if deviation > 0 else 0.0)
-    return {"spacing_mm": np.linalg.norm(affine[:3, :3], axis=0).tolist(), "occupied": occupied, "contrast": contrast}
+    return {"spacing_mm": voxel_size_mm(affine), "occupied": occupied, "contrast": contrast}
 
 
 def looks_of_store(store: Store, names: Sequence[str]) -> dict[str, list[list[float]]]:

@@ -16,11 +16,11 @@ from isal import isal_zlib
 
 from pipelines.cases import Case
 from pipelines.files import FileHash, hash_file, write_array, write_whole
-from pipelines.geometry import label_grid, resample_image, resample_label, target_grid
+from pipelines.geometry import Spacing, label_grid, resample_image, resample_label, target_grid
 from pipelines.labels import Coding
 from pipelines.nifti import read_case
 
-FORMAT = 2
+FORMAT = 3
 StoreDtype = Literal["float32", "float16"]
 FOREGROUND_VOXELS = 4096
 _INTENSITIES = "as in the files, resampled; not normalised"
@@ -33,7 +33,7 @@ class Task:
     folder: Path
     modalities: tuple[str, ...]
     coding: Coding
-    spacing_mm: tuple[float, float, float]
+    spacing: Spacing
     dtype: StoreDtype
     device: Literal["cpu", "gpu"]
 
@@ -45,7 +45,8 @@ class Task:
             "modalities": self.modalities,
             "channels": case.channels,
             "label_values": self.coding.values,  # other values are other checks
-            "spacing_mm": self.spacing_mm,
+            "spacing_mm": self.spacing.mm,
+            "spacing_axes": self.spacing.axes,
             "files": list(digests),
             "labelled": case.label is not None,
         }
@@ -96,7 +97,7 @@ def build(task: Task, case: Case, key: str) -> dict[str, Any]:
     """
     raw = read_case(case, task.coding)
     source_shape = raw.image.shape[:3]
-    grid = target_grid(source_shape, raw.affine, task.spacing_mm)
+    grid = target_grid(source_shape, raw.affine, task.spacing)
     if task.device == "gpu":
         from pipelines.raw import resample_case  # DALI, which preparing on a CPU does without
 
@@ -105,7 +106,7 @@ def build(task: Task, case: Case, key: str) -> dict[str, Any]:
         arrays = {"image": resample_image(raw.image, raw.affine, grid)}
     if raw.label is not None and raw.label_affine is not None:
         # As MONAI: the label on its own affine, which decides its ties, in the shape of the image.
-        own = label_grid(grid, source_shape, raw.label_affine, task.spacing_mm)
+        own = label_grid(grid, source_shape, raw.label_affine, task.spacing)
         arrays["label"] = resample_label(raw.label, raw.label_affine, own)
         arrays["foreground"] = foreground_voxels(arrays["label"])
     scale = None
@@ -122,7 +123,8 @@ def build(task: Task, case: Case, key: str) -> dict[str, Any]:
         "name": case.name,
         "key": key,
         "modalities": list(task.modalities),
-        "spacing_mm": list(task.spacing_mm),
+        "spacing_mm": list(task.spacing.mm),
+        "spacing_axes": task.spacing.axes,
         "shape": list(grid.shape),
         "affine": grid.affine.tolist(),
         "source_shape": list(source_shape),

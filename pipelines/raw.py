@@ -93,6 +93,7 @@ class RawImage:
             image_XYZC = resample_image(image_XYZC, affine, grid)
             whole = (Weights.at(torch.arange(n, dtype=torch.float64), n, False) for n in grid.shape)
             return RawImage(image_XYZC.transpose(3, 2, 1, 0), tuple(whole), np.zeros(3), np.ones(3))
+        image_XYZC, affine = grid.turned(image_XYZC, affine)
         order = list(grid.permutation)
         to_source = grid.to_source(affine)[order]
         image_CZYX = image_XYZC.transpose(3, *reversed(order))

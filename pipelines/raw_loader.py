@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.cases import CaseSet
 from pipelines.dali import BUFFERS
-from pipelines.geometry import label_grid, resample_label, target_grid
+from pipelines.geometry import USUAL, Spacing, label_grid, patient_spacing, resample_label, target_grid
 from pipelines.loaders import CropLoader
 from pipelines.nifti import read_case, read_grid
 from pipelines.prepared import foreground_voxels
@@ -72,11 +72,11 @@ class CaseReader:
 class RawCases:
     """Cases that are in no store, as a loader asks for them: from headers, or decoded on demand."""
 
-    def __init__(self, case_set: CaseSet, spacing_mm: tuple[float, float, float]) -> None:
+    def __init__(self, case_set: CaseSet, spacing: Spacing | Sequence[float]) -> None:
         self.cases, self.names, self.modalities = case_set.cases, case_set.names, case_set.modalities
-        self.coding, self.spacing_mm = case_set.coding, spacing_mm
+        self.coding, self.spacing = case_set.coding, patient_spacing(spacing)
         grids = [read_grid(case.images[0]) for case in case_set.cases]
-        self._shapes = [target_grid(shape[:3], affine, spacing_mm).shape for shape, affine in grids]
+        self._shapes = [target_grid(shape[:3], affine, self.spacing).shape for shape, affine in grids]
         self._foreground: dict[int, NDArray[np.int32]] = {}  # at most 48 KB a case
 
     def index(self, name: str) -> int:
@@ -102,8 +102,8 @@ class RawCases:
         raw = read_case(self.cases[i], self.coding)
         assert raw.label is not None and raw.label_affine is not None, "check_loader refuses cases without a label"
         shape = raw.label.shape
-        grid = target_grid(shape, raw.affine, self.spacing_mm)
-        own = label_grid(grid, shape, raw.label_affine, self.spacing_mm)
+        grid = target_grid(shape, raw.affine, self.spacing)
+        own = label_grid(grid, shape, raw.label_affine, self.spacing)
         label = resample_label(raw.label, raw.label_affine, own)
         if i not in self._foreground:
             self._foreground[i] = foreground_voxels(label)
@@ -120,7 +120,7 @@ class RawLoader(CropLoader):
         batch_size, seed, options: as in `CropLoader`; as many threads decode as DALI has. At most `batch_size` + 2
             decoded cases are in memory (143 MB each for BraTS), and `BUFFERS` batches of boxes (80 MB a sample of
             128 x 128 x 64 at 1.5 x 1.5 x 2.0 mm from 1 mm).
-        spacing_mm: voxel size after resampling, along the axes of the files, as in `store.prepare`.
+        spacing: voxel size after resampling, as in `store.prepare`.
 
     Raises:
         CaseError: a header can't be read; while it runs: any fault of `read_case`.
@@ -134,10 +134,10 @@ class RawLoader(CropLoader):
         crop_size: Size,
         batch_size: int,
         seed: int = 0,
-        spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0),
+        spacing: Spacing | Sequence[float] = USUAL,
         **options: Any,
     ) -> None:
-        cases = RawCases(case_set.select(names), spacing_mm)
+        cases = RawCases(case_set.select(names), spacing)
         super().__init__(cases, names, crop_size, batch_size, seed, **options)
         self._reader = CaseReader(cases.decode, batch_size + 2, options.get("threads", 2))
         self._boxes = deque([np.empty(0, np.float32)] * batch_size for _ in range(BUFFERS))

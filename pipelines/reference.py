@@ -126,7 +126,7 @@ def seed_transforms(
     Args:
         coding: of the label maps.
         crop_size: (X, Y, Z) in voxels. MONAI pads nothing: a smaller volume gives a smaller crop.
-        spacing_mm: voxel size after resampling.
+        spacing_mm: voxel size after resampling, along the axes of the files.
         train: random crop and augmentation; False for the centre crop of validation.
 
     Returns:

@@ -37,7 +37,7 @@ import numpy as np
 
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.files import FileHash, StoreError, file_state, hash_file, make_folder, read_index, remember
-from pipelines.geometry import target_grid
+from pipelines.geometry import USUAL, Spacing, patient_spacing, target_grid
 from pipelines.labels import Coding
 from pipelines.layouts import CaseError
 from pipelines.nifti import read_case
@@ -63,7 +63,7 @@ class Store:
         self.names = case_set.names
         self.modalities = case_set.modalities
         self.coding: Coding = case_set.coding
-        self.spacing_mm: tuple[float, float, float] = task.spacing_mm
+        self.spacing_mm: tuple[float, float, float] = task.spacing.mm
         self._task, self._cases = task, case_set.cases
         self._records = tuple(records)
         self._index = {name: i for i, name in enumerate(self.names)}
@@ -178,7 +178,7 @@ class Store:
 def prepare(
     case_set: CaseSet,
     store_dir: Path,
-    spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0),
+    spacing: Spacing | Sequence[float] = USUAL,
     workers: int | None = None,
     dtype: StoreDtype = "float32",
     skip_faulty: bool = False,
@@ -189,7 +189,7 @@ def prepare(
     Args:
         case_set: the cases.
         store_dir: folder of the store; made where it is missing.
-        spacing_mm: voxel size of the result, along the axes of the files (as MONAI's Spacing).
+        spacing: voxel size of the result; three numbers are R, A and S.
         workers: processes; None: one for each core that this process may use. 1 works in this process.
         dtype: of the images on disk.
         skip_faulty: leave faulty cases out, with a warning that names each, instead of raising.
@@ -203,7 +203,7 @@ def prepare(
             are faulty, the folder can't be written, the disk is full, or a worker was killed.
     """
     folder = Path(store_dir).absolute()
-    task = Task(folder, case_set.modalities, case_set.coding, _checked_spacing(spacing_mm), dtype, device)
+    task = Task(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, device)
     records = _complete_cases(task, case_set)
     pending = [case for case, record in zip(case_set.cases, records, strict=True) if record is None]
     if pending:
@@ -235,7 +235,7 @@ def prepare(
 def check_cases(
     case_set: CaseSet,
     workers: int | None = None,
-    spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0),
+    spacing: Spacing | Sequence[float] = USUAL,
     crop_size: Sequence[int] | None = None,
 ) -> list[CaseError]:
     """Read every file of every case and report all faulty cases at once, the first fault of each; writes nothing.
@@ -243,13 +243,13 @@ def check_cases(
     Args:
         case_set: the cases.
         workers: as in `prepare`.
-        spacing_mm: as in `prepare`.
+        spacing: as in `prepare`.
         crop_size: (X, Y, Z); a case whose prepared volume is smaller is a fault. None: any size will do.
 
     Returns:
         the faults, in the order of the cases.
     """
-    task = partial(_check_case, case_set.coding, _checked_spacing(spacing_mm), crop_size)
+    task = partial(_check_case, case_set.coding, patient_spacing(spacing), crop_size)
     order = {name: i for i, name in enumerate(case_set.names)}
     faults = {
         case.name: result
@@ -259,20 +259,12 @@ def check_cases(
     return [faults[name] for name in sorted(faults, key=order.__getitem__)]
 
 
-def _check_case(
-    coding: Coding, spacing_mm: tuple[float, float, float], crop_size: Sequence[int] | None, case: Case
-) -> None:
+def _check_case(coding: Coding, spacing: Spacing, crop_size: Sequence[int] | None, case: Case) -> None:
     raw = read_case(case, coding)
-    shape = target_grid(raw.image.shape[:3], raw.affine, spacing_mm).shape
+    shape = target_grid(raw.image.shape[:3], raw.affine, spacing).shape
     if crop_size is not None and any(n < c for n, c in zip(shape, crop_size, strict=True)):
         problem = f"prepared volume {shape} is smaller than the crop {tuple(crop_size)}"
         raise CaseError(case.images[0], problem, "Choose a smaller --data.crop_size_voxels, or --data.pad true")
-
-
-def _checked_spacing(spacing_mm: Sequence[float]) -> tuple[float, float, float]:
-    target_grid((2, 2, 2), np.eye(4), spacing_mm)  # raises where the spacing is none
-    x, y, z = (float(s) for s in spacing_mm)
-    return x, y, z
 
 
 def _faults_error(faults: Sequence[tuple[str, CaseError]], cases: int) -> DataError:

@@ -96,6 +96,7 @@ def test_every_condition_that_is_not_met_is_named(tmp_path: Path) -> None:
     run = Run.read(write_run(tmp_path / "run", config, epochs=5, cases=96, ranks=8))
     assert unmet_conditions(run) == [
         "--data.regions release, published tutorial",
+        "--data.spacing_axes patient, published file",
         "--loss.ce bce, published argmax",
         "--optim.ema_decay 0.9, published 0.0",
         "--train.validation full_volume, published center_crop",

@@ -19,6 +19,7 @@ from engine.config import (
     to_portable_dict,
 )
 from engine.data import load_data
+from pipelines.geometry import Spacing
 
 
 def parse(*args: str) -> Config:
@@ -44,7 +45,7 @@ def test_the_seeds_experiment_is_as_published() -> None:
     assert (config.optim.lr, config.optim.weight_decay, config.optim.schedule) == (1e-4, 1e-5, "constant")
     assert (config.train.batch_size, config.train.epochs, config.train.val_every_epochs) == (2, 180, 5)
     assert (config.data.regions, config.loss.ce, config.model.name) == ("tutorial", "argmax", "unetr")
-    assert config.data.crop_size_voxels == (128, 128, 64) and config.data.spacing_mm == (1.5, 1.5, 2.0)
+    assert config.data.crop_size_voxels == (128, 128, 64) and config.data.spacing == Spacing((1.5, 1.5, 2.0), "file")
     assert (config.data.val_fraction, config.data.split_seed, config.data.foreground_prob) == (0.2, 0, 0.0)
 
 
@@ -56,7 +57,7 @@ def test_brats_differs_from_the_seed_in_what_was_wrong_there_alone() -> None:
         for name in seed[group]
         if seed[group][name] != brats[group][name]
     }
-    assert differing == {"data.regions", "data.modalities", "loss.ce"}
+    assert differing == {"data.regions", "data.modalities", "data.spacing_axes", "loss.ce"}
     defaults = to_dict(Config())
     assert {group: brats[group] for group in differing_groups(brats)} == {
         group: defaults[group] for group in differing_groups(defaults)

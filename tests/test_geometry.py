@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,20 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientation, Orientationd, Spacing, Spacingd
 from nibabel.eulerangles import euler2mat
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from pipelines.cases import Case
-from pipelines.geometry import BackToFile, channels_last, label_grid, resample_image, resample_label, target_grid
+from pipelines.geometry import (
+    BackToFile,
+    Grid,
+    channels_last,
+    label_grid,
+    resample_image,
+    resample_label,
+    target_grid,
+    voxel_size_mm,
+)
+from pipelines.geometry import Spacing as VoxelSize
 from pipelines.labels import CODINGS, Coding
 from pipelines.nifti import read_case
 
@@ -157,6 +169,90 @@ def test_label_beside_an_image_has_its_own_affine_and_the_shape_of_the_image() -
     assert target_grid((41, 40, 30), affine, (1.5, 1.5, 2.0)).shape != grid.shape
     assert own.shape == own.spaced_shape == grid.shape
     assert resample_label(np.ones((41, 40, 30), np.uint8), affine, own).shape == grid.shape
+
+
+ORIENTATIONS = ["".join(codes) for axes in permutations(("RL", "AP", "SI")) for codes in product(*axes)]
+IN_ORDER = [codes for codes in ORIENTATIONS if codes[0] in "RL" and codes[1] in "AP"]
+RAS_AFFINE = axis_affine((0, 1, 2), (1, 1, 1), (1.0, 1.25, 0.75))
+
+
+def stored_as(codes: str, volume_XYZ: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same scan with its axes in another order and direction, and its affine."""
+    turn = ornt_transform(io_orientation(affine), axcodes2ornt(codes))
+    return apply_orientation(volume_XYZ, turn), affine @ inv_ornt_aff(turn, volume_XYZ.shape)
+
+
+def prepare_as(codes: str, spacing: VoxelSize, affine: np.ndarray = RAS_AFFINE) -> tuple[Grid, np.ndarray, np.ndarray]:
+    """Grid, image and label of one scan that is stored so."""
+    rng = np.random.default_rng(7)
+    image, label = rng.uniform(0, 1000, SHAPE).astype(np.float32), rng.integers(0, 5, SHAPE).astype(np.uint8)
+    (image, stored_affine), (label, _) = (stored_as(codes, volume, affine) for volume in (image, label))
+    grid = target_grid(image.shape, stored_affine, spacing)
+    own = label_grid(grid, label.shape, stored_affine, spacing)
+    prepared = resample_image(image[..., None], stored_affine, grid)[..., 0]
+    return grid, prepared, resample_label(label, stored_affine, own)
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+@pytest.mark.parametrize(
+    "affine", [RAS_AFFINE, rotated((0.3, -0.2, 0.25), (1.0, 1.25, 0.75))], ids=["axial", "oblique"]
+)
+def test_a_scan_gives_one_volume_however_its_axes_are_stored(codes: str, affine: np.ndarray) -> None:
+    """Axes in another order than the patient's: the volume of LPS. Axes in order: MONAI's grid, to the last bit."""
+    spacing = VoxelSize((1.5, 1.5, 2.0))
+    grid, image, label = prepare_as(codes, spacing, affine)
+    if codes in IN_ORDER:
+        expected = prepare_as(codes, VoxelSize(spacing.mm, "file"), affine)
+        np.testing.assert_array_equal(grid.affine, expected[0].affine)
+    else:
+        expected = prepare_as("LPS", spacing, affine)
+        np.testing.assert_allclose(grid.affine, expected[0].affine, atol=1e-12)
+    np.testing.assert_allclose(image, expected[1], atol=1e-3)
+    assert np.count_nonzero(label != expected[2]) <= (0 if affine is RAS_AFFINE else 2)
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_where_a_grid_reaches_the_last_voxel_every_orientation_gives_the_same(codes: str) -> None:
+    spacing = VoxelSize((2.0, 1.25, 1.5))  # from 37 x 32 x 29 voxels of 1 x 1.25 x 0.75 mm
+    (grid, image, _), (expected_grid, expected, _) = (prepare_as(each, spacing) for each in (codes, "RAS"))
+    assert grid.shape == (19, 32, 15)
+    np.testing.assert_allclose(grid.affine, expected_grid.affine, atol=1e-12)
+    np.testing.assert_allclose(image, expected, atol=1e-3)
+
+
+def test_spacing_along_the_axes_of_the_file_is_another_grid_where_they_are_in_another_order() -> None:
+    grid = prepare_as("PIR", VoxelSize((1.0, 1.0, 2.0), "file"))[0]
+    np.testing.assert_allclose(np.diag(grid.affine)[:3], (2.0, 1.0, 1.0))
+    grid = prepare_as("PIR", VoxelSize((1.0, 1.0, 2.0)))[0]
+    np.testing.assert_allclose(np.diag(grid.affine)[:3], (1.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize(("degrees", "shape"), [(40, (25, 11, 15)), (50, (22, 13, 15))])
+def test_the_spacing_of_an_oblique_file_is_that_of_the_nearest_axes(degrees: float, shape: tuple[int, ...]) -> None:
+    """Of 37 x 32 x 29 voxels of 1 mm, turned about S: beyond 45 degrees the file's first axis is A, the second R."""
+    grid = target_grid(SHAPE, rotated((np.radians(degrees), 0.0, 0.0), (1, 1, 1)), VoxelSize((1.5, 3.0, 2.0)))
+    assert grid.shape == shape
+    np.testing.assert_allclose(np.linalg.norm(grid.affine[:3, :3], axis=0), (1.5, 3.0, 2.0))
+
+
+@pytest.mark.parametrize("codes", ["PIR", "RSA", "SLA", "LAS"])
+def test_the_way_back_is_to_the_axes_of_the_file(codes: str) -> None:
+    spacing, taken = VoxelSize((1.5, 1.5, 2.0)), "LPS" if codes not in IN_ORDER else codes
+    probabilities = {}
+    for each in (codes, taken):
+        volume, affine = stored_as(each, np.zeros(SHAPE), RAS_AFFINE)
+        grid = target_grid(volume.shape, affine, spacing)
+        prepared = torch.rand(grid.shape, generator=torch.Generator().manual_seed(0))
+        back = BackToFile(grid, volume.shape, affine)(prepared)
+        assert back.shape == volume.shape and back.is_contiguous()
+        probabilities[each] = stored_as("RAS", back.numpy(), affine)[0]
+    np.testing.assert_allclose(probabilities[codes], probabilities[taken], atol=1e-6)
+
+
+def test_voxel_sizes_are_told_by_axis_of_the_patient() -> None:
+    for codes in ORIENTATIONS:
+        affine = stored_as(codes, np.zeros(SHAPE), RAS_AFFINE)[1]
+        np.testing.assert_allclose(voxel_size_mm(affine), (1.0, 1.25, 0.75))
 
 
 def test_order_is_spacing_then_orientation() -> None:

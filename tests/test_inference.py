@@ -14,6 +14,7 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers.utils import sliding_window_inference
 from monai.transforms import Compose, Orientation, Spacing
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from test_trained import CONFIG, content_of
 
 from engine.checkpoint import save_weights
@@ -159,6 +160,23 @@ def test_a_saved_segmentation_lies_on_the_scans_grid(run: Path, scan: np.ndarray
         Predictor(run, "cpu").segment(paths).save_probabilities(tmp_path / "none.nii.gz")
 
 
+@pytest.mark.parametrize("codes", ["RAS", "PIR", "RSA"])
+def test_a_scan_is_segmented_alike_however_its_axes_are_stored(codes: str, run: Path, scan: np.ndarray) -> None:
+    """At 2 x 2 x 3 mm on a scan whose grid reaches its last voxel, from whichever side it is begun."""
+    image, affine = scan[:, :25, :43, :19], np.diag([-1.25, -1.0, 1.5, 1.0])
+    expected = Predictor(run, "cpu").segment(image, affine, probabilities=True).probabilities_RXYZ
+    turn = ornt_transform(io_orientation(affine), axcodes2ornt(codes))
+    stored = np.stack([apply_orientation(channel, turn) for channel in image])
+    affine = affine @ inv_ornt_aff(turn, image.shape[1:])
+    found = Predictor(run, "cpu").segment(stored, affine, probabilities=True)
+    assert (
+        found.probabilities_RXYZ is not None and expected is not None and found.masks_RXYZ.shape[1:] == stored.shape[1:]
+    )
+    back = np.stack([apply_orientation(region, ornt_transform(io_orientation(affine), axcodes2ornt("LPS")))
+                     for region in found.probabilities_RXYZ])  # fmt: skip
+    np.testing.assert_allclose(back, expected, atol=1e-4)
+
+
 def test_an_ensemble_is_the_mean_of_its_members(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
     other = write_run(tmp_path, seed=1)
     parts = [Predictor(path, "cpu").segment(scan, AFFINE, True).probabilities_RXYZ for path in (run, other)]
@@ -173,6 +191,7 @@ def test_an_ensemble_is_the_mean_of_its_members(run: Path, scan: np.ndarray, tmp
     [
         {"modalities": ["flair", "t1c"]},
         {"config": to_dict(CONFIG) | {"data": to_dict(CONFIG)["data"] | {"spacing_mm": [2.0, 2.0, 2.0]}}},
+        {"config": to_dict(CONFIG) | {"data": to_dict(CONFIG)["data"] | {"spacing_axes": "file"}}},
         {"release": "brats2023"},
     ],
 )

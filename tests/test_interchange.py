@@ -22,6 +22,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from safetensors.torch import save_file
 from test_models import reference_unetr
 from test_trained import content_of
@@ -356,9 +357,18 @@ def run_by_monai(bundle: Path, scans: Path, output: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["unetr", "unet"])
-def test_monai_runs_the_bundle_and_finds_the_same(name: str, scan: Path, tmp_path: Path) -> None:
+def store_as(codes: str, path: Path) -> None:
+    """Store a scan's voxels with its axes in another order and direction."""
+    image = nib.load(path)
+    turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(codes))
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine).as_reoriented(turn), path)
+
+
+@pytest.mark.parametrize(("name", "codes"), [("unetr", "LPS"), ("unet", "LPS"), ("unet", "PIR"), ("unet", "RSA")])
+def test_monai_runs_the_bundle_and_finds_the_same(name: str, codes: str, scan: Path, tmp_path: Path) -> None:
     """A voxel may differ only where a probability is one half but for rounding."""
+    for path in scan.rglob("*.nii.gz"):
+        store_as(codes, path)
     run, bundle, output = saved_run(tmp_path, name), tmp_path / "bundle", tmp_path / "found"
     assert main([str(run), "--to", "bundle", "--output", str(bundle)]) == 0
     run_by_monai(bundle, scan, output)

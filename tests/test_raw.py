@@ -22,7 +22,7 @@ from nibabel.eulerangles import euler2mat
 from pipelines import raw, raw_loader
 from pipelines.augment import Augment
 from pipelines.cases import Case, CaseSet, DataError
-from pipelines.geometry import axis_weights, resample_image, target_grid
+from pipelines.geometry import Spacing, axis_weights, resample_image, target_grid
 from pipelines.labels import CODINGS, Coding, regions_from_labels
 from pipelines.layouts import CaseError
 from pipelines.loaders import TrainLoader
@@ -133,7 +133,7 @@ def test_the_z_score_counts_the_voxels_that_it_counts_in_the_store(cases: CaseSe
 
 
 def test_crops_are_monais(cases: CaseSet) -> None:
-    loader = RawLoader(cases, cases.names, CROP, 1, augment=False)
+    loader = RawLoader(cases, cases.names, CROP, 1, augment=False, spacing=Spacing(SPACING, "file"))
     normalise = mt.NormalizeIntensity(nonzero=True, channel_wise=True)
     by_name = {case.name: case for case in cases.cases}
     for step, (image, label) in enumerate(loader.epoch(0)):

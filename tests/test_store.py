@@ -22,10 +22,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 from isal import isal_zlib
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.files import StoreError
-from pipelines.geometry import resample_image, resample_label, target_grid
+from pipelines.geometry import Spacing, resample_image, resample_label, target_grid
 from pipelines.labels import CODINGS
 from pipelines.nifti import read_case
 from pipelines.prepared import FOREGROUND_VOXELS, to_float16
@@ -96,6 +97,23 @@ def test_volumes_are_those_of_decode_resample_and_orient(tmp_path: Path, cases: 
         assert store.source_shape(i) == SHAPE
     with pytest.raises(DataError, match="no case 'case7' among its 3"):
         store.index("case7")
+
+
+def test_a_case_stored_with_its_axes_in_another_order_gives_the_same_volumes(tmp_path: Path, cases: CaseSet) -> None:
+    case = cases.cases[0]
+    assert case.label is not None
+    expected = prepare(cases.select(["case0"]), tmp_path / "store", SPACING, workers=1)
+    for path in (*case.images, case.label):
+        image = nib.load(path)
+        turn = ornt_transform(io_orientation(image.affine), axcodes2ornt("PIR"))
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine).as_reoriented(turn), path)
+    store = prepare(cases.select(["case0"]), tmp_path / "store", SPACING, workers=1)
+    assert store.source_shape(0) != expected.source_shape(0)
+    np.testing.assert_array_equal(store.image(0), expected.image(0))
+    np.testing.assert_array_equal(store.label(0), expected.label(0))
+    np.testing.assert_array_equal(store.affine(0), expected.affine(0))
+    as_monai = prepare(cases.select(["case0"]), tmp_path / "store", Spacing(SPACING, "file"), workers=1)
+    assert as_monai.shape(0) != store.shape(0) == expected.shape(0)
 
 
 def test_label_is_resampled_on_its_own_affine_which_decides_its_ties(tmp_path: Path, cases: CaseSet) -> None:
