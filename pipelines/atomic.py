@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
-_TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
+_TEMPORARY = re.compile(r"(?s)^\..*\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
 _LIFETIME_S = 3600.0  # of temporary files of other hosts, whose processes can't be asked for
 _NAME_BYTES = 100  # of the file's own name in its temporary one: a file system takes 255 in all
 
@@ -107,21 +107,23 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Remove the temporary files of processes that died from a folder."""
-    for path in folder.glob(".*.tmp-*"):
-        match = _TEMPORARY.search(path.name)
-        if match is None:
-            continue
+    """Remove the temporary files of processes that died from a folder, if it is there."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.path, match) for entry in entries if (match := _TEMPORARY.search(entry.name))]
+    except OSError:
+        return
+    for path, match in found:
         with contextlib.suppress(OSError):
             is_dead = match["host"] == socket.gethostname() and not _is_alive(int(match["pid"]))
-            if is_dead or time.time() - path.stat().st_mtime > _LIFETIME_S:
-                path.unlink()
+            if is_dead or time.time() - os.lstat(path).st_mtime > _LIFETIME_S:
+                os.unlink(path)
 
 
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

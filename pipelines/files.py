@@ -1,6 +1,8 @@
 """Files of a store: each is written whole or not at all (`pipelines.atomic`), and known by its content.
 
-`index.json` remembers the content hash of a scan by path, size and time.
+`index.json` remembers the content hash of a scan by path, and for which state of the file it holds: its size, inode and
+times. A scan that was replaced by one of the same size and time is another inode, and one that was written to has
+another change time, which no program can set. A data set that was copied or moved is hashed again, and found prepared.
 """
 
 from __future__ import annotations
@@ -9,17 +11,24 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from isal import isal_zlib
 
-from pipelines.atomic import remove_left_over, replacing
+from pipelines.atomic import replacing
 from pipelines.cases import DataError
 from pipelines.layouts import CaseError
+
+T = TypeVar("T")
+_PIECE = 1 << 22
 
 
 class StoreError(DataError):
@@ -41,22 +50,33 @@ class StoreError(DataError):
 
 @dataclass(frozen=True)
 class FileHash:
-    """Content hash of a file, and the state of the file that it holds for."""
+    """Content hash of a file, and the state of the file that it holds for, see `file_state`."""
 
-    size: int
-    mtime_ns: int
+    state: tuple[int, ...]
     digest: str
 
 
-def write_array(array: np.ndarray, file: Any) -> None:
-    """Write a C-ordered array as `.npy`."""
+def write_array(array: np.ndarray, file: Any) -> int:
+    """Write a C-ordered array as `.npy`; returns the checksum of all that was written."""
     # Not np.save: its OSError on a full disk has no errno.
     assert array.flags.c_contiguous
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    file.write(array.reshape(-1).view(np.uint8))
+    header, data = BytesIO(), array.reshape(-1).view(np.uint8)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    file.write(header.getbuffer())
+    file.write(data)
+    return isal_zlib.crc32(data, isal_zlib.crc32(header.getbuffer()))
 
 
-def write_whole(path: Path, write: Callable[[Any], Any], needed: int) -> int:
+def checksum(path: Path) -> int:
+    """Of a whole file, read piece by piece. Raises OSError."""
+    crc, buffer = 0, memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            crc = isal_zlib.crc32(buffer[:size], crc)
+    return crc
+
+
+def write_whole(path: Path, write: Callable[[Any], T], needed: int) -> tuple[int, T]:
     """Write a file under a temporary name in its folder and move it into place.
 
     Args:
@@ -64,60 +84,68 @@ def write_whole(path: Path, write: Callable[[Any], Any], needed: int) -> int:
         needed: bytes of the whole case, for the message.
 
     Returns:
-        its size in bytes.
+        its size in bytes, and what `write` returned.
 
     Raises:
         StoreError: it can't be written; nothing is left of it.
     """
     try:
         with replacing(path, "wb") as file:
-            write(file)
+            written = write(file)
             size = file.tell()
     except OSError as error:
-        raise store_error(path.parent, error, needed) from error
-    return size
-
-
-def store_error(folder: Path, error: OSError, needed: int) -> StoreError:
-    """What the system says, in the words of a store."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return StoreError(folder, f"{'no space left' if full else 'not writable'} ({error.strerror})", needed)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "no space left" if full else "not writable"
+        raise StoreError(path.parent, f"{what} ({error.strerror}), writing {path.name}", needed) from error
+    return size, written
 
 
 def make_folder(folder: Path) -> None:
-    """Make the store's folder, and remove the temporary files of runs that died."""
+    """Make the store's folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise store_error(folder, error, 0) from error
-    remove_left_over(folder)
+        raise StoreError(folder, f"not writable ({error.strerror})", 0) from error
 
 
-def file_state(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def file_state(path: Path) -> tuple[int, ...]:
+    """Size in bytes, inode, and the times of the last change of content and of inode in ns. Raises OSError."""
+    return _state(path.stat())
+
+
+def _state(now: os.stat_result) -> tuple[int, ...]:
+    return now.st_size, now.st_ino, now.st_mtime_ns, now.st_ctime_ns
+
+
+def is_unchanged(path: Path, known: FileHash) -> bool:
+    """Whether a file is, by its state, the one that was hashed."""
+    try:
+        return file_state(path) == known.state
+    except (OSError, ValueError):
+        return False
 
 
 def hash_file(path: Path) -> FileHash:
     """Hash the content of a scan. Raises CaseError where it can't be read."""
     try:
-        size, mtime_ns = file_state(path)
+        now = path.stat()
+        if not stat.S_ISREG(now.st_mode):  # a pipe would be waited for, a device never ends
+            raise CaseError(path, "is no regular file", "Give the NIfTI file itself")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
     except FileNotFoundError:
         raise CaseError(path, "there is no such file", "Put it there, or correct the path or the list") from None
     except OSError as error:
         raise CaseError(path, f"can't be read ({error.strerror})", "Check its permissions and the disk") from error
-    return FileHash(size, mtime_ns, digest)
+    return FileHash(_state(now), digest)
 
 
 def read_index(folder: Path) -> dict[str, FileHash]:
     """Known hashes by absolute path; none where the index is missing or damaged: it only saves time."""
     try:
         entries = json.loads((folder / "index.json").read_text())
-        return {path: FileHash(*entry) for path, entry in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {path: FileHash(tuple(state), digest) for path, (*state, digest) in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -125,7 +153,7 @@ def remember(folder: Path, known: Mapping[str, FileHash]) -> None:
     """Add hashes to the index of a store."""
     if not known:
         return
-    entries = {path: [h.size, h.mtime_ns, h.digest] for path, h in {**read_index(folder), **known}.items()}
+    entries = {path: [*h.state, h.digest] for path, h in {**read_index(folder), **known}.items()}
     content = json.dumps(entries, indent=0).encode()
     with contextlib.suppress(StoreError):  # it only saves time, and must not hide the error of a full disk
         write_whole(folder / "index.json", lambda file: file.write(content), len(content))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,16 @@ import numpy as np
 from isal import isal_zlib
 
 from pipelines.cases import Case
-from pipelines.files import FileHash, hash_file, write_array, write_whole
+from pipelines.files import FileHash, hash_file, is_unchanged, write_array, write_whole
 from pipelines.geometry import Spacing, label_grid, resample_image, resample_label, target_grid
 from pipelines.labels import Coding
+from pipelines.layouts import CaseError
 from pipelines.nifti import read_case
 
 FORMAT = 3
 StoreDtype = Literal["float32", "float16"]
 FOREGROUND_VOXELS = 4096
+_NAME_LENGTH = 150
 _INTENSITIES = "as in the files, resampled; not normalised"
 
 
@@ -61,8 +63,8 @@ def files_of(case: Case) -> list[Path]:
 
 
 def stem_of(name: str, key: str) -> str:
-    """What the names of a case's files begin with."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{key[:12]}"
+    """What the names of a case's files begin with; a file system takes names of 255 bytes, and a case any."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:_NAME_LENGTH]}-{key[:12]}"
 
 
 def read_record(task: Task, case: Case, key: str) -> dict[str, Any] | None:
@@ -81,21 +83,34 @@ def read_record(task: Task, case: Case, key: str) -> dict[str, Any] | None:
 
 def prepare_case(task: Task, case: Case) -> tuple[dict[str, Any], dict[str, FileHash]]:
     """Prepare one case, in a worker: its record, and the hashes of its files."""
-    hashes = {str(path.absolute()): hash_file(path) for path in files_of(case)}
-    key = task.key(case, [h.digest for h in hashes.values()])
-    record = read_record(task, case, key)
+    hashes = hash_files(case)
+    record = read_record(task, case, key_of(task, case, hashes))
     if record is None:
-        record = build(task, case, key)
-    return record, hashes
+        record = build(task, case, hashes)
+    return record, {str(path.absolute()): known for path, known in hashes.items()}
 
 
-def build(task: Task, case: Case, key: str) -> dict[str, Any]:
+def hash_files(case: Case) -> dict[Path, FileHash]:
+    """The hash of each file of a case. Raises CaseError."""
+    return {path: hash_file(path) for path in files_of(case)}
+
+
+def key_of(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> str:
+    """`Task.key` of a case whose files were hashed."""
+    return task.key(case, [hashes[path].digest for path in files_of(case)])
+
+
+def build(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> dict[str, Any]:
     """Make the files of a case, the `.json` last; returns what that holds.
 
     Raises:
-        CaseError: the scans are faulty. StoreError: the disk is full or can't be written.
+        CaseError: the scans are faulty, or were changed meanwhile. StoreError: the disk is full or can't be written.
     """
+    key = key_of(task, case, hashes)
     raw = read_case(case, task.coding)
+    for path, known in hashes.items():
+        if not is_unchanged(path, known) and hash_file(path).digest != known.digest:
+            raise CaseError(path, "was changed while it was prepared", "Run again when it is whole")
     source_shape = raw.image.shape[:3]
     grid = target_grid(source_shape, raw.affine, task.spacing)
     if task.device == "gpu":
@@ -116,8 +131,8 @@ def build(task: Task, case: Case, key: str) -> dict[str, Any]:
     stem = task.folder / stem_of(case.name, key)
     files = {}
     for kind, array in arrays.items():
-        size = write_whole(Path(f"{stem}.{kind}.npy"), partial(write_array, array), needed)
-        files[kind] = {"bytes": size, "crc32": crc(array)}
+        size, crc = write_whole(Path(f"{stem}.{kind}.npy"), partial(write_array, array), needed)
+        files[kind] = {"bytes": size, "crc32": crc}
     record = {
         "format": FORMAT,
         "name": case.name,
@@ -159,8 +174,3 @@ def foreground_voxels(label_XYZ: np.ndarray) -> np.ndarray:
 
 def _crc_of_record(record: dict[str, Any]) -> int:
     return isal_zlib.crc32(json.dumps(record).encode())  # the same for what is written and for what is read
-
-
-def crc(array: np.ndarray) -> int:
-    """Checksum of an array's bytes."""
-    return isal_zlib.crc32(array.reshape(-1).view(np.uint8))

@@ -11,14 +11,14 @@ zero: zero means "outside the head" to the z-score.
 
 The key is a hash of the content of the input files, of what was asked of them (spacing, modalities, channels, label
 values) and of the format's version: other data or other parameters are other files, and one folder serves any number
-of experiments. `index.json` remembers the hash of a file by path, size and time, so a second run opens no scan.
+of experiments. `index.json` remembers the hash of a file by path, size, inode and times: a second run opens no scan.
 
 Every file is written under a temporary name and moved into place, the `.json` last: a case without it is not there. So
 a run may be killed at any point and started again, and several runs may fill one folder at once: at worst both write
 the same bytes. Temporary files of dead runs are removed at the next start.
 
-Each array is compared with its checksum when it is first opened; one that is damaged or gone is prepared again from the
-scans, with a warning. The `.json` has its own, and a case whose is damaged is one that is not there.
+Each `.npy`, its header included, is compared with its checksum when it is first opened; one that is damaged or gone is
+prepared again from the scans, with a warning. The `.json` has its own; a case whose `.json` is damaged is not there.
 
 Cases are prepared in processes (pipelines/processes.py), each one case at a time, and only its record and hashes come
 back: memory is about 0.4 GB per worker, whatever the set.
@@ -35,13 +35,24 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipelines.atomic import remove_left_over
 from pipelines.cases import Case, CaseSet, DataError
-from pipelines.files import FileHash, StoreError, file_state, hash_file, make_folder, read_index, remember
+from pipelines.files import FileHash, StoreError, checksum, is_unchanged, make_folder, read_index, remember
 from pipelines.geometry import USUAL, Spacing, patient_spacing, target_grid
 from pipelines.labels import Coding
 from pipelines.layouts import CaseError
 from pipelines.nifti import read_case
-from pipelines.prepared import StoreDtype, Task, build, crc, files_of, prepare_case, read_record, stem_of
+from pipelines.prepared import (
+    StoreDtype,
+    Task,
+    build,
+    files_of,
+    hash_files,
+    key_of,
+    prepare_case,
+    read_record,
+    stem_of,
+)
 from pipelines.processes import run_on_cases
 
 log = logging.getLogger(__name__)
@@ -152,22 +163,21 @@ class Store:
 
     def _fault(self, i: int, kind: str) -> str:
         """What is wrong with an array on disk; empty where nothing is."""
-        path = self._path(i, kind)
-        if not path.is_file():
-            return "the file is gone"
         try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            return f"can't be read ({error})"
-        return "" if crc(array) == self._records[i]["files"][kind]["crc32"] else "its checksum is not the one recorded"
+            found = checksum(self._path(i, kind))
+        except FileNotFoundError:
+            return "the file is gone"
+        except OSError as error:
+            return f"can't be read ({error.strerror})"
+        return "" if found == self._records[i]["files"][kind]["crc32"] else "its checksum is not the one recorded"
 
     def _build_again(self, i: int, fault: str) -> None:
         case, remedy = self._cases[i], "put the scans of this case back as they were, or leave the case out"
         try:
-            key = self._task.key(case, [hash_file(path).digest for path in files_of(case)])
-            if key != self._records[i]["key"]:
+            hashes = hash_files(case)
+            if key_of(self._task, case, hashes) != self._records[i]["key"]:
                 raise DataError(f"{fault}, and the scans of {case.name} have changed since: {remedy}")
-            build(self._task, case, key)
+            build(self._task, case, hashes)
         except CaseError as error:
             raise DataError(f"{fault}, and can't be made again: {error}") from error
 
@@ -204,6 +214,7 @@ def prepare(
     """
     folder = Path(store_dir).absolute()
     task = Task(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, device)
+    remove_left_over(folder)
     records = _complete_cases(task, case_set)
     pending = [case for case, record in zip(case_set.cases, records, strict=True) if record is None]
     if pending:
@@ -284,7 +295,7 @@ def _complete_case(task: Task, case: Case, index: Mapping[str, FileHash]) -> dic
     digests = []
     for path in files_of(case):
         known = index.get(str(path.absolute()))
-        if known is None or not path.is_file() or file_state(path) != (known.size, known.mtime_ns):
+        if known is None or not is_unchanged(path, known):
             return None
         digests.append(known.digest)
     return read_record(task, case, task.key(case, digests))

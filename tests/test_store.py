@@ -9,12 +9,15 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,12 @@ import pytest
 from isal import isal_zlib
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
+from pipelines import prepared
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.files import StoreError
 from pipelines.geometry import Spacing, resample_image, resample_label, target_grid
-from pipelines.labels import CODINGS
-from pipelines.nifti import read_case
+from pipelines.labels import CODINGS, Coding
+from pipelines.nifti import RawCase, read_case
 from pipelines.prepared import FOREGROUND_VOXELS, to_float16
 from pipelines.store import Store, check_cases, prepare
 
@@ -73,8 +77,8 @@ def record_of(folder: Path, name: str) -> Any:
 def assert_unchanged(store: Store, i: int) -> None:
     """Every array of a case is as it was written; nothing has to be prepared again."""
     for kind, file in record_of(store.folder, store.names[i])["files"].items():
-        array = np.load(next(store.folder.glob(f"{store.names[i]}-*.{kind}.npy")))
-        assert isal_zlib.crc32(array.tobytes()) == file["crc32"]
+        content = next(store.folder.glob(f"{store.names[i]}-*.{kind}.npy")).read_bytes()
+        assert isal_zlib.crc32(content) == file["crc32"]
 
 
 def test_volumes_are_those_of_decode_resample_and_orient(tmp_path: Path, cases: CaseSet) -> None:
@@ -136,15 +140,105 @@ def test_processes_write_what_one_process_writes(tmp_path: Path, cases: CaseSet)
         assert (alone.folder / name).read_bytes() == (together.folder / name).read_bytes()
 
 
-def test_second_run_opens_no_scan_and_writes_nothing(tmp_path: Path, cases: CaseSet) -> None:
+def refuse(*_: Any) -> Any:
+    raise AssertionError("not to be called")
+
+
+def test_second_run_opens_no_scan_and_writes_nothing(
+    tmp_path: Path, cases: CaseSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(cases, tmp_path / "store", SPACING, workers=1)
     before = state(tmp_path / "store")
-    for path in (tmp_path / "scans").rglob("*.nii.gz"):
-        stat = path.stat()
-        path.write_bytes(b"x" * stat.st_size)  # reading it would now fail
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    monkeypatch.setattr(prepared, "hash_file", refuse)
     assert len(prepare(cases, tmp_path / "store", SPACING)) == 3
     assert state(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("how", ["written to", "replaced"])
+def test_a_changed_scan_of_the_same_size_and_time_is_prepared_again(tmp_path: Path, cases: CaseSet, how: str) -> None:
+    path = cases.cases[0].images[0]
+    path.write_bytes(gzip.decompress(path.read_bytes()))
+    before = np.array(prepare(cases, tmp_path / "store", SPACING, workers=1).image(0))
+    content, old = bytearray(path.read_bytes()), path.stat()
+    content[-4000:] = content[-4000:][::-1]
+    if how == "replaced":
+        path.unlink()
+        (tmp_path / "takes the inode").touch()
+    path.write_bytes(content)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (old.st_size, old.st_mtime_ns)
+    after = prepare(cases, tmp_path / "store", SPACING, workers=1).image(0)
+    assert (after != before).any()
+
+
+@pytest.mark.parametrize("how", [shutil.copytree, shutil.move])
+def test_a_data_set_that_was_copied_or_moved_is_not_prepared_again(
+    tmp_path: Path, cases: CaseSet, how: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(cases, tmp_path / "store", SPACING, workers=1)
+    how(tmp_path / "scans", tmp_path / "elsewhere")
+
+    def there(path: Path) -> Path:
+        return tmp_path / "elsewhere" / path.relative_to(tmp_path / "scans")
+
+    found = [Case(case.name, tuple(map(there, case.images)), None, there(case.label or Path())) for case in cases.cases]
+    moved = CaseSet(tuple(found), cases.modalities, CODING)
+    monkeypatch.setattr(prepared, "read_case", refuse)
+    assert len(prepare(moved, tmp_path / "store", SPACING, workers=1)) == 3
+    monkeypatch.setattr(prepared, "hash_file", refuse)
+    assert len(prepare(moved, tmp_path / "store", SPACING, workers=1)) == 3
+
+
+def test_a_scan_that_is_replaced_while_it_is_prepared_is_a_fault_of_its_case(
+    tmp_path: Path, cases: CaseSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cases.cases[1].images[0]
+
+    def read_and(change: Any, case: Case, coding: Coding) -> RawCase:
+        raw = read_case(case, coding)
+        if case.name == "case1":
+            change(path)
+        return raw
+
+    monkeypatch.setattr(prepared, "read_case", partial(read_and, partial(shutil.copy, cases.cases[0].images[0])))
+    with pytest.raises(DataError, match=rf"1 of 3 .*\n  case1: {path}: was changed while it was prepared"):
+        prepare(cases, tmp_path / "store", SPACING, workers=1)
+    monkeypatch.setattr(prepared, "read_case", partial(read_and, os.utime))  # another time alone is no change
+    assert len(prepare(cases, tmp_path / "store", SPACING, workers=1)) == 3
+
+
+def test_a_scan_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, cases: CaseSet) -> None:
+    path = cases.cases[1].images[0]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=rf"1 of 3 .*\n  case1: {path}: is no regular file"):
+        prepare(cases, tmp_path / "store", SPACING, workers=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 230, os.fsdecode(b"M\xfcller"), "\N{BRAIN}" * 60, "..", "", "a/../../b", "$1_2$", "a\nb", "\x1b[31m"]
+)
+def test_a_case_may_have_any_name(tmp_path: Path, cases: CaseSet, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    named = CaseSet((replace(cases.cases[0], name=name), cases.cases[1]), cases.modalities, CODING)
+    for _ in range(2):  # made, and read
+        store = prepare(named, tmp_path / "store", SPACING, workers=1)
+        assert store.names == (name, "case1") and store.index(name) == 0
+        assert store.image(0).any()
+    files = list((tmp_path / "store").iterdir())
+    assert len(files) == 9 and all(len(path.name) < 200 and path.name.isascii() for path in files)
+    assert {
+        json.loads(path.read_text())["record"]["name"] for path in files if path.suffix == ".json" and "-" in path.name
+    } == {name, "case1"}
+    next(path for path in files if "case1" not in path.name and ".image" in path.name).unlink()
+    assert prepare(named, tmp_path / "store", SPACING, workers=1).image(0).any()
+
+
+def test_names_that_are_alike_in_their_first_hundred_letters_are_other_files(tmp_path: Path, cases: CaseSet) -> None:
+    alike = tuple(replace(case, name="x" * 200 + case.name) for case in cases.cases)
+    store = prepare(CaseSet(alike, cases.modalities, CODING), tmp_path / "store", SPACING, workers=1)
+    plain = prepare(cases, tmp_path / "store", SPACING, workers=1)
+    for i in range(3):
+        np.testing.assert_array_equal(store.image(i), plain.image(i))
 
 
 def test_new_content_is_prepared_and_a_new_date_is_not(tmp_path: Path, cases: CaseSet) -> None:
@@ -271,8 +365,12 @@ def test_temporary_files_of_dead_runs_are_removed_and_of_living_ones_kept(tmp_pa
     for path in (dead, alive, far, old):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    prepare(cases, folder, SPACING, workers=1)
-    assert (dead.exists(), alive.exists(), far.exists(), old.exists()) == (False, True, True, False)
+    for _ in range(2):  # where there is something to prepare, and where there is nothing
+        prepare(cases, folder, SPACING, workers=1)
+        assert (dead.exists(), alive.exists(), far.exists(), old.exists()) == (False, True, True, False)
+        dead.write_bytes(b"half")
+        old.write_bytes(b"half")
+        os.utime(old, (0, 0))
 
 
 @contextmanager
@@ -290,7 +388,10 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path: 
     folder = tmp_path / "store"
     large = write_case(tmp_path / "scans", "large", 5, (40, 40, 40))
     more = CaseSet((*cases.cases[:1], large, *cases.cases[1:]), cases.modalities, CODING)
-    with files_of_at_most(50_000), pytest.raises(StoreError, match=r"no space left.*It needs about 0\.5 MB") as error:
+    with (
+        files_of_at_most(50_000),
+        pytest.raises(StoreError, match=r"no space left.*large-.*npy.*needs about 0\.5 MB") as error,
+    ):
         prepare(more, folder, SPACING, workers=1)
     assert str(folder) in str(error.value) and "--data.store_dir" in str(error.value)
     needed = resample_image(read_case(large, CODING).image, AFFINE, target_grid((40, 40, 40), AFFINE, SPACING)).nbytes
@@ -399,6 +500,23 @@ def test_damaged_array_is_found_when_it_is_first_read_and_made_again(
     caplog.clear()
     read(1)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["image", "label", "foreground"])
+def test_a_changed_bit_anywhere_in_an_array_is_found(tmp_path: Path, cases: CaseSet, kind: str) -> None:
+    """In each byte of its header, which is byte order, type, shape and memory order, and here and there in its data."""
+    one = cases.select(["case0"])
+    prepare(one, tmp_path / "store", SPACING, workers=1)
+    path = next((tmp_path / "store").glob(f"case0-*.{kind}.npy"))
+    content = path.read_bytes()
+    expected = np.load(io.BytesIO(content))
+    for place in [*range(128), 128, len(content) // 2, len(content) - 1]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        store = prepare(one, tmp_path / "store", SPACING, workers=1)
+        np.testing.assert_array_equal(getattr(store, kind)(0), expected)
+        assert path.read_bytes() == content
 
 
 def test_damaged_array_of_scans_that_changed_or_went_is_an_error_that_names_both(
