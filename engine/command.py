@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from engine.failure import Watch, join_watch
 from engine.watch import STOP_SIGNALS, Interrupted, Preempted
+from pipelines.atomic import temporary_name
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,6 @@ def make_writable(folder: Path) -> None:
         OSError: they can't.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{os.getpid()}"
+    probe = temporary_name(folder / "probe")
     probe.touch()
     probe.unlink()

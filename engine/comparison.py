@@ -12,11 +12,11 @@ not, every condition that is not met is named.
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +25,14 @@ import yaml
 
 from engine.checkpoint import states
 from engine.config import CONFIGS, Config, config_from_dict, to_dict
+from engine.metrics import SCORED
 from engine.progress import percent
-from pipelines.atomic import write_text
+from engine.report import is_whole
+from pipelines.atomic import write_texts
 from pipelines.cases import MODALITIES
 from pipelines.labels import REGIONS
+from pipelines.tables import read_table
+from pipelines.text import markdown
 
 SCORES = ("mean", *REGIONS)
 
@@ -95,6 +99,8 @@ class Run:
             ValueError: the run has not finished, or is none; a file of it can't be read.
         """
         missing = [name for name in FILES if not (path / name).is_file()]
+        if not missing and not is_finished(path):
+            missing = ["whole report.html"]
         saved = states(path / "checkpoints")
         if missing or not saved:
             lacks = ", ".join(missing) or "checkpoints"
@@ -104,7 +110,7 @@ class Run:
             )
         try:
             return cls._read(path, saved[0])
-        except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise ValueError(
                 f"{path} can't be read, a file in it is damaged or of another version of this program: {reason}; copy "
@@ -113,20 +119,26 @@ class Run:
 
     @classmethod
     def _read(cls, path: Path, state: Path) -> Run:
-        config = config_from_dict(yaml.safe_load((path / "config.yaml").read_text()))
-        metrics = json.loads((path / "metrics.json").read_text())
-        with open(path / "validation.csv") as file:
-            validated = list(csv.DictReader(file))
+        config = config_from_dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        metrics = _read_json(path / "metrics.json")
+        scored = metrics.get("scored", "masks")  # older versions scored these, and had no option
+        if scored not in SCORED:
+            raise ValueError(f"metrics.json scored {scored!r}, not {' or '.join(SCORED)}")
+        config = replace(config, train=replace(config.train, score=scored))
+        validated = read_table(path / "validation.csv")
         whole = [row["case"] for row in validated if all(row[region] for region in REGIONS)]
         names = tuple(row["case"] for row in validated)
-        world_size = json.loads((state / "about.json").read_text())["world_size"]
+        world_size = _whole_number(_read_json(state / "about.json")["world_size"], "world_size")
         crops = config.train.batch_size * config.train.accumulate_steps * world_size
-        with open(path / "log.csv") as file:
-            history = [{key: float(value) if value else None for key, value in row.items()}
-                       for row in csv.DictReader(file)]  # fmt: skip
+        history = [
+            {key: float(value) if value else None for key, value in row.items()} for row in read_table(path / "log.csv")
+        ]
+        if not history or not {"epoch", "loss"} <= set(history[0]):
+            raise ValueError("log.csv has no rows with epoch and loss")
         example = next(iter([*whole, *names]), None)
+        epochs = _whole_number(metrics["epochs"], "epochs")
         return cls(
-            path, config, metrics["epochs"], history, metrics["best"], metrics["definition"], names, example, crops
+            path, config, epochs, history, _scores(metrics["best"]), str(metrics["definition"]), names, example, crops
         )
 
     @property
@@ -145,6 +157,34 @@ class Run:
         return found | {"crops of a step": self.crops_per_step}
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} holds {type(values).__name__}, must hold an object")
+    return values
+
+
+def _whole_number(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} {str(value)[:40]!r} must be a whole number of at least 1")
+    return value
+
+
+def _scores(best: Any) -> dict[str, Any]:
+    """The best validation, as `metrics.json` has it, with its values checked."""
+    epoch = best["epoch"]
+    if epoch is not None:
+        _whole_number(epoch, "best epoch")
+    for name in SCORES:
+        value = best.get(name)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"best {name} {str(value)[:40]!r} must be a Dice or null")
+    return best
+
+
 def by_option(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
     """Values of nested settings by the names that options have on the command line."""
     flat: dict[str, Any] = {}
@@ -154,8 +194,8 @@ def by_option(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run came to its end; its report is what it writes last."""
-    return (run_dir / "report.html").is_file()
+    """Whether a run came to its end; its report is what it writes last, and must be whole."""
+    return is_whole(run_dir / "report.html")
 
 
 # Conditions
@@ -284,7 +324,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What stands under the table: what the numbers are, what they may be compared with, in what the runs differ."""
     runs = [run for row in rows for run in row.runs]
     validated_on = " and ".join(dict.fromkeys(run.config.train.validation.replace("_", " ") for run in runs))
-    lines = [f"Dice (%) at each run's best validation, on {validated_on}. {runs[0].definition}."]
+    definitions = "; or: ".join(dict.fromkeys(run.definition for run in runs))
+    lines = [f"Dice (%) at each run's best validation, on {validated_on}. {definitions}."]
     counts = {len(row.runs) for row in rows}
     if max(counts) > 1:
         lines.append(f"± is the sample standard deviation over {' or '.join(map(str, sorted(counts)))} seeds.")
@@ -311,9 +352,12 @@ def write_table(rows: Sequence[Row], folder: Path) -> None:
     """`table.md` and `comparison.json`."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *table_cells(rows))]
     said = notes(rows)
-    write_text(folder / "table.md", "\n".join([*lines, "", "\n\n".join(said).replace("\n\n- ", "\n- "), ""]))
+    below = "\n\n".join(map(markdown, said)).replace("\n\n- ", "\n- ")
     content = {"rows": [_plain(row) for row in rows], "notes": said}
-    write_text(folder / "comparison.json", json.dumps(content, indent=2) + "\n")
+    write_texts({
+        folder / "table.md": "\n".join([*lines, "", below, ""]),
+        folder / "comparison.json": json.dumps(content, indent=2) + "\n",
+    })  # fmt: skip
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from engine.comparison import PUBLISHED, VALIDATION_CASES, Row, Run, differences
 from engine.config import Config
 from engine.data import list_cases, make_val_loader, obtain_root, prepared
-from engine.metrics import CaseDice, case_dice
-from engine.pictures import as_numpy, legend, plt, save, show_slice
+from engine.metrics import CaseDice, case_dice, scored_regions
+from engine.pictures import as_numpy, caption, legend, plt, save, show_slice
 from engine.progress import percent
 from engine.sliding_window import sliding_window_logits
 from engine.trained import load_trained
@@ -69,7 +69,8 @@ class Predictions:
 
 def can_share_a_case(runs: Sequence[Run]) -> bool:
     """Whether the runs see the same validation cases in the same way."""
-    decisive = [name for name in differences(runs) if name in (VALIDATION_CASES, "--train.validation")
+    decisive = [name for name in differences(runs)
+                if name in (VALIDATION_CASES, "--train.validation", "--train.score")
                 or name.startswith("--data.")]  # fmt: skip
     return bool(runs[0].cases) and not decisive
 
@@ -97,7 +98,7 @@ def predict_example(rows: Sequence[Row], device: torch.device) -> Predictions:
                 logits = sliding_window_logits(trained.network, image, trained.config.data.crop_size_voxels)
             else:
                 logits = trained.network(image)
-        masks = (logits > 0)[0]  # sigmoid(x) > 0.5
+        masks = scored_regions((logits > 0)[0], trained.coding, row.runs[0].config.train.score)  # sigmoid(x) > 0.5
         found[row.model] = (as_numpy(masks), case_dice(name, masks, truth))
     assert truth is not None
     return Predictions(name, as_numpy(image[0, 0]), as_numpy(truth), found)
@@ -124,6 +125,6 @@ def draw_predictions(predictions: Predictions, path: Path) -> None:
             show_slice(axis, predictions.scan_XYZ[..., z], masks[..., z])
             axis.set_xlabel(f"slice {z}", fontsize=8)
         row[SLICES // 2].set_title(title, fontsize=10)
-    figure.suptitle(predictions.name, fontsize=11)
+    figure.suptitle(caption(predictions.name), fontsize=11)
     legend(figure)
     save(figure, path)

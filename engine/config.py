@@ -187,6 +187,9 @@ class TrainConfig:
     """Validate after this many epochs, and after the last."""
     validation: Literal["center_crop", "full_volume"] = "center_crop"
     """Dice on the centre crop of the tutorial, or by sliding window on the full prepared volume."""
+    score: Literal["label_map", "masks"] = "label_map"
+    """What validations score and choose the best weights by: the regions of the label map that is written (ET within TC
+    within WT), or the network's overlapping masks, as the published tutorial."""
     patience: int = 0
     """Stop after so many validations without a better mean Dice; 0: never."""
     precision: Literal["float32", "tf32", "bf16", "fp16"] = "float32"

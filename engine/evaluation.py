@@ -7,7 +7,6 @@ altogether has none and is counted beside it.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
@@ -22,17 +21,23 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 from rich.table import Table
 
-from engine.metrics import CaseDice, case_dice, summarise
+from engine.metrics import SCORED, CaseDice, Score, case_dice, summarise
 from engine.progress import percent
-from pipelines.atomic import replacing, write_text
+from pipelines.atomic import write_texts
 from pipelines.labels import REGIONS
+from pipelines.tables import table_text
+from pipelines.text import markdown as shown
 
 WORST = 5
-DEFINITION = (
-    "Dice (%) per case and region on masks (probability > 0.5); a region's mean and median are over the cases whose "
-    "truth has it, the mean Dice is the mean over the regions. HD95 (mm) over the cases where truth and prediction "
-    "both have the region"
-)
+
+
+def definition(scored: Score) -> str:
+    """What the scores are, in words."""
+    return (
+        f"Dice (%) per case and region on {SCORED[scored]}; a region's mean and median are over the cases whose truth "
+        "has it, the mean Dice is the mean over the regions. HD95 (mm) over the cases where truth and prediction both "
+        "have the region"
+    )
 
 
 @dataclass(frozen=True)
@@ -88,20 +93,24 @@ def hd95(prediction_XYZ: np.ndarray, truth_XYZ: np.ndarray, spacing_mm: Sequence
     return float(distance)
 
 
-def summary(cases: Sequence[CaseScores]) -> dict[str, Any]:
+def summary(cases: Sequence[CaseScores], scored: Score = "label_map") -> dict[str, Any]:
     """What is made of the cases.
 
+    Args:
+        cases: the scores. scored: what the masks were that have them.
+
     Returns:
-        "definition"; "cases", their number; "dice" and "hd95", with "mean" and "median" by region (None where no case
-        has one), for Dice also over the regions ("mean"); "missed", "empty_truths" and "false_positives", numbers of
-        cases by region; "worst", names and Dice of the cases with the lowest mean.
+        "definition", in words, and "scored"; "cases", their number; "dice" and "hd95", with "mean" and "median" by
+        region (None where no case has one), for Dice also over the regions ("mean"); "missed", "empty_truths" and
+        "false_positives", numbers of cases by region; "worst", names and Dice of the cases with the lowest mean.
     """
     dice = {region: [case.dice.dice()[i] for case in cases] for i, region in enumerate(REGIONS)}
     distance = {region: [case.hd95[i] for case in cases] for i, region in enumerate(REGIONS)}
     counted = summarise([case.dice for case in cases])
-    scored = sorted((case for case in cases if not math.isnan(case.mean)), key=lambda case: case.mean)
+    worst_first = sorted((case for case in cases if not math.isnan(case.mean)), key=lambda case: case.mean)
     return {
-        "definition": DEFINITION,
+        "definition": definition(scored),
+        "scored": scored,
         "cases": len(cases),
         "dice": {
             "mean": {"mean": counted["mean"], **{region: counted[region] for region in REGIONS}},
@@ -117,7 +126,7 @@ def summary(cases: Sequence[CaseScores]) -> dict[str, Any]:
         },
         "empty_truths": counted["empty_truths"],
         "false_positives": counted["false_positives"],
-        "worst": [{"case": case.name, "dice": case.mean} for case in scored[:WORST]],
+        "worst": [{"case": case.name, "dice": case.mean} for case in worst_first[:WORST]],
     }
 
 
@@ -143,7 +152,7 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     for key, title in (
         ("missed", "missed"),
         ("empty_truths", "truth empty"),
-        ("false_positives", "found all the same"),
+        ("false_positives", "false positives"),
     ):
         rows.append((title, "", *(str(found[key][region]) for region in REGIONS)))
     return rows
@@ -163,10 +172,17 @@ def rich_table(found: dict[str, Any], title: str) -> Table:
 def markdown(found: dict[str, Any], title: str) -> str:
     """The table, the worst cases and the definition as Markdown."""
     head, *rows = table_rows(found)
-    lines = [f"# {title}", "", f"{found['cases']} cases.", "", _line(head), _line(["---", *["---:"] * len(head[1:])])]
+    lines = [
+        f"# {shown(title)}",
+        "",
+        f"{found['cases']} cases.",
+        "",
+        _line(head),
+        _line(["---", *["---:"] * len(head[1:])]),
+    ]
     lines += [_line(row) for row in rows]
     lines += ["", "| worst cases | mean Dice (%) |", "| --- | ---: |"]
-    lines += [_line((each["case"], percent(each["dice"]))) for each in found["worst"]]
+    lines += [_line((shown(each["case"]), percent(each["dice"]))) for each in found["worst"]]
     return "\n".join([*lines, "", f"{found['definition']}.", ""])
 
 
@@ -175,21 +191,22 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def write(folder: Path, cases: Sequence[CaseScores], found: dict[str, Any], title: str) -> None:
-    """Write `cases.csv`, `summary.json` and `table.md`.
+    """Write `cases.csv`, `summary.json` and `table.md`: all, or where one can't be written those of before stay.
 
     Args:
         folder: made where it is missing. cases: in any order. found: from `summary`. title: of the Markdown.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "cases.csv") as file:
-        writer = csv.writer(file)
-        kinds = ("dice", "hd95_mm", "voxels_predicted", "voxels_truth")
-        columns = [f"{kind}_{region}" for kind in kinds for region in REGIONS]
-        writer.writerow(["case", "dice_mean", *columns, "warnings"])
-        for case in sorted(cases, key=lambda case: case.name):
-            numbers = (case.mean, *case.dice.dice(), *case.hd95)
-            counts = (*case.dice.predicted, *case.dice.truth)
-            rounded = ("" if math.isnan(number) else round(number, 6) for number in numbers)
-            writer.writerow([case.name, *rounded, *counts, "; ".join(case.warnings)])
-    write_text(folder / "summary.json", json.dumps(found, indent=1) + "\n")
-    write_text(folder / "table.md", markdown(found, title))
+    kinds = ("dice", "hd95_mm", "voxels_predicted", "voxels_truth")
+    columns = ["case", "dice_mean", *(f"{kind}_{region}" for kind in kinds for region in REGIONS), "warnings"]
+    rows = []
+    for case in sorted(cases, key=lambda case: case.name):
+        numbers = (case.mean, *case.dice.dice(), *case.hd95)
+        counts = (*case.dice.predicted, *case.dice.truth)
+        rounded = ("" if math.isnan(number) else round(number, 6) for number in numbers)
+        rows.append(dict(zip(columns, [case.name, *rounded, *counts, "; ".join(case.warnings)], strict=True)))
+    write_texts({
+        folder / "cases.csv": table_text(columns, rows),
+        folder / "summary.json": json.dumps(found, indent=1) + "\n",
+        folder / "table.md": markdown(found, title),
+    })  # fmt: skip

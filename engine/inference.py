@@ -29,7 +29,7 @@ from engine.trained import Trained, load_trained
 from kernels import dispatch
 from pipelines.cases import Case, DataError
 from pipelines.geometry import BackToFile, Grid, resample_image, target_grid
-from pipelines.labels import ENHANCING, NECROSIS, NON_ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
+from pipelines.labels import CYST, ENHANCING, NECROSIS, NON_ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
 from pipelines.likeness import looks_of, unlike
 from pipelines.nifti import RawCase, affine_fault, read_case, read_grid, write_nifti
 
@@ -77,14 +77,17 @@ class Segmentation:
     warnings: tuple[str, ...] = ()
     like: Path | None = field(default=None, repr=False)
 
+    def masks_as(self, coding: Coding) -> np.ndarray:
+        """The masks as a coding means them, bool (3, X, Y, Z); what the tutorial calls enhancing is not, elsewhere."""
+        if self.coding.release == TUTORIAL != coding.release:
+            core, whole, non_enhancing = self.masks_RXYZ
+            return np.stack([core | non_enhancing, whole, core & ~non_enhancing])
+        return self.masks_RXYZ
+
     def labels(self, coding: Coding | None = None) -> np.ndarray:
         """uint8 (X, Y, Z), in a release's coding; None: that of the network's training data. See `compose_labels`."""
         coding = coding or self.coding
-        masks_RXYZ = self.masks_RXYZ
-        if self.coding.release == TUTORIAL != coding.release:  # what it calls enhancing is the core that does not
-            core, whole, non_enhancing = masks_RXYZ
-            masks_RXYZ = np.stack([core | non_enhancing, whole, core & ~non_enhancing])
-        return compose_labels(masks_RXYZ, coding)
+        return compose_labels(self.masks_as(coding), coding)
 
     def save(self, path: Path | str, coding: Coding | None = None) -> None:
         """Write the label map as NIfTI, with the scan's grid, units and codes.
@@ -287,7 +290,7 @@ def compose_labels(masks_RXYZ: np.ndarray, coding: Coding) -> np.ndarray:
 
     Enhancing tumour goes before core, and core before the rest of the whole tumour, so a voxel of an inner region is in
     the outer ones too. Core that does not enhance is the coding's non-enhancing tumour, or necrosis where it has no
-    such value: the regions do not tell the two apart.
+    such value: the regions do not tell the two apart. `engine.metrics.written_regions` gives the result's regions.
 
     Args:
         masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET. coding: of the result.
@@ -299,7 +302,7 @@ def compose_labels(masks_RXYZ: np.ndarray, coding: Coding) -> np.ndarray:
     core, whole, enhancing = masks_RXYZ
     labels = np.zeros(whole.shape, np.uint8)
     labels[whole] = value[OEDEMA]
-    labels[core] = value.get(NON_ENHANCING, value.get(NECROSIS, 0))
+    labels[core] = next(value[tissue] for tissue in (NON_ENHANCING, NECROSIS, CYST, ENHANCING) if tissue in value)
     labels[enhancing] = value[ENHANCING]
     return labels
 

@@ -1,5 +1,10 @@
 """Dice per region, and what is made of it.
 
+What is scored is what is written. A network finds the three regions one by one (probability > 0.5), and a voxel of ET
+need not be in its TC. A label map holds one tissue for each voxel, and in it ET is within TC, and TC within WT. The
+regions of that label map are scored everywhere, by `written_regions`; the overlapping masks are an option (`masks`),
+by which the published tutorial's figures were made. On a real scan the two can be 10 points of Dice apart.
+
 Dice is 2 |P and T| / (|P| + |T|) on hard masks, per case and region. A region's Dice is the mean over the cases whose
 truth has the region; mean Dice is the mean over the regions. A region that no case has is None ("n/a") and left out.
 Beside it stand the number of empty truths and in how many of those something was predicted. Other definitions give
@@ -11,11 +16,46 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from pipelines.labels import REGIONS
+from pipelines.labels import REGIONS, Coding
+
+Score = Literal["label_map", "masks"]
+SCORED: dict[Score, str] = {
+    "label_map": "the regions of the label map that is written (probability > 0.5; ET counts as TC, and TC as WT)",
+    "masks": "overlapping masks (probability > 0.5), which no label map holds",
+}
+
+
+def definition(score: Score) -> str:
+    """What a Dice of this program is, in words."""
+    return (
+        f"Dice per case and region on {SCORED[score]}; a region's Dice is the mean over cases whose truth has it; mean "
+        "is the mean over regions"
+    )
+
+
+def written_regions(masks_RXYZ: torch.Tensor, coding: Coding) -> torch.Tensor:
+    """The regions of the label map that `engine.inference.compose_labels` makes of overlapping masks.
+
+    Args:
+        masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET. coding: of the label map.
+
+    Returns:
+        bool (3, X, Y, Z), on the masks' device: ET within TC within WT.
+    """
+    core, whole, enhancing = masks_RXYZ
+    core = core | enhancing
+    if coding.regions[0] == coding.regions[2]:  # no other tissue is core, so core is written as this one
+        enhancing = core
+    return torch.stack([core, whole | core, enhancing])
+
+
+def scored_regions(masks_RXYZ: torch.Tensor, coding: Coding, score: Score) -> torch.Tensor:
+    """Of overlapping masks what is scored; arguments as in `written_regions`."""
+    return written_regions(masks_RXYZ, coding) if score == "label_map" else masks_RXYZ
 
 
 @dataclass(frozen=True)

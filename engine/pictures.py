@@ -11,6 +11,8 @@ left of a sagittal one.
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ import torch
 from engine.progress import percent
 from pipelines.atomic import replacing
 from pipelines.labels import REGIONS
+from pipelines.text import printable
 
 matplotlib.use("Agg")
+matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})  # a name may hold $, and is no formula
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
@@ -37,6 +41,7 @@ NAMES = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}  #
 SCAN_TITLES = {"flair": "FLAIR", "t1": "T1", "t1c": "T1 contrast", "t2": "T2"}
 DPI = 160  # of figures some 6 inches wide, whose letters can be read on a phone too
 MARGIN = 2  # voxels around the head
+LINE = 60  # characters of a name above a picture
 TRUTH: dict[str, Any] = {"linewidths": 1.2, "linestyles": "solid"}
 PREDICTION: dict[str, Any] = {"linewidths": 0.9, "linestyles": "dashed"}
 
@@ -118,7 +123,7 @@ def draw_prediction(
         row[0].set_ylabel(f"slice {z}")
     for axis, title in zip(rows[0], ("scan", "truth", "prediction")):
         axis.set_title(title, fontsize=10)
-    figure.suptitle(f"{name}   Dice {_scores(dice)}", fontsize=11)
+    figure.suptitle(f"{caption(name)}\nDice {_scores(dice)}", fontsize=11)
     legend(figure)
     save(figure, path)
 
@@ -169,7 +174,7 @@ def draw_case(
             _outline(axis, masks, style)
     axes[0, 1].axis("off")
     axes[0, 1].legend(handles=_outline_handles(), loc="center", frameon=False, fontsize=10, handlelength=3)
-    figure.suptitle(f"{name}\nDice {_scores(dice)}", fontsize=11)
+    figure.suptitle(f"{caption(name)}\nDice {_scores(dice)}", fontsize=11)
     save(figure, path)
 
 
@@ -241,6 +246,11 @@ def show_slice(axis: Axes, slice_XY: np.ndarray, regions_RXY: np.ndarray | None 
     axis.set_title(title, fontsize=10)
 
 
+def caption(name: str) -> str:
+    """A name as it stands over a picture: as it is, on lines that are no wider than the picture."""
+    return "\n".join(textwrap.wrap(printable(name), LINE, break_on_hyphens=False))
+
+
 def legend(figure: Figure) -> None:
     """Name the colours of the regions below the figure."""
     handles = [Line2D([], [], marker="s", ls="", color=COLOURS[key], label=text) for key, text in NAMES.items()]
@@ -250,7 +260,8 @@ def legend(figure: Figure) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, and forget it. Raises OSError."""
     try:
-        with replacing(path, "wb") as file:
+        with replacing(path, "wb") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it; the report has the name
             figure.savefig(file, dpi=DPI, bbox_inches="tight")
     finally:
         plt.close(figure)

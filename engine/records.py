@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.metrics import CaseDice
-from pipelines.atomic import replacing
+from pipelines.atomic import own_folder, write_texts
 from pipelines.labels import REGIONS
+from pipelines.tables import table_text, write_table
 
 
 class EpochLog:
@@ -24,7 +24,7 @@ class EpochLog:
 
     def __init__(self, run_dir: Path, done_steps: int) -> None:
         self.run_dir = run_dir
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
+        self.writer = SummaryWriter(str(own_folder(run_dir, "tensorboard")), purge_step=done_steps + 1)
 
     def write(self, history: list[dict[str, Any]]) -> None:
         """After an epoch: its row is the last of `history`."""
@@ -43,19 +43,17 @@ class EpochLog:
 def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:
     """`log.csv` with a row for each epoch."""
     columns = list(dict.fromkeys(name for row in history for name in row))
-    with replacing(run_dir / "log.csv") as file:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        table.writerows(history)
+    write_table(run_dir / "log.csv", columns, history)
 
 
 def write_validation(run_dir: Path, cases: list[CaseDice], summary: dict[str, Any]) -> None:
-    """`validation.csv` by case (of the last validation), `metrics.json`."""
-    with replacing(run_dir / "validation.csv") as file:
-        table = csv.writer(file)
-        table.writerow(["case", *REGIONS, *(f"{region}_voxels" for region in REGIONS)])
-        for case in cases:
-            dice = ["" if math.isnan(value) else f"{value:.4f}" for value in case.dice()]
-            table.writerow([case.name, *dice, *case.truth])
-    with replacing(run_dir / "metrics.json") as file:
-        file.write(json.dumps(summary, indent=2) + "\n")
+    """`validation.csv` by case (of the last validation), `metrics.json`: both, or neither."""
+    columns = ["case", *REGIONS, *(f"{region}_voxels" for region in REGIONS)]
+    rows = []
+    for case in cases:
+        dice = ["" if math.isnan(value) else f"{value:.4f}" for value in case.dice()]
+        rows.append(dict(zip(columns, [case.name, *dice, *case.truth], strict=True)))
+    write_texts({
+        run_dir / "validation.csv": table_text(columns, rows),
+        run_dir / "metrics.json": json.dumps(summary, indent=2) + "\n",
+    })  # fmt: skip

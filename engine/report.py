@@ -29,7 +29,9 @@ from engine.metrics import CaseDice
 from engine.progress import percent
 from pipelines.atomic import write_text
 from pipelines.labels import REGIONS, Coding
+from pipelines.text import printable
 
+END = "</body></html>\n"
 ROOT = Path(__file__).parent.parent
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -124,11 +126,20 @@ def write_html(run_dir: Path, facts: Facts, sections: Sequence[Section]) -> Path
 {"".join(_pictures(run_dir, section) for section in sections if section.pictures)}
 {"".join(f"<h2>{heading}</h2>{content}" for heading, content in rest)}
 {_note(f"Written {time.strftime('%Y-%m-%d %H:%M')}.")}
-</body></html>
-"""
+{END}"""
     path = run_dir / "report.html"
     write_text(path, page)
     return path
+
+
+def is_whole(page: Path) -> bool:
+    """Whether a page is there from its beginning to its end."""
+    if not page.is_file():
+        return False
+    with page.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(END)))
+        return file.read() == END.encode()
 
 
 def mean_dice(case: CaseDice) -> float | None:
@@ -344,4 +355,4 @@ def _note(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    return html.escape(text)
+    return html.escape("\n".join(map(printable, text.split("\n"))))

@@ -27,7 +27,7 @@ from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import parameter_count
-from pipelines.atomic import replacing
+from pipelines.atomic import open_own, own_folder, replacing
 from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
         ValueError: another process trains in it, or it holds a run that this one would write over.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / ".lock").open("a")
+    lock = open_own(run_dir / ".lock")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of those that it starts
     except (BlockingIOError, PermissionError) as error:
@@ -208,15 +208,15 @@ def _start_log(run_dir: Path, ranks: Ranks) -> None:
 
     The file is `run.log`, the first rank's; of several ranks each also writes one of its own, `logs/rank-0003.log`.
     """
-    (run_dir / "logs" if ranks.world_size > 1 else run_dir).mkdir(parents=True, exist_ok=True)
-    files = [run_dir / "logs" / f"rank-{ranks.rank:04d}.log"] if ranks.world_size > 1 else []
+    run_dir.mkdir(parents=True, exist_ok=True)
+    files = [own_folder(run_dir, "logs") / f"rank-{ranks.rank:04d}.log"] if ranks.world_size > 1 else []
     handlers: list[logging.Handler] = []
     if ranks.is_first:
         files.append(run_dir / "run.log")
         handlers.append(logging.StreamHandler(sys.stdout))
         handlers[0].setLevel(logging.INFO)
     for file in files:
-        handler = logging.FileHandler(file)
+        handler = logging.StreamHandler(open_own(file))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(handler)
     logging.captureWarnings(True)

@@ -67,6 +67,7 @@ class Trainer:
         self.step = TrainingStep(config, settings, ranks, model, self.regions, config.train.epochs * self.steps)
         self.writer = checkpoint.CheckpointWriter(self.run_dir / "checkpoints", config.train.keep_checkpoints)
         self.epoch, self.first_batch = 0, 0
+        self.rate = self.step.rate  # of the epoch's first step
         self.sums = torch.zeros(SUMS, device=ranks.device)
         self.history: list[dict[str, Any]] = []
         self.cases: list[metrics.CaseDice] = []
@@ -133,18 +134,19 @@ class Trainer:
 
     @torch.no_grad()
     def masks(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
-        """Regions, bool (R, X, Y, Z), of a batch (1, C, X, Y, Z) as the validation loader gives it."""
+        """What is scored, bool (R, X, Y, Z), of a batch (1, C, X, Y, Z) as the validation loader gives it."""
         if self.config.train.validation == "full_volume":
             logits = sliding_window_logits(network, image, self.config.data.crop_size_voxels)
         else:
             logits = network(image)
-        return (logits > 0)[0]  # sigmoid(x) > 0.5
+        masks = (logits > 0)[0]  # sigmoid(x) > 0.5
+        return metrics.scored_regions(masks, self.data.store.coding, self.config.train.score)
 
     def summary(self) -> dict[str, Any]:
         """What `metrics.json` holds: definition, last and best validation, length."""
         return {
-            "definition": "Dice per case and region on masks (sigmoid > 0.5); a region's Dice is the mean over cases "
-            "whose truth has it; mean is the mean over regions",
+            "definition": metrics.definition(self.config.train.score),
+            "scored": self.config.train.score,
             "validated_on": self.config.train.validation,
             "epochs": self.epoch,
             "last": {"epoch": self.epoch, **metrics.summarise(self.cases)},
@@ -177,7 +179,9 @@ class Trainer:
             self._save()
 
     def _train_epoch(self, epoch: int, progress: TrainingProgress, stop: StopSignal) -> dict[str, Any]:
-        train, rate = self.config.train, self.step.rate
+        train = self.config.train
+        if not self.first_batch:
+            self.rate = self.step.rate
         samples = train.batch_size * self.ranks.world_size
         started, passes = time.perf_counter(), len(self.train_loader) - self.first_batch
         wait, late, batch = DataWait(self.ranks.device), LateValues(), None
@@ -195,7 +199,7 @@ class Trainer:
             self._give_up_if_due(late.last(), batch)
         losses, skipped = self._means(gather(self.sums.tolist(), self.ranks))
         seconds = time.perf_counter() - started
-        return {"epoch": epoch + 1, "step": self.step.taken, "lr": rate, **losses, "skipped_steps": skipped,
+        return {"epoch": epoch + 1, "step": self.step.taken, "lr": self.rate, **losses, "skipped_steps": skipped,
                 "samples_per_s": passes * samples / seconds, "data_wait": wait.seconds() / seconds}  # fmt: skip
 
     def _add(self, values: torch.Tensor, stepped: bool) -> None:
@@ -284,9 +288,11 @@ class Trainer:
             "optimizer": step.optimizer.scalars(),
             "loader": self.train_loader.state_dict(),
             "epoch": self.epoch,
+            "rate": self.rate,
             "taken": step.taken,
             "history": self.history.copy(),
             "best": self.best,
+            "scored": self.config.train.score,
             "cases": [dataclasses.asdict(case) for case in self.cases],
             "ranks": gather(rank, self.ranks),
         }
@@ -310,7 +316,12 @@ class Trainer:
         return checkpoint.load_state(path)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        step, ranks = self.step, state["ranks"]
+        step, ranks, scored = self.step, state["ranks"], state.get("scored", "masks")
+        if state["best"]["epoch"] is not None and scored != self.config.train.score:
+            raise ValueError(
+                f"--train.score {self.config.train.score}: the validations of {self.run_dir} so far scored {scored}, "
+                f"and no best epoch can be told by two measures: go on with --train.score {scored}"
+            )
         load_moments(step.engine, step.optimizer, state["moments"])
         step.optimizer.load_scalars(state["optimizer"])
         if step.average and state["average"]:
@@ -320,7 +331,7 @@ class Trainer:
         epoch, batch = self.train_loader.load_state_dict(state["loader"])
         if epoch == self.epoch:  # else the position is the end of the epoch before
             self.first_batch = batch
-        step.taken = state["taken"]
+        step.taken, self.rate = state["taken"], state.get("rate", self.rate)
         step.done = self.epoch * self.steps + self.first_batch // self.config.train.accumulate_steps
         if len(ranks) == self.ranks.world_size:
             self.sums += torch.tensor(ranks[self.ranks.rank]["sums"], device=self.ranks.device)

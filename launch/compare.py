@@ -39,7 +39,8 @@ from engine.config import Config, make_parser, parse_config, to_dict
 from engine.distributed import read_place
 from engine.watch import STOP_SIGNALS
 from kernels import dispatch
-from pipelines.atomic import replacing
+from pipelines.atomic import below, replacing
+from pipelines.text import printable
 
 STOP_LIMIT_S = 60.0  # for a run's processes to save and end
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
@@ -115,9 +116,9 @@ def train_all(runs: dict[Path, Config], launcher: str | None) -> int:
     """Train what is not finished, one run after the other; returns the status of the first that ended early, or 0.
 
     Raises:
-        ValueError: a run was begun with other options.
+        ValueError: a run was begun with other options, or its folder is a link to somewhere else.
     """
-    files = {run_dir: write_options(config, run_dir) for run_dir, config in runs.items()}
+    files = {below(run_dir.parent, run_dir.name): write_options(config, run_dir) for run_dir, config in runs.items()}
     command = launch_command(launcher)
     for run_dir, file in files.items():
         if comparison.is_finished(run_dir):
@@ -240,9 +241,9 @@ def compare(runs: Sequence[Run], folder: Path) -> None:
         table.add_row(*cells)
     console = Console(width=None if Console().is_terminal else PIPE_WIDTH)
     console.print(table)
-    console.print("\n".join(comparison.notes(rows)), highlight=False, markup=False)
+    console.print("\n".join(map(printable, comparison.notes(rows))), highlight=False, markup=False)
     draw_predictions(rows, folder / "predictions.png")
-    print(f"table, curves and predictions: {folder}")
+    print(printable(f"table, curves and predictions: {folder}"))
 
 
 def draw_predictions(rows: Sequence[Row], path: Path) -> None:
@@ -258,7 +259,7 @@ def draw_predictions(rows: Sequence[Row], path: Path) -> None:
     try:
         comparison_pictures.draw_predictions(comparison_pictures.predict_example(rows, device), path)
     except ValueError as error:  # scans that are gone leave the table as it is
-        print(f"no predictions.png: {error}")
+        print(printable(f"no predictions.png: {error}"))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ deepspeed launch/evaluate.py --runs runs/RUN --root SCANS           on all GPUs
 
 Dice and HD95 of TC, WT and ET, on the scans' own grid: probabilities are resampled to it, and scored against the label
 as its file has it. `--on prepared` scores on the grid that the network sees, `--on center_crop` the published
-tutorial's centre crop of it.
+tutorial's centre crop of it. What is scored is what `launch/predict.py` writes: the regions of the label map, in which
+ET is within TC and TC within WT. `--score masks` scores the network's three masks, which overlap as they like.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,15 +28,19 @@ from engine.command import make_writable, run_command
 from engine.data import list_cases, obtain_root, split_names
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.evaluation import CaseScores
-from engine.inference import Predictor, Prepared, in_stages
+from engine.inference import Predictor, Prepared, Segmentation, in_stages
+from engine.metrics import SCORED, Score, scored_regions
 from engine.progress import CaseBar
 from launch.options import add_network_options
+from pipelines.atomic import own_folder
 from pipelines.cases import Case, CaseSet
 from pipelines.geometry import label_grid, resample_label
 from pipelines.labels import CODINGS, regions_from_labels
 from pipelines.layouts import DataError
 from pipelines.nifti import RawCase, read_case
+from pipelines.text import printable
 
+NAMED = 3  # cases of a warning that has more
 GRIDS = {
     "source": "the scans' own grid",
     "prepared": "the prepared grid",
@@ -64,10 +69,12 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--on", choices=list(GRIDS), default="source", help="; ".join(f"{k}: {v}" for k, v in GRIDS.items())
     )
+    scored = "label_map: what is written, ET within TC within WT; masks: the network's masks, as they overlap"
+    parser.add_argument("--score", choices=list(SCORED), default="label_map", help=scored)
     parser.add_argument(
         "--output",
         type=Path,
-        help="Folder of the tables; by default evaluation-GRID[-ROOT][-flips] in the run's.",
+        help="Folder of the tables; by default evaluation-GRID[-ROOT][-flips][-masks] in the run's.",
     )
     return parser
 
@@ -80,45 +87,65 @@ def evaluate(options: Namespace) -> int:
     predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
     folder = options.output or default_folder(options, predictor)
     if ranks.is_first:
-        check_folder(folder)
+        check_folder(folder, None if options.output else run_of(predictor.members[0].path))
     cases = first_on_node(lambda: find(options, predictor), ranks)
-    parts = gather(score_cases(predictor, cases, options.on, ranks), ranks, is_patient=True)
+    parts = gather(score_cases(predictor, cases, options.on, options.score, ranks), ranks, is_patient=True)
     if not ranks.is_first:
         return 0
     outcomes = [outcome for part in parts for outcome in part]
     scores = sorted((each for each in outcomes if isinstance(each, CaseScores)), key=lambda case: case.name)
     faults = [outcome for outcome in outcomes if isinstance(outcome, DataError)]
-    for case in scores:
-        for warning in case.warnings:
-            print(f"{case.name}: {warning}", file=sys.stderr)
+    for line in warnings_of(scores):
+        print(printable(line), file=sys.stderr)
     for fault in faults:
-        print(f"left out: {fault}", file=sys.stderr)
+        print(printable(f"left out: {fault}"), file=sys.stderr)
     if not scores:
         raise DataError("no case could be read: nothing to score")
     runs = [str(member.path) for member in predictor.members]
     data, grid = str(options.root or "the run's validation cases"), GRIDS[options.on]
-    found = {"runs": runs, "data": data, "grid": grid, "flips": options.flips, **evaluation.summary(scores)}
+    summary = evaluation.summary(scores, options.score)
+    found = {"runs": runs, "data": data, "grid": grid, "flips": options.flips, **summary}
     title = f"{', '.join(runs)} on {data}, {grid}{', with mirror images' if options.flips else ''}"
     evaluation.write(folder, scores, found, title)
     Console().print(evaluation.rich_table(found, f"{len(scores)} cases, {grid}"))
-    worst = ", ".join(f"{each['case']} {100 * each['dice']:.1f}" for each in found["worst"])
-    print(f"worst cases by mean Dice: {worst or 'no truth has any region'}\n{found['definition']}.\ntables: {folder}")
+    worst = ", ".join(f"{printable(each['case'])} {100 * each['dice']:.1f}" for each in found["worst"])
+    print(f"worst cases by mean Dice: {worst or 'no truth has any region'}\n{found['definition']}.")
+    print(f"tables: {printable(str(folder))}")
     return 1 if faults else 0
+
+
+def warnings_of(cases: Iterable[CaseScores]) -> list[str]:
+    """A line for each warning, with the cases that have it."""
+    names: dict[str, list[str]] = {}
+    for case in cases:
+        for warning in case.warnings:
+            names.setdefault(warning, []).append(case.name)
+    lines = []
+    for warning, of in names.items():
+        more = f" and {len(of) - NAMED} more" if len(of) > NAMED else ""
+        lines.append(f"{', '.join(of[:NAMED])}{more}: {warning}")
+    return lines
 
 
 def default_folder(options: Namespace, predictor: Predictor) -> Path:
     """Where the tables go: another place for another grid, data set or way of prediction."""
     parts = ["evaluation", options.on, *([options.root.resolve().name] if options.root else [])]
-    return run_of(predictor.members[0].path) / "-".join([*parts, *(["flips"] if options.flips else [])])
+    parts += [name for name, is_on in (("flips", options.flips), ("masks", options.score == "masks")) if is_on]
+    return run_of(predictor.members[0].path) / "-".join(parts)
 
 
-def check_folder(folder: Path) -> None:
-    """See that the folder can be written to, before any work is done.
+def check_folder(folder: Path, run_dir: Path | None) -> None:
+    """See before any work is done that the folder can be written to.
+
+    Args:
+        folder: of the tables. run_dir: that of the run which it is made in, and must not lead out of.
 
     Raises:
         ValueError: it can't be.
     """
     try:
+        if run_dir:
+            own_folder(run_dir, folder.name)
         make_writable(folder)
     except OSError as error:
         raise ValueError(
@@ -153,7 +180,9 @@ def find(options: Namespace, predictor: Predictor) -> CaseSet:
     return cases.select(names)
 
 
-def score_cases(predictor: Predictor, cases: CaseSet, grid: str, ranks: Ranks) -> list[CaseScores | DataError]:
+def score_cases(
+    predictor: Predictor, cases: CaseSet, grid: str, scored: Score, ranks: Ranks
+) -> list[CaseScores | DataError]:
     """This rank's share of the cases, read, predicted and scored side by side."""
     size = predictor.members[0].config.data.crop_size_voxels
 
@@ -167,16 +196,17 @@ def score_cases(predictor: Predictor, cases: CaseSet, grid: str, ranks: Ranks) -
         raw, scan = content
         assert raw.label is not None and raw.label_affine is not None
         if grid == "source":
-            spacing = np.linalg.norm(raw.affine[:3, :3], axis=0)
-            masks, label = predictor.finish(scan, found).masks_RXYZ, raw.label
+            segmentation, label = predictor.finish(scan, found), raw.label
         else:
-            spacing = np.linalg.norm(scan.grid.affine[:3, :3], axis=0)
+            segmentation = Segmentation((found > 0.5).cpu().numpy(), scan.grid.affine, predictor.coding)
             on = label_grid(scan.grid, raw.label.shape, raw.label_affine, predictor.spacing)
-            masks, label = (found > 0.5).cpu().numpy(), resample_label(raw.label, raw.label_affine, on)
+            label = resample_label(raw.label, raw.label_affine, on)
             if grid == "center_crop":
                 label = label[centre(label.shape, size)]
-        scored = evaluation.score(case.name, masks, regions_from_labels(label, cases.coding), spacing.tolist())
-        return replace(scored, warnings=scan.warnings)
+        masks = scored_regions(torch.from_numpy(segmentation.masks_as(cases.coding)), cases.coding, scored)
+        spacing_mm = np.linalg.norm(segmentation.affine[:3, :3], axis=0).tolist()
+        truth = regions_from_labels(label, cases.coding)
+        return replace(evaluation.score(case.name, masks.numpy(), truth, spacing_mm), warnings=scan.warnings)
 
     mine = cases.cases[ranks.rank :: ranks.world_size]
     outcomes: list[CaseScores | DataError] = []

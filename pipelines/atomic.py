@@ -9,6 +9,7 @@ never followed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import socket
@@ -74,21 +75,33 @@ def write_texts(texts: Mapping[Path, str]) -> None:
 
 
 def open_own(path: Path) -> IO[str]:
-    """Open a text file at its end, made where it is missing, and never the target of a link in its place.
+    """Open a text file at its end, made where it is missing; text that is no UTF-8 goes into it as escapes.
 
     Raises:
-        OSError: it can't be opened, or is a link.
+        ValueError: a symbolic link is in its place, as in a folder that somebody else made.
+        OSError: it can't be opened.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    return open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace")
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not path.is_symlink():
+            raise
+        raise ValueError(f"{path} is a link to {path.readlink()}, which would be written to: remove it") from error
+    return open(handle, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def own_folder(within: Path, *names: str) -> Path:
-    """A folder below another one, made where it is missing.
+    """A folder below another one, made where it is missing. Raises as `below`, and OSError: it can't be made."""
+    folder = below(within, *names)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def below(within: Path, *names: str) -> Path:
+    """The path of a folder below another one.
 
     Raises:
         ValueError: a link on the way leads out of `within`, as in a folder that somebody else made.
-        OSError: it can't be made.
     """
     folder = within.joinpath(*names)
     if not folder.resolve().is_relative_to(within.resolve()):
@@ -96,7 +109,6 @@ def own_folder(within: Path, *names: str) -> Path:
             f"{folder} is a link to {folder.resolve()}, outside {within}, and what is written would change files "
             "there: remove the link, or copy the folder to its place"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.atomic import write_text
+from pipelines.atomic import open_own, write_text
 from pipelines.text import encodable
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r＝＋－＠]")  # noqa: RUF001  # some spreadsheets take the wide signs, too
@@ -32,7 +31,12 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
         OSError: it can't be written.
         ValueError: a row has a value of no column.
     """
-    write_text(path, _lines([dict(zip(columns, columns, strict=True)), *rows], columns))
+    write_text(path, table_text(columns, rows))
+
+
+def table_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """What `write_table` writes."""
+    return _lines([dict(zip(columns, columns, strict=True)), *rows], columns)
 
 
 def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
@@ -40,12 +44,11 @@ def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> No
 
     Raises:
         OSError: it can't be written; `filename` is `path`.
-        ValueError: the row has a value of no column.
+        ValueError: the row has a value of no column, or the table is a link.
     """
-    line = _lines([row], columns).encode()
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW), "ab") as file:
-            file.write(line)
+        with open_own(path) as file:
+            file.write(_lines([row], columns))
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error
 

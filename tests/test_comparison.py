@@ -28,6 +28,7 @@ from engine.checkpoint import save_weights
 from engine.comparison import Run, differences, make_rows, notes, unmet_conditions
 from engine.config import CONFIGS, Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.data import load_data
+from engine.report import END
 from engine.trained import make_model
 from launch import compare
 
@@ -51,14 +52,15 @@ def write_run(folder: Path, config: Config, mean: float = 0.5, epochs: int = 3, 
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config) | {"run_dir": None, "resume": None}))
     scores = {"mean": mean, "TC": mean, "WT": mean + 0.1, "ET": None}
     best = {"epoch": 2, **scores, "cases": cases}
-    (folder / "metrics.json").write_text(json.dumps({"definition": DEFINITION, "epochs": epochs, "best": best}))
+    metrics = {"definition": DEFINITION, "scored": config.train.score, "epochs": epochs, "best": best}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     history = [{"epoch": e, "loss": 2 / e, "val_mean": mean if e > 1 else ""} for e in range(1, epochs + 1)]
     for name, rows in (("log.csv", history), ("validation.csv", [case_row(i) for i in range(cases)])):
         with open(folder / name, "w", newline="") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
-    (folder / "report.html").touch()
+    (folder / "report.html").write_text(f"<p>a page</p>{END}")
     return folder
 
 
@@ -100,6 +102,7 @@ def test_every_condition_that_is_not_met_is_named(tmp_path: Path) -> None:
         "--loss.ce bce, published argmax",
         "--optim.ema_decay 0.9, published 0.0",
         "--train.validation full_volume, published center_crop",
+        "--train.score label_map, published masks",
         "crops of a step 16, published 2",
         "5 epochs, published 180",
     ]
@@ -189,9 +192,23 @@ def test_an_unfinished_run_is_refused_with_what_goes_on_with_it(tmp_path: Path) 
     [
         ("metrics.json", '{"definition": "Di', "Unterminated string"),
         ("metrics.json", "{}", "it lacks 'epochs'"),
+        ("metrics.json", "[" * 100_000, "recursion"),
+        ("metrics.json", "[]", "metrics.json holds list"),
+        ("metrics.json", '{"epochs": "many", "best": {"epoch": 1}, "definition": ""}', "epochs 'many' must be a whole"),
+        ("metrics.json", '{"epochs": 1, "best": {"epoch": -1}, "definition": ""}', "best epoch '-1' must be a whole"),
+        ("metrics.json", '{"epochs": 1, "best": {"epoch": 1, "TC": "x"}, "definition": ""}', "best TC 'x' must be"),
+        ("metrics.json", '{"epochs": 1, "best": {"epoch": 1, "TC": NaN}, "definition": ""}', "best TC 'nan' must be"),
+        ("metrics.json", '{"scored": "everything"}', "metrics.json scored 'everything'"),
+        ("checkpoints/step-00000001-validated/about.json", '{"world_size": "8"}', "world_size '8' must be a whole"),
         ("config.yaml", "", "NoneType"),
         ("config.yaml", "data: [", "expected the node content"),
+        ("config.yaml", "[" * 100_000, "recursion"),
         ("log.csv", "epoch,loss\n1,half", "could not convert string to float: 'half'"),
+        ("log.csv", "epoch,loss\n1,2,3", "log.csv, line 2: 3 cells, must be 2"),
+        ("log.csv", "epoch,loss\n", "log.csv has no rows with epoch and loss"),
+        ("validation.csv", "case,TC\n" + "x" * 140_000 + ",1", "validation.csv, line 2: field larger than"),
+        ("validation.csv", "case,TC\n\0\0", "validation.csv, line 2: it holds NUL bytes"),
+        ("validation.csv", "case,TC\na,1", "it lacks 'WT'"),
     ],
 )
 def test_a_run_with_a_damaged_file_is_named(name: str, content: str, says: str, tmp_path: Path) -> None:

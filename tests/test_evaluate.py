@@ -13,10 +13,16 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from commands import free_port
-from test_predict import ROOT, one_rank, run, run_evaluate, scans  # noqa: F401  # fixtures
+from test_predict import ROOT, labels_of, one_rank, run, run_evaluate, run_predict, scans  # noqa: F401  # fixtures
 
+from engine.checkpoint import load_weights, save_weights
+from engine.metrics import SCORED, case_dice
 from launch import evaluate
+from pipelines.cases import find_cases
+from pipelines.labels import CODINGS, REGIONS, regions_from_labels, tutorial_coding
+from pipelines.nifti import read_nifti
 
 
 def case_rows(output: Path) -> list[dict[str, str]]:
@@ -42,6 +48,65 @@ def test_a_scan_unlike_the_training_data_is_scored_with_a_warning(
     assert "BRATS_002: flair holds nothing but zeros" in capsys.readouterr().err
     warned = {row["case"]: row["warnings"] for row in case_rows(tmp_path / "out")}
     assert "t2 holds nothing" in warned["BRATS_002"] and warned["BRATS_001"] == ""
+
+
+def test_what_evaluation_scores_is_the_file_that_prediction_writes(
+    run: Path,  # noqa: F811
+    scans: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Dice and voxels from the files that a challenge would get; the network's masks, which overlap, have others."""
+    assert run_predict("--runs", run, "--input", scans, "--output", tmp_path / "files") == 0
+    found = {}
+    for score in ("label_map", "masks"):
+        assert run_evaluate("--runs", run, "--root", scans, "--output", tmp_path / score, "--score", score) == 0
+        found[score] = {row["case"]: row for row in case_rows(tmp_path / score)}
+        summary = json.loads((tmp_path / score / "summary.json").read_text())
+        assert summary["scored"] == score and SCORED[score] in summary["definition"]
+        assert SCORED[score] in (tmp_path / score / "table.md").read_text()
+    coding = CODINGS["decathlon"]
+    for case in find_cases(scans).cases:
+        assert case.label is not None
+        written, truth = (
+            torch.from_numpy(regions_from_labels(labels_of(path).astype(np.uint8), coding))
+            for path in (tmp_path / "files" / f"{case.name}.nii.gz", case.label)
+        )
+        expected, row = case_dice(case.name, written, truth), found["label_map"][case.name]
+        for region, dice, voxels in zip(REGIONS, expected.dice(), expected.predicted):
+            assert int(row[f"voxels_predicted_{region}"]) == voxels
+            assert float(row[f"dice_{region}"] or "nan") == pytest.approx(dice, abs=1e-6, nan_ok=True)
+        assert row != found["masks"][case.name]
+
+
+def test_a_tutorial_network_is_scored_on_other_data_as_its_files_would_be(
+    run: Path,  # noqa: F811
+    scans: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """What it calls ET is the core that does not enhance, there."""
+    content = load_weights(run / "checkpoints" / "best.pt")
+    with pytest.warns(UserWarning, match="label 2 is scored"):
+        coding = tutorial_coding(CODINGS["decathlon"])
+    changes = {"release": coding.release, "tissues": coding.tissues, "regions": list(map(list, coding.regions))}
+    save_weights(tmp_path / "run" / "checkpoints" / "best.pt", content | changes)
+    case = find_cases(scans).cases[0]
+    files = [tmp_path / "set" / "x" / f"x-{name}.nii.gz" for name in ("t2f", "t1n", "t1c", "t2w", "seg")]
+    files[0].parent.mkdir(parents=True)
+    image, affine = read_nifti(case.images[0])
+    assert case.label is not None
+    truth = np.array([0, 2, 1, 3], np.uint8)[labels_of(case.label).astype(np.uint8)]
+    for path, volume in zip(files, [*np.moveaxis(image, -1, 0), truth], strict=True):
+        nib.save(nib.Nifti1Image(volume, affine), path)
+    mine = ("--runs", tmp_path / "run", "--release", "brats2023")
+    assert run_predict(*mine, "--input", tmp_path / "set", "--output", tmp_path / "files") == 0
+    assert run_evaluate(*mine, "--root", tmp_path / "set", "--output", tmp_path / "out") == 0
+    written, expected = (
+        torch.from_numpy(regions_from_labels(labels, CODINGS["brats2023"]))
+        for labels in (labels_of(tmp_path / "files" / "x.nii.gz").astype(np.uint8), truth)
+    )
+    (row,) = case_rows(tmp_path / "out")
+    dice = [float(row[f"dice_{region}"]) for region in REGIONS]
+    assert dice == pytest.approx(case_dice("x", written, expected).dice(), abs=1e-6) and written.any()
 
 
 def test_tables_of_another_data_set_or_grid_have_a_folder_of_their_own_and_say_what_they_are(

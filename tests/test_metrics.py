@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from monai.metrics import DiceMetric
 
-from engine.metrics import CaseDice, case_dice, summarise
+from engine.inference import compose_labels
+from engine.metrics import CaseDice, case_dice, scored_regions, summarise, written_regions
+from pipelines.labels import CODINGS, TUTORIAL, Coding, coding_from_dataset_json, regions_from_labels, tutorial_coding
 
 
 def random_cases() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -35,6 +38,29 @@ def test_the_challenge_convention_scores_empty_truths_as_monai_does() -> None:
     for prediction, truth in random_cases():
         expected = monai(prediction[None].float(), truth[None].float())[0].tolist()
         assert case_dice("case", prediction, truth).dice(empty_as_one=True) == pytest.approx(expected)
+
+
+def codings() -> dict[str, Coding]:
+    """Every coding, the tutorial's, and of `dataset.json` files: with necrosis, and with no core but what enhances."""
+    labels = {"0": "background", "1": "edema", "2": "enhancing tumour"}
+    with pytest.warns(UserWarning, match="label 2 is scored"):
+        tutorial = tutorial_coding(CODINGS["decathlon"])
+    plain, necrosis = (coding_from_dataset_json(each) for each in (labels, labels | {"4": "necrotic core"}))
+    return CODINGS | {TUTORIAL: tutorial, "plain": plain, "necrosis": necrosis}
+
+
+def test_what_is_scored_is_the_label_map_that_is_written_in_every_coding() -> None:
+    masks = torch.tensor(list(product([False, True], repeat=3))).T.reshape(3, 2, 2, 2)  # each way to overlap
+    for name, coding in codings().items():
+        labels = compose_labels(masks.numpy(), coding)
+        assert set(labels.flat) <= set(coding.values)
+        written = torch.from_numpy(regions_from_labels(labels, coding))
+        assert torch.equal(written_regions(masks, coding), written), name
+        assert torch.equal(scored_regions(masks, coding, "label_map"), written)
+        assert torch.equal(scored_regions(masks, coding, "masks"), masks) and not torch.equal(written, masks)
+        core, whole, enhancing = written
+        assert not (enhancing & ~core).any() and not (core & ~whole).any()
+        assert torch.equal(whole, masks.any(0)), name  # no voxel of a tumour becomes background
 
 
 def test_a_regions_dice_is_the_mean_over_the_cases_that_have_it() -> None:

@@ -369,10 +369,10 @@ def test_evaluation_on_the_prepared_grid_is_a_validation(run: Path, scans: Path,
         loader = ValLoader(store, store.names, size, normalise=False, device="cpu", pad=True)
         for name, image, labels in loader:
             with torch.no_grad():
-                masks = (sliding_window_logits(network, image, CROP) > 0)[0].numpy()
+                masks = metrics.written_regions((sliding_window_logits(network, image, CROP) > 0)[0], cases.coding)
             truth = regions_from_labels(labels[0].numpy(), cases.coding)
             pad = [(mine - theirs) for mine, theirs in zip(truth.shape[1:], store.shape(store.index(name)))]
-            counts = metrics.case_dice(name, torch.from_numpy(masks), torch.from_numpy(truth))
+            counts = metrics.case_dice(name, masks, torch.from_numpy(truth))
             assert [int(found[name][f"voxels_truth_{region}"]) for region in ("TC", "WT", "ET")] == [*counts.truth]
             if max(pad) <= 0:
                 predicted = [int(found[name][f"voxels_predicted_{region}"]) for region in ("TC", "WT", "ET")]
@@ -382,12 +382,13 @@ def test_evaluation_on_the_prepared_grid_is_a_validation(run: Path, scans: Path,
 def test_evaluation_on_the_scans_grid_scores_what_is_predicted(
     run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Of the run's own validation case: against the label's file, by the masks that a user would get."""
+    """Of the run's own validation case: against the label's file, by the regions of the file that a user would get."""
     output = tmp_path / "out"
     assert run_evaluate("--runs", run, "--output", output) == 0
     found = json.loads((output / "summary.json").read_text())
     labels = labels_of(scans / "labelsTr" / "BRATS_002.nii.gz").astype(np.uint8)
-    masks = Predictor(run, "cpu").segment(scans / "imagesTr" / "BRATS_002.nii.gz").masks_RXYZ
+    written = Predictor(run, "cpu").segment(scans / "imagesTr" / "BRATS_002.nii.gz").labels()
+    masks = regions_from_labels(written, CODINGS["decathlon"])
     spacing = np.linalg.norm(read_nifti(scans / "imagesTr" / "BRATS_002.nii.gz")[1][:3, :3], axis=0)
     expected = evaluation.score("BRATS_002", masks, regions_from_labels(labels, CODINGS["decathlon"]), spacing)
     summary = evaluation.summary([expected])

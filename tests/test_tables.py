@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import os
 import random
 from pathlib import Path
@@ -49,9 +48,9 @@ def test_a_row_is_added_whole_and_through_no_link(tmp_path: Path) -> None:
     append_row(path, COLUMNS, {"case": "=b"})
     assert [row["case"] for row in read_table(path)] == ["a", "=b"]
     (tmp_path / "link.csv").symlink_to(path)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(ValueError, match="link.csv is a link to .*table.csv, which would be written to: remove it"):
         append_row(tmp_path / "link.csv", COLUMNS, {"case": "c"})
-    assert caught.value.errno == errno.ELOOP and len(read_table(path)) == 2
+    assert len(read_table(path)) == 2
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -26,6 +26,8 @@ from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomCo
 from engine.data import Data, load_data, make_val_loader
 from engine.diagnosis import Diverged
 from engine.distributed import Ranks
+from engine.inference import compose_labels
+from engine.metrics import SCORED, case_dice, summarise
 from engine.progress import DataWait
 from engine.step import TrainingStep
 from engine.trainer import Trainer
@@ -33,6 +35,7 @@ from engine.watch import Preempted
 from kernels.dice_ce import region_masks
 from models import build_model
 from models.convert import to_reference
+from pipelines.labels import regions_from_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 CROP = (32, 32, 16)
@@ -218,11 +221,42 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(
         pairs = zip([*before[:saved], *after], expected, strict=True)
         equal = [torch.equal(image, wanted) for image, wanted in pairs]
         assert all(equal), (stop_at, equal)
+        assert [row["lr"] for row in resumed.history] == [row["lr"] for row in whole.history]
         assert losses(resumed) == losses(whole) and drawn[resumed] == drawn[whole]
         assert equal_weights(resumed, whole)
         if whole.step.average and resumed.step.average:
             averages = zip(resumed.step.average.averages, whole.step.average.averages, strict=True)
             assert all(torch.equal(value, wanted) for value, wanted in averages)
+
+
+def test_a_validation_scores_the_label_map_that_is_written_or_the_masks_where_asked(
+    make: Callable[..., Trainer], data: Data
+) -> None:
+    """The best weights are those whose files would score best, so counts are of the map that a file would hold."""
+    coding, found = data.store.coding, {}
+    for score in ("label_map", "masks"):
+        trainer = make(score, score=score)
+        row = trainer.validate()
+        assert trainer.val_loader is not None
+        with trainer.step.evaluating() as network:
+            for name, image, labels in trainer.val_loader:
+                masks = (network(image) > 0)[0]
+                written = regions_from_labels(compose_labels(masks.numpy(), coding), coding)
+                expected = torch.from_numpy(written) if score == "label_map" else masks
+                truth = region_masks(labels, coding.regions)[0]
+                (counts,) = [case for case in trainer.cases if case.name == name]
+                assert counts == case_dice(name, expected, truth)
+                found[score] = (written == masks.numpy()).all(), counts
+        assert row["val_mean"] == summarise(trainer.cases)["mean"]
+        summary = trainer.summary()
+        assert summary["scored"] == score and SCORED[score] in summary["definition"]
+    assert not found["masks"][0] and found["label_map"][1] != found["masks"][1]  # else nothing was told apart
+
+
+def test_a_run_is_not_resumed_by_another_measure_of_its_best_epoch(make: Callable[..., Trainer]) -> None:
+    make("run", val_every_epochs=1).fit()
+    with pytest.raises(ValueError, match="--train.score masks: the validations of .*run so far scored label_map"):
+        make("run", val_every_epochs=1, resume=True, score="masks")
 
 
 def test_a_finished_run_is_extended(make: Callable[..., Trainer]) -> None:
