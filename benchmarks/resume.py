@@ -100,7 +100,7 @@ class Run:
 
     def is_saving(self, after: int) -> bool:
         """Whether a checkpoint is being written, and one of step `after` was."""
-        return self.has_reached(after) and any((self.dir / "checkpoints").glob("partial-*"))
+        return self.has_reached(after) and any((self.dir / "checkpoints").glob(".step-*"))
 
 
 def kill_and_resume(folder: Path, ranks: int, kills: int, within_save: int, seed: int = 0) -> dict[str, int]:

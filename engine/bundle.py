@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 
 from engine import bundle_steps, sliding_window
+from engine.archive import write_archive
 from engine.inference import compose_labels
 from engine.interchange import METADATA, describe, reference_class, reference_weights, widths
 from engine.sliding_window import OVERLAP, SIGMA_SCALE, WINDOWS_AT_ONCE
@@ -32,11 +35,14 @@ from engine.trained import Trained
 from kernels import attention, instance_norm
 from models import unetr, vit
 from models.convert import PACKAGES
+from pipelines.atomic import own_folder, remove_left_over, temporary_name, write_text
 from pipelines.labels import REGIONS
 from pipelines.layouts import MODALITIES, SPELLINGS
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 VERSION = "0.1.0"
+SUBFOLDERS = ("configs", "models", "docs", "scripts")
+WEIGHTS = Path("models", "model.pt")
 FILE_NAMES = {modality: (*spellings, f"{modality}_subtrMeanDivStd") for modality, spellings in SPELLINGS.items()}
 """How the file of a modality ends, of any release."""
 PROJECT = re.compile(r"^(?:from|import) (?:engine|kernels|models|pipelines)\b", re.MULTILINE)
@@ -72,14 +78,17 @@ README = """# {title}
 Segments brain tumours in {modalities} MRI. Made by glioforge from `{source}`, epoch {epoch}; its code in `scripts/` is
 under Apache-2.0. Not a medical device.
 
-In this folder (elsewhere give `--bundle_root` too):
+In this folder (elsewhere give `bundle_root` too):
 
 ```sh
-pip install "monai[nibabel,fire]>={monai}"
-python -m monai.bundle run --config_file configs/inference.json --dataset_dir SCANS --output_dir SEGMENTATIONS
+pip install "monai[nibabel]>={monai}"
+python -c '
+from monai.bundle import run
+run(config_file="configs/inference.json", dataset_dir="SCANS", output_dir="SEGMENTATIONS")'
 ```
 
-or, in Python, `monai.bundle.run(config_file="configs/inference.json", dataset_dir=..., output_dir=...)`.
+or, with `pip install fire`, by `python -m monai.bundle run --config_file configs/inference.json --dataset_dir SCANS
+--output_dir SEGMENTATIONS`.
 
 `SCANS` holds a folder for each scan, with one NIfTI file for each modality ({files}), or 4D files with the modalities
 on the last axis; where on it each is, counted from 0, is `channels` in `configs/inference.json`: {channels}.
@@ -96,23 +105,60 @@ def write_bundle(folder: Path, trained: Trained) -> None:
     """Write a trained network as a MONAI bundle.
 
     Args:
-        folder: a new one.
+        folder: a new one, or that of a bundle of this program, in which the files that this writes are replaced when
+            all are complete; whatever else is there stays.
         trained: the network and what belongs to it, on the CPU.
+
+    Raises:
+        ValueError: another folder, or one of whose subfolders is a link that leads out of it.
+        OSError: it can't be written.
     """
-    for name in ("configs", "models", "docs", "scripts"):
+    is_there = os.path.lexists(folder)
+    if is_there:
+        _check_is_bundle(folder)
+    remove_left_over(folder.parent)
+    partial = temporary_name(folder)
+    try:
+        _write_files(partial, trained)
+        if not is_there:
+            partial.rename(folder)
+            return
+        for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+            name = file.relative_to(partial)
+            file.replace(own_folder(folder, *name.parent.parts) / name.name)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(folder)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_is_bundle(folder: Path) -> None:
+    """Refuse what `write_bundle` did not write."""
+    try:
+        metadata = json.loads((folder / "configs" / METADATA).read_text())
+    except (OSError, ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or "glioforge" not in metadata:
+        raise ValueError(f"{folder} is no MONAI bundle of this program: choose another --output")
+    for name in SUBFOLDERS:
+        own_folder(folder, name)
+
+
+def _write_files(folder: Path, trained: Trained) -> None:
+    for name in SUBFOLDERS:
         (folder / name).mkdir(parents=True)
     is_monais = PACKAGES[trained.config.model.name] == "monai"
     weights = reference_weights(trained, "monai") if is_monais else trained.network.state_dict()
-    torch.save(weights, folder / "models" / "model.pt")
+    write_archive(weights, folder / WEIGHTS)
     _write_json(folder / "configs" / METADATA, _metadata(trained))
     _write_json(folder / "configs" / "inference.json", _inference(trained))
-    (folder / "docs" / "README.md").write_text(_readme(trained), encoding="utf-8")
+    write_text(folder / "docs" / "README.md", _readme(trained))
     for name, text in _scripts(with_network=not is_monais).items():
-        (folder / "scripts" / f"{name}.py").write_text(text)
+        write_text(folder / "scripts" / f"{name}.py", text)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=4) + "\n")
+    write_text(path, json.dumps(values, indent=4) + "\n")
 
 
 def _scripts(with_network: bool) -> dict[str, str]:

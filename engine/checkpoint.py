@@ -3,40 +3,50 @@
     checkpoints/step-00001200/state.pt     everything that training needs to continue
     checkpoints/step-00001200/about.json   its size and content hash, and by which ranks it was written
     checkpoints/step-00001200-validated/   the same when the epoch's validation is done, in place of that one
-    checkpoints/last.pt                    weights, model and data settings of the newest
+    checkpoints/last.pt                    weights, model and data settings of the newest, and their hash
     checkpoints/best.pt                    the same of the epoch with the best validation Dice
 
 States are whole, not by rank: one file serves any number of ranks and any ZeRO stage. (These networks have 5 to 100
 million parameters; with two moments each that is 60 MB to 1.2 GB.) Files hold plain values and tensors and load with
-`torch.load(weights_only=True)`. A folder is written under another name, its hash beside it, synced, and moved into
-place when complete: a crash leaves the ones before as they were. Training goes on meanwhile, in another thread.
+`torch.load(weights_only=True)`: see `engine.archive`. A folder is written under another name, its hash beside it,
+synced, and moved into place when complete: a crash leaves the ones before as they were. Training goes on meanwhile, in
+another thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
+from engine import archive
+from engine.archive import Unreadable, content_hash, read_archive, sealed, write_archive
 from engine.config import STATES
-from pipelines.atomic import replacing
+from pipelines.atomic import remove_left_over, replacing, temporary_name
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
+"""Of weights files."""
+UNSEALED_FORMAT = 2
+"""Of weights files before they had a hash. They are read, with a warning: training takes days, and they are no worse
+than they were."""
+STATE_FORMAT = 2
 SAFETENSORS_KEY = "glioforge"
 """Metadata of a `.safetensors` file: everything of a weights file but the weights, as JSON."""
 HASH = "blake2b"
 VALIDATED = "-validated"
+_STATE = re.compile(rf"step-\d{{8,}}({VALIDATED})?")
 
 
 class CheckpointWriter:
@@ -81,23 +91,29 @@ class CheckpointWriter:
     def _write(self, name: str, state: dict, about: dict, weights: Mapping[str, dict[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for file, content in weights.items():
-            save_weights(self.folder / file, content)
-        for left_over in self.folder.glob("partial-*"):
-            shutil.rmtree(left_over)
-        partial, final = self.folder / f"partial-{name}", self.folder / name
+            with _advising():
+                save_weights(self.folder / file, content)
+        remove_left_over(self.folder)
+        final = self.folder / name
+        partial = temporary_name(final)
         partial.mkdir()
-        _save_synced({"format": FORMAT, **state}, partial / "state.pt")
-        size, digest = (partial / "state.pt").stat().st_size, _digest(partial / "state.pt")
-        _write_synced(json.dumps({**about, "bytes": size, HASH: digest}), partial / "about.json")
-        shutil.rmtree(final, ignore_errors=True)  # damaged: the run went back, and comes by here again
-        partial.rename(final)
+        try:
+            with _advising():
+                write_archive({"format": STATE_FORMAT, **state}, partial / "state.pt")
+            size, digest = (partial / "state.pt").stat().st_size, _digest(partial / "state.pt")
+            _write_synced(json.dumps({**about, "bytes": size, HASH: digest}), partial / "about.json")
+            shutil.rmtree(final, ignore_errors=True)  # damaged: the run went back, and comes by here again
+            partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         _sync(self.folder)
         # Later ones than this are damaged, else the run would have gone on from them.
         whole = [path for path in states(self.folder) if path.name <= name]
         validated = {path.name.removesuffix(VALIDATED) for path in whole if path.name.endswith(VALIDATED)}
         kept = [path for path in whole if path.name not in validated][: self.keep]
         for folder in self.folder.glob("step-*"):
-            if folder not in kept:  # old, later, or half removed when the run was killed
+            is_ours = _STATE.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
+            if is_ours and folder not in kept:  # old, later, or half removed when the run was killed
                 shutil.rmtree(folder)
 
 
@@ -132,49 +148,68 @@ def find_state(folder: Path) -> Path:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The content of a state, onto the CPU, without running code from the file."""
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    if state.get("format") != FORMAT:
-        raise ValueError(f"--resume: {path} has format {state.get('format')}, this program reads {FORMAT}")
+    """The content of a state, onto the CPU, without running code from the file.
+
+    Raises:
+        ValueError: it is of another format, or holds something else.
+    """
+    try:
+        state = read_archive(path / "state.pt")
+    except Unreadable as error:
+        raise ValueError(f"--resume: {path}: {error}") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != STATE_FORMAT:
+        shown = found if isinstance(found, int) else "none"
+        raise ValueError(f"--resume: {path} has format {shown}, this program reads {STATE_FORMAT}")
     return state
 
 
 def save_weights(path: Path, content: dict[str, Any]) -> None:
-    """Write weights for evaluation and prediction.
+    """Write weights for evaluation and prediction, with their hash.
 
     Args:
         path: the `.pt` file.
         content: "weights", a state dict, and plain values about them: configuration, coding, metrics.
+
+    Raises:
+        OSError: it can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save_synced({"format": FORMAT, **content}, path)
+    write_archive(sealed({"format": FORMAT, **content}), path)
 
 
 def load_weights(path: Path) -> dict[str, Any]:
     """Read what `save_weights` or `interchange.save_safetensors` wrote, onto the CPU, without running code from it.
 
     Raises:
-        ValueError: no such file, another format, or a damaged one.
+        ValueError: no such file, another format, a damaged one, or another content than was written.
     """
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}; a run writes checkpoints/best.pt and checkpoints/last.pt")
     try:
-        if path.suffix == ".safetensors":
-            content = _load_safetensors(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content = _load_safetensors(path) if path.suffix == ".safetensors" else read_archive(path)
+        _check_format(path, content)
+        written = content.get(archive.HASH)
+        if content["format"] == UNSEALED_FORMAT and written is None:
+            log.warning(
+                "%s is of a version whose files have no hash: if it is damaged, that can't be seen; launch/convert.py "
+                "--to safetensors writes it with one", path,
+            )  # fmt: skip
+        elif written != content_hash(content):
+            raise Unreadable("it has another content than was written: it is damaged")
+    except Unreadable as error:
         raise ValueError(
-            f"{path} can't be read as a checkpoint: it is damaged, or holds more than tensors and plain values, and no "
-            f"code from a file is run ({type(error).__name__}). Copy it again, or take the run's other one of best.pt "
-            "and last.pt"
+            f"{path} can't be read as a checkpoint: {error}. Copy it again, or take the run's other one of best.pt and "
+            "last.pt"
         ) from error
+    return content
+
+
+def _check_format(path: Path, content: Any) -> None:
     written = content.get("format") if isinstance(content, dict) else None
     if isinstance(written, int) and written > FORMAT:
-        raise ValueError(
-            f"{path} is of a newer version of this program: format {written}, this one reads {FORMAT}; update it"
-        )
-    if written != FORMAT:
+        raise ValueError(f"{path} is of a newer version of this program, which reads format {FORMAT}: update it")
+    if written not in (FORMAT, UNSEALED_FORMAT):
         raise ValueError(
             f"{path} is not a checkpoint of this program's format {FORMAT}: launch/convert.py --from brings in state "
             "dicts of MONAI and self-attention-cv"
@@ -183,24 +218,34 @@ def load_weights(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is the state from which training goes on, not a network to use: take best.pt or last.pt of the run"
         )
-    return content
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        rest = json.loads((file.metadata() or {}).get(SAFETENSORS_KEY, "{}"))
-        return {**rest, "weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  # no mapping
+    try:
+        with safe_open(path, framework="pt") as file:
+            rest = json.loads((file.metadata() or {}).get(SAFETENSORS_KEY, "{}"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except PermissionError:
+        raise
+    except Exception as error:  # of safetensors, JSON and torch, which have many
+        raise Unreadable(f"it is damaged ({type(error).__name__})") from error
+    return {**rest, "weights": weights} if isinstance(rest, dict) else {}
 
 
 def _fault(path: Path) -> str | None:
     """What is wrong with a state, or None."""
+    record, state = path / "about.json", path / "state.pt"
     try:
-        about = json.loads((path / "about.json").read_text())
-        size = (path / "state.pt").stat().st_size
-        if size != about["bytes"]:
-            return f"state.pt has {size} bytes, not {about['bytes']}"
-        return None if _digest(path / "state.pt") == about[HASH] else "state.pt has another content than was written"
-    except (OSError, ValueError, KeyError) as error:
+        if not (record.is_file() and state.is_file()):
+            return "about.json or state.pt is missing, or no file"
+        about = json.loads(record.read_text())
+        if not isinstance(about, dict):
+            return "about.json is none of this program"
+        size = state.stat().st_size
+        if size != about.get("bytes"):
+            return f"state.pt has {size} bytes, and others were written"
+        return None if _digest(state) == about.get(HASH) else "state.pt has another content than was written"
+    except (OSError, ValueError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -209,17 +254,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, HASH).hexdigest()
 
 
-def _save_synced(content: dict[str, Any], path: Path) -> None:
-    with replacing(path, "wb", sync=True) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            cause = error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            # PyTorch raises an error of its own, about positions in a file, in place of a full disk's.
-            advice = "no checkpoint could be written; make room, and --resume goes on from the one before"
-            raise OSError(cause.errno, f"{cause.strerror}: {advice}", str(path)) from error
+@contextlib.contextmanager
+def _advising() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = "no checkpoint could be written; make room, and --resume goes on from the one before"
+        raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
 
 
 def _write_synced(text: str, path: Path) -> None:

@@ -15,25 +15,27 @@ the network before its file gets its name. No code from a file is run on the way
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
 import logging
 import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from engine.archive import Unreadable, read_archive, sealed
 from engine.checkpoint import FORMAT, SAFETENSORS_KEY
 from engine.config import Config, to_dict
 from engine.trained import Trained, make_model, misfit
 from models.convert import PACKAGES, StateDict, from_reference, to_reference
+from pipelines.atomic import replacing
 from pipelines.labels import REGIONS, Coding
 
 OPSET = 20  # the first with GELU as one operation
@@ -105,38 +107,24 @@ def reference_class(trained: Trained) -> tuple[str, dict[str, Any]]:
 # Files
 
 
-@contextlib.contextmanager
-def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A name to write a file or folder to, which becomes `path` at the end, and is gone where anything fails.
+def check_output(path: Path, overwrite: bool, source: Path) -> None:
+    """See that a file may be written, and make its folder.
+
+    Args:
+        path: the file. overwrite: it may be there already. source: the file that is read.
 
     Raises:
-        ValueError: `path` is there and is not to be overwritten, or is a folder that no bundle was written to.
+        ValueError: it is there and is not to be overwritten, or must not be.
     """
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise ValueError(f"{path} is there already: choose another --output, or give --overwrite")
-    if path.is_dir() and not (path / "configs" / METADATA).is_file():
-        raise ValueError(f"{path} is a folder and no MONAI bundle: choose another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
-    _remove(partial)  # of a process that was killed
-    try:
-        yield partial
-        for file in [partial] if partial.is_file() else sorted(partial.rglob("*")):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-        if path.is_dir() or partial.is_dir():
-            _remove(path)
-        partial.replace(path)
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
     if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        raise ValueError(f"{path} is a folder, and a file is to be written: choose another --output")
+    if path.exists() and path.samefile(source):
+        raise ValueError(f"{path} is the very file that is read, and would be lost: choose another --output")
+    if path.exists() and "checkpoints" in path.resolve().parent.parts:
+        raise ValueError(f"{path} is a run's own file, which evaluation or --resume may need: choose another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -148,14 +136,10 @@ def read_state_dict(path: Path) -> StateDict:
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give the file of a state dict")
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content: Any = load_file(path) if path.suffix == ".safetensors" else read_archive(path)
+    except (SafetensorError, Unreadable) as error:
         raise ValueError(
-            f"{path} can't be read: it is damaged, or holds more than tensors, and no code from a file is run "
-            f"({type(error).__name__}); save the state dict alone: torch.save(model.state_dict(), ...)"
+            f"{path} can't be read: {error}; save the state dict alone: torch.save(model.state_dict(), ...)"
         ) from error
     for name in NESTED:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
@@ -236,12 +220,11 @@ def save_safetensors(path: Path, content: dict[str, Any], description: dict[str,
     Raises:
         OSError: it can't be written.
     """
-    rest = {name: value for name, value in content.items() if name != "weights"} | {"format": FORMAT}
+    content = sealed({**content, "format": FORMAT})
+    rest = {name: value for name, value in content.items() if name != "weights"}
     weights = {name: value.contiguous() for name, value in content["weights"].items()}
-    try:
-        save_file(weights, path, {SAFETENSORS_KEY: json.dumps(rest), **_strings(description)})
-    except SafetensorError as error:
-        raise OSError(f"{path} can't be written: {error}") from error
+    # Not save_file, whose files nobody else may read, whatever the umask says.
+    _write(path, to_safetensors(weights, {SAFETENSORS_KEY: json.dumps(rest), **_strings(description)}))
 
 
 def _strings(description: dict[str, Any]) -> dict[str, str]:
@@ -272,10 +255,15 @@ def save_torch_export(path: Path, trained: Trained, program: torch.export.Export
 
     Raises:
         ValueError: it is too large.
+        OSError: it can't be written.
     """
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(describe(trained), indent=2)})
-    module = torch.export.load(path).module()
-    return _compare(trained, lambda image: module(image))
+    file = io.BytesIO()  # a full disk would end the process within torch, which writes by itself
+    torch.export.save(program, file, extra_files={METADATA: json.dumps(describe(trained), indent=2)})
+    file.seek(0)
+    module = torch.export.load(file).module()
+    difference = _compare(trained, lambda image: module(image))
+    _write(path, file.getbuffer())
+    return difference
 
 
 def save_onnx(path: Path, trained: Trained, program: torch.export.ExportedProgram) -> float:
@@ -286,6 +274,7 @@ def save_onnx(path: Path, trained: Trained, program: torch.export.ExportedProgra
 
     Raises:
         ValueError: it is too large, or a package that this needs is not installed.
+        OSError: it can't be written.
     """
     try:
         import onnxruntime  # type: ignore[import-untyped]
@@ -307,9 +296,16 @@ def save_onnx(path: Path, trained: Trained, program: torch.export.ExportedProgra
         )
     assert graph is not None
     graph.model.metadata_props.update(_strings(describe(trained)))
-    graph.save(path, external_data=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return _compare(trained, lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]))
+    content = graph.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    difference = _compare(trained, lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]))
+    _write(path, content)
+    return difference
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    with replacing(path, "wb", sync=True) as file:
+        file.write(content)
 
 
 def _instance_norm_in_onnx(

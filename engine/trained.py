@@ -3,21 +3,36 @@
 A weights file (`checkpoints/best.pt`, `last.pt`) says with its weights what they are for: the configuration, the
 modalities and their order, the spacing, and what the label values of its training data mean. So nothing has to be
 repeated, or can be mistaken, where a network is used.
+
+A file may come from anybody. No code in it is run, each of its values is checked before anything is made by it, and of
+its configuration only what describes the network and its scans is used: nothing that downloads, makes or writes files.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.checkpoint import load_weights
-from engine.config import Config, ModelConfig, config_from_dict
+from engine.config import Config, DataConfig, ModelConfig, TrainConfig, config_from_dict
 from models import build_model, check_img_size
-from pipelines.labels import REGIONS, Coding
+from pipelines.labels import CODINGS, ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
+from pipelines.layouts import canonical_modalities
+from pipelines.text import printable
+
+NOT_DESCRIBING = ("download", "store_dir", "store_dtype", "residence", "workers", "prepare_on", "unprepared", "augment")
+"""Options of `--data` that say how volumes are made and kept, not what the scans are."""
+DESCRIBING = ("precision", "validation")
+"""Options of `--train` that say how the network is run."""
+PLAIN_NAME = re.compile("[A-Za-z0-9_]{1,64}")
+SHOWN = 300  # characters of a file's own words in a message
+_ODD = (ArithmeticError, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -101,27 +116,27 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
     path = weights_path(Path(run))
     content = load_weights(path)
     try:
-        config = config_from_dict(content["config"])
-        tissues = {int(value): str(tissue) for value, tissue in content["tissues"].items()}
-        regions = tuple(tuple(values) for values in content["regions"])
-        if len(regions) != len(REGIONS):
-            raise ValueError(f"it has {len(regions)} regions, must have {', '.join(REGIONS)}")
-        coding = Coding(content["release"], tissues, regions)
-        modalities = tuple(content["modalities"])
-        network = make_model(config, len(modalities))
-        epoch, validation, scans = (content[name] for name in ("epoch", "validation", "scans"))
+        config = _describing(config_from_dict(content["config"]))
+        modalities = canonical_modalities(_texts(content["modalities"], "modalities"))
+        coding = _coding(content["release"], content["tissues"], content["regions"])
+        with torch.device("meta"):  # whatever sizes the file names, nothing is made of them before its weights fit
+            network = make_model(config, len(modalities))
+        epoch, validation = _count(content["epoch"]), _numbers(content["validation"], "validation")
+        scans = _ranges(content["scans"], len(modalities))
         fault = misfit(network, content["weights"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    except _ODD as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else printable(" ".join(str(error).split()))
         raise ValueError(
-            f"{path} was written by another version of this program: {reason}; update this one, or use that one"
+            f"{path} was written by another version of this program: {_shortened(reason)}; update this one, or use "
+            "that one"
         ) from error
     if fault:
         raise ValueError(
             f"{path} holds the weights of another network than its configuration, {config.model.name}: {fault}; take a "
             "file as a run wrote it"
         )
-    network.load_state_dict(content["weights"])
+    network.load_state_dict({name: value.float().contiguous() for name, value in content["weights"].items()},
+                            assign=True)  # fmt: skip
     broken = [name for name, value in network.state_dict().items() if not value.isfinite().all()]
     if broken:
         raise ValueError(
@@ -132,19 +147,88 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
     return Trained(path, network, config, modalities, coding, epoch, validation, scans)
 
 
+def _describing(config: Config) -> Config:
+    """What a configuration says of a network and its scans; the rest as it is by default, and no way to other files."""
+    given, usual = config.data, DataConfig()
+    data = replace(given, **{name: getattr(usual, name) for name in NOT_DESCRIBING})
+    train = TrainConfig(**{name: getattr(config.train, name) for name in DESCRIBING})
+    return Config(data=data, model=config.model, train=train)
+
+
+def _texts(values: Any, what: str) -> list[str]:
+    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"its {what} are no list of names")
+    return list(values)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("its epoch is no whole number from 0 on")
+    return value
+
+
+def _numbers(values: Any, what: str, depth: int = 2) -> dict[str, Any]:
+    """Numbers by plain names, possibly in groups; a bundle shows both to MONAI, to which `$` begins code."""
+    if not isinstance(values, dict):
+        raise ValueError(f"its {what} are no numbers by name")
+    for name, value in values.items():
+        if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"its {what} have a name other than of letters, digits and _")
+        if isinstance(value, dict) and depth > 1:
+            _numbers(value, what, depth - 1)
+        elif value is not None and not _is_number(value):
+            raise ValueError(f"its {what} have {name}, which is no number")
+    return values
+
+
+def _ranges(scans: Any, channels: int) -> dict[str, list[list[float]]]:
+    """What `pipelines.likeness.looks_of_store` found, or nothing."""
+    lengths = {"spacing_mm": 3, "occupied": channels, "contrast": channels} if scans else {}
+    if not isinstance(scans, dict) or any(len(scans[name]) != length for name, length in lengths.items()):
+        raise ValueError("its scans are no ranges of numbers by name")
+    for name, spans in scans.items():
+        if not all(len(span) == 2 and all(map(_is_number, span)) for span in spans):
+            raise ValueError(f"its scans have {name}, which are no ranges of numbers")
+    return scans
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf  # NaN is not, either
+
+
+def _coding(release: Any, tissues: Any, regions: Any) -> Coding:
+    names = {int(value): tissue for value, tissue in tissues.items()}
+    known = {tissue for coding in CODINGS.values() for tissue in coding.tissues.values()}
+    if release not in (*CODINGS, TUTORIAL) or not {OEDEMA, ENHANCING} <= set(names.values()) <= known:
+        raise ValueError("its labels are of no release and no tissues that this one knows")
+    if len(regions) != len(REGIONS):
+        raise ValueError(f"it has {len(regions)} regions, must have {', '.join(REGIONS)}")
+    core, whole, enhancing = members = tuple(tuple(map(int, values)) for values in regions)
+    is_nested = set(enhancing) <= set(core) <= set(whole) <= set(names)
+    if not is_nested or not all(members) or not all(type(value) is int and 0 < value < 256 for value in names):
+        raise ValueError("its regions are not made of its labels, which are 1 to 255, each within the next larger one")
+    return Coding(release, names, members)
+
+
 def misfit(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
     """What keeps a state dict from being that of a network, in words; empty where nothing does."""
     expected = network.state_dict()
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        return "they are no tensors by name"
     missing = [name for name in expected if name not in weights]
     unexpected = [name for name in weights if name not in expected]
     shapes = [
         f"{name} {tuple(weights[name].shape)}, must be {tuple(value.shape)}"
         for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
+        if name in weights and (weights[name].shape != value.shape or not weights[name].is_floating_point())
     ]
     found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
     return "; ".join(f"{len(names)} tensors are {what} ({_some(names)})" for what, names in found if names)
 
 
 def _some(names: Sequence[str]) -> str:
-    return f"{names[0]}{', ...' if len(names) > 1 else ''}"
+    return f"{_shortened(printable(str(names[0])))}{', ...' if len(names) > 1 else ''}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

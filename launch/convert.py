@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jsonargparse
-import torch
 
-from engine.bundle import write_bundle
+from engine.archive import write_archive
+from engine.bundle import WEIGHTS, write_bundle
 from engine.checkpoint import load_weights, save_weights
 from engine.command import run_command
 from engine.config import Config, make_parser
 from engine.interchange import (
+    check_output,
     describe,
     import_weights,
     read_state_dict,
@@ -36,9 +38,8 @@ from engine.interchange import (
     save_safetensors,
     save_torch_export,
     trace,
-    written_whole,
 )
-from engine.trained import Trained, load_trained, weights_path
+from engine.trained import Trained, load_trained
 from models.convert import PACKAGES
 from pipelines.labels import coding_for_release, tutorial_coding
 from pipelines.layouts import canonical_modalities
@@ -102,20 +103,20 @@ def parse(args: list[str] | None) -> tuple[Config, jsonargparse.Namespace]:
 def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:
     """Write a trained network in another format and print what was written."""
     trained = load_trained(source)
+    (_check_bundle if target == "bundle" else check_output)(output, overwrite, trained.path)
     said = []
-    with written_whole(output, overwrite) as partial:
-        if target == "safetensors":
-            save_safetensors(partial, load_weights(weights_path(source)), describe(trained))
-        elif target == "bundle":
-            write_bundle(partial, trained)
-            said.append("python -m monai.bundle run --config_file configs/inference.json runs it: see docs/README.md")
-        elif target in PACKAGES.values():
-            torch.save(reference_weights(trained, target), partial)
-            said.append(f"its class: {_call(*reference_class(trained))}")
-        else:
-            save: Callable[..., float] = save_onnx if target == "onnx" else save_torch_export
-            difference = save(partial, trained, trace(trained))
-            said.append(f"run on noise, it differs by at most {difference:.1e} from the network's logits")
+    if target == "safetensors":
+        save_safetensors(output, load_weights(trained.path), describe(trained))
+    elif target == "bundle":
+        write_bundle(output, trained)
+        said.append("MONAI runs it: docs/README.md in it says how")
+    elif target in PACKAGES.values():
+        write_archive(reference_weights(trained, target), output)
+        said.append(f"its class: {_call(*reference_class(trained))}")
+    else:
+        save: Callable[..., float] = save_onnx if target == "onnx" else save_torch_export
+        difference = save(output, trained, trace(trained))
+        said.append(f"run on noise, it differs by at most {difference:.1e} from the network's logits")
     size = sum(path.stat().st_size for path in [output, *output.rglob("*")] if path.is_file())
     print("\n".join([f"{output}: {target} of {_summary(trained)}, {size / 1e6:.1f} MB", *said]))
 
@@ -123,6 +124,7 @@ def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:
 def import_(source: Path, package: Package, config: Config, output: Path, overwrite: bool) -> None:
     """Write a weights file from another package's weights and print what it was taken for."""
     data = config.data
+    check_output(output, overwrite, source)
     if data.modalities is None or data.release is None:
         raise ValueError(
             "a state dict does not say what its channels and labels are: give --data.modalities, in the network's "
@@ -131,9 +133,17 @@ def import_(source: Path, package: Package, config: Config, output: Path, overwr
     coding = coding_for_release(data.release)
     coding = tutorial_coding(coding) if data.regions == "tutorial" else coding
     content = import_weights(read_state_dict(source), package, config, canonical_modalities(data.modalities), coding)
-    with written_whole(output, overwrite) as partial:
-        save_weights(partial, content)
+    save_weights(output, content)
     print(f"{output}: {_summary(load_trained(output))}; labels of {coding.release}")
+
+
+def _check_bundle(output: Path, overwrite: bool, weights: Path) -> None:
+    if os.path.lexists(output) and not overwrite:
+        raise ValueError(f"{output} is there already: choose another --output, or give --overwrite")
+    model = output / WEIGHTS
+    if model.exists() and model.samefile(weights):
+        raise ValueError(f"{model} is the very file that is read, and would be lost: choose another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _summary(trained: Trained) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import socket
 import time
 import uuid
@@ -119,7 +120,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Remove the temporary files of processes that died from a folder, if it is there."""
+    """Remove the temporary files and folders of processes that died from a folder, if it is there."""
     try:
         with os.scandir(folder) as entries:
             found = [(entry.path, match) for entry in entries if (match := _TEMPORARY.search(entry.name))]
@@ -129,7 +130,8 @@ def remove_left_over(folder: Path) -> None:
         with contextlib.suppress(OSError):
             is_dead = match["host"] == socket.gethostname() and not _is_alive(int(match["pid"]))
             if is_dead or time.time() - os.lstat(path).st_mtime > _LIFETIME_S:
-                os.unlink(path)
+                is_folder = os.path.isdir(path) and not os.path.islink(path)
+                shutil.rmtree(path) if is_folder else os.unlink(path)
 
 
 def _is_alive(pid: int) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import pickle
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,7 +30,7 @@ from test_models import reference_unetr
 from test_trained import content_of
 
 from engine import interchange
-from engine.bundle import FILE_NAMES, write_bundle
+from engine.bundle import FILE_NAMES, WEIGHTS, write_bundle
 from engine.bundle_steps import SelectChannelsd, find_scans
 from engine.checkpoint import save_weights
 from engine.config import Config, DataConfig, ModelConfig, to_dict
@@ -39,10 +41,9 @@ from engine.interchange import (
     read_state_dict,
     reference_class,
     trace,
-    written_whole,
 )
 from engine.trained import Trained, load_trained, make_model
-from launch.convert import main
+from launch.convert import ENDINGS, main
 from models import MODELS
 from models.convert import PACKAGES
 from models.unetr import MONAI, SELF_ATTENTION_CV, UNETR
@@ -56,6 +57,7 @@ WIDTHS: dict[str, dict[str, int]] = {
     "unet": {"feature_size": 4},
 }
 TOLERANCE = 1e-4
+FILE_LIMIT = 20_000  # bytes; the networks here have more
 PROJECT = ("benchmarks", "engine", "kernels", "launch", "models", "pipelines")
 
 
@@ -283,7 +285,7 @@ def test_safetensors_that_cannot_be_written_are_one_line(tmp_path: Path, capsys:
     run = saved_run(tmp_path, "unet")
     assert main([str(run), "--to", "safetensors", "--output", "/proc/model.safetensors"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: /proc/") and "can't be written" in error and error.count("\n") == 1
+    assert error.startswith("error: ") and "/proc/model.safetensors" in error and error.count("\n") == 1
 
 
 def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -295,21 +297,110 @@ def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, capsys: pyt
     assert not any(path.parent.iterdir())
 
 
-def test_what_is_there_is_replaced_only_when_asked_and_only_by_something_whole(tmp_path: Path) -> None:
-    path = tmp_path / "out" / "model.pt"
-    with written_whole(path, overwrite=False) as partial:
-        partial.write_text("first")
-    with pytest.raises(ValueError, match="is there already: .*--overwrite"), written_whole(path, overwrite=False):
-        pass
-    with pytest.raises(OSError, match="disk"), written_whole(path, overwrite=True) as partial:
-        partial.write_text("half")
-        raise OSError("disk full")
-    assert path.read_text() == "first" and [each.name for each in path.parent.iterdir()] == ["model.pt"]
-    with written_whole(path, overwrite=True) as partial:
-        partial.write_text("second")
-    assert path.read_text() == "second"
-    with pytest.raises(ValueError, match="is a folder and no MONAI bundle"), written_whole(path.parent, overwrite=True):
-        pass
+def test_a_file_is_replaced_only_when_asked_and_only_by_something_whole(tmp_path: Path, capsys: Any) -> None:
+    run, path = saved_run(tmp_path, "unet"), tmp_path / "model.safetensors"
+    path.write_text("first")
+    convert = [str(run), "--to", "safetensors", "--output", str(path)]
+    assert main(convert) == 2 and "is there already: " in capsys.readouterr().err
+    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+        assert main([*convert, "--overwrite"]) == 2
+    assert path.read_text() == "first" and sorted(os.listdir(tmp_path)) == ["model.safetensors", "unet"]
+    assert main([*convert, "--overwrite"]) == 0 and load_trained(path).epoch == 7
+
+
+def test_what_is_read_and_what_a_run_needs_are_never_replaced(tmp_path: Path, capsys: Any) -> None:
+    run = saved_run(tmp_path, "unet")
+    best = run / "checkpoints" / "best.pt"
+    shutil.copy(best, best.with_name("last.pt"))
+    shutil.copy(best, tmp_path / "copy.pt")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "copy.pt")
+    save_weights(tmp_path / "bundle" / WEIGHTS, torch.load(best, weights_only=True))
+    before = content_of_files(tmp_path)
+    for source, output in ((best, best), (run, best.with_name("last.pt")), ("link.pt", "copy.pt"), (run, "folder")):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        for target in ("--to", "--from"):
+            asked = ["--output", str(tmp_path / output), "--overwrite", "--data.modalities", "[t1c,flair]"]
+            main([str(tmp_path / source), target, "monai", *asked])
+    main([str(tmp_path / "bundle" / WEIGHTS), "--to", "bundle", "--output", str(tmp_path / "bundle"), "--overwrite"])
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 9 and all("choose another --output" in line or "must end in" in line for line in errors)
+    assert content_of_files(tmp_path) == before
+
+
+def content_of_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_bundle_that_is_there_keeps_what_is_not_its_own(tmp_path: Path, capsys: Any) -> None:
+    first, bundle = saved_run(tmp_path, "unetr"), tmp_path / "bundle"
+    second = saved_run(tmp_path, "unet")
+    assert main([str(first), "--to", "bundle", "--output", str(bundle)]) == 0
+    users = {"notes.txt", "docs/mine.md", "scans/A/A_t1.nii.gz", "models/best.pt", "../partial-bundle/mine"}
+    for name in users:
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / name).write_text("mine")
+    assert main([str(second), "--to", "bundle", "--output", str(bundle), "--overwrite"]) == 0
+    assert all((bundle / name).read_text() == "mine" for name in users)
+    fresh = tmp_path / "fresh"
+    write_bundle(fresh, load_trained(second))
+    written, expected = content_of_files(bundle), content_of_files(fresh)
+    assert set(expected) <= set(written) and all(written[name] == content for name, content in expected.items())
+    assert sorted(os.listdir(tmp_path)) == ["bundle", "fresh", "partial-bundle", "unet", "unetr"]
+
+
+@pytest.mark.parametrize("kind", ["foreign", "no metadata", "file", "link out"])
+def test_a_folder_that_is_no_bundle_of_ours_is_left_alone(kind: str, tmp_path: Path, capsys: Any) -> None:
+    run, folder, outside = saved_run(tmp_path, "unet"), tmp_path / "folder", tmp_path / "outside"
+    if kind == "file":
+        folder.write_text("mine")
+    elif kind != "no metadata":
+        write_bundle(folder, load_trained(run))
+    if kind == "foreign":
+        (folder / "configs" / "metadata.json").write_text('{"name": "of somebody else"}')
+    elif kind == "link out":
+        (folder / "models").rename(outside)
+        (folder / "models").symlink_to(outside)
+    else:
+        folder.mkdir(exist_ok=True) if kind == "no metadata" else None
+    before = content_of_files(tmp_path)
+    assert main([str(run), "--to", "bundle", "--output", str(folder), "--overwrite"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert content_of_files(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
+    """In a process of its own, for it must not be ended from within a library."""
+    runs, calls = {name: saved_run(tmp_path, name) for name in ("unet", "unetr")}, []
+    for target, (ending, *_) in ENDINGS.items():
+        run, output = runs["unetr" if target == "self_attention_cv" else "unet"], tmp_path / f"old-{target}{ending}"
+        if target == "bundle":
+            write_bundle(output, load_trained(run))
+        else:
+            output.write_bytes(b"old")
+        calls.append([str(run), "--to", target, "--output", str(output), "--overwrite"])
+    before = content_of_files(tmp_path)
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({FILE_LIMIT}, {FILE_LIMIT}))\n"
+        f"from launch.convert import main\nprint([main(arguments) for arguments in {calls}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{[2] * len(ENDINGS)}\n", done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    for line, call in zip(lines, calls, strict=True):
+        assert line.startswith("error: ") and "File too large" in line and call[4] in line
+    assert content_of_files(tmp_path) == before
+
+
+def test_a_file_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, "unet")
+    before = os.umask(0o022)
+    try:
+        for target in ("safetensors", "monai"):
+            output = tmp_path / f"model{ENDINGS[target][0]}"
+            assert main([str(run), "--to", target, "--output", str(output)]) == 0
+            assert stat.S_IMODE(output.stat().st_mode) == 0o644
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize(

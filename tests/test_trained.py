@@ -70,8 +70,8 @@ def test_the_best_weights_are_a_runs_own_and_a_file_is_taken_as_it_is(tmp_path: 
         ({"regions": [[1], [2]]}, "another version.*2 regions, must have TC, WT, ET"),
         ({"weights": {"head.bias": torch.zeros(3)}}, r"unetr: \d+ tensors are missing \("),
         ({"moments": {}}, "state from which training goes on.*take best.pt"),
-        ({"format": 3}, "newer version.*format 3, this one reads 2"),
-        ({"format": 1}, "not a checkpoint of this program's format 2"),
+        ({"format": 4}, "newer version of this program, which reads format 3"),
+        ({"format": 1}, "not a checkpoint of this program's format 3"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
