@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from isal import isal_zlib
 
 from pipelines.atomic import replacing
 from pipelines.cases import DataError
-from pipelines.layouts import CaseError
+from pipelines.scan_files import open_regular
 
 T = TypeVar("T")
 _PIECE = 1 << 22
@@ -127,17 +126,10 @@ def is_unchanged(path: Path, known: FileHash) -> bool:
 
 def hash_file(path: Path) -> FileHash:
     """Hash the content of a scan. Raises CaseError where it can't be read."""
-    try:
-        now = path.stat()
-        if not stat.S_ISREG(now.st_mode):  # a pipe would be waited for, a device never ends
-            raise CaseError(path, "is no regular file", "Give the NIfTI file itself")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
-    except FileNotFoundError:
-        raise CaseError(path, "there is no such file", "Put it there, or correct the path or the list") from None
-    except OSError as error:
-        raise CaseError(path, f"can't be read ({error.strerror})", "Check its permissions and the disk") from error
-    return FileHash(_state(now), digest)
+    with open_regular(path) as file:
+        state = _state(os.fstat(file.fileno()))
+        digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+    return FileHash(state, digest)
 
 
 def read_index(folder: Path) -> dict[str, FileHash]:

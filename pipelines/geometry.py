@@ -429,7 +429,9 @@ def label_grid(grid: Grid, shape: Sequence[int], label_affine: np.ndarray, spaci
 
 def _orient(volume: np.ndarray, grid: Grid) -> np.ndarray:
     """Flip and permute the first three axes; a view."""
-    return np.flip(volume, grid.flipped).transpose(*grid.permutation, *range(3, volume.ndim))
+    # An axis of one voxel is as it was; np.flip would leave it a negative stride, which torch refuses.
+    flipped = tuple(axis for axis in grid.flipped if volume.shape[axis] > 1)
+    return np.flip(volume, flipped).transpose(*grid.permutation, *range(3, volume.ndim))
 
 
 def _normalised(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequence[int]) -> torch.Tensor:

@@ -298,6 +298,19 @@ def test_real_brats_2013_scan_matches_monais_file_chain(real_data: Path) -> None
     check_real_case(Case(folder.name, (image,), None, label), CODINGS["brats2013"])
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_scan_of_one_oblique_slice_becomes_tensors(axis: int) -> None:
+    affine = rotated((0.05, -0.07, 0.03), (1.0, 1.0, 3.0))
+    affine[:3, axis] *= -1
+    shape = [9, 8, 7]
+    shape[axis] = 1
+    grid = target_grid(shape, affine, (1.5, 1.5, 2.0))
+    assert axis in grid.flipped
+    image = resample_image(np.ones((*shape, 1), np.float32), affine, grid)
+    label = resample_label(np.ones(shape, np.uint8), affine, grid)
+    assert torch.from_numpy(image).shape[:3] == torch.from_numpy(label).shape == grid.shape
+
+
 @pytest.mark.parametrize("name", AFFINES)
 def test_the_way_back_to_the_file_is_monais(name: str) -> None:
     affine, spacing = AFFINES[name]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from pipelines.cases import Case, DataError
 from pipelines.labels import CODINGS
 from pipelines.layouts import CaseError
-from pipelines.nifti import RawCase, read_case, read_nifti
+from pipelines.nifti import RawCase, read_case, read_grid, read_nifti, write_nifti
 
 SHAPE = (7, 6, 5)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1.5, 0, 9], [0, 0, 2, -4], [0, 0, 0, 1]], float)
@@ -104,6 +106,19 @@ def test_axes_of_length_one_after_the_third_are_dropped(tmp_path: Path) -> None:
     assert read_case(case, CODING).image.shape == (*SHAPE, 1)
 
 
+@pytest.mark.parametrize("shape", [(*SHAPE, 1, 4), (*SHAPE, 4, 1), (*SHAPE, 1, 4, 1)])
+def test_a_vector_image_of_itk_is_a_4d_image(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    stacked = np.stack([voxels(i) for i in range(4)], axis=3)
+    path = save(tmp_path / "a.nii.gz", stacked.reshape(shape))
+    np.testing.assert_array_equal(read_case(Case("one", (path,), (2, 0), None), CODING).image, stacked[..., [2, 0]])
+    assert read_grid(path)[0][:4] == read_nifti(path)[0].shape[:4] == (*SHAPE, 4)
+
+
+def test_the_voxels_that_are_not_asked_for_may_be_empty(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", np.stack([voxels(0), voxels(0) * 0], axis=3))
+    assert read_case(Case("one", (path,), (0,), None), CODING).image.shape == (*SHAPE, 1)
+
+
 def test_label_that_reads_as_almost_one_is_rounded(tmp_path: Path) -> None:
     case = make_case(tmp_path)
     save(tmp_path / "seg.nii.gz", (labels() * 0.99999).astype(np.float32))
@@ -127,7 +142,7 @@ def shorten(path: Path) -> None:
 
 
 def with_voxel(position: tuple[int, ...], value: float) -> np.ndarray:
-    array = voxels(1, "float32")
+    array = voxels(1, "float64" if 1e39 < abs(value) < np.inf else "float32")
     array[position] = value
     return array
 
@@ -174,6 +189,9 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "other_shape": ("t1c", lambda p: save(p, voxels(1)[:-1]), r"\(6, 6, 5\) differs from \(7, 6, 5\) of .*flair"),
     "other_affine": ("t1c", lambda p: save(p, voxels(1), moved(0.1)), r"up to 0\.1 mm apart, 0\.01 mm is allowed"),
     "negative_axis": ("t1c", negate_an_axis, r"has no voxels: shape \(-7, 6, 5\)"),
+    "zero": ("t1c", lambda p: save(p, np.zeros(SHAPE, "int16")), r"an empty scan: all 210 voxels are 0\. Put the scan"),
+    "constant": ("t1c", lambda p: save(p, np.full(SHAPE, 2.5, "float32")), r"all 210 voxels are 2\.5"),
+    "beyond_float32": ("t1c", lambda p: save(p, with_voxel((1, 0, 0), 1e300)), r"1 voxels are NaN or Inf.*\(1, 0, 0\)"),
     "singular_affine": ("t1c", make_singular, r"can't be inverted.*Correct sform and qform"),
     "nan": ("t1c", lambda p: save(p, two_nan()), r"2 voxels are NaN or Inf, the first at \(1, 2, 3\)"),
     "inf": ("t1c", lambda p: save(p, with_voxel((0, 5, 4), -np.inf)), r"1 voxels are NaN or Inf, .* \(0, 5, 4\)"),
@@ -182,7 +200,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "label_outside_coding": (
         "seg",
         lambda p: save(p, np.where(labels() == 3, 4, labels()).astype(np.uint8)),
-        r"values 0, 1, 2, 4 do not fit the coding brats2023, which has 0, 1, 2, 3\. 4 is the resection cavity",
+        r"values 0, 1, 2, 4 do not fit the coding brats2023, which has 0, 1, 2, 3\. Correct the label map, or choose",
     ),
     "negative_label": ("seg", lambda p: save(p, labels().astype("int16") - 1), r"values -1, 0, 1, 2 do not fit"),
     "label_beyond_a_byte": ("seg", lambda p: save(p, labels().astype("int16") + 256), r"values 256, 257, 258, 259 do"),
@@ -211,46 +229,14 @@ def test_fault_is_one_error_with_file_value_and_remedy(tmp_path: Path, fault: st
         (np.zeros((*SHAPE, 3), "int16"), (0, 3), r"channel 3 is asked for, and its last axis has 3"),
         (np.zeros(SHAPE, "int16"), (0, 1), r"has 3 dimensions, must have 4"),
         (np.stack([voxels(0, "float32"), with_voxel((6, 0, 1), np.inf)], 3), (0, 1), r"1 voxels in channel 1 are NaN"),
+        (np.stack([voxels(0), voxels(0) * 0], 3), (0, 1), r"an empty scan: all 210 voxels in channel 1 are 0"),
     ],
-    ids=["channel_out_of_range", "three_dimensions", "inf_in_a_channel"],
+    ids=["channel_out_of_range", "three_dimensions", "inf_in_a_channel", "zero_channel"],
 )
 def test_fault_of_a_4d_file(tmp_path: Path, array: np.ndarray, channels: tuple[int, ...], message: str) -> None:
     case = Case("one", (save(tmp_path / "a.nii.gz", array),), channels, None)
     with pytest.raises(CaseError, match=message):
         read_case(case, CODING)
-
-
-def test_a_label_4_among_codes_of_2023_is_offered_those_of_2024_alone(tmp_path: Path) -> None:
-    case = make_case(tmp_path)
-    save(tmp_path / "seg.nii.gz", np.where(labels() == 3, 4, labels()).astype(np.uint8))
-    with pytest.raises(CaseError, match="4 is the resection cavity.*oedema, and the other codes differ") as caught:
-        read_case(case, CODINGS["brats2023"])
-    assert [name for name in CODINGS if f"--data.release {name}" in caught.value.remedy] == [
-        "brats2024",
-        "brats2024-ped",
-    ]
-    assert read_case(case, CODINGS["brats2024"]).label is not None
-
-
-@pytest.mark.parametrize(
-    ("values", "release", "offered"),
-    [
-        ((0, 1, 2, 3), "brats2018", ("decathlon", "brats2013", "brats2023", "brats2024", "brats2024-ped")),
-        ((0, 3, 4), "brats2018", ("brats2013", "brats2024", "brats2024-ped")),
-        ((0, 2, 4), "decathlon", ("brats2013", "brats2018", "brats2024", "brats2024-ped")),
-        ((0, 5), "brats2013", ()),
-    ],
-)
-def test_only_codings_with_all_values_are_offered_and_the_documentation_decides(
-    tmp_path: Path, values: tuple[int, ...], release: str, offered: tuple[str, ...]
-) -> None:
-    case = make_case(tmp_path)
-    save(tmp_path / "seg.nii.gz", np.resize(np.array(values, np.uint8), SHAPE))
-    with pytest.raises(CaseError, match="do not fit the coding") as caught:
-        read_case(case, CODINGS[release])
-    remedy = caught.value.remedy
-    assert tuple(name for name in CODINGS if name in remedy) == offered
-    assert ("documentation says so: values alone don't tell" in remedy) == bool(offered)
 
 
 def test_affines_that_differ_by_rounding_are_the_same(tmp_path: Path) -> None:
@@ -259,9 +245,103 @@ def test_affines_that_differ_by_rounding_are_the_same(tmp_path: Path) -> None:
     assert read_case(case, CODING).label is not None
 
 
+@pytest.mark.parametrize("blank", ["t1c", "flair", "seg"])
+@pytest.mark.parametrize("how", ["identity", "none"])
+def test_a_file_without_orientation_is_told_to_take_its_neighbours_header(tmp_path: Path, blank: str, how: str) -> None:
+    case = make_case(tmp_path)
+    path = tmp_path / f"{blank}.nii.gz"
+    array = labels() if blank == "seg" else voxels(0)
+    save(path, array, np.eye(4) if how == "identity" else None)
+    other = "t1c" if blank == "flair" else "flair"
+    with pytest.raises(CaseError, match="mm apart") as caught:
+        read_case(case, CODING)
+    reason = "the identity" if how == "identity" else "made of its voxel size, sform and qform unset"
+    assert f"That of {path} is {reason}" in caught.value.problem
+    assert f"(fslcpgeom {tmp_path / other}.nii.gz {path}); resampling would move them" in caught.value.remedy
+
+
+def test_a_case_that_memory_does_not_hold_is_a_fault_of_that_case(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.arange(1 << 24, dtype=np.uint8).reshape(256, 256, 256), AFFINE)
+    nib.save(image, tmp_path / "a.nii")
+    code = (
+        "import resource, sys; from pathlib import Path; from pipelines.cases import Case;"
+        "from pipelines.labels import CODINGS; from pipelines.layouts import CaseError;"
+        "from pipelines.nifti import read_case; path = Path(sys.argv[1]);"
+        "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + (40 << 20), -1));\n"
+        "try: read_case(Case('one', (path,), None, None), CODINGS['brats2023'])\n"
+        "except CaseError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.nii")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(f"{tmp_path / 'a.nii'}: too little memory to read it"), found.stderr
+
+
 def test_error_survives_the_way_from_a_worker() -> None:
     error = pickle.loads(pickle.dumps(CaseError(Path("a.nii.gz"), "empty", "Copy it again")))
     assert str(error) == "a.nii.gz: empty. Copy it again." and error.remedy == "Copy it again"
+
+
+def identifying(kind: type = nib.Nifti1Image) -> nib.Nifti1Image:
+    """A scan whose header names a patient in every field that can."""
+    image = kind(voxels(0), AFFINE)
+    image.set_sform(AFFINE, 1)
+    image.set_qform(AFFINE, 1)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"JANE DOE"))
+    for field, value in (("descrip", b"JANE DOE 08:15"), ("aux_file", b"JANE DOE.txt"), ("intent_name", b"JANE DOE")):
+        image.header[field] = value
+    if kind is nib.Nifti1Image:
+        image.header["db_name"] = b"JANE DOE"
+        image.header["data_type"] = b"JANE DOE"
+    else:
+        image.header["unused_str"] = b"JANE DOE"
+    return image
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_segmentation_has_the_geometry_of_its_scan_and_no_name(tmp_path: Path, kind: type) -> None:
+    nib.save(identifying(kind), tmp_path / "scan.nii")
+    assert (tmp_path / "scan.nii").read_bytes().count(b"JANE DOE") >= 4
+    write_nifti(tmp_path / "found.nii", labels(), AFFINE, tmp_path / "scan.nii")
+    assert b"DOE" not in (tmp_path / "found.nii").read_bytes()
+    scan, found = nib.load(tmp_path / "scan.nii"), nib.load(tmp_path / "found.nii")
+    assert type(found) is type(scan) and found.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(found.get_fdata(), labels())
+    np.testing.assert_array_equal(found.affine, scan.affine)
+    for field in ("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_y", "srow_x", "pixdim"):
+        np.testing.assert_array_equal(found.header[field], scan.header[field])
+    assert found.header.get_xyzt_units()[0] == "mm"
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("meter", 1000.0), ("micron", 0.001), ("mm", 1.0), ("unknown", 1.0)])
+@pytest.mark.parametrize("codes", [(1, 0), (0, 1), (0, 0)])
+def test_a_segmentation_overlays_its_scan_in_the_scans_own_unit(
+    tmp_path: Path, unit: str, mm: float, codes: tuple[int, int]
+) -> None:
+    own = AFFINE.copy()
+    own[:3] /= mm
+    image = nib.Nifti1Image(voxels(0), own)
+    image.set_sform(own, codes[0])
+    image.set_qform(own, codes[1])
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "scan.nii")
+    affine = read_nifti(tmp_path / "scan.nii")[1]
+    write_nifti(tmp_path / "found.nii.gz", labels(), affine, tmp_path / "scan.nii")
+    write_nifti(tmp_path / "found_4d.nii.gz", np.stack([labels()] * 3, 3), affine, tmp_path / "scan.nii")
+    for name in ("found.nii.gz", "found_4d.nii.gz"):
+        found, scan = nib.load(tmp_path / name), nib.load(tmp_path / "scan.nii")
+        np.testing.assert_array_equal(found.affine, scan.affine)
+        assert found.header.get_xyzt_units()[0] == unit
+        assert (int(found.header["sform_code"]), int(found.header["qform_code"])) == codes
+        np.testing.assert_array_equal(read_grid(tmp_path / name)[1], affine)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.NII.GZ", "a.nii", "a.NII"])
+def test_what_ends_in_gz_is_compressed_in_any_letter_case(tmp_path: Path, name: str) -> None:
+    write_nifti(tmp_path / name, labels(), AFFINE)
+    assert ((tmp_path / name).read_bytes()[:2] == b"\x1f\x8b") == name.lower().endswith(".gz")
+    np.testing.assert_array_equal(read_nifti(tmp_path / name)[0], labels())
 
 
 def test_real_label_with_sform_code_0_belongs_to_its_images(real_data: Path) -> None:
