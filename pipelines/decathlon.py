@@ -148,7 +148,7 @@ def _unpack(archive: Path, task: Path, progress: Progress) -> None:
     staging = archive.with_name(f".{TASK}.unpacking")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:") as tar:  # not compressed: what comes out is no longer than it is
             members = [m for m in tar.getmembers() if not PurePosixPath(m.name).name.startswith("._")]
             for member in members:
                 _check_member(member, archive)
@@ -164,8 +164,8 @@ def _unpack(archive: Path, task: Path, progress: Progress) -> None:
 
 def _check_member(member: tarfile.TarInfo, archive: Path) -> None:
     path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+    if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()) or member.issparse():
         raise DataError(
-            f"{archive}: member {member.name!r} is a link, a device or a path out of the folder; nothing was unpacked. "
-            f"Do not use this archive; fetch it again from {URL}"
+            f"{archive}: member {member.name!r} is a link, a device, a sparse file or a path out of the folder; nothing "
+            f"was unpacked. Do not use this archive; fetch it again from {URL}"
         )

@@ -88,10 +88,11 @@ def _coding_remedy(found: list[int], coding: Coding) -> str:
     """What to do about label values outside the coding: every coding that has them, the likeliest first.
 
     Likelier is one with fewer values that were not found, then one that means more of the found ones as the coding
-    asked for does. What each takes the values outside for is said: a wrong choice makes another tissue of them.
+    asked for does, then a later one. What each takes the values outside for is said: a wrong choice makes another
+    tissue of them.
     """
     outside = [value for value in found if value not in coding.values]
-    fits = [other for other in CODINGS.values() if set(found) <= set(other.values)]
+    fits = [other for other in reversed(CODINGS.values()) if set(found) <= set(other.values)]
     if not fits:
         return "No coding has all these values: correct the label map"
 
@@ -104,6 +105,6 @@ def _coding_remedy(found: list[int], coding: Coding) -> str:
         for other in sorted(fits, key=unlikeliness)
     ]
     return (
-        f"Correct the label map, or choose the --data.release that its documentation names, for values alone don't "
+        "Correct the label map, or choose the --data.release that its documentation names, for values alone don't "
         f"tell: {', '.join(offers)}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -170,6 +171,12 @@ def link(kind: bytes, target: str) -> tarfile.TarInfo:
     return info
 
 
+def sparse(size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(f"{TASK}/holes")
+    info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(size)}
+    return info
+
+
 @pytest.mark.parametrize(
     "member",
     [
@@ -178,8 +185,9 @@ def link(kind: bytes, target: str) -> tarfile.TarInfo:
         link(tarfile.SYMTYPE, "/etc/passwd"),
         link(tarfile.LNKTYPE, "../escaped"),
         link(tarfile.FIFOTYPE, ""),
+        sparse(10**12),
     ],
-    ids=["absolute", "parent", "symlink", "hardlink", "fifo"],
+    ids=["absolute", "parent", "symlink", "hardlink", "fifo", "sparse"],
 )
 def test_an_archive_that_reaches_out_is_refused_before_anything_is_written(
     tmp_path: Path, server: Server, member: tarfile.TarInfo
@@ -191,7 +199,11 @@ def test_an_archive_that_reaches_out_is_refused_before_anything_is_written(
     assert not Path("/tmp/glioforge-escaped").exists()
 
 
-@pytest.mark.parametrize("data", [b"no tar" * 500, tar_of((tarfile.TarInfo("other/dataset.json"), b"{}"))])
+@pytest.mark.parametrize(
+    "data",
+    [b"no tar" * 500, tar_of((tarfile.TarInfo("other/dataset.json"), b"{}")), gzip.compress(task01())],
+    ids=["no_tar", "other", "compressed"],
+)
 def test_an_archive_that_is_not_task01_is_named(tmp_path: Path, server: Server, data: bytes) -> None:
     server.data = data
     with pytest.raises(DataError, match=rf"{TASK}\.tar"):
