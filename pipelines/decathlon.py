@@ -166,6 +166,6 @@ def _check_member(member: tarfile.TarInfo, archive: Path) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()) or member.issparse():
         raise DataError(
-            f"{archive}: member {member.name!r} is a link, a device, a sparse file or a path out of the folder; nothing "
-            f"was unpacked. Do not use this archive; fetch it again from {URL}"
+            f"{archive}: member {member.name!r} is a link, a device, a sparse file or a path out of the folder; "
+            f"nothing was unpacked. Do not use this archive; fetch it again from {URL}"
         )

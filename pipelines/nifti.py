@@ -36,7 +36,13 @@ __all__ = ["RawCase", "affine_fault", "read_case", "read_grid", "read_nifti", "w
 CORNER_TOLERANCE_MM = 1e-2
 _RESAMPLE_FIRST = f"Resample them to one grid (the preprocessed BraTS files are on one), {WITHOUT_IT}"
 # What says where the voxels lie; the rest of a header can hold names, dates and notes.
-_GEOMETRY = ("qform_code", "sform_code", *(f"quatern_{a}" for a in "bcd"), *(f"qoffset_{a}" for a in "xyz"))
+_GEOMETRY = (
+    "xyzt_units",
+    "qform_code",
+    "sform_code",
+    *(f"quatern_{a}" for a in "bcd"),
+    *(f"qoffset_{a}" for a in "xyz"),
+)
 _GEOMETRY += tuple(f"srow_{a}" for a in "xyz")
 
 
@@ -123,7 +129,7 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, like: Path | 
         path: `.nii.gz`, or `.nii`, which is not compressed.
         array: (X, Y, Z) or (X, Y, Z, C), of a dtype that NIfTI has.
         affine: (4, 4), voxel index to mm (RAS+).
-        like: a file on the same grid, whose NIfTI version, unit and codes of sform and qform the new one takes, and
+        like: a file on the same grid, whose NIfTI version, units and codes of sform and qform the new one takes, and
             nothing else: descriptions and extensions can name a patient. None: NIfTI-1, mm.
 
     Raises:
@@ -152,7 +158,6 @@ def _on_grid_of(source: NiftiHeader, array: np.ndarray, affine: np.ndarray) -> n
     for name in _GEOMETRY:
         header[name] = source.fields[name]
     header["pixdim"][:4] = source.fields["pixdim"][:4]
-    header["xyzt_units"] = int(source.fields["xyzt_units"]) % 8
     in_unit = affine.copy()
     in_unit[:3] /= source.mm_per_unit
     return (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image)(array, in_unit, header)

@@ -311,7 +311,7 @@ def test_a_segmentation_has_the_geometry_of_its_scan_and_no_name(tmp_path: Path,
     np.testing.assert_array_equal(found.affine, scan.affine)
     for field in ("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_y", "srow_x", "pixdim"):
         np.testing.assert_array_equal(found.header[field], scan.header[field])
-    assert found.header.get_xyzt_units()[0] == "mm"
+    assert found.header.get_xyzt_units() == ("mm", "sec")
 
 
 @pytest.mark.parametrize(("unit", "mm"), [("meter", 1000.0), ("micron", 0.001), ("mm", 1.0), ("unknown", 1.0)])
