@@ -36,14 +36,8 @@ __all__ = ["RawCase", "affine_fault", "read_case", "read_grid", "read_nifti", "w
 CORNER_TOLERANCE_MM = 1e-2
 _RESAMPLE_FIRST = f"Resample them to one grid (the preprocessed BraTS files are on one), {WITHOUT_IT}"
 # What says where the voxels lie; the rest of a header can hold names, dates and notes.
-_GEOMETRY = (
-    "xyzt_units",
-    "qform_code",
-    "sform_code",
-    *(f"quatern_{a}" for a in "bcd"),
-    *(f"qoffset_{a}" for a in "xyz"),
-)
-_GEOMETRY += tuple(f"srow_{a}" for a in "xyz")
+_QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+_GEOMETRY = ("xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z", *_QFORM)
 
 
 @dataclass

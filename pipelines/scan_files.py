@@ -90,7 +90,7 @@ def _check_regular(path: Path, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise CaseError(path, "a folder, must be a file", "Name the scan itself, which may be in that folder")
     kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-    raise CaseError(path, f"{kind}, must be a regular file", "Copy the scan to a file")
+    raise CaseError(path, f"is no regular file but {kind}", "Copy the scan to a file")
 
 
 def _missing(path: Path) -> CaseError:
@@ -130,7 +130,7 @@ class ScanFile:
     def _inflated_head(self, start: bytes) -> bytes:
         head, is_whole = _inflate(self._path, start, _HEAD_BYTES, _SMALLEST_SLICE)
         if len(head) < _HEAD_BYTES and not is_whole:
-            start += self._file.read(_MOST_FOR_HEAD)
+            start += self._file.read(min(_MOST_FOR_HEAD, self._size))
             head, is_whole = _inflate(self._path, start, _HEAD_BYTES, _SMALLEST_SLICE)
         if len(head) < _HEAD_BYTES and not is_whole:
             raise self._ends_early()
@@ -151,7 +151,7 @@ class ScanFile:
             raise self._too_short(needed, what, f"at most {at_most}" if self._is_gzip else f"{at_most}")
         self._file.seek(0)
         if self._is_gzip:
-            raw = self._file.read(2 * needed + _MOST_FOR_HEAD)
+            raw = self._file.read(min(2 * needed + _MOST_FOR_HEAD, self._size))
             data, is_whole = _inflate(self._path, raw, needed + _SLACK, len(raw))
             goes_on = len(data) == needed + _SLACK
             if not is_whole and not goes_on:
