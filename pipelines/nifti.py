@@ -254,7 +254,7 @@ def _check_same_grid(grid: _FileGrid, first: _FileGrid) -> None:
     )
     for blank, other in ((grid, first), (first, grid)):
         if blank.header.is_blank and not other.header.is_blank:
-            lack = "the identity" if blank.header.has_orientation else "made of its voxel size, sform and qform unset"
+            lack = "without origin" if blank.header.has_orientation else "made of its voxel size, sform and qform unset"
             raise CaseError(
                 grid.path,
                 f"{problem}. That of {blank.path} is {lack}, as software leaves it that knows no orientation",

@@ -74,7 +74,8 @@ class NiftiHeader:
     @property
     def is_blank(self) -> bool:
         """Whether it looks as software leaves it that knows no orientation."""
-        return not self.has_orientation or np.array_equal(self.affine, np.eye(4))
+        # ITK's identity has X and Y negative here.
+        return not self.has_orientation or np.array_equal(self.affine, np.diag(np.diag(self.affine)))
 
 
 def parse_header(path: Path, head: bytes) -> NiftiHeader:

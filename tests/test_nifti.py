@@ -246,16 +246,17 @@ def test_affines_that_differ_by_rounding_are_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blank", ["t1c", "flair", "seg"])
-@pytest.mark.parametrize("how", ["identity", "none"])
+@pytest.mark.parametrize("how", ["identity", "itk", "spacing", "none"])
 def test_a_file_without_orientation_is_told_to_take_its_neighbours_header(tmp_path: Path, blank: str, how: str) -> None:
     case = make_case(tmp_path)
     path = tmp_path / f"{blank}.nii.gz"
     array = labels() if blank == "seg" else voxels(0)
-    save(path, array, np.eye(4) if how == "identity" else None)
+    diagonals = {"identity": (1, 1, 1, 1), "itk": (-1, -1, 1, 1), "spacing": (1, 1.5, 2, 1)}
+    save(path, array, np.diag(diagonals[how]) if how in diagonals else None)
     other = "t1c" if blank == "flair" else "flair"
     with pytest.raises(CaseError, match="mm apart") as caught:
         read_case(case, CODING)
-    reason = "the identity" if how == "identity" else "made of its voxel size, sform and qform unset"
+    reason = "without origin" if how in diagonals else "made of its voxel size, sform and qform unset"
     assert f"That of {path} is {reason}" in caught.value.problem
     assert f"(fslcpgeom {tmp_path / other}.nii.gz {path}); resampling would move them" in caught.value.remedy
 
