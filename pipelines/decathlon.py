@@ -9,6 +9,7 @@ anything is written. macOS's `._*` companions are left out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import logging
@@ -18,6 +19,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from rich.progress import (
@@ -122,13 +124,24 @@ def _fetch_rest(url: str, part: Path, progress: Progress, bar: TaskID) -> None:
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         progress.update(bar, total=total, completed=start)
-        with part.open("ab" if start else "wb") as file:
+        with _named(part), part.open("ab" if start else "wb") as file:
             while chunk := response.read(_CHUNK):
                 file.write(chunk)
                 progress.advance(bar, len(chunk))
             size = file.tell()
     if total is not None and size < total:  # read(n) returns b"" on a dropped connection, as at the end
         raise ConnectionError(f"connection closed after {size} of {total} bytes")
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of writing, of a full disk above all, name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _check_md5(path: Path, md5: str, progress: Progress, remedy: str) -> None:
@@ -153,7 +166,8 @@ def _unpack(archive: Path, task: Path, progress: Progress) -> None:
             for member in members:
                 _check_member(member, archive)
             for member in progress.track(members, description=f"unpack {TASK}"):
-                tar.extract(member, staging, filter="data")
+                with _named(staging / member.name):
+                    tar.extract(member, staging, filter="data")
     except tarfile.TarError as error:
         raise DataError(f"{archive} is no readable tar archive ({error}): move it away and run again") from error
     if not (staging / TASK / "dataset.json").is_file():

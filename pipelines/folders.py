@@ -291,6 +291,6 @@ def _described(strangers: Sequence[Path]) -> str:
     words = Counter(re.split(r"[-_. ]", stem_of(path) or "")[-1] for path in strangers)
     counts = some([f"{word} ({count})" for word, count in words.most_common()])
     return (
-        f"{len(strangers)} scans are not used, for their names end like those of no image, or a label is without one: "
-        f"{printable(counts)}; the first is {printable(str(strangers[0]))}"
+        f"{len(strangers)} scans are not used, named like neither image nor label, or a label without images; by the "
+        f"last word of their names: {printable(counts)}; the first is {printable(str(strangers[0]))}"
     )

@@ -57,6 +57,7 @@ _PATIENTS = tuple(
     )
 )
 _NAME_BYTES = 200  # a file system takes 255, and files of a case are named by it and by what they hold
+_PATH_CHARACTERS = 4096
 
 
 class DataError(ValueError):
@@ -279,6 +280,8 @@ def text_of(value: Any, where: str) -> str:
     """
     if not isinstance(value, str):
         raise DataError(f'{where} is {brief(value)} and must be text in quotes, as "a.nii.gz"')
+    if len(value) > _PATH_CHARACTERS:
+        raise DataError(f"{where} is {brief(value)}, {len(value)} characters; no path has over {_PATH_CHARACTERS}")
     fault = name_fault(value)
     if fault:
         raise DataError(f"{where}: {fault}: correct it")
