@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,10 @@ def test_spellings_of_one_modality_are_of_no_other() -> None:
     spelled = [spelling for spellings in SPELLINGS.values() for spelling in spellings]
     assert tuple(SPELLINGS) == ALL and len(set(spelled)) == len(spelled)
     assert canonical_modalities(["T2F", "t1n", "t1-ce", "T2w"]) == ALL
+
+
+def test_the_documentation_lists_the_spellings_that_there_are() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text()
+    for modality, spellings in SPELLINGS.items():
+        listed = re.search(rf"^    {modality} +([^\n,]+)", text, re.MULTILINE)
+        assert listed and tuple(listed[1].split()) == spellings
