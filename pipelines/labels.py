@@ -138,7 +138,9 @@ def coding_from_dataset_json(labels: Mapping[str, Any]) -> Coding:
         tissues[value] = tissue
     missing = [t for t in (OEDEMA, ENHANCING) if t not in tissues.values()]
     if missing:
-        raise ValueError(f"labels {dict(labels)} lack {', '.join(missing)}: correct dataset.json, or give the release")
+        raise ValueError(
+            f"labels {str(dict(labels))[:200]} lack {', '.join(missing)}: correct dataset.json, or give the release"
+        )
     return _coding_of(tissues)
 
 
@@ -181,8 +183,8 @@ def _coding_from_regions(labels: Mapping[str, Any]) -> Coding:
             members[region] = found
     if len(members) < 3 or not members["ET"] < members["TC"] < members["WT"] or 0 in members["WT"]:
         raise ValueError(
-            f"regions {dict(labels)} must be whole tumor, tumor core and enhancing tumor, each within the one before: "
-            "correct dataset.json, or give the release"
+            f"regions {str(dict(labels))[:200]} must be whole tumor, tumor core and enhancing tumor, each within the one "
+            "before: correct dataset.json, or give the release"
         )
     tissues = dict.fromkeys(members["WT"], OEDEMA)
     tissues |= dict.fromkeys(members["TC"], NON_ENHANCING) | dict.fromkeys(members["ET"], ENHANCING)

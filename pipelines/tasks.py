@@ -87,8 +87,8 @@ def _channels(path: Path, info: Mapping[str, Any]) -> dict[str, int]:
         number = int(index) if re.fullmatch(r"[0-9]{1,4}", index) else -1
         if modality is None or modality in channels or number < 0 or number in channels.values():
             raise DataError(
-                f"{path}: {key} {index} is {brief(name)}; each must be one of FLAIR, T1w, T1gd, T2w, once, under the "
-                "number of its channel"
+                f"{path}: {key} {index[:20]} is {brief(name)}; each must be one of FLAIR, T1w, T1gd, T2w, once, under "
+                "the number of its channel"
             )
         channels[modality] = number
     return dict(sorted(channels.items(), key=lambda item: item[1]))

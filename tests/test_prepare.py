@@ -169,7 +169,7 @@ def test_check_of_unlabelled_scans_of_several_releases_asks_for_none(
     for path in root.rglob("*-seg.nii.gz"):
         path.unlink()
     for path in first.iterdir():
-        path.rename(path.with_name(path.name.replace("-t2f", "_flair").replace("-t", "_t")))
+        path.rename(path.with_name(path.name.replace("-t2f", "_flair").replace("-t1n", "_t1").replace("-t", "_t")))
     assert run(root, "--check") == 0
     assert "none of 3 cases has a label" in capsys.readouterr().out
 
