@@ -25,7 +25,7 @@ from engine.command import run_command
 from engine.config import DataConfig, make_parser, parse_config
 from engine.data import list_cases, obtain_root, prepared
 from pipelines.cases import survey_cases
-from pipelines.layouts import CaseError, printable
+from pipelines.layouts import CaseError
 from pipelines.store import Store, check_cases
 
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
@@ -81,8 +81,7 @@ def print_faults(faults: list[CaseError], root: Path) -> None:
         table.add_column(column, overflow="fold")
     for fault in faults:
         path = fault.path.relative_to(root) if root in fault.path.parents else fault.path
-        shown = f"{printable(str(path.parent))}/\n{printable(path.name)}"
-        table.add_row(*map(escape, (shown, printable(fault.problem), printable(fault.remedy))))
+        table.add_row(*map(escape, (f"{path.parent}/\n{path.name}", fault.problem, fault.remedy)))
     Console(width=None if Console().is_terminal else PIPE_WIDTH).print(table)
 
 

@@ -183,8 +183,8 @@ def _coding_from_regions(labels: Mapping[str, Any]) -> Coding:
             members[region] = found
     if len(members) < 3 or not members["ET"] < members["TC"] < members["WT"] or 0 in members["WT"]:
         raise ValueError(
-            f"regions {str(dict(labels))[:200]} must be whole tumor, tumor core and enhancing tumor, each within the one "
-            "before: correct dataset.json, or give the release"
+            f"regions {str(dict(labels))[:200]} must be whole tumor, tumor core and enhancing tumor, each within the "
+            "one before: correct dataset.json, or give the release"
         )
     tissues = dict.fromkeys(members["WT"], OEDEMA)
     tissues |= dict.fromkeys(members["TC"], NON_ENHANCING) | dict.fromkeys(members["ET"], ENHANCING)

@@ -51,7 +51,7 @@ _PATIENTS = tuple(
     for pattern in (
         r"(brats\d*-[a-z]+(?:-[a-z]+)*-\d+)-\d+",  # 2023 on: BraTS-GLI-02062-101
         r"(brats(?:1[2-9])?_(?:2013|tcia\d*|cbica|tmc)_[a-z0-9]+)_\d+",  # until 2019: brats_tcia_pat153_0109
-        r"(upenn-gbm-\d+)_\d+",
+        r"(upenn-gbm-\d+|ucsf-pdgm-\d+)_.+",  # UCSF-PDGM-0289_FU003d
         r"(sub-[a-z0-9]+)_.+",  # BIDS
         rf"(.*\d.*?){_APART}{_TIME_POINT}(?:{_APART}.*)?",
     )
@@ -71,19 +71,19 @@ class CaseError(DataError):
     """A fault in the files of a case.
 
     Args:
-        path: the file at fault.
+        path: the file at fault; kept as any log and table can hold it, see `printable`.
         problem: what is wrong with it, with the value and the rule.
         remedy: what the user can do.
     """
 
     def __init__(self, path: Path, problem: str, remedy: str) -> None:
         super().__init__(path, problem, remedy)  # args: what pickle needs to bring it from a worker process
-        self.path = path
-        self.problem = problem
+        self.path = Path(printable(str(path)))
+        self.problem = printable(problem)
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return printable(f"{self.path}: {self.problem}. {self.remedy}.")
+        return f"{self.path}: {self.problem}. {self.remedy}."
 
 
 @dataclass(frozen=True)

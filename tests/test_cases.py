@@ -186,6 +186,8 @@ def test_decathlons_split_is_monais_whatever_its_cases_are_called(tmp_path: Path
         ("BraTS20_Training_001", None),
         ("BraTS2021_00000", None),
         ("UPENN-GBM-00001_21", "UPENN-GBM-00001"),
+        ("UCSF-PDGM-0289_FU003d_nifti", "UCSF-PDGM-0289"),
+        ("UCSF-PDGM-0289_nifti", "UCSF-PDGM-0289"),
         ("sub-control_ses-1", "sub-control"),
         ("PatientID_0003_Timepoint_1", "PatientID_0003"),
         ("Patient-001_week-000-1", "Patient-001"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,18 @@ def test_patients_and_cases_are_counted(task: Path, tmp_path: Path, caplog: pyte
         caplog.clear()
         load(csv_list(task, tmp_path, 0))
         assert "3 cases: 2 to train on, 1 to validate on" in caplog.text and "patients" not in caplog.text
+
+
+def test_a_name_that_is_not_utf8_is_named_by_prediction_and_the_others_are_done(
+    task: Path, run: Path, ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = bare(task, tmp_path / "data")
+    (root / NAMES[0]).rename(root / os.fsdecode(b"M\xfcller"))
+    assert run_predict("--runs", run, "--input", root, "--output", tmp_path / "out") == 1
+    assert "M\\xfcller is not plain text in UTF-8" in capsys.readouterr().err
+    assert all((tmp_path / "out" / f"{name}.nii.gz").is_file() for name in NAMES[1:])
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        assert "M\\xfcller" in file.read()
 
 
 def test_a_csv_list_is_trained_on_with_names_as_they_are_written(task: Path, tmp_path: Path) -> None:

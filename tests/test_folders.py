@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -424,7 +425,9 @@ def test_a_name_that_files_and_tables_cannot_have_is_a_fault_of_its_case(tmp_pat
     survey = survey_cases(tmp_path)
     assert survey.usable.names == ("BraTS2021_00000",) and survey.total == 2
     (fault,) = survey.faults
-    assert said in str(fault) and printable(str(fault)) == str(fault)
+    assert said in str(fault)
+    for text in (str(fault), str(fault.path), fault.problem, str(pickle.loads(pickle.dumps(fault)))):
+        assert printable(text) == text
     with pytest.raises(DataError, match="1 of 2 cases are faulty") as caught:
         find_cases(tmp_path)
     str(caught.value).encode()
