@@ -104,15 +104,10 @@ def _list(folder: Path) -> _Listing:
     scans: list[tuple[Path, Path]] = []
     folders: list[Path] = []
     faults: list[CaseError] = []
-    try:
-        with os.scandir(folder) as entries:
-            listed = sorted((entry.path, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
-    except OSError as error:
-        remedy = "Change its permissions, or move it out of the data set"
-        unreadable = CaseError(folder, f"the folder can't be read ({error.strerror})", remedy)
-        broken = file_fault(folder, "is gone", remedy) if not os.path.exists(folder) else None
-        return _Listing((), (), (broken or unreadable,))
-    for path, is_folder in ((Path(path), is_folder) for path, is_folder in listed):
+    entries = _entries(folder)
+    if isinstance(entries, CaseError):
+        return _Listing((), (), (entries,))
+    for path, is_folder in entries:
         is_named = modality_of(path) is not None or is_label(path)
         if is_folder and not is_named:
             folders.append(path)
@@ -127,6 +122,18 @@ def _list(folder: Path) -> _Listing:
     return _Listing(tuple(scans), tuple(folders), tuple(faults))
 
 
+def _entries(folder: Path) -> list[tuple[Path, bool]] | CaseError:
+    """What is in a folder but for what is hidden, sorted, each with whether it is a folder."""
+    try:
+        with os.scandir(folder) as entries:
+            listed = sorted((entry.path, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        remedy = "Change its permissions, or move it out of the data set"
+        broken = file_fault(folder, "is gone", remedy) if not os.path.exists(folder) else None
+        return broken or CaseError(folder, f"the folder can't be read ({error.strerror})", remedy)
+    return [(Path(path), is_folder) for path, is_folder in listed]
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder, or a link that must have led to one."""
     if not entry.is_symlink():
@@ -136,10 +143,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _within(folder: Path) -> Path | CaseError:
     """The scan in a folder that is named like one, as on Kaggle."""
-    listing = _list(folder)
-    if listing.faults:
-        return listing.faults[0]
-    scans = [scan for _, scan in listing.scans]
+    entries = _entries(folder)
+    if isinstance(entries, CaseError):
+        return entries
+    scans = [path for path, is_folder in entries if stem_of(path) is not None and not is_folder]
     if len(scans) != 1:
         problem = f"is a folder named like a scan, and holds {len(scans)}; it must hold one"
         return CaseError(folder, problem, "Put the scan itself in its place")

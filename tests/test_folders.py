@@ -379,6 +379,16 @@ def test_links_to_scans_and_to_folders_are_followed_and_never_round_in_circles(t
     ]
 
 
+def test_folders_named_like_scans_that_lead_into_themselves_are_looked_into_once(tmp_path: Path) -> None:
+    """Each of two such links would double the ways at every step."""
+    folder = brats_2018(tmp_path, "BraTS2021_00000")
+    for part in ("t1", "t2"):
+        (folder / f"BraTS2021_00000_{part}.nii.gz").unlink()
+        (folder / f"BraTS2021_00000_{part}.nii.gz").symlink_to(".")
+    (fault, other) = survey_cases(tmp_path).faults
+    assert "_t1.nii.gz: is a folder named like a scan, and holds 3" in str(fault) and "_t2.nii.gz" in str(other)
+
+
 def test_a_scan_that_is_no_file_is_a_fault(tmp_path: Path) -> None:
     folder = brats_2018(tmp_path, "BraTS2021_00000")
     (folder / "BraTS2021_00000_t1.nii.gz").unlink()
