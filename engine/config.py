@@ -103,7 +103,7 @@ class DataConfig:
     skip_faulty: bool = False
     """Leave out cases that can't be read, with a warning that names each, instead of stopping."""
     workers: int | None = None
-    """Processes that prepare volumes. None: one for each core."""
+    """Processes that prepare volumes. None: one for each core, where that is faster than none."""
     augment: Augment = field(default_factory=Augment)
     """Extra augmentations beside flip, scale and shift; all off."""
     prepare_on: Literal["cpu", "gpu"] = "cpu"

@@ -1,8 +1,10 @@
 """A task on each of many cases, in several processes, with a progress bar.
 
 Processes come from a fork server: a fork of a process that has used torch may hang. Each takes one case at a time and
-runs one thread. A case that is faulty (CaseError) is a result like any other and the rest go on; any other error ends
-the run. Server and workers ignore Ctrl-C: the parent cancels what has not begun, and cases in hand are finished.
+runs one thread. They start where they save time; a few small cases are done sooner here. Whatever goes wrong with a
+case is a result like any other, and the rest go on, if its process is killed too; what is of no one case, as a full
+disk, ends the run. Server and workers ignore Ctrl-C: the parent cancels what has not begun, and cases in hand are
+finished.
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from multiprocessing.synchronize import Semaphore
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -29,11 +36,18 @@ from pipelines.layouts import CaseError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+START_S = 3.0
+"""What the first worker takes to start, which imports torch; the others are forks of it."""
+_LESS_MEMORY = "Work on fewer cases at a time (--data.workers 1; about 0.4 GB each), or give it more memory"
 
 
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class CaseFailure(CaseError):
+    """What went wrong with a case, though maybe nothing is wrong with its scans: it may go well another time."""
 
 
 def run_on_cases(
@@ -42,71 +56,135 @@ def run_on_cases(
     """Run a task on each case and show a progress bar, on a terminal, or log one line elsewhere.
 
     Args:
-        task: takes a case; a function of a module, or a `partial` of one, so that it can be sent to a process.
+        task: takes a case; a function of a module, not of the script that runs, or a `partial` of one: it is sent to
+            processes that import the module alone.
         cases: what to run it on, at least one.
-        workers: processes, at most one per case; 1 runs in this process. None: one per core.
+        workers: processes, at most one per case; 1 runs in this process. None: one per core, once it is seen that they
+            save more than the `START_S` that they take to start; until then, and else, in this process.
         title: verb for the bar, as "Preparing".
 
     Yields:
-        (case, what the task returned, or the CaseError that it raised), in the order in which they finish. Closing the
-        generator cancels the cases that have not begun and waits for those that have.
+        (case, what the task returned, or what went wrong), in the order in which they finish: the CaseError that it
+        raised; a CaseFailure for any other error, and where its process was killed. Closing the generator cancels the
+        cases that have not begun and waits for those that have.
 
     Raises:
-        DataError: `workers` is below 1, or a worker process was killed.
-        Exception: whatever else the task raised, which ends the run.
+        DataError: `workers` is below 1; or what the task raised, which is of no one case, and ends the run.
     """
     if workers is not None and workers < 1:
         raise DataError(f"workers {workers} must be at least 1 (--data.workers); leave it out for one per core")
-    workers = min(workers or cores(), len(cases))
-    finished = _in_this_process(task, cases) if workers == 1 else _in_processes(task, cases, workers)
+    if workers is None:
+        finished = _where_it_is_faster(task, cases, cores())
+    else:
+        finished = _by_workers(task, cases, min(workers, len(cases)))
     console = Console(stderr=True)
     columns = (TextColumn(f"{title} {len(cases)} cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with contextlib.closing(finished), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         row = bar.add_task(title, total=len(cases))
         if not console.is_terminal:
-            log.info("%s %d cases, %d at a time", title.lower(), len(cases), workers)
+            log.info("%s %d cases", title.lower(), len(cases))
         for case, result in finished:
             bar.advance(row)
             yield case, result
 
 
-def _in_this_process(
-    task: Callable[[Case], T], cases: Sequence[Case]
+def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:
+    """What the task returns for a case, or what went wrong with it. Raises DataError where that is not of the case."""
+    try:
+        return task(case)
+    except CaseError as error:
+        return error
+    except DataError:
+        raise
+    except OSError as error:
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else case.images[0]
+        return CaseFailure(
+            path, f"can't be worked on ({error.strerror or error})", "Check the disk and its permissions"
+        )
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return CaseFailure(case.images[0], "there is not enough memory for it", _LESS_MEMORY)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        return CaseFailure(case.images[0], problem, "Report this line, and leave the case out meanwhile")
+
+
+def _where_it_is_faster(
+    task: Callable[[Case], T], cases: Sequence[Case], workers: int
 ) -> Generator[tuple[Case, T | CaseError], None, None]:
-    for case in cases:
+    seconds = 0.0
+    for done, case in enumerate(cases, 1):
+        started = time.perf_counter()
+        result = attempt(task, case)
+        seconds += time.perf_counter() - started
+        yield case, result
+        left = cases[done:]
+        used = min(workers, len(left))
+        if used > 1 and seconds / done * len(left) * (1 - 1 / used) > START_S:
+            yield from _by_workers(task, left, used)
+            return
+
+
+def _by_workers(
+    task: Callable[[Case], T], cases: Sequence[Case], workers: int
+) -> Generator[tuple[Case, T | CaseError], None, None]:
+    """In so many processes. Where one is killed, the cases that were in hand are tried one at a time."""
+    if workers == 1:
+        for case in cases:
+            yield case, attempt(task, case)
+        return
+    parts = [(list(cases), workers)]
+    while parts:
+        left, count = parts.pop()
         try:
-            yield case, task(case)
-        except CaseError as error:
-            yield case, error
+            with contextlib.closing(_in_processes(task, list(left), count)) as finished:
+                for case, result in finished:
+                    left.remove(case)
+                    yield case, result
+        except BrokenProcessPool:
+            pass
+        if left and count == 1:
+            problem = "the process that worked on it was killed, by the system if memory ran out"
+            yield left[0], CaseFailure(left[0].images[0], problem, _LESS_MEMORY)
+            parts += [(left[1:], 1)] if left[1:] else []
+        elif left:
+            fewer = max(count // 2, 1)
+            log.warning("one of %d worker processes was killed: going on with %d (--data.workers)", count, fewer)
+            parts += [(part, n) for part, n in ((left[count:], fewer), (left[:count], 1)) if part]
 
 
 def _in_processes(
     task: Callable[[Case], T], cases: Sequence[Case], workers: int
 ) -> Generator[tuple[Case, T | CaseError], None, None]:
+    """Raises BrokenProcessPool where a process was killed, after the results that are there."""
+    workers = min(workers, len(cases))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines.store"])  # torch is imported once, not once per worker
     begin = context.Semaphore(0)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(begin,))
     try:
         try:
-            with _interrupt_held_back():  # server and workers start here
-                futures: dict[Future[T], Case] = {pool.submit(task, case): case for case in cases}
+            with _interrupt_held_back(), _without_main():  # server and workers start here
+                futures = {pool.submit(attempt, task, case): case for case in cases}
         finally:
             for _ in range(workers):
                 begin.release()
         for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except CaseError as error:
-                yield futures[future], error
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"one of {workers} worker processes was killed, by the system if memory ran out (about 0.4 GB each): "
-            f"try --data.workers {max(1, workers // 2)}. Cases that are done stay done. (In a script of your own, "
-            "calls belong under if __name__ == '__main__': each worker runs its other lines again.)"
-        ) from error
+            yield futures[future], future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that don't import the script that runs: `launch/train.py` takes seconds, and a script without
+    `if __name__ == "__main__"` would run again in each."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextlib.contextmanager

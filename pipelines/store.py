@@ -53,7 +53,7 @@ from pipelines.prepared import (
     read_record,
     stem_of,
 )
-from pipelines.processes import run_on_cases
+from pipelines.processes import CaseFailure, run_on_cases
 
 log = logging.getLogger(__name__)
 
@@ -200,17 +200,18 @@ def prepare(
         case_set: the cases.
         store_dir: folder of the store; made where it is missing.
         spacing: voxel size of the result; three numbers are R, A and S.
-        workers: processes; None: one for each core that this process may use. 1 works in this process.
+        workers: processes; 1 works in this process. None: one for each core that this process may use, where that is
+            faster than working here.
         dtype: of the images on disk.
-        skip_faulty: leave faulty cases out, with a warning that names each, instead of raising.
+        skip_faulty: leave out cases whose scans are faulty, with a warning that names each, instead of raising.
         device: "gpu" resamples images by DALI on torch's current GPU, within 3e-6 of their range.
 
     Returns:
         the cases in their order, the faulty ones left out where that is asked for.
 
     Raises:
-        DataError: one error that names every faulty case; the others are prepared all the same. Also: no cases, or all
-            are faulty, the folder can't be written, the disk is full, or a worker was killed.
+        DataError: one error that names every faulty case and every one that another thing went wrong with; the others
+            are prepared. Also: no cases, or all are faulty, the folder can't be written, or the disk is full.
     """
     folder = Path(store_dir).absolute()
     task = Task(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, device)
@@ -233,7 +234,8 @@ def prepare(
             raise StoreError(folder, error.problem, error.needed * (len(pending) - len(done))) from error
         finally:
             remember(folder, known)
-        if faults and (not skip_faulty or len(faults) == len(case_set.cases)):
+        failed = any(isinstance(fault, CaseFailure) for _, fault in faults)
+        if faults and (not skip_faulty or failed or len(faults) == len(case_set.cases)):
             raise _faults_error(faults, len(case_set.cases))
         for name, fault in faults:
             log.warning("left out: case %s: %s", name, fault)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from pipelines.cases import Case, DataError
 from pipelines.layouts import CaseError
-from pipelines.processes import run_on_cases
+from pipelines.processes import CaseFailure, run_on_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = [Case(name, (Path(name),), None, None) for name in ("a", "b", "c", "d")]
@@ -31,12 +32,39 @@ def process_of(case: Case) -> int:
     return os.getpid()
 
 
-def divide_by_zero(case: Case) -> None:
-    raise ZeroDivisionError(case.name)
+class TakesTwo(Exception):
+    """As some of libraries: it can't be brought from a process, for it is made again of its arguments."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one}{two}")
 
 
-def kill_the_worker(case: Case) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+ERRORS = {
+    "a": (MemoryError(), Path("a"), "there is not enough memory for it"),
+    "b": (OSError(errno.EIO, "Input/output error", "b.nii"), Path("b.nii"), "can't be worked on (Input/output error)"),
+    "c": (TakesTwo("1", "2"), Path("c"), "TakesTwo: 12 (test_processes.py, line "),
+}
+
+
+def fail_of(case: Case) -> str:
+    if case.name in ERRORS:
+        raise ERRORS[case.name][0]
+    return case.name
+
+
+def fill_the_disk(case: Case) -> None:
+    raise DataError("no space left")
+
+
+def kill_the_worker_of(names: str, case: Case) -> str:
+    if case.name in names:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return case.name
+
+
+def sleep_and_tell(seconds: float, case: Case) -> int:
+    time.sleep(seconds)
+    return os.getpid()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -54,9 +82,33 @@ def test_one_worker_is_this_process_and_two_are_others() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_that_is_no_fault_of_a_case_ends_the_run(workers: int) -> None:
-    with pytest.raises(ZeroDivisionError):
-        list(run_on_cases(divide_by_zero, CASES, workers, "Dividing"))
+def test_whatever_goes_wrong_with_a_case_is_named_and_the_others_are_done(workers: int) -> None:
+    results = {case.name: result for case, result in run_on_cases(fail_of, CASES, workers, "Failing")}
+    assert results.pop("d") == "d"
+    for name, (_, path, problem) in ERRORS.items():
+        failure = results[name]
+        assert isinstance(failure, CaseFailure) and failure.path == path and failure.problem.startswith(problem)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_that_is_of_no_one_case_ends_the_run(workers: int) -> None:
+    with pytest.raises(DataError, match="no space left"):
+        list(run_on_cases(fill_the_disk, CASES, workers, "Filling"))
+
+
+def test_a_few_quick_cases_start_no_process() -> None:
+    assert {pid for _, pid in run_on_cases(process_of, CASES, None, "Asking")} == {os.getpid()}
+
+
+def test_processes_start_once_they_save_more_than_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.2 s a case: of 30 two processes save about 3 s, of 20 cases 2 s."""
+    monkeypatch.setattr("pipelines.processes.cores", lambda: 2)
+    monkeypatch.setattr("pipelines.processes.START_S", 2.5)
+    pids = [pid for _, pid in run_on_cases(partial(sleep_and_tell, 0.2), CASES * 5, None, "Asking")]
+    assert set(pids) == {os.getpid()}
+    more = [Case(str(i), (Path("a"),), None, None) for i in range(30)]
+    pids = [pid for _, pid in run_on_cases(partial(sleep_and_tell, 0.2), more, None, "Asking")]
+    assert pids[0] == os.getpid() and pids.count(os.getpid()) <= 3 and len(set(pids)) == 3 and len(pids) == 30
 
 
 def test_early_interrupt_ends_the_run_once_the_workers_are_there_and_spares_their_server() -> None:
@@ -79,7 +131,10 @@ def test_early_interrupt_ends_the_run_once_the_workers_are_there_and_spares_thei
 
 
 @pytest.mark.parametrize("seconds_before_each_start", [0, 3])
-def test_killed_worker_is_one_clear_error(seconds_before_each_start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("killed", ["b", "abcd"])
+def test_a_case_whose_process_is_killed_is_named_and_the_others_are_done(
+    killed: str, seconds_before_each_start: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     start = ForkServerProcess.start
 
     def start_slowly(process: ForkServerProcess) -> None:
@@ -87,8 +142,33 @@ def test_killed_worker_is_one_clear_error(seconds_before_each_start: int, monkey
         start(process)
 
     monkeypatch.setattr(ForkServerProcess, "start", start_slowly)
-    with pytest.raises(DataError, match=r"2 worker processes was killed.*try --data\.workers 1"):
-        list(run_on_cases(kill_the_worker, CASES, 2, "Killing"))
+    results = {
+        case.name: result for case, result in run_on_cases(partial(kill_the_worker_of, killed), CASES, 2, "Killing")
+    }
+    assert set(results) == set("abcd")
+    for name, result in results.items():
+        if name not in killed:
+            assert result == name
+        else:
+            assert isinstance(result, CaseFailure) and "killed, by the system if memory ran out" in result.problem
+            assert "--data.workers 1" in result.remedy
+    assert "one of 2 worker processes was killed: going on with 1" in caplog.text
+
+
+def test_processes_do_not_import_the_script_that_runs(tmp_path: Path) -> None:
+    """It takes seconds to import, and without `if __name__ == "__main__"` it would begin again in each."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begins', flush=True)\n"
+        "from pathlib import Path\n"
+        "from pipelines.cases import Case\n"
+        "from pipelines.processes import run_on_cases\n"
+        "cases = [Case(str(i), (Path('a'),), None, None) for i in range(4)]\n"
+        "print(sorted(case.name for case, _ in run_on_cases(repr, cases, 2, 'Naming')))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "begins\n['0', '1', '2', '3']\n", "")
 
 
 def test_less_than_one_worker_is_refused() -> None:
