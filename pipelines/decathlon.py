@@ -9,7 +9,6 @@ anything is written. macOS's `._*` companions are left out.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import logging
@@ -19,7 +18,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from io import RawIOBase
 from pathlib import Path, PurePosixPath
 
 from rich.progress import (
@@ -124,24 +123,24 @@ def _fetch_rest(url: str, part: Path, progress: Progress, bar: TaskID) -> None:
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         progress.update(bar, total=total, completed=start)
-        with _named(part), part.open("ab" if start else "wb") as file:
+        with part.open("ab" if start else "wb", buffering=0) as file:
             while chunk := response.read(_CHUNK):
-                file.write(chunk)
+                _write(file, chunk, part)
                 progress.advance(bar, len(chunk))
             size = file.tell()
     if total is not None and size < total:  # read(n) returns b"" on a dropped connection, as at the end
         raise ConnectionError(f"connection closed after {size} of {total} bytes")
 
 
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors of writing, of a full disk above all, name the file."""
+def _write(file: RawIOBase, chunk: bytes, part: Path) -> None:
     try:
-        yield
+        while chunk:
+            chunk = chunk[file.write(chunk) :]
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        raise DataError(
+            f"{part} can't be written ({error.strerror}): free space in {part.parent}, or choose another --data.root; "
+            "run again to continue"
+        ) from error
 
 
 def _check_md5(path: Path, md5: str, progress: Progress, remedy: str) -> None:
@@ -166,14 +165,19 @@ def _unpack(archive: Path, task: Path, progress: Progress) -> None:
             for member in members:
                 _check_member(member, archive)
             for member in progress.track(members, description=f"unpack {TASK}"):
-                with _named(staging / member.name):
-                    tar.extract(member, staging, filter="data")
+                tar.extract(member, staging, filter="data")
+        if not (staging / TASK / "dataset.json").is_file():
+            raise DataError(f"{archive} holds no {TASK}/dataset.json: it is not Task01; move it away and run again")
+        os.replace(staging / TASK, task)
     except tarfile.TarError as error:
         raise DataError(f"{archive} is no readable tar archive ({error}): move it away and run again") from error
-    if not (staging / TASK / "dataset.json").is_file():
-        raise DataError(f"{archive} holds no {TASK}/dataset.json: it is not Task01; move it away and run again")
-    os.replace(staging / TASK, task)
-    shutil.rmtree(staging)
+    except OSError as error:
+        raise DataError(
+            f"{archive} can't be unpacked to {task} ({error.strerror}): free space in {task.parent}, as much as the "
+            "archive has, or change its permissions, and run again"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_member(member: tarfile.TarInfo, archive: Path) -> None:

@@ -43,7 +43,7 @@ from pipelines.anatomy import (
     draw_seat,
     draw_tumour,
 )
-from pipelines.atomic import replacing, write_text
+from pipelines.atomic import remove_left_over, replacing, write_text
 from pipelines.cases import DataError
 from pipelines.processes import cores
 
@@ -172,6 +172,8 @@ def make_phantoms(
     spacing = tuple(float(s) for s in (spacing_mm or [mm / n for mm, n in zip(HEAD_MM, size, strict=True)]))
     parameters = {"format": FORMAT, "cases": cases, "size": list(size), "seed": seed, "spacing_mm": list(spacing)}
     _claim(folder, parameters)
+    for each in (folder, *(path.parent for path in _paths(folder, ""))):
+        remove_left_over(each)
     names = [f"BRATS_{i + 1:03d}" for i in range(cases)]
     missing = [i for i, name in enumerate(names) if not all(path.is_file() for path in _paths(folder, name))]
     if missing:

@@ -211,7 +211,16 @@ def _interrupt_held_back() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def _end_with_parent() -> None:
+    """Where the parent is killed, a worker would do the cases that are queued and then wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _start_worker(begin: Semaphore) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which lets the cases in hand be finished
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     begin.acquire()  # once all are there: one that dies before breaks the pool while the next is being started

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from monai.apps import DecathlonDataset
+from test_store import files_of_at_most
 
 from pipelines import decathlon
 from pipelines.cases import DataError
@@ -91,6 +92,24 @@ def fetch(folder: Path, server: Server, md5: str | None = None) -> Path:
 
 def test_address_and_checksum_are_monais() -> None:
     assert DecathlonDataset.resource[TASK] == URL and DecathlonDataset.md5[TASK] == MD5
+
+
+def test_a_full_disk_is_told_with_the_file_and_continued_from_there(tmp_path: Path, server: Server) -> None:
+    server.data = task01()
+    archive = tmp_path / f"{TASK}.tar"
+    with (
+        files_of_at_most(2_000_000),
+        pytest.raises(DataError, match=rf"{archive}.part can't be written \(.*{tmp_path}"),
+    ):
+        fetch(tmp_path, server)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{TASK}.tar.part"]
+    archive.write_bytes(server.data)  # there is room for it, and for nothing else
+    with files_of_at_most(2_000_000), pytest.raises(DataError, match=rf"{archive} can't be unpacked to .*{tmp_path}"):
+        fetch(tmp_path, server)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{TASK}.tar.part", f"{TASK}.tar"}
+    archive.unlink()
+    assert (fetch(tmp_path, server) / "imagesTr/BRATS_001.nii.gz").read_bytes() == BIG
+    assert server.asked == [None, "bytes=2000000-"]
 
 
 def test_a_complete_task_is_left_alone(tmp_path: Path, server: Server) -> None:

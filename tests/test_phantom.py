@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from test_store import files_of_at_most
 
 from pipelines import phantom
+from pipelines.atomic import temporary_name
 from pipelines.cases import DataError, find_cases
 from pipelines.labels import CODINGS, regions_from_labels
 from pipelines.phantom import draw_phantom, make_phantoms
@@ -84,6 +87,21 @@ def test_an_interrupted_set_is_finished_to_the_same_bytes(folder: Path, tmp_path
     changed = [name for name in whole if finished[name][1] != whole[name][1]]
     voxels = {name: [np.asarray(nib.load(of / name).dataobj) for of in (broken, folder)] for name in changed}
     assert {name: np.argwhere(ours != theirs)[:5] for name, (ours, theirs) in voxels.items()} == {}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    folder = make_phantoms(tmp_path / "set", cases=1, size=SIZE, workers=1)
+    dead = temporary_name(Path("x")).name.replace(f"-{os.getpid()}-", "-4194305-")  # above the largest number
+    for each in ("", "imagesTr", "labelsTr"):
+        (folder / each / dead).write_bytes(b"half")
+    make_phantoms(folder, cases=1, size=SIZE)
+    assert list(folder.rglob("*.tmp-*")) == []
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    with files_of_at_most(5_000), pytest.raises(OSError, match=r"BRATS_001\.nii\.gz"):
+        make_phantoms(tmp_path / "set", cases=1, size=SIZE)
+    assert [path for path in (tmp_path / "set").rglob("*") if "tmp-" in path.name or path.name.endswith("gz")] == []
 
 
 def test_other_parameters_and_other_data_are_refused(folder: Path, tmp_path: Path) -> None:

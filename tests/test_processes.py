@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -169,6 +170,33 @@ def test_processes_do_not_import_the_script_that_runs(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "begins\n['0', '1', '2', '3']\n", "")
+
+
+def tell_and_wait(folder: Path, case: Case) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked for in Linux's /proc")
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    script = (
+        "import sys; from functools import partial; from pathlib import Path\n"
+        "from test_processes import CASES, tell_and_wait\n"
+        "from pipelines.processes import run_on_cases\n"
+        f"list(run_on_cases(partial(tell_and_wait, Path({str(tmp_path)!r})), CASES, 2, 'Waiting'))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
+        wait_until(lambda: len(os.listdir(tmp_path)) == 2)
+        process.kill()
+    wait_until(lambda: not any(Path("/proc", pid).exists() for pid in os.listdir(tmp_path)))
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_less_than_one_worker_is_refused() -> None:
