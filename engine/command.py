@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +31,9 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str],
         work: returns its status, None for 0. how_to_go_on: advice for a user whose command was stopped.
         alone: this process has no peers, whatever a launcher's variables say.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text, and must not end what prints them
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     watch: Watch | None = None
     status, line = 0, ""
     is_ours = not dist.is_initialized()  # the process group, which a caller may have made

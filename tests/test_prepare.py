@@ -237,6 +237,19 @@ def test_a_cache_that_cannot_be_made_is_one_error(
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
+def test_cases_whose_names_are_no_text_are_checked_and_prepared(root: Path, tmp_path: Path) -> None:
+    truncated, _ = spoil(root)
+    for path in (*truncated.parent.iterdir(), truncated.parent):
+        path.rename(path.with_name(path.name.replace("00010", os.fsdecode(b"M\xfcller"))))
+    options = ["--data.root", str(root), "--data.crop_size_voxels", "[8,8,8]", "--data.workers", "1"]
+    strict = os.environ | {"PYTHONPATH": str(PREPARE.parent.parent), "PYTHONIOENCODING": "utf-8:strict"}
+    for more, status, said in (["--check"], 1, "2 of 3 cases are faulty"), ([], 2, "2 of 3 cases can't be prepared"):
+        command = [sys.executable, str(PREPARE), *options, "--data.store_dir", str(tmp_path / "store"), *more]
+        done = subprocess.run(command, env=strict, capture_output=True, text=True)
+        assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
+        assert "M\\udcfcller" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
 def test_runs_as_a_script_from_any_folder_with_a_training_configuration(root: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"data:\n  root: {root}\n  crop_size_voxels: [8, 8, 8]\ntrain:\n  epochs: 3\n")
