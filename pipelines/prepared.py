@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -127,12 +128,6 @@ def build(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> dict[str, 
     scale = None
     if task.dtype == "float16":
         arrays["image"], scale = to_float16(arrays["image"])
-    needed = sum(array.nbytes for array in arrays.values())
-    stem = task.folder / stem_of(case.name, key)
-    files = {}
-    for kind, array in arrays.items():
-        size, crc = write_whole(Path(f"{stem}.{kind}.npy"), partial(write_array, array), needed)
-        files[kind] = {"bytes": size, "crc32": crc}
     record = {
         "format": FORMAT,
         "name": case.name,
@@ -147,10 +142,32 @@ def build(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> dict[str, 
         "label_values": np.flatnonzero(np.bincount(arrays["label"].ravel())).tolist() if "label" in arrays else None,
         "intensities": _INTENSITIES,
         "scale": scale,
-        "files": files,
     }
-    content = json.dumps({"record": record, "crc32": _crc_of_record(record)}).encode()
-    write_whole(Path(f"{stem}.json"), lambda file: file.write(content), needed)
+    return _write(task.folder / stem_of(case.name, key), arrays, record)
+
+
+def _write(stem: Path, arrays: Mapping[str, np.ndarray], record: dict[str, Any]) -> dict[str, Any]:
+    """Write the files of a case, the `.json` last; where one can't be written, none is left of a new case.
+
+    Returns:
+        the record, with the sizes and checksums of the arrays.
+    """
+    paths = {kind: stem.with_name(f"{stem.name}.{kind}.npy") for kind in arrays}
+    about, needed = stem.with_name(f"{stem.name}.json"), sum(array.nbytes for array in arrays.values())
+    files: dict[str, dict[str, int]] = {}
+    try:
+        for kind, array in arrays.items():
+            size, crc = write_whole(paths[kind], partial(write_array, array), needed)
+            files[kind] = {"bytes": size, "crc32": crc}
+        record = record | {"files": files}
+        content = json.dumps({"record": record, "crc32": _crc_of_record(record)}).encode()
+        write_whole(about, lambda file: file.write(content), needed)
+    except BaseException:
+        if not about.exists():
+            for path in paths.values():
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+        raise
     return record
 
 

@@ -402,6 +402,24 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path: 
     assert_whole(folder, prepare(more, folder, SPACING, workers=1))
 
 
+@pytest.mark.parametrize("kind", ["label.npy", "foreground.npy", "json"])
+def test_a_case_that_is_not_done_when_the_disk_is_full_leaves_none_of_its_files(
+    tmp_path: Path, cases: CaseSet, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, write = tmp_path / "store", prepared.write_whole
+
+    def write_or_be_full(path: Path, *args: Any) -> Any:
+        if path.name.startswith("case1-") and path.name.endswith(kind):
+            with files_of_at_most(10):
+                return write(path, *args)
+        return write(path, *args)
+
+    monkeypatch.setattr(prepared, "write_whole", write_or_be_full)
+    with pytest.raises(StoreError, match=rf"no space left \(.*\), writing case1-.*{kind}"):
+        prepare(cases, folder, SPACING, workers=1)
+    assert sorted({path.name.split("-")[0] for path in folder.iterdir()}) == ["case0", "index.json"]
+
+
 def test_folder_that_can_not_be_made_is_one_clear_error(tmp_path: Path, cases: CaseSet) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"file/store: not writable \(Not a directory\).*--data\.store_dir"):
