@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -18,7 +20,8 @@ from engine.config import (
     to_dict,
     to_portable_dict,
 )
-from engine.data import load_data
+from engine.data import Data, load_data, make_loaders, prepared
+from engine.distributed import Ranks
 from pipelines.geometry import Spacing
 
 
@@ -47,6 +50,19 @@ def test_the_seeds_experiment_is_as_published() -> None:
     assert (config.data.regions, config.loss.ce, config.model.name) == ("tutorial", "argmax", "unetr")
     assert config.data.crop_size_voxels == (128, 128, 64) and config.data.spacing == Spacing((1.5, 1.5, 2.0), "file")
     assert (config.data.val_fraction, config.data.split_seed, config.data.foreground_prob) == (0.2, 0, 0.0)
+
+
+@pytest.mark.parametrize("axes", ["patient", "file"])
+def test_the_axes_of_the_spacing_reach_the_store_and_unprepared_crops(
+    axes: Any, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(data=DataConfig(spacing_mm=(1.0, 2.0, 3.0), spacing_axes=axes, store_dir=Path("store")))
+    prepare, crops = mock.Mock(), mock.Mock()
+    monkeypatch.setattr("engine.data.prepare", prepare)
+    monkeypatch.setattr("engine.data.RawLoader", crops)
+    prepared(config.data, mock.Mock())
+    make_loaders(config, ranks, Data(mock.Mock(), ("a",), (), mock.Mock()))
+    assert prepare.call_args.args[2] == crops.call_args.kwargs["spacing"] == Spacing((1.0, 2.0, 3.0), axes)
 
 
 def test_brats_differs_from_the_seed_in_what_was_wrong_there_alone() -> None:

@@ -177,6 +177,13 @@ def test_a_scan_is_segmented_alike_however_its_axes_are_stored(codes: str, run: 
     np.testing.assert_allclose(back, expected, atol=1e-4)
 
 
+def test_a_scan_looks_alike_however_its_axes_are_stored(scan: np.ndarray) -> None:
+    turn = ornt_transform(io_orientation(AFFINE), axcodes2ornt("PIR"))
+    turned = AFFINE @ inv_ornt_aff(turn, scan.shape[1:])
+    prepared = np.moveaxis(scan, 0, -1)
+    assert looks_of(prepared, turned) == looks_of(prepared, AFFINE) and looks_of(prepared, AFFINE)["spacing_mm"][2] == 2
+
+
 def test_an_ensemble_is_the_mean_of_its_members(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
     other = write_run(tmp_path, seed=1)
     parts = [Predictor(path, "cpu").segment(scan, AFFINE, True).probabilities_RXYZ for path in (run, other)]
