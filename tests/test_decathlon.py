@@ -234,12 +234,3 @@ def test_a_task_folder_without_dataset_json_is_not_written_over(tmp_path: Path, 
     (tmp_path / TASK).mkdir()
     with pytest.raises(DataError, match="has no dataset.json"):
         fetch(tmp_path, server)
-
-
-def test_a_full_disk_is_told_with_the_file_that_was_written(tmp_path: Path, server: Server) -> None:
-    part = tmp_path / f"{TASK}.tar.part"
-    server.data = task01()
-    part.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as caught:
-        fetch(tmp_path, server)
-    assert caught.value.filename == str(part)
