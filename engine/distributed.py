@@ -98,6 +98,7 @@ def init_ranks(device: str = "auto") -> Ranks:
     Raises:
         ValueError: "cuda" without a GPU that PyTorch can use; more ranks on this node than GPUs; variables of a
             launcher that contradict each other.
+        ConnectionError: there is no network between the ranks.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--train.device cuda: PyTorch sees no GPU here; use --train.device auto or cpu")
@@ -115,10 +116,15 @@ def init_ranks(device: str = "auto") -> Ranks:
         torch.cuda.set_device(place.local_rank)
     backend = "nccl" if use_cuda else "gloo"
     if not dist.is_initialized():
-        if place.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend)
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        try:
+            dist.init_process_group(backend, **(alone if place.world_size == 1 else {}))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(
+                f"rank {place.rank}: no {backend} process group ({reason}); is the network interface there that "
+                "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, and does this host's name have an address?"
+            ) from error
     computes_on = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
     return Ranks(place.rank, place.world_size, place.local_rank, computes_on, place.ranks_on_node)
 

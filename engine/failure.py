@@ -40,6 +40,8 @@ from rich.console import Console
 from torch.distributed.rendezvous import rendezvous
 
 from engine.distributed import PeerFailed, Place, export, read_place
+from engine.launcher import Launcher
+from engine.terminal import as_text
 from engine.watch import STOP_SIGNALS, Interrupted
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ LOST_AFTER_S = 20.0  # deepspeed, torchrun and SLURM kill 30 s after they sent S
 WAIT_FOR_PEERS_S = 5.0
 WAIT_TO_REPORT_S = 8.0
 MEETING_LIMIT = timedelta(minutes=5)  # from the first rank's start to the last's
+NAME_LIMIT_S = 30.0  # a cluster may give a host its name after it has started the others
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,11 @@ class Failure:
         return f"error: rank {self.rank} on {self.host}: {self.message}"
 
 
-def join_watch() -> Watch | None:
+def join_watch(launcher: Launcher | None = None) -> Watch | None:
     """Meet the other ranks and watch them from now on; None for one rank alone, which needs no port.
+
+    Args:
+        launcher: that the ranks of this node run under, watched too.
 
     Raises:
         ValueError: a launcher's variables are missing or contradict each other.
@@ -85,15 +91,48 @@ def join_watch() -> Watch | None:
     if place.world_size == 1:
         return None
     export(place)
+    address = _meeting_place()
     try:
         store, *_ = next(rendezvous("env://", place.rank, place.world_size, timeout=MEETING_LIMIT))
-        return Watch(place, dist.PrefixStore("watch", store))
+        return Watch(place, dist.PrefixStore("watch", store), launcher)
     except RuntimeError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = next((text for word, text in _REASONS.items() if word in str(error)), str(error))
         raise ConnectionError(
-            f"rank {place.rank} of {place.world_size} did not meet the others at {address} ({error}); if the port "
-            "is in use, choose another (--master_port); if the host is out of reach, set MASTER_ADDR to its address"
+            f"rank {place.rank} of {place.world_size} did not meet the others at {address}: {reason}"
         ) from error
+
+
+_REASONS = {
+    "EADDRINUSE": "the port is in use, perhaps by another job; choose another (deepspeed and torchrun --master_port, "
+    "else MASTER_PORT)",
+    "EACCES": "this port is the system's; choose one above 1023 (deepspeed and torchrun --master_port, else "
+    "MASTER_PORT)",
+    "timed out": f"not all came within {MEETING_LIMIT.seconds // 60} minutes: are all started, with the same number of "
+    "ranks? is MASTER_ADDR the first rank's host, and its port open to the others?",
+}
+"""Why ranks did not meet, by a word of PyTorch's."""
+
+
+def _meeting_place() -> str:
+    """Where the ranks meet, as their variables say it.
+
+    Raises:
+        ValueError: a variable is missing, or is no port, or a host that has no address.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ["MASTER_PORT"]
+    if not host:
+        raise ValueError("MASTER_ADDR is not set: deepspeed and torchrun set it; with srun, set it to the first node")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"MASTER_PORT is {port!r}, which is no port: give a number from 1024 to 65535")
+    limit = time.monotonic() + NAME_LIMIT_S
+    while True:
+        try:
+            socket.getaddrinfo(host, int(port))
+            return f"{host}:{port}"
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > limit:
+                raise ValueError(f"MASTER_ADDR is {host!r}, which has no address on this machine ({error})") from error
+            time.sleep(1)
 
 
 class Watch:
@@ -101,10 +140,11 @@ class Watch:
 
     Args:
         place: of this rank. store: shared by all ranks, over a connection that nobody else uses.
+        launcher: of this node.
     """
 
-    def __init__(self, place: Place, store: dist.Store) -> None:
-        self.rank, self.world_size, self.store = place.rank, place.world_size, store
+    def __init__(self, place: Place, store: dist.Store, launcher: Launcher | None = None) -> None:
+        self.rank, self.world_size, self.store, self.launcher = place.rank, place.world_size, store, launcher
         self.host = socket.gethostname()
         self.own: Failure | None = None
         self.own_due, self.own_traceback = 0.0, ""
@@ -184,7 +224,7 @@ class Watch:
                 failure = self._ask(self._round)
             except (RuntimeError, TimeoutError) as error:
                 log.debug("no store: %s", error)
-                failure = Failure(0, self.first_host, "lost: it was killed, or its node is out of reach", is_lost=True)
+                failure = self._without_store()
             if failure:
                 self._end(failure)
             self.wake.wait(0.1 if self.is_leaving else BEAT_S)
@@ -212,6 +252,13 @@ class Watch:
         if not failure:
             return None
         return Failure(**json.loads(self.store.compare_set("failure", "", json.dumps(asdict(failure)))))
+
+    def _without_store(self) -> Failure | None:
+        """What ends this rank when the store is gone: nothing where it went with torchrun, whose end stops training."""
+        if self.launcher and self.launcher.is_gone():
+            self.is_over = self.is_leaving
+            return self.own
+        return Failure(0, self.first_host, "lost: it was killed, or its node is out of reach", is_lost=True)
 
     def _find_lost(self, dead: list[int]) -> Failure | None:
         message = "ended without a message: it was killed (by the system, if memory ran out) or crashed"
@@ -250,7 +297,7 @@ class Watch:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
             if failure == self.own:
-                os.write(2, self.own_traceback.encode())
+                os.write(2, as_text(self.own_traceback).encode())
             is_reporter = self.rank == (self.deputy if failure.is_lost and failure.rank == 0 else 0)
             with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be gone
                 if is_reporter:
@@ -259,7 +306,7 @@ class Watch:
                     self._ask(lambda: self.store.add("ended", 1))
             if is_reporter:
                 Console(stderr=True).show_cursor()  # a progress bar hides it
-                os.write(2, f"{failure}\n".encode())
+                os.write(2, f"{as_text(str(failure))}\n".encode())
         finally:
             os._exit(failure.status)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from engine.metrics import CaseDice
 from pipelines.atomic import own_folder, write_texts
 from pipelines.labels import REGIONS
 from pipelines.tables import table_text, write_table
+
+log = logging.getLogger(__name__)
 
 
 class EpochLog:
@@ -24,20 +29,37 @@ class EpochLog:
 
     def __init__(self, run_dir: Path, done_steps: int) -> None:
         self.run_dir = run_dir
-        self.writer = SummaryWriter(str(own_folder(run_dir, "tensorboard")), purge_step=done_steps + 1)
+        self.folder = own_folder(run_dir, "tensorboard")
+        self.writer: SummaryWriter | None = None
+        with self._failures_told():
+            self.writer = SummaryWriter(str(self.folder), purge_step=done_steps + 1)
 
     def write(self, history: list[dict[str, Any]]) -> None:
         """After an epoch: its row is the last of `history`."""
         row = history[-1]
-        for name, value in row.items():
-            if name not in ("epoch", "step") and value is not None:
-                self.writer.add_scalar(name.replace("val_", "val/"), value, row["step"])
-        self.writer.flush()
+        if self.writer:
+            with self._failures_told():
+                for name, value in row.items():
+                    if name not in ("epoch", "step") and value is not None:
+                        self.writer.add_scalar(name.replace("val_", "val/"), value, row["step"])
+                self.writer.flush()
         write_log(self.run_dir, history)
 
     def close(self) -> None:
         """At the end of the run."""
-        self.writer.close()
+        if self.writer:
+            with self._failures_told():
+                self.writer.close()
+
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        """A full disk ends TensorBoard's part and not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            log.warning("%s can't be written (%s): the run goes on without it; log.csv has the same numbers",
+                        self.folder, error.strerror or error)  # fmt: skip
 
 
 def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:

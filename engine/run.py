@@ -22,6 +22,7 @@ from engine.data import Data, load_data, make_val_loader
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.progress import percent
 from engine.records import write_log, write_validation
+from engine.terminal import LogFile, PlainFormatter
 from engine.trained import load_trained, make_model
 from engine.trainer import Trainer
 from kernels import dispatch
@@ -215,10 +216,8 @@ def _start_log(run_dir: Path, ranks: Ranks) -> None:
         files.append(run_dir / "run.log")
         handlers.append(logging.StreamHandler(sys.stdout))
         handlers[0].setLevel(logging.INFO)
-    for file in files:
-        handler = logging.StreamHandler(open_own(file))
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(handler)
+        handlers[0].setFormatter(PlainFormatter())
+    handlers += map(LogFile, files)
     logging.captureWarnings(True)
     for name in ("engine", "models", "pipelines", "py.warnings"):
         logging.getLogger(name).setLevel(logging.DEBUG)

@@ -1,8 +1,9 @@
 """Signals that ask a run to stop: all ranks stop at one step, save, and can be started again.
 
-Schedulers send SIGTERM or SIGUSR1 before they take the nodes away, to all ranks or to one, and each hears of it at a
-moment of its own. So the ranks agree: an all-reduce of the signal's number over a gloo group, which runs beside the
-steps on the CPU. It is started at one step and read at a later one, and no step waits for it.
+Schedulers send SIGTERM or SIGUSR1 before they take the nodes away, to all ranks or to one; a terminal that is closed
+sends SIGHUP, and `engine.launcher` tells of the end of the launcher. Each rank hears of it at a moment of its own. So
+the ranks agree: an all-reduce of the signal's number over a gloo group, which runs beside the steps on the CPU. It is
+started at one step and read at a later one, and no step waits for it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,22 +19,52 @@ import torch
 import torch.distributed as dist
 
 from engine.distributed import Ranks
+from engine.launcher import LAUNCHER_GONE
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, LAUNCHER_GONE)
 AGREE_EVERY_S = 1.0
 SAME_SIGNAL_S = 1.0  # launchers and schedulers both pass a signal on: ranks get it twice
 
 
+Handler = Callable[[int, FrameType | None], Any]
+
+
 class Preempted(Exception):
-    """A signal stopped training, which can go on from its checkpoint; the argument is the signal's name."""
+    """A signal stopped training, which can go on from its checkpoint; the argument is what stopped it."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came outside training, where nothing can be saved; the argument is its name."""
+    """A signal came outside training, where nothing can be saved; the argument is what stopped it."""
+
+
+def signal_name(number: int) -> str:
+    """What a signal is called in a message."""
+    return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
+
+
+def handle(handler: Handler, with_ctrl_c: bool = False) -> dict[int, Any]:
+    """Have the signals that stop a run call `handler`, but for those that are ignored, as `nohup` has SIGHUP ignored.
+
+    Args:
+        handler: takes a signal's number and the frame. with_ctrl_c: SIGINT too, where nothing but Python handles it.
+
+    Returns:
+        the handlers before, by signal, for `put_back`.
+    """
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    if with_ctrl_c and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        heeded.append(signal.SIGINT)
+    return {number: signal.signal(number, handler) for number in heeded}
+
+
+def put_back(handlers: dict[int, Any]) -> None:
+    """Undo `handle`."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class StopSignal:
-    """Whether a signal asks to stop: SIGTERM or SIGUSR1, sent to any of the ranks. A context manager.
+    """Whether a signal asks to stop, one of `STOP_SIGNALS`, sent to any of the ranks. A context manager.
 
     It is due about two seconds after the signal, or two steps where those take longer. A second SIGTERM ends the
     process at once.
@@ -52,19 +84,18 @@ class StopSignal:
             self.group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> StopSignal:
-        self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self.previous = handle(self._receive)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        put_back(self.previous)
         if self.work and kind is None:
             self.work.wait()
 
     @property
     def name(self) -> str:
         """Of the signal, e.g. SIGTERM."""
-        return signal.Signals(self.number).name
+        return signal_name(self.number)
 
     def due(self) -> bool:
         """Whether to stop now. Called once a step by each rank; True on all of them at the same step."""

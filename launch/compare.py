@@ -37,7 +37,7 @@ from engine.command import run_command
 from engine.comparison import PUBLISHED, Row, Run
 from engine.config import Config, make_parser, parse_config, to_dict
 from engine.distributed import read_place
-from engine.watch import STOP_SIGNALS
+from engine.watch import handle, put_back
 from kernels import dispatch
 from pipelines.atomic import below, replacing
 from pipelines.text import printable
@@ -197,9 +197,8 @@ def run_process(command: Sequence[str]) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
 
-    numbers = (*STOP_SIGNALS, signal.SIGINT)
     with subprocess.Popen(command, start_new_session=True) as process:
-        handlers = {number: signal.signal(number, pass_on) for number in numbers}
+        handlers = handle(pass_on) | {signal.SIGINT: signal.signal(signal.SIGINT, pass_on)}
         try:
             status = process.wait()
             while stopping and _is_alive(process.pid):
@@ -209,8 +208,7 @@ def run_process(command: Sequence[str]) -> int:
                 time.sleep(0.05)
             return status
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            put_back(handlers)
 
 
 def _is_alive(group: int) -> bool:

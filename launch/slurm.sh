@@ -22,7 +22,8 @@ readonly STOPPED=75 # EX_TEMPFAIL: saved, to be continued
 python=${PYTHON:-.venv/bin/python}
 run_dir=${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # no pipe to head, which would end a long list, and so the job
+MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}

@@ -272,6 +272,38 @@ def test_one_rank_alone_needs_no_thread_and_no_port(monkeypatch: pytest.MonkeyPa
     assert threading.active_count() == threads
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc', which is no port"),
+        ({"MASTER_PORT": "80000"}, "MASTER_PORT is '80000', which is no port"),
+        ({"MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR is 'no.such.host.invalid', which has no address"),
+        ({"MASTER_PORT": ""}, "at 127.0.0.1:[0-9]+: the port is in use"),
+    ],
+)
+def test_ranks_that_cannot_meet_are_told_why(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure, "NAME_LIMIT_S", 0)
+    with socket.create_server(("", 0)) as taken:
+        place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        port = variables.get("MASTER_PORT") or str(taken.getsockname()[1])
+        for name, value in (place | variables | {"MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises((ValueError, ConnectionError), match=message):
+            join_watch()
+
+
+def test_a_network_interface_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", mock.Mock(side_effect=RuntimeError("Unable to find address\nat")))
+    with pytest.raises(ConnectionError, match=r"no gloo process group \(Unable to find address\); is the network"):
+        init_ranks("cpu")
+
+
 def test_two_torchruns_are_two_nodes_that_end_together(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(

@@ -17,6 +17,8 @@ from commands import free_port, rows_of, start, train, write_small
 
 from engine.checkpoint import states
 
+TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "--master_port")
+DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port")
 LIMIT_S = 300  # ends a test that hangs, and no other
 
 
@@ -32,7 +34,7 @@ TwoRanks = tuple[Path, str, dict[str, torch.Tensor]]
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> TwoRanks:
     """Run folder, output and last weights of two ranks at ZeRO 1."""
-    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", free_port())
+    launcher = (*DEEPSPEED, free_port())
     config = str(write_small(folder))
     done = train(folder, "--config", config, "--run_dir", "runs/two", "--train.zero_stage", "1", launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,7 +52,7 @@ def test_two_ranks_under_the_launcher_train_together(two_ranks: TwoRanks) -> Non
 
 
 def test_a_killed_rank_ends_the_job_with_the_reason(folder: Path) -> None:
-    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", free_port())
+    launcher = (*DEEPSPEED, free_port())
     options = ("--config", str(write_small(folder)), "--run_dir", "runs/lost", "--train.epochs", "1000")
     process = start(folder, *options, launcher=launcher)
     log = folder / "runs" / "lost" / "log.csv"
@@ -95,6 +97,37 @@ def test_a_signal_to_one_of_two_ranks_ends_both_with_a_checkpoint(folder: Path) 
     assert [rank.returncode for rank in ranks] == [os.EX_TEMPFAIL] * 2, outputs
     assert "stopped by SIGUSR1" in outputs[0][1] and "--resume runs/preempted" in outputs[0][1]
     assert len(states(log.parent / "checkpoints")) == 1
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "is_its_child"),
+    [
+        (DEEPSPEED, signal.SIGTERM, False),
+        pytest.param(DEEPSPEED, signal.SIGINT, False, marks=pytest.mark.slow),
+        pytest.param(DEEPSPEED, signal.SIGKILL, True, marks=pytest.mark.slow),  # deepspeed.launcher.launch
+        pytest.param(TORCHRUN, signal.SIGKILL, False, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_whose_launcher_is_gone_save_and_end(
+    launcher: tuple[str, ...], number: signal.Signals, is_its_child: bool, folder: Path
+) -> None:
+    name = f"{Path(launcher[0]).name}-{number.name}"
+    options = ("--config", str(write_small(folder)), "--run_dir", f"runs/{name}", "--train.epochs", "1000",
+               "--train.val_every_epochs", "1000")  # fmt: skip
+    process = start(folder, *options, launcher=(*launcher, free_port()))
+    log = folder / "runs" / name / "log.csv"
+    while not log.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    ranks = [each for each in psutil.Process(process.pid).children(recursive=True) if "--run_dir" in each.cmdline()]
+    (process if not is_its_child else psutil.Process(process.pid).children()[0]).send_signal(number)
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
+    assert f"stopped by the end of its launcher; runs/{name}/checkpoints/step-" in errors, errors
+    assert len(states(log.parent / "checkpoints")) == 1
+    if number == signal.SIGTERM:
+        epochs = len(rows_of(log.parent)) + 1
+        done = train(folder, "--resume", f"runs/{name}", "--train.epochs", str(epochs))
+        assert done.returncode == 0 and "resumed" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,126 @@
+"""The launcher that this process runs under, and the signal that tells of its end.
+
+`deepspeed` has no handler for SIGTERM: it dies, and the ranks, its grandchildren, would train on with nobody to stop
+them. A launcher that is killed leaves its ranks behind as well. So a thread looks once a second whether the launchers
+among the ancestors of this process are still there, and otherwise sends it `LAUNCHER_GONE`, which stops it as SIGTERM
+does. Only programs that are known as launchers count: a shell may end and leave what it started running.
+
+`python -m deepspeed.launcher.launch` is started by `deepspeed` alone. Where it has lost its parent before this process
+could look, `deepspeed` has ended. A process that lost its parent is told by its session, which its new parent is not
+in, and which it does not lead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+LAUNCHER_GONE = signal.SIGRTMAX
+LOOK_EVERY_S = 1.0
+_NODE_LAUNCHER = "deepspeed.launcher.launch"
+_LAUNCHERS = (
+    _NODE_LAUNCHER, "deepspeed", "deepspeed.launcher.runner", "torchrun", "torch.distributed.run",
+    "torch.distributed.launch", "accelerate",
+)  # fmt: skip
+_PROC = Path("/proc")
+
+
+class Process(NamedTuple):
+    """A process, which its number and its start tell from all others."""
+
+    number: int
+    started: int
+    parent: int
+    session: int
+    program: str
+    arguments: tuple[str, ...]
+
+
+class Launcher:
+    """The launchers that this process runs under, watched within a `with` block."""
+
+    def __init__(self) -> None:
+        self.found, self.has_ended = find_launchers(os.getpid(), "CROSS_RANK" in os.environ)  # which deepspeed sets
+        self._is_over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Launcher:
+        if self.found or self.has_ended:
+            self._thread = threading.Thread(target=self._watch, name="launcher", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._is_over.set()
+        if self._thread:
+            self._thread.join()
+
+    def is_gone(self) -> bool:
+        """Whether one of them has ended."""
+        self.has_ended = self.has_ended or not all(map(is_there, self.found))
+        return self.has_ended
+
+    def _watch(self) -> None:
+        while not self.is_gone():
+            if self._is_over.wait(LOOK_EVERY_S):
+                return
+        os.kill(os.getpid(), LAUNCHER_GONE)
+
+
+def find_launchers(number: int, is_of_deepspeed: bool) -> tuple[list[Process], bool]:
+    """The launchers among the ancestors of a process, and whether one of them is known to have ended already.
+
+    Args:
+        number: of the process. is_of_deepspeed: it was started by `deepspeed.launcher.launch`.
+    """
+    found: list[Process] = []
+    has_ended = False
+    process = read_process(number)
+    has_launcher = is_of_deepspeed
+    while process and (parent := read_process(process.parent)):
+        if parent.program in _LAUNCHERS:
+            found.append(parent)
+        elif has_launcher and process.session not in (process.number, parent.session):
+            has_ended = True
+        # On several nodes, where there are numbers of nodes, another program starts it.
+        has_launcher = parent.program == _NODE_LAUNCHER and not any("--node_rank" in word for word in parent.arguments)
+        process = parent
+    return found, has_ended
+
+
+def is_there(process: Process) -> bool:
+    """Whether a process runs, as itself and not as what is left of it until its parent asks for its status."""
+    now = read_process(process.number)
+    return now is not None and now.started == process.started
+
+
+def read_process(number: int) -> Process | None:
+    """A process that runs; None where there is none."""
+    try:
+        # The second field is a name in parentheses, which may hold blanks and parentheses itself.
+        fields = (_PROC / str(number) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        arguments = (_PROC / str(number) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return None
+    if len(fields) < 20 or fields[0] in "ZX":
+        return None
+    return Process(number, int(fields[19]), int(fields[1]), int(fields[3]), program_of(arguments), tuple(arguments))
+
+
+def program_of(arguments: list[str]) -> str:
+    """What a command line runs: of Python the script's name, or the module's."""
+    first = Path(arguments[0]).name if arguments else ""
+    if not first.startswith("python"):
+        return first
+    words = iter(arguments[1:])
+    for word in words:
+        if word == "-m":
+            return next(words, "")
+        if word == "-c":
+            return first
+        if not word.startswith("-"):
+            return Path(word).name
+    return first

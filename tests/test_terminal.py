@@ -1,0 +1,141 @@
+"""Standard streams and log files that no failure of theirs ends the work."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.terminal import LogFile, PlainFormatter, Terminal, as_text, set_up_terminal
+
+ROOT = Path(__file__).resolve().parent.parent
+HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9b1mb\u202ec\r\udcff"
+SHOWN = r"a\x1b]0;title\x07\x1b[2J\x9b1mb\u202ec\r\udcff"
+WRITES = """
+import os, sys
+from engine.terminal import set_up_terminal
+
+set_up_terminal()
+for _ in range(1000):
+    print("a line that nobody reads" * 10)
+os.write(1, b"nor this, of a library")
+print("name \\udcff \\u00e4", file=sys.stderr)
+"""
+
+
+def run(redirected: str, **variables: str) -> subprocess.CompletedProcess:
+    """A script that prints 240 kB to standard output and a line to standard error, behind a shell's redirection."""
+    command = ["bash", "-c", f'"$0" -c "$1" {redirected}', sys.executable, WRITES]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run(command, env=environment, capture_output=True, timeout=60)
+
+
+def test_escapes_stand_for_what_steers_a_terminal_or_is_no_text() -> None:
+    assert as_text(HOSTILE) == SHOWN
+    assert as_text("Gehirn größer als 5 µm,\tNo 3\n脳") == "Gehirn größer als 5 µm,\tNo 3\n脳"
+
+
+@pytest.mark.parametrize("redirected", ["| true", "> /dev/full", ">&-", "2>&-"])
+def test_output_that_nobody_takes_changes_nothing(redirected: str) -> None:
+    done = run(f"{redirected}; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 0
+    assert done.stderr in (b"", "name \\udcff ä\n".encode())
+
+
+def test_text_that_an_encoding_lacks_is_written_as_escapes() -> None:
+    done = run("> /dev/null", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"name \\udcff \\xe4\n")
+
+
+def through(write: Callable[[io.TextIOWrapper], object], on_terminal: bool) -> str:
+    """What arrives at the other end of a pipe or of a terminal."""
+    end, own = pty.openpty() if on_terminal else os.pipe()
+    with open(own, "w", encoding="utf-8") as stream:
+        terminal = Terminal(stream)
+        write(terminal)
+        terminal.flush()
+        found = os.read(end, 4096).decode()
+    os.close(end)
+    return found
+
+
+def test_a_terminal_gets_what_bars_and_tables_are_made_of_and_no_other_commands() -> None:
+    bar = "\r\x1b[2K\x1b[1A\x1b[1;31mred\x1b[0m\x1b[?25h"
+    hostile = HOSTILE.replace("\r", "")
+    assert through(lambda stream: stream.write(bar + hostile), on_terminal=True) == bar + as_text(hostile)
+    assert "\x1b" not in through(lambda stream: stream.write(bar + hostile), on_terminal=False)
+
+
+def test_a_terminal_that_hung_up_is_no_error() -> None:
+    end, own = pty.openpty()
+    with open(own, "w") as stream:
+        terminal = Terminal(stream)
+        os.close(end)
+        terminal.write("text\n")
+        terminal.flush()
+        assert terminal.lost and terminal.lost.errno == errno.EIO
+
+
+def test_a_full_pipe_that_does_not_wait_loses_lines_and_not_the_reader() -> None:
+    end, own = os.pipe()
+    os.set_blocking(own, False)
+    with open(own, "w") as stream:
+        terminal = Terminal(stream)
+        while terminal.lost is None:
+            terminal.write("text" * 1000)
+            terminal.flush()
+        while len(os.read(end, 65536)) == 65536:
+            pass
+        terminal.write("later\n")
+        terminal.flush()
+        assert os.read(end, 65536).endswith(b"later\n")
+    os.close(end)
+
+
+def test_lines_of_a_log_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    handler.handle(logging.makeLogRecord({"msg": "case %s", "args": (HOSTILE,)}))
+    assert capsys.readouterr().err == f"case {SHOWN}\n"
+
+
+def test_handlers_that_are_there_already_write_as_the_streams_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, own = os.pipe()
+    stream = open(own, "w", encoding="utf-8")  # noqa: SIM115  # the Terminal's, from here on
+    monkeypatch.setattr(sys, "stderr", stream)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[%(message)s]"))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    set_up_terminal()
+    assert isinstance(handler.stream, Terminal)
+    logging.getLogger().error("case %s", HOSTILE)
+    assert os.read(end, 4096).decode() == f"[case {SHOWN}]\n"
+    os.close(end)
+    logging.getLogger().error("nobody reads this")
+
+
+def test_a_log_file_takes_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    handler = LogFile(tmp_path / "run.log")
+    handler.handle(logging.makeLogRecord({"msg": "case \udcff ä"}))
+    assert (tmp_path / "run.log").read_text(encoding="utf-8").endswith("case \\udcff ä\n")
+
+
+def test_a_log_file_on_a_full_disk_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = LogFile(Path("/dev/full"))
+    for _ in range(100):
+        handler.handle(logging.makeLogRecord({"msg": "a line"}))
+    assert capsys.readouterr().err == "/dev/full can't be written (No space left on device) and will lack lines\n"
+
+
+def test_a_mistake_in_a_record_is_still_told_by_logging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handler = LogFile(tmp_path / "run.log")
+    handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
+    assert "TypeError" in capsys.readouterr().err
