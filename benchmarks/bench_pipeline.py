@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import IS_GPU, machine
-from engine.config import cache_dir
+from engine.home import cache_dir
 from pipelines.cases import CaseSet, find_cases
 from pipelines.phantom import FORMAT, make_phantoms
 from pipelines.processes import cores

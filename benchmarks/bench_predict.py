@@ -43,7 +43,7 @@ from rich.table import Table
 from benchmarks.bench_pipeline import CORES, held_bytes, scans
 from benchmarks.common import IS_GPU, machine
 from benchmarks.report import OURS
-from engine.config import cache_dir
+from engine.home import cache_dir
 from engine.sliding_window import OVERLAP, window_starts
 from engine.trained import load_trained
 from pipelines.geometry import target_grid

@@ -38,9 +38,10 @@ from rich.table import Table
 from benchmarks.common import DEVICE, IS_GPU, machine
 from benchmarks.report import OURS
 from benchmarks.training import BATCH, FULL, SMALL, Plain, Scene, Size, Variant, free
-from engine.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, cache_dir
+from engine.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from engine.data import list_cases, load_data, obtain_root
 from engine.distributed import Ranks, init_ranks
+from engine.home import cache_dir
 from engine.metrics import case_dice, summarise
 from engine.progress import percent
 from engine.trained import make_model

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from benchmarks.common import DEVICE, IS_GPU
 from benchmarks.report import OURS
 from benchmarks.step_profile import allocated_peak, synchronize
-from engine.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, cache_dir
+from engine.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from engine.data import Data
 from engine.distributed import Ranks
+from engine.home import cache_dir
 from engine.trained import make_model
 from engine.trainer import Trainer
 from pipelines.cases import CaseSet, find_cases

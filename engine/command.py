@@ -76,6 +76,8 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str],
         if not (is_over or (watch and watch.is_ending)):
             raise Interrupted(signal_name(number))
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as launch/start.py left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = handle(interrupt, with_ctrl_c=True)
     try:
         with contextlib.nullcontext() if alone else Launcher() as launcher:

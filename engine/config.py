@@ -1,56 +1,48 @@
 """The one configuration of a run, and how it is read.
 
-Every group of options is a dataclass; every field carries its help. Precedence: the defaults here, then the YAML file
-of `--config`, then the command line. The defaults are the right recipe for BraTS (as `launch/configs/brats.yaml`);
-with neither `--config` nor `--data.root` the demo (`launch/configs/demo.yaml`) is meant, so that `launch/train.py`
-alone does something to look at. Units stand in the names (`spacing_mm`, `crop_size_voxels`).
+Every group of options is a dataclass; every field carries its help, and every number its bounds. Precedence: the
+defaults here, then the YAML files of `--config`, then the command line. The defaults are the right recipe for BraTS (as
+`launch/configs/brats.yaml`); with neither `--config` nor `--data.root` the demo (`launch/configs/demo.yaml`) is meant,
+so that `launch/train.py` alone does something to look at. Units stand in the names (`spacing_mm`, `crop_size_voxels`).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
-import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import Namespace
 
+from engine.parser import Parser, build
 from kernels.dispatch import Kernels
 from pipelines.augment import Augment
 from pipelines.cases import check_folds
 from pipelines.geometry import Spacing, SpacingAxes
 from pipelines.labels import Release
 from pipelines.prepared import StoreDtype
+from pipelines.values import Misfit, convert, faults, number, plain, refuse, shown
 from pipelines.volumes import Residence
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
+MANY = 1_000_000
+MOST_SEED = 2**63 - 1
 STATES = "step-*/about.json"
 """Below `checkpoints`: one for each state that a run can go on from."""
 CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
-
-
-def cache_dir() -> Path:
-    """Where prepared volumes and synthetic scans go: `GLIOFORGE_CACHE`, else `$XDG_CACHE_HOME/glioforge`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GLIOFORGE_CACHE") or Path(base) / "glioforge")
 
 
 @dataclass
 class PhantomConfig:
     """Synthetic scans, made where no `--data.root` is given."""
 
-    cases: int = 20
+    cases: int = number(20, least=2, most=10_000)
     """Number of synthetic cases."""
-    size_voxels: tuple[int, int, int] = (240, 240, 155)
+    size_voxels: tuple[int, int, int] = number((240, 240, 155), least=16, most=512)
     """Voxels along each axis; the head always fills the field of view."""
-    seed: int = 0
+    seed: int = number(0, least=0, most=MOST_SEED)
     """Seed of anatomy, tumours, contrast and noise."""
 
 
@@ -67,29 +59,29 @@ class DataConfig:
     regions: Literal["release", "tutorial"] = "release"
     """TC, WT, ET from the release's coding, or with the published tutorial's swapped one (Decathlon only)."""
     modalities: list[str] | None = None
-    """Channels of the network, of flair, t1, t1c, t2, in the order given: '[flair,t1c]'. None: all that there are."""
-    val_fraction: float = 0.2
+    """Channels of the network, of flair, t1, t1c, t2, in the order given: flair,t1c. None: all that there are."""
+    val_fraction: float = number(0.2, least=0, below=1)
     """Share of the cases held out, by the rule of MONAI's DecathlonDataset."""
-    split_seed: int = 0
+    split_seed: int = number(0, least=0, most=MOST_SEED)
     """Seed of that split."""
     train_cases: list[str] | None = None
     """Names of the training cases, in place of the split."""
     val_cases: list[str] | None = None
     """Names of the validation cases, in place of the split."""
-    folds: int = 0
+    folds: int = number(0, least=0, most=MANY)
     """Split into so many folds instead, by `split_seed`: each case validates in one of them. 0: by `val_fraction`."""
-    fold: int | None = None
+    fold: int | None = number(None, least=0, most=MANY)
     """The fold that validates, from 0; the others train."""
-    spacing_mm: tuple[float, float, float] = (1.5, 1.5, 2.0)
+    spacing_mm: tuple[float, float, float] = number((1.5, 1.5, 2.0), least=0.1, most=100)
     """Voxel size of the prepared volumes in mm, along the patient's axes R, A and S."""
     spacing_axes: SpacingAxes = "patient"
     """patient: `spacing_mm` is R, A, S however a file stores its axes; file: its first, second and third axis, as in
     MONAI and the published tutorial. No difference for files whose axes are in this order, as those of BraTS."""
-    crop_size_voxels: tuple[int, int, int] = (128, 128, 64)
+    crop_size_voxels: tuple[int, int, int] = number((128, 128, 64), least=1, most=2048)
     """Training crop; also the network's input size."""
-    crops_per_case: int = 1
+    crops_per_case: int = number(1, least=1, most=MANY)
     """Crops drawn from each case in an epoch."""
-    foreground_prob: float = 0.0
+    foreground_prob: float = number(0.0, least=0, most=1)
     """Share of the crops centred on a tumour voxel; 0 is the uniform cropping of the tutorial."""
     pad: bool = False
     """Pad volumes smaller than the crop with zeros, instead of refusing them."""
@@ -102,7 +94,7 @@ class DataConfig:
     page cache); auto: the first of these that fits, on a CPU mapped."""
     skip_faulty: bool = False
     """Leave out cases that can't be read, with a warning that names each, instead of stopping."""
-    workers: int | None = None
+    workers: int | None = number(None, least=1, most=1024)
     """Processes that prepare volumes. None: one for each core, where that is faster than none."""
     augment: Augment = field(default_factory=Augment)
     """Extra augmentations beside flip, scale and shift; all off."""
@@ -126,13 +118,13 @@ class ModelConfig:
 
     name: Literal["unetr", "unetr_monai", "unet"] = "unetr"
     """UNETR as in self-attention-cv, UNETR as in MONAI, or MONAI's residual UNet."""
-    feature_size: int | None = None
+    feature_size: int | None = number(None, least=1, most=1024)
     """Channels at full resolution (16)."""
-    hidden_size: int | None = None
+    hidden_size: int | None = number(None, least=1, most=65_536)
     """Width of the transformer (512; MONAI 768)."""
-    mlp_dim: int | None = None
+    mlp_dim: int | None = number(None, least=1, most=262_144)
     """Hidden width of the transformer's MLP (2048; MONAI 3072)."""
-    num_heads: int | None = None
+    num_heads: int | None = number(None, least=1, most=1024)
     """Attention heads (10; MONAI 12)."""
 
 
@@ -143,9 +135,9 @@ class LossConfig:
     ce: Literal["multihot", "argmax", "bce"] = "bce"
     """multihot: softmax against the multi-hot target (MONAI today); argmax: against its argmax (MONAI before October
     2022, and so the tutorial); bce: binary, which is what overlapping regions call for."""
-    dice_weight: float = 1.0
+    dice_weight: float = number(1.0, least=0, most=MANY)
     """Weight of the Dice term."""
-    ce_weight: float = 1.0
+    ce_weight: float = number(1.0, least=0, most=MANY)
     """Weight of the cross-entropy term."""
     squared_pred: bool = False
     """Squared predictions and targets in the Dice denominator."""
@@ -155,17 +147,17 @@ class LossConfig:
 class OptimConfig:
     """AdamW and its learning rate."""
 
-    lr: float = 1e-4
+    lr: float = number(1e-4, least=0, most=1000)
     """Learning rate."""
-    weight_decay: float = 1e-5
+    weight_decay: float = number(1e-5, least=0, most=1000)
     """Decoupled weight decay."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or a cosine to zero at the last step."""
-    warmup_steps: int = 0
+    warmup_steps: int = number(0, least=0, most=1000 * MANY)
     """Steps of linear warm-up."""
-    grad_clip: float = 0.0
+    grad_clip: float = number(0.0, least=0, most=1000 * MANY)
     """Largest norm of all gradients together; a step with more is scaled down. 0: no limit."""
-    ema_decay: float = 0.0
+    ema_decay: float = number(0.0, least=0, below=1)
     """Validate and keep an exponential moving average of the weights, e.g. 0.999; 0: the weights themselves."""
 
 
@@ -173,24 +165,24 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch, precision and validation."""
 
-    epochs: int = 180
+    epochs: int = number(180, least=1, most=MANY)
     """Passes over the training cases."""
-    batch_size: int = 2
+    batch_size: int = number(2, least=1, most=65_536)
     """Crops per rank and pass."""
-    accumulate_steps: int = 1
+    accumulate_steps: int = number(1, least=1, most=MANY)
     """Passes whose gradients are averaged in one optimizer step."""
-    save_every_steps: int = 0
+    save_every_steps: int = number(0, least=0, most=1000 * MANY)
     """Write a checkpoint after so many optimizer steps too; 0: after validations alone."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = number(2, least=1, most=MANY)
     """Checkpoints to resume from that are kept, the newest; the one before steps in where the newest is damaged."""
-    val_every_epochs: int = 5
+    val_every_epochs: int = number(5, least=1, most=MANY)
     """Validate after this many epochs, and after the last."""
     validation: Literal["center_crop", "full_volume"] = "center_crop"
     """Dice on the centre crop of the tutorial, or by sliding window on the full prepared volume."""
     score: Literal["label_map", "masks"] = "label_map"
     """What validations score and choose the best weights by: the regions of the label map that is written (ET within TC
     within WT), or the network's overlapping masks, as the published tutorial."""
-    patience: int = 0
+    patience: int = number(0, least=0, most=MANY)
     """Stop after so many validations without a better mean Dice; 0: never."""
     precision: Literal["float32", "tf32", "bf16", "fp16"] = "float32"
     """tf32: float32 with products in TF32 on a GPU; bf16, fp16: torch autocast, fp16 with loss scaling. Weights,
@@ -205,11 +197,11 @@ class TrainConfig:
     """Replay forward and backward as one CUDA graph: for small batches, where launches take longer than the work."""
     deterministic: bool = False
     """The same bits at each run on a GPU too, from slower algorithms; a CPU's are the same in any case."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = number(10, least=1, most=MANY)
     """Give up, with a diagnosis, after so many steps in a row whose gradients are not finite."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
-    seed: int = 0
+    seed: int = number(0, least=0, most=MOST_SEED)
     """Seed of the weights and of every random draw of the pipelines."""
 
 
@@ -226,47 +218,14 @@ class Config:
     """Attention, instance norm and loss by fused Triton kernels or by plain PyTorch; auto: the faster that works."""
     run_dir: Path | None = None
     """Folder of logs, checkpoints and pictures. None: `runs/<config>-<model>-<time>`."""
-    resume: str | None = None
+    resume: str | None = field(default=None, metadata={"bare": "auto"})
     """Continue a run: its folder; alone or `auto`: `run_dir`, begun if it has no checkpoint yet, or else the newest
     folder in `runs/`."""
 
     def __post_init__(self) -> None:
         """Refuse what can be known to be wrong before any work is done."""
-        at_least = {
-            "data.crops_per_case": 1,
-            "data.phantom.cases": 2,
-            "data.split_seed": 0,
-            "loss.dice_weight": 0,
-            "loss.ce_weight": 0,
-            "optim.lr": 0,
-            "optim.weight_decay": 0,
-            "optim.warmup_steps": 0,
-            "optim.grad_clip": 0,
-            "optim.ema_decay": 0,
-            "train.epochs": 1,
-            "train.batch_size": 1,
-            "train.accumulate_steps": 1,
-            "train.save_every_steps": 0,
-            "train.keep_checkpoints": 1,
-            "train.patience": 0,
-            "train.max_skipped_steps": 1,
-            "train.seed": 0,
-            "train.val_every_epochs": 1,
-        }
-        for name, least in at_least.items():
-            value: Any = self
-            for part in name.split("."):
-                value = getattr(value, part)
-            if value < least:
-                raise ValueError(f"--{name} {value} must be at least {least}")
-        for name, value in (("val_fraction", self.data.val_fraction), ("foreground_prob", self.data.foreground_prob)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"--data.{name} {value} must lie between 0 and 1")
+        refuse([f"--{fault}" for fault in faults(self)])
         check_folds(self.data.folds, self.data.fold, self.data.train_cases, self.data.val_cases)
-        if self.data.workers is not None and self.data.workers < 1:
-            raise ValueError(f"--data.workers {self.data.workers} must be at least 1; leave it out for one per core")
-        if self.optim.ema_decay >= 1:
-            raise ValueError(f"--optim.ema_decay {self.optim.ema_decay} must be below 1, e.g. 0.999")
         if self.data.download and self.data.root is None:
             raise ValueError("--data.download needs --data.root, the folder that the scans go to")
         if self.data.unprepared and self.data.skip_faulty:
@@ -274,23 +233,12 @@ class Config:
                 "--data.skip_faulty true finds faulty scans when they are prepared, --data.unprepared true prepares "
                 "none: leave one of the two out, or find the faults first with launch/prepare.py --check"
             )
-        if min(self.data.crop_size_voxels) < 1 or min(self.data.spacing_mm) <= 0:
-            raise ValueError(
-                f"--data.crop_size_voxels {self.data.crop_size_voxels} and --data.spacing_mm {self.data.spacing_mm} "
-                "must be positive on every axis"
-            )
+        if self.loss.dice_weight == self.loss.ce_weight == 0:
+            raise ValueError("--loss.dice_weight 0 and --loss.ce_weight 0 leave nothing to train by: raise one of them")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain values that JSON, YAML and `torch.load(weights_only=True)` take."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
     return plain(dataclasses.asdict(config))
 
 
@@ -307,28 +255,22 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     """A configuration from what `to_dict` made of one.
 
     Raises:
-        ValueError: an option that there is not, or a value that it refuses.
+        ValueError: options that there are not, or values that they refuse.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config, as_group=False)
-    try:
-        parsed = parser.instantiate(parser.parse_object(values))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    return Config(**{item.name: parsed[item.name] for item in dataclasses.fields(Config)})
+    parser, faults = make_parser(""), list[str]()
+    found = parser.read_values(parser.flatten(values, "", faults), faults)
+    refuse(faults)
+    return build(Config, found)
 
 
-def make_parser(description: str) -> ArgumentParser:
-    """The parser that every command of `launch/` starts from: the fields of `Config`, `--config`, `--print_config`."""
-    usage = "%(prog)s [--config FILE] [--group.option VALUE ...]"
-    # A shortened option would be guessed at; here it is refused, as any typo.
-    parser = ArgumentParser(description=description, usage=usage, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of options; the command line goes before it.")
-    parser.add_class_arguments(Config, as_group=False)
+def make_parser(description: str) -> Parser:
+    """The parser of the commands of `launch/` that take the fields of `Config`."""
+    parser = Parser(description, "%(prog)s [--config FILE] [--group.option VALUE ...]")
+    parser.add_dataclass(Config)
     return parser
 
 
-def parse_config(parser: ArgumentParser, args: list[str] | None = None) -> tuple[Config, jsonargparse.Namespace]:
+def parse_config(parser: Parser, args: list[str] | None = None) -> tuple[Config, Namespace]:
     """Read a configuration.
 
     Args:
@@ -336,81 +278,52 @@ def parse_config(parser: ArgumentParser, args: list[str] | None = None) -> tuple
         args: command line; None takes the process's own.
 
     Returns:
-        The configuration, and the parser's namespace for a command's own options. An unknown option or a value that
-        its type refuses ends the process with a message, as command lines do.
+        The configuration, and the parser's namespace for a command's own options.
 
     Raises:
-        ValueError: values that contradict a rule; `--resume` without a run to resume; a file that holds no options.
+        ValueError: an option that there is not, values that their options refuse or that contradict each other, a file
+            that holds no options, `--resume` without a run to resume.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--resume", nargs="?", const="auto")
-    first.add_argument("--local_rank", type=int)  # the DeepSpeed launcher passes it; the environment says the same
-    known, rest = first.parse_known_args(sys.argv[1:] if args is None else args)
-    named = {arg.split("=")[0] for arg in rest}
-    run_dir = find_run(known.resume, rest) if known.resume else None
+    words = list(sys.argv[1:] if args is None else args)
+    given = {each.name: each.raw for each in parser.split(words, [])}
+    run_dir = find_run(given["resume"], given.get("run_dir")) if "resume" in given else None
+    before = []
     if run_dir:
-        rest = ["--config", str(run_dir / "config.yaml"), *rest, "--run_dir", str(run_dir)]
-    elif not named & {"--config", "--data", "--data.root", "--help", "-h"}:
-        rest = ["--config", str(CONFIGS / "demo.yaml"), *rest]
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", type=Path, action="append", default=[])
-    for path in files.parse_known_args(rest)[0].config:
-        if path.is_file():
-            _check_file(path)
-    namespace = parser.parse_args(rest)
-    values = parser.instantiate(namespace)
-    fields = {item.name: values[item.name] for item in dataclasses.fields(Config)}
-    config = Config(**fields | {"resume": known.resume if run_dir else None})
+        before = [run_dir / "config.yaml"]
+    elif not given.keys() & {"config", "data", "data.root"}:
+        before = [CONFIGS / "demo.yaml"]
+    namespace = parser.parse_args(words, before=before)
+    config = build(Config, dict(namespace.items()))
+    config.resume = config.resume if run_dir else None
+    config.run_dir = run_dir or config.run_dir
     if config.run_dir is None:
-        source = Path(str(namespace.config[0])).stem if namespace.config else "run"
+        source = namespace.config[0].stem if namespace.config else "run"
         config.run_dir = Path("runs") / f"{source}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return config, namespace
 
 
-def _check_file(path: Path) -> None:
-    """Refuse what jsonargparse would pass over or fail at: no YAML, and a group that is none.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    _check_group(values, Config, str(path), "")
-
-
-def _check_group(values: Any, kind: type, where: str, prefix: str) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{where}: {prefix.rstrip('.') or 'the file'} is {values!r} and must be a group of options, as "
-            "{name: value}; leave it out to take the defaults"
-        )
-    for item in dataclasses.fields(kind):
-        if item.name in values and dataclasses.is_dataclass(item.default_factory):
-            _check_group(values[item.name], item.default_factory, where, f"{prefix}{item.name}.")
-
-
-def find_run(resume: str, args: list[str]) -> Path | None:
+def find_run(resume: str, run_dir: str | None) -> Path | None:
     """The run folder that `--resume` means: named itself, by `--run_dir`, or the newest in `runs/`.
 
     None for `auto` with a `--run_dir` that has no checkpoint yet: a job that is started again whenever it was stopped
     can always be given both.
 
+    Args:
+        resume, run_dir: the options as typed.
+
     Raises:
         ValueError: no run to go on with.
     """
-    if resume != "auto":
-        run_dir = Path(resume)
-    else:
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--run_dir", type=Path)
-        run_dir = parser.parse_known_args(args)[0].run_dir
-        if run_dir is not None and not any(run_dir.glob(f"checkpoints/{STATES}")):
+    try:
+        folder = convert(run_dir if resume == "auto" else resume, Path | None)
+    except Misfit as error:
+        raise ValueError(f"--resume {shown(resume)} must be {error}") from error
+    if resume == "auto":
+        if folder is not None and not any(folder.glob(f"checkpoints/{STATES}")):
             return None
-        if run_dir is None:
+        if folder is None:
             saved = sorted(Path("runs").glob(f"*/checkpoints/{STATES}"), key=lambda path: path.stat().st_mtime)
-            run_dir = saved[-1].parent.parent.parent if saved else Path("runs")
-    if not (run_dir / "config.yaml").is_file():
-        raise ValueError(f"--resume: no run with a checkpoint in {run_dir}; give the folder that a run wrote")
-    return run_dir
+            folder = saved[-1].parent.parent.parent if saved else Path("runs")
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"--resume: no run with a checkpoint in {folder}; give the folder that a run wrote")
+    return folder

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from engine.config import Config, DataConfig, cache_dir
+from engine.config import Config, DataConfig
 from engine.distributed import Ranks
+from engine.home import cache_dir
 from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
 from pipelines.layouts import some

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -58,11 +60,28 @@ def run(config: Config) -> None:
     ranks = init_ranks(config.train.device)
     paths_taken = dispatch.use(config.kernels, ranks.device)
     config.run_dir = gather(config.run_dir, ranks)[0]  # its default holds the time, which differs between ranks
-    config.resume = gather(config.resume, ranks)[0]  # a shared file system may show a checkpoint to some ranks first
     run_dir = config.run_dir
     assert run_dir is not None
+    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]  # before any rank makes them
+    config.resume = gather(config.resume, ranks)[0]  # a shared file system may show a checkpoint to some ranks first
 
-    lock = _claim(run_dir, is_resumed=config.resume is not None) if ranks.is_first else None
+    lock = None
+    try:
+        lock = _claim(run_dir, is_resumed=config.resume is not None) if ranks.is_first else None
+        trainer = _begin(config, ranks, run_dir, paths_taken)
+    except (ValueError, OSError, KeyboardInterrupt, SystemExit):
+        if ranks.is_first:
+            _remove_folders(new)
+        raise
+    trainer.fit()
+    if ranks.is_first:
+        finish(trainer, run_dir, paths_taken)
+    if lock:
+        lock.close()
+
+
+def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Trainer:
+    """Everything before the first step: log, data, network, `config.yaml`, a picture of a crop."""
     _start_log(run_dir, ranks)
     data = first_on_node(lambda: load_data(config.data), ranks)
     torch.manual_seed(config.train.seed)
@@ -79,11 +98,7 @@ def run(config: Config) -> None:
         _draw_sample(trainer, data, run_dir / "samples.png")
         # Written last: of a run that goes on it would say that it is over.
         (run_dir / "report.html").unlink(missing_ok=True)
-    trainer.fit()
-    if ranks.is_first:
-        finish(trainer, run_dir, paths_taken)
-    if lock:
-        lock.close()
+    return trainer
 
 
 def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
@@ -186,8 +201,13 @@ def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
     Raises:
         ValueError: another process trains in it, or it holds a run that this one would write over.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = open_own(run_dir / ".lock")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open_own(run_dir / ".lock")
+    except OSError as error:
+        raise ValueError(
+            f"--run_dir {run_dir} can't be written ({error.strerror}): change its permissions, or give another folder"
+        ) from error
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of those that it starts
     except (BlockingIOError, PermissionError) as error:
@@ -202,6 +222,20 @@ def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
             f"--resume {run_dir}, or give another folder"
         )
     return lock
+
+
+def _remove_folders(new: Sequence[Path]) -> None:
+    """Remove the run folder that a failed start made, with its log, and the folders above that it made, if empty.
+
+    Args:
+        new: those folders, the run's own first; empty if that was there before.
+    """
+    if not new:
+        return
+    shutil.rmtree(new[0], ignore_errors=True)
+    for folder in new[1:]:
+        with contextlib.suppress(OSError):  # another run is in it
+            folder.rmdir()
 
 
 def _start_log(run_dir: Path, ranks: Ranks) -> None:

@@ -13,6 +13,9 @@ given.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import launch.start  # noqa: F401  before the imports below, which take seconds
+
 import contextlib
 import dataclasses
 import logging
@@ -41,6 +44,7 @@ from engine.watch import handle, put_back
 from kernels import dispatch
 from pipelines.atomic import below, replacing
 from pipelines.text import printable
+from pipelines.values import Bounds, path_text
 
 STOP_LIMIT_S = 60.0  # for a run's processes to save and end
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
@@ -55,7 +59,9 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = sys.argv[1:] if args is None else args
     parser = make_parser("Compare UNet, UNETR of self-attention-cv and UNETR of MONAI under the same conditions.")
-    parser.add_argument("--seeds", type=int, default=1, help="Runs of each model, from --train.seed on.")
+    parser.add_argument(
+        "--seeds", type=int, bounds=Bounds(1, 1000), default=1, help="Runs of each model, from --train.seed on."
+    )
     launchers = "deepspeed trains on all GPUs: the default where there are several."
     parser.add_argument("--launcher", choices=("python", "deepspeed"), help=launchers)
     parser.add_argument("--runs", nargs="+", type=Path, help="Finished runs to compare; nothing is trained.")
@@ -65,9 +71,9 @@ def main(args: list[str] | None = None) -> int:
         check(config, options)
         run_dirs, folder = options.runs, options.run_dir or Path("runs") / "comparison"
         if not run_dirs:
-            files = [str(path) for path in options.config or ()]
-            folder = options.run_dir or Path("runs") / (Path(files[0]).stem if files else "comparison")
-            given = parser.parse_args([part for file in files for part in ("--config", file)] + args, defaults=False)
+            files = options.config or ()
+            folder = options.run_dir or Path("runs") / (files[0].stem if files else "comparison")
+            given = parser.parse_args(args, defaults=False, before=files)
             runs = plan(config, folder, options.seeds, with_epochs="train.epochs" in given)
             run_dirs = list(runs)
             status = train_all(runs, options.launcher)
@@ -83,8 +89,6 @@ def check(config: Config, options: Namespace) -> None:
     """Refuse what contradicts itself, or the way this command works."""
     if config.resume:
         raise ValueError("--resume: this command goes on by itself; give --run_dir, the folder that it wrote")
-    if options.seeds < 1:
-        raise ValueError(f"--seeds {options.seeds} must be at least 1")
     if options.runs and options.seeds > 1:
         raise ValueError(f"--seeds {options.seeds} trains, --runs takes what is trained: leave one of the two out")
     if read_place().world_size > 1:
@@ -125,7 +129,9 @@ def train_all(runs: dict[Path, Config], launcher: str | None) -> int:
             print(f"{run_dir}: finished")
             continue
         print(f"{run_dir}: training", flush=True)
-        status = run_process([*command, "--config", str(file), "--run_dir", str(run_dir), "--resume", "auto"])
+        status = run_process(
+            [*command, "--config", path_text(file), "--run_dir", path_text(run_dir), "--resume", "auto"]
+        )
         if status:
             print(f"{run_dir} ended with status {status}; the same command goes on from there", file=sys.stderr)
             return status if status > 0 else 128 - status  # by a signal: as shells count

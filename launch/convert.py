@@ -3,7 +3,7 @@
 python launch/convert.py runs/RUN --to onnx --output model.onnx
 python launch/convert.py runs/RUN --to bundle --output my_bundle               a MONAI bundle
 python launch/convert.py weights.pth --from monai --output imported.pt --model.name unet \\
-    --data.modalities '[flair,t1,t1c,t2]' --data.release brats2018
+    --data.modalities flair,t1,t1c,t2 --data.release brats2018
 
 A run is given by its folder (of which the best weights are taken) or by a weights file, and knows all that belongs to
 it. Weights of MONAI or self-attention-cv know nothing but themselves: widths that are not the reference's own, crops,
@@ -12,7 +12,9 @@ spacing, modalities and label coding are told by the options of `launch/train.py
 
 from __future__ import annotations
 
-import dataclasses
+if __name__ == "__main__":
+    import launch.start  # noqa: F401  before the imports below, which take seconds
+
 import logging
 import os
 import sys
@@ -39,6 +41,7 @@ from engine.interchange import (
     save_torch_export,
     trace,
 )
+from engine.parser import build
 from engine.trained import Trained, load_trained
 from models.convert import PACKAGES
 from pipelines.labels import coding_for_release, tutorial_coding
@@ -76,10 +79,11 @@ def convert(args: list[str] | None) -> None:
 
 
 def parse(args: list[str] | None) -> tuple[Config, jsonargparse.Namespace]:
-    """Read the command line; an unknown option ends the process with a message, as command lines do.
+    """Read the command line.
 
     Raises:
-        ValueError: options that contradict each other, or an output whose name does not end as its format's.
+        ValueError: an option that there is not or that refuses its value, options that contradict each other, or an
+            output whose name does not end as its format's.
     """
     parser = make_parser("Convert a trained network to other programs' files, or their weights to ours.")
     parser.usage = (
@@ -91,13 +95,12 @@ def parse(args: list[str] | None) -> tuple[Config, jsonargparse.Namespace]:
     parser.add_argument("--output", type=Path, required=True, help="File to write; the folder of a bundle.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what is at --output.")
     namespace = parser.parse_args(args)
-    values = parser.instantiate(namespace)
     if bool(namespace.to) == bool(namespace["from"]):
         raise ValueError(f"give either --to ({', '.join(get_args(Target))}) or --from ({', '.join(get_args(Package))})")
     endings, output = ENDINGS[namespace.to or "monai"], namespace.output
     if output.suffix not in endings and namespace.to != "bundle":
         raise ValueError(f"--output {output} must end in {' or '.join(endings)}")
-    return Config(**{item.name: values[item.name] for item in dataclasses.fields(Config)}), namespace
+    return build(Config, dict(namespace.items())), namespace
 
 
 def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:

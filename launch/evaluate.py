@@ -12,6 +12,9 @@ ET is within TC and TC within WT. `--score masks` scores the network's three mas
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import launch.start  # noqa: F401  before the imports below, which take seconds
+
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 
 from engine import evaluation
@@ -30,6 +33,7 @@ from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.evaluation import CaseScores
 from engine.inference import Predictor, Prepared, Segmentation, in_stages
 from engine.metrics import SCORED, Score, scored_regions
+from engine.parser import Parser
 from engine.progress import CaseBar
 from launch.options import add_network_options
 from pipelines.atomic import own_folder
@@ -58,10 +62,9 @@ def main(args: list[str] | None = None) -> int:
     return run_command(lambda: evaluate(make_parser().parse_args(args)), lambda: "nothing is kept of it: start again")
 
 
-def make_parser() -> ArgumentParser:
+def make_parser() -> Parser:
     """The options of this command."""
-    parser = ArgumentParser(description="Score a trained network, or the average of several, on scans with labels.")
-    parser.add_argument("--config", action="config", help="YAML file of options; the command line goes before it.")
+    parser = Parser("Score a trained network, or the average of several, on scans with labels.")
     add_network_options(parser)
     parser.add_argument("--root", type=Path, help="A data set, all cases of it; without, the run's validation cases.")
     parser.add_argument("--release", choices=sorted(CODINGS), help="Label coding of --root, where names leave it open.")

@@ -10,6 +10,9 @@ scan's own grid. What is there already is kept, so a run that was stopped goes o
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import launch.start  # noqa: F401  before the imports below, which take seconds
+
 import csv
 import logging
 import os
@@ -21,11 +24,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from engine.command import make_writable, run_command
 from engine.distributed import Ranks, gather, init_ranks
 from engine.inference import Predictor, Prepared, in_stages
+from engine.parser import Parser
 from engine.progress import CaseBar
 from launch.options import add_network_options
 from pipelines.atomic import replacing
@@ -61,10 +65,9 @@ def main(args: list[str] | None = None) -> int:
     )
 
 
-def make_parser() -> ArgumentParser:
+def make_parser() -> Parser:
     """The options of this command."""
-    parser = ArgumentParser(description="Segment scans with a trained network, or the average of several.")
-    parser.add_argument("--config", action="config", help="YAML file of options; the command line goes before it.")
+    parser = Parser("Segment scans with a trained network, or the average of several.")
     add_network_options(parser)
     parser.add_argument(
         "--input",

@@ -11,6 +11,9 @@ fault inside the files of each other case. Cases without a label are checked as 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import launch.start  # noqa: F401  before the imports below, which take seconds
+
 import logging
 import sys
 import time

@@ -6,6 +6,9 @@ deepspeed launch/train.py --config launch/configs/seed.yaml --data.root Task01_B
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import launch.start  # noqa: F401  before the imports below, which take seconds
+
 import sys
 
 from engine.config import make_parser, parse_config

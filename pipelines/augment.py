@@ -40,6 +40,8 @@ from numpy.typing import NDArray
 from nvidia.dali import math as dali_math
 from nvidia.dali import types
 
+from pipelines.values import faults, number, refuse
+
 # Each augmentation and its inputs to the graph, in the order of the graph and of the draws.
 INPUTS = {
     "affine": ("affine_matrix",),
@@ -74,54 +76,33 @@ class Augment:
         ValueError: a probability outside 0 to 1, a range that is empty or makes no sense.
     """
 
-    affine_prob: float = 0.0
+    affine_prob: float = number(0.0, least=0, most=1)
     """Probability of a random rotation and scaling of image and label about the centre of the crop."""
-    affine_rotate_range_degrees: Triple = (15.0, 15.0, 15.0)
+    affine_rotate_range_degrees: Triple = number((15.0, 15.0, 15.0), least=0, most=180)
     """Largest rotation about X, Y and Z, either way; of the voxel grid, as MONAI rotates, not of millimetres."""
-    affine_scale_range: Triple = (0.2, 0.2, 0.2)
+    affine_scale_range: Triple = number((0.2, 0.2, 0.2), least=0, below=1)
     """Scaling along X, Y and Z by 1 - range to 1 + range, each by itself; above 1 the head shrinks, as in MONAI."""
-    noise_prob: float = 0.0
+    noise_prob: float = number(0.0, least=0, most=1)
     """Probability of Gaussian noise."""
-    noise_std: float = 0.1
+    noise_std: float = number(0.1, above=0, most=1000)
     """Largest standard deviation of the noise; that of a sample is uniform from 0 to this."""
-    blur_prob: float = 0.0
+    blur_prob: float = number(0.0, least=0, most=1)
     """Probability of a Gaussian blur."""
-    blur_sigma_range_voxels: tuple[float, float] = (0.5, 1.0)
+    blur_sigma_range_voxels: tuple[float, float] = number((0.5, 1.0), above=0, most=100, rising=True)
     """Standard deviation of the blur, drawn for each axis by itself."""
-    bias_field_prob: float = 0.0
+    bias_field_prob: float = number(0.0, least=0, most=1)
     """Probability of a smooth bias field, the same for all modalities."""
-    bias_field_coeff_range: tuple[float, float] = (0.0, 0.1)
+    bias_field_coeff_range: tuple[float, float] = number((0.0, 0.1), least=-3, most=3, rising=True)
     """Range of the 20 coefficients of its logarithm, a Legendre polynomial of degree 3."""
-    gamma_prob: float = 0.0
+    gamma_prob: float = number(0.0, least=0, most=1)
     """Probability of a gamma curve, which keeps minimum and maximum of the image."""
-    gamma_range: tuple[float, float] = (0.7, 1.5)
+    gamma_range: tuple[float, float] = number((0.7, 1.5), above=0, most=100, rising=True)
     """Range of its exponent."""
-    dropout_prob: float = 0.0
+    dropout_prob: float = number(0.0, least=0, most=1)
     """Probability that a modality is set to zero, for each by itself; one at least is left."""
 
     def __post_init__(self) -> None:
-        for name in INPUTS:
-            prob = getattr(self, f"{name}_prob")
-            if not 0 <= prob <= 1:
-                raise ValueError(f"--data.augment.{name}_prob {prob} must lie between 0 and 1; 0 is off")
-        angles, scales = self.affine_rotate_range_degrees, self.affine_scale_range
-        rules = [
-            ("affine_rotate_range_degrees", all(0 <= a <= 180 for a in angles), "be 0 to 180 on each axis"),
-            ("affine_scale_range", all(0 <= s < 1 for s in scales), "be at least 0 and below 1 on each axis"),
-            ("noise_std", 0 < self.noise_std < math.inf, "be above 0"),
-            ("blur_sigma_range_voxels", is_range(self.blur_sigma_range_voxels, above=0), "be low to high, above 0"),
-            ("bias_field_coeff_range", is_range(self.bias_field_coeff_range), "be low to high, and finite"),
-            ("gamma_range", is_range(self.gamma_range, above=0), "be low to high, above 0"),
-        ]
-        for name, right, rule in rules:
-            if not right:
-                default = type(self).__dataclass_fields__[name].default
-                raise ValueError(f"--data.augment.{name} {getattr(self, name)} must {rule}; e.g. {default}")
-
-
-def is_range(pair: tuple[float, float], above: float = -math.inf) -> bool:
-    """Whether above < low <= high < infinity."""
-    return above < pair[0] <= pair[1] < math.inf
+        refuse([f"--data.augment.{fault}" for fault in faults(self)])
 
 
 # ---------- draws

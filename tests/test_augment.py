@@ -347,21 +347,21 @@ def test_noise_is_standard_normal_and_independent_between_channels_voxels_and_sa
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"noise_prob": -0.1}, r"--data.augment.noise_prob -0.1 must lie between 0 and 1; 0 is off"),
-        ({"dropout_prob": 1.5}, r"dropout_prob 1.5 must lie between 0 and 1"),
-        ({"gamma_prob": float("nan")}, r"gamma_prob nan must lie"),
+        ({"noise_prob": -0.1}, r"--data.augment.noise_prob -0.1 must be at least 0"),
+        ({"dropout_prob": 1.5}, r"dropout_prob 1.5 must be at most 1"),
+        ({"gamma_prob": float("nan")}, r"gamma_prob nan must be finite"),
+        ({"blur_prob": None}, r"blur_prob null must be a number"),
         (
             {"affine_rotate_range_degrees": (0.0, 200.0, 0.0)},
-            r"affine_rotate_range_degrees \(0.0, 200.0, 0.0\) must be 0 to 180",
+            r"affine_rotate_range_degrees \(0.0, 200.0, 0.0\) must be 3 numbers, each at least 0 and at most 180",
         ),
-        (
-            {"affine_scale_range": (0.1, 1.0, 0.1)},
-            r"affine_scale_range \(0.1, 1.0, 0.1\) must be at least 0 and below 1",
-        ),
-        ({"noise_std": 0.0}, r"noise_std 0.0 must be above 0; e.g. 0.1"),
-        ({"blur_sigma_range_voxels": (0.0, 1.0)}, r"blur_sigma_range_voxels \(0.0, 1.0\) must be low to high, above 0"),
-        ({"bias_field_coeff_range": (0.1, 0.0)}, r"bias_field_coeff_range \(0.1, 0.0\) must be low to high"),
-        ({"gamma_range": (1.5, 0.7)}, r"gamma_range \(1.5, 0.7\) must be low to high, above 0; e.g. \(0.7, 1.5\)"),
+        ({"affine_scale_range": (0.1, 1.0, 0.1)}, r"\(0.1, 1.0, 0.1\) must be 3 numbers, each at least 0 and below 1"),
+        ({"noise_std": 0.0}, r"noise_std 0.0 must be above 0"),
+        ({"blur_sigma_range_voxels": (0.0, 1.0)}, r"blur_sigma_range_voxels \(0.0, 1.0\) must be .*, each above 0"),
+        ({"bias_field_coeff_range": (0.1, 0.0)}, r"\(0.1, 0.0\) must be .*, none smaller than the one before"),
+        ({"bias_field_coeff_range": (0.0, float("inf"))}, r"\(0.0, inf\) must be 2 numbers, each at least -3"),
+        ({"gamma_range": (1.5, 0.7)}, r"gamma_range \(1.5, 0.7\) must be .*, written as 0.7,1.5"),
+        ({"noise_prob": 2, "gamma_prob": -1}, r"(?s)2 options can't be used:.*noise_prob 2 .*gamma_prob -1 "),
     ],
 )
 def test_senseless_settings_are_refused_with_value_rule_and_remedy(setting: dict, message: str) -> None:

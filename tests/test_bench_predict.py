@@ -139,7 +139,7 @@ def test_both_programs_are_called_as_users_do(
     work = bench_predict.Work(tmp_path / "net.pt", (tmp_path / "a.nii.gz",), 8)
     ours, workers, plain = (way.command(work, tmp_path / "out") for way in bench_predict.variants())
     parsed = predict.make_parser().parse_args(ours[2:])
-    assert parsed.runs == [str(work.weights)] and parsed.input == list(work.files) and Path(ours[1]).is_file()
+    assert parsed.runs == [work.weights] and parsed.input == list(work.files) and Path(ours[1]).is_file()
     assert plain[1:-1] == workers[1:-1] and (plain[-1], workers[-1]) == ("0", "2")
     monkeypatch.setattr(bench_predict, "IS_GPU", True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)

@@ -200,7 +200,7 @@ def test_an_unfinished_run_is_refused_with_what_goes_on_with_it(tmp_path: Path) 
         ("metrics.json", '{"epochs": 1, "best": {"epoch": 1, "TC": NaN}, "definition": ""}', "best TC 'nan' must be"),
         ("metrics.json", '{"scored": "everything"}', "metrics.json scored 'everything'"),
         ("checkpoints/step-00000001-validated/about.json", '{"world_size": "8"}', "world_size '8' must be a whole"),
-        ("config.yaml", "", "NoneType"),
+        ("config.yaml", "", "the file is null and must be a group"),
         ("config.yaml", "data: [", "expected the node content"),
         ("config.yaml", "[" * 100_000, "recursion"),
         ("log.csv", "epoch,loss\n1,half", "could not convert string to float: 'half'"),

@@ -95,8 +95,8 @@ def test_a_run_killed_within_an_epoch_goes_on_as_if_it_had_not_been(finished: Pa
     ],
 )
 def test_a_users_mistake_ends_in_one_line_and_status_2(args: tuple[str, ...], message: str, finished: Path) -> None:
-    done = train(finished, "--config", str(write_small(finished)), "--run_dir", "runs/wrong", *args)
-    assert done.returncode == 2
+    done = train(finished, "--config", str(write_small(finished)), "--run_dir", "new/runs/wrong", *args)
+    assert done.returncode == 2 and not (finished / "new").exists()
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and message in errors[0]
     assert "Traceback" not in done.stderr
@@ -114,6 +114,21 @@ def test_a_run_is_not_written_over(finished: Path) -> None:
     with pytest.raises(ValueError, match=f"go on with it by --resume {run}, or give another folder"):
         _claim(run, is_resumed=False)
     _claim(run, is_resumed=True).close()
+
+
+def test_a_failed_start_leaves_alone_what_was_there(finished: Path) -> None:
+    kept = finished / "kept" / "notes.txt"
+    kept.parent.mkdir()
+    kept.touch()
+    for run_dir in ("kept", "kept/run"):
+        done = train(finished, "--config", str(write_small(finished)), "--data.root", "none", "--run_dir", run_dir)
+        assert done.returncode == 2 and kept.is_file() and not (finished / "kept" / "run").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_told_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--run_dir .*file/run can't be written .Not a directory.: .*another folder"):
+        _claim(tmp_path / "file" / "run", is_resumed=False)
 
 
 @pytest.mark.gpu

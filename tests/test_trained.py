@@ -62,7 +62,10 @@ def test_the_best_weights_are_a_runs_own_and_a_file_is_taken_as_it_is(tmp_path: 
         ({"config": to_dict(CONFIG) | {"model": {"name": "unet"}}}, "another network than its configuration"),
         ({"modalities": ["t1c"]}, "another network than its configuration"),
         ({"tissues": None, "release": None}, "another version"),
-        ({"config": to_dict(CONFIG) | {"model": {"name": "swin"}}}, "another version.*got value: swin"),
+        (
+            {"config": to_dict(CONFIG) | {"model": {"name": "swin"}}},
+            "another version.*model.name swin must be one of unetr",
+        ),
         ({"config": 1}, "another version"),
         ({"tissues": ["oedema"]}, "another version"),
         ({"modalities": 2}, "another version"),

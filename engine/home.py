@@ -1,0 +1,81 @@
+"""Where a process keeps what it can make again, and a home folder for the packages that want one.
+
+A container's or a cluster's user may have no entry in the system's list of users, no HOME, or one (`/`) that can't be
+written to. Matplotlib, Triton, PyTorch and DeepSpeed each keep caches of their own below it. This file imports nothing
+heavy, for it is needed before them.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import tempfile
+from pathlib import Path
+
+_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where `getpass.getuser` looks before it asks the system
+
+
+def cache_dir() -> Path:
+    """Where prepared volumes and synthetic scans go: `GLIOFORGE_CACHE`, else `$XDG_CACHE_HOME/glioforge`, else in home.
+
+    Raises:
+        ValueError: there is none of them, or it can't be made.
+    """
+    folder = _chosen_cache() or (Path.home() / ".cache" / "glioforge" if _has_home() else None)
+    if folder is None:
+        raise ValueError(
+            "there is no place for prepared volumes and synthetic scans, as this user has no home folder to write to: "
+            "set GLIOFORGE_CACHE (or XDG_CACHE_HOME) to a folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"the folder of prepared volumes and synthetic scans, {folder}, can't be made ({error.strerror}): set "
+            "GLIOFORGE_CACHE to another"
+        ) from error
+    return folder
+
+
+def give_home() -> None:
+    """See that HOME can be written to and that the user has a name, for the packages that are imported after this.
+
+    Where it can't, HOME is a folder in the cache, else one of this user's alone among the system's temporary ones.
+    """
+    if not any(map(os.environ.get, _NAMES)):
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            os.environ["USER"] = f"uid-{os.getuid()}"
+    if _has_home():
+        return
+    cache = _chosen_cache()
+    for folder in (cache / f"home-{os.getuid()}" if cache else None, _temporary_home()):
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            about = folder.lstat()
+        except OSError:  # told by `cache_dir`, where the cache is needed
+            continue
+        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid():  # nobody else's: code is run from there
+            os.environ["HOME"] = str(folder)
+            return
+
+
+def _chosen_cache() -> Path | None:
+    own, shared = os.environ.get("GLIOFORGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own).absolute() if own else Path(shared).absolute() / "glioforge" if shared else None
+
+
+def _has_home() -> bool:
+    home = os.path.expanduser("~")
+    return home != "~" and Path(home) != _temporary_home() and os.access(home, os.W_OK | os.X_OK)
+
+
+def _temporary_home() -> Path | None:
+    try:
+        return Path(tempfile.gettempdir()) / f"glioforge-{os.getuid()}"
+    except FileNotFoundError:
+        return None

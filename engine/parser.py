@@ -1,0 +1,270 @@
+"""From a command line and YAML files to checked options: the parser of every command.
+
+jsonargparse declares and explains the options. It does not read them, because it takes each value for YAML: a folder
+`null` would be none, and one called `# x` a comment. Here a value means what its option's type says: see
+`pipelines.values`. Whatever is wrong is told at once, and misspelt names with those that were meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import GenericAlias
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import jsonargparse
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.yaml_file import parse_yaml, read_yaml
+from pipelines.values import (
+    NO_BOUNDS,
+    Bounds,
+    Misfit,
+    bounds_of,
+    convert,
+    describe,
+    is_several,
+    nearest,
+    plain,
+    refuse,
+    shown,
+)
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_NO_SETTINGS = ("config", "print_config")  # what a file can't hold
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command.
+
+    Attributes:
+        kind: its type, as `pipelines.values` knows them. bounds: of its numbers. default: where it is not given.
+        bare: its value where it is named alone; None where it needs one.
+        is_flag: it takes no value on the command line. is_required, is_positional: as in argparse.
+    """
+
+    kind: Any
+    bounds: Bounds = NO_BOUNDS
+    default: Any = None
+    bare: Any = None
+    is_flag: bool = False
+    is_required: bool = False
+    is_positional: bool = False
+
+
+_OF_LAUNCHERS = Option(str)  # --local_rank, which DeepSpeed's passes; the environment says the same
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was given for an option or a group of them: as it was written, and where, for messages."""
+
+    name: str
+    raw: Any
+    where: str = "--"
+
+
+class Parser:
+    """A parser of `--name value` and of YAML files (`--config`).
+
+    Args:
+        description: of the command. usage: of its command line.
+    """
+
+    def __init__(self, description: str, usage: str | None = None) -> None:
+        self.description, self.usage = description, usage
+        self.options: dict[str, Option] = {}
+        self.groups: set[str] = set()
+        self._declared: list[Callable[[ArgumentParser], Any]] = []  # what `--help` explains
+        self.add_argument("--config", type=Path, help="YAML file of options; the command line goes before it.")
+        self.add_argument("--print_config", action="store_true", help="Print all options as such a file, and end.")
+
+    def add_argument(self, name: str, *, bounds: Bounds = NO_BOUNDS, **declared: Any) -> None:
+        """An option of this command alone.
+
+        Args:
+            name: with its dashes; without them, of a positional one.
+            bounds: of its numbers.
+            declared: as argparse takes them: type, choices, nargs, default, required, help, action="store_true".
+        """
+        is_flag, is_positional = declared.get("action") == "store_true", not name.startswith("-")
+        kind: Any = Literal[tuple(declared["choices"])] if "choices" in declared else declared.get("type", str)
+        kind = bool if is_flag else GenericAlias(list, (kind,)) if "nargs" in declared else kind
+        self.options[name.lstrip("-")] = Option(
+            kind,
+            bounds,
+            declared.get("default", False if is_flag else None),
+            True if is_flag else None,
+            is_flag,
+            is_positional or declared.get("required", False),
+            is_positional,
+        )
+        self._declared.append(lambda parser: parser.add_argument(name, **declared))
+
+    def add_dataclass(self, kind: type) -> None:
+        """An option for each field of a dataclass, and a group for each dataclass in it."""
+        self._add_fields(kind, "")
+        self._declared.append(lambda parser: parser.add_class_arguments(kind, as_group=False))
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, defaults: bool = True, before: Sequence[Path] = ()
+    ) -> Namespace:
+        """Read a command line.
+
+        Args:
+            args: None takes the process's own. defaults: with those of options that were not given.
+            before: files that are read before those of the command line.
+
+        Raises:
+            ValueError: whatever is wrong with it, all at once.
+            SystemExit: `--help` or `--print_config` has been answered.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        if "--help" in words or "-h" in words:
+            self.print_help()
+            raise SystemExit(0)
+        faults: list[str] = []
+        given = self.split(words, faults)
+        named = [self.read_values([each], faults) for each in given if each.name == "config"]
+        files = [*before, *(each["config"] for each in named if each)]
+        of_files = [each for path in files for each in self.flatten(read_yaml(path), f"{path}: ", faults)]
+        found = self.read_values([*of_files, *given], faults)
+        missing = [name for name, option in self.options.items() if option.is_required and name not in found]
+        if missing and defaults and not faults:
+            faults.append(f"{', '.join(map(self._as_typed, missing))} must be given; see --help")
+        refuse(faults)
+        namespace = Namespace()
+        preset = {name: option.default for name, option in self.options.items()} if defaults else {}
+        for name, value in {**preset, **found, "config": files or None}.items():
+            namespace[name] = value
+        if namespace.get("print_config"):
+            values = {name: value for name, value in namespace.as_dict().items() if name not in _NO_SETTINGS}
+            print(yaml.safe_dump(plain(values), sort_keys=False), end="")
+            raise SystemExit(0)
+        return namespace
+
+    def print_help(self) -> None:
+        """Every option with its type, its default and its help."""
+        parser = ArgumentParser(description=self.description, usage=self.usage, print_config=None)
+        for declare in self._declared:
+            declare(parser)
+        for action in parser._actions:  # `--name+` and a group's file are jsonargparse's own ways, which are not ours
+            action.option_strings = [name for name in action.option_strings if not name.endswith("+")]
+            if action.dest in self.groups:
+                action.metavar, action.help = "'{NAME: VALUE, ...}'", "Several of these at once."
+        parser.print_help()
+
+    def split(self, words: Sequence[str], faults: list[str]) -> list[Given]:
+        """The options of a command line with their values as they stand there; `faults` gets what belongs to none."""
+        given: list[Given] = []
+        starts = [i for i, word in enumerate(words) if word.startswith("--")]
+        loose = list(words[: starts[0] if starts else len(words)])  # words that no option takes
+        for start, end in zip(starts, [*starts[1:], len(words)]):
+            name, equals, value = words[start][2:].partition("=")
+            values = [*([value] if equals else []), *words[start + 1 : end]]
+            option = _OF_LAUNCHERS if name == "local_rank" else self.options.get(name)
+            if option is None and name not in self.groups:
+                faults.append(self._unknown("--", name))
+                continue
+            if option is None or not is_several(option.kind):
+                count = 0 if option and option.is_flag and not equals else 1
+                loose += values[count:]
+                values = values[:count]
+            if not values and option and option.bare is not None:
+                given.append(Given(name, option.bare))
+            elif not values:
+                what = describe(option.kind, option.bounds) if option else "{option: value, ...}"
+                faults.append(f"--{name} needs a value: {what}")
+            elif option is not _OF_LAUNCHERS:
+                given.append(Given(name, values[0] if len(values) == 1 else values))
+        positional = [name for name, option in self.options.items() if option.is_positional]
+        given += [Given(name, word, "") for name, word in zip(positional, loose)]
+        faults += [f"{shown(word)} belongs to no option; see --help" for word in loose[len(positional) :]]
+        return given
+
+    def read_values(self, given: Iterable[Given], faults: list[str]) -> dict[str, Any]:
+        """The values by option, of which a later one goes before an earlier one; `faults` gets what can't be one."""
+        found: dict[str, Any] = {}
+        for each in given:
+            option = self.options.get(each.name)
+            if option is None:  # a group: `--train '{epochs: 3}'`
+                if not each.raw.lstrip().startswith("{"):
+                    of_group = (f"--{name}" for name in self.options if name.startswith(f"{each.name}."))
+                    faults.append(f"--{each.name} is a group of options: give one of {', '.join(of_group)}")
+                    continue
+                values = parse_yaml(each.raw.encode(errors="surrogateescape"), f"--{each.name}")
+                found |= self.read_values(self.flatten(values, each.where, faults, f"{each.name}."), faults)
+                continue
+            try:
+                found[each.name] = convert(each.raw, option.kind, option.bounds)
+            except Misfit as error:
+                faults.append(f"{each.where}{each.name} {shown(each.raw)} must be {error}")
+        return found
+
+    def flatten(self, values: Any, where: str, faults: list[str], prefix: str = "") -> list[Given]:
+        """The options in nested groups, in order; `faults` gets what is no option or no group."""
+        if not isinstance(values, dict):
+            faults.append(
+                f"{where}{prefix.rstrip('.') or 'the file'} is {shown(values)} and must be a group of options, as "
+                "{name: value}; leave it out to take the defaults"
+            )
+            return []
+        given: list[Given] = []
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if name in self.groups:
+                given += self.flatten(value, where, faults, f"{name}.")
+            elif name in self.options and name not in _NO_SETTINGS:
+                given.append(Given(name, value, where))
+            else:
+                faults.append(self._unknown(where, name))
+        return given
+
+    def _add_fields(self, kind: type, prefix: str) -> None:
+        kinds = get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            name, inner = f"{prefix}{item.name}", kinds[item.name]
+            if dataclasses.is_dataclass(inner):
+                self.groups.add(name)
+                self._add_fields(inner, f"{name}.")  # type: ignore[arg-type]  # a class, not one of its objects
+            else:
+                self.options[name] = Option(inner, bounds_of(item), item.default, item.metadata.get("bare"))
+
+    def _as_typed(self, name: str) -> str:
+        return name if self.options[name].is_positional else f"--{name}"
+
+    def _unknown(self, where: str, name: str) -> str:
+        """That there is no such option, and which may have been meant: by its last part, else by its letters."""
+        wanted = name.replace("-", "_").lower()
+        last = wanted.rpartition(".")[2]
+        known = (n for n, option in self.options.items() if not option.is_positional)
+        names = [n for n in (*known, *self.groups) if where == "--" or n not in _NO_SETTINGS]
+        meant = [n for n in names if n.rpartition(".")[2] == last]
+        if not meant:
+            part = nearest(last, [n.rpartition(".")[2] for n in names])
+            meant = list(filter(None, [nearest(wanted, names)])) or [n for n in names if n.rpartition(".")[2] == part]
+        dashes = "--" if where == "--" else ""
+        hint = f"did you mean {' or '.join(f'{dashes}{n}' for n in meant)}?" if meant else "--help lists all"
+        return f"{where.removesuffix('--')}there is no option {dashes}{shown(name) if name else name}; {hint}"
+
+
+def build(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """A dataclass, and those in it, from the values of its options; where there is none, the default."""
+    kinds = get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # a dataclass
+        name, inner = f"{prefix}{item.name}", kinds[item.name]
+        if dataclasses.is_dataclass(inner):
+            given[item.name] = build(inner, values, f"{name}.")  # type: ignore[arg-type]
+        elif name in values:
+            given[item.name] = values[name]
+    return kind(**given)
