@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,28 +118,39 @@ class Trainer:
 
     def validate(self, progress: TrainingProgress | None = None) -> dict[str, Any]:
         """Score the validation cases of all ranks; returns the columns that the log gains."""
-        started, scored = time.perf_counter(), []
+        started, scored, finite = time.perf_counter(), [], []
         with self.step.evaluating() as network:
             for name, image, labels in self.val_loader or ():
                 image, labels = image.to(self.ranks.device), labels.to(self.ranks.device)
-                masks, truth = self.masks(network, image), region_masks(labels, self.regions)[0]
+                logits, truth = self.logits(network, image), region_masks(labels, self.regions)[0]
+                masks = self.masks_of(logits)
+                finite.append(torch.stack(torch.aminmax(logits)).isfinite().all())
                 scored.append((name, metrics.count_voxels(name, masks, truth)))
                 if progress:
                     progress.validating(len(scored))
         own = [metrics.CaseDice.of(name, counts) for name, counts in scored]
-        cases, seconds = zip(*gather((own, time.perf_counter() - started), self.ranks), strict=True)
+        broken = [case.name for case, is_finite in zip(own, finite, strict=True) if not is_finite]
+        found = gather((own, broken, time.perf_counter() - started), self.ranks)
+        cases, overflowed, seconds = zip(*found, strict=True)
+        _warn_of_overflow(sorted(name for part in overflowed for name in part))
         self.cases = sorted((case for part in cases for case in part), key=lambda case: case.name)
         summary = metrics.summarise(self.cases)
         return {"val_mean": summary["mean"], **{f"val_{region}": summary[region] for region in REGIONS},
                 "val_seconds": max(seconds)}  # fmt: skip
 
-    @torch.no_grad()
     def masks(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
         """What is scored, bool (R, X, Y, Z), of a batch (1, C, X, Y, Z) as the validation loader gives it."""
+        return self.masks_of(self.logits(network, image))
+
+    @torch.no_grad()
+    def logits(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+        """Logits (1, R, X, Y, Z) of such a batch, by the way that is validated."""
         if self.config.train.validation == "full_volume":
-            logits = sliding_window_logits(network, image, self.config.data.crop_size_voxels)
-        else:
-            logits = network(image)
+            return sliding_window_logits(network, image, self.config.data.crop_size_voxels)
+        return network(image)
+
+    def masks_of(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is scored of logits (1, R, X, Y, Z): bool (R, X, Y, Z)."""
         masks = (logits > 0)[0]  # sigmoid(x) > 0.5
         return metrics.scored_regions(masks, self.data.store.coding, self.config.train.score)
 
@@ -376,6 +388,15 @@ class Trainer:
             ema=self.config.optim.ema_decay > 0,
             volume_bytes=self.train_loader.gpu_bytes + (self.val_loader.gpu_bytes if self.val_loader else 0),
         )
+
+
+def _warn_of_overflow(names: Sequence[str]) -> None:
+    if names:
+        log.warning(
+            "the logits of %d validation cases are NaN or infinite (%s%s) and count as background: lower --optim.lr, "
+            "or, with --train.precision fp16, take bf16",
+            len(names), ", ".join(names[:3]), ", ..." if len(names) > 3 else "",
+        )  # fmt: skip
 
 
 def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

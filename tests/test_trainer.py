@@ -253,6 +253,29 @@ def test_a_validation_scores_the_label_map_that_is_written_or_the_masks_where_as
     assert not found["masks"][0] and found["label_map"][1] != found["masks"][1]  # else nothing was told apart
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_validation_names_the_cases_whose_logits_are_not_finite(
+    value: float, make: Callable[..., Trainer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They count as background; without a word a run of NaN looked like one that learns nothing."""
+    trainer, logits, seen = make("run"), Trainer.logits, []
+
+    def broken(self: Trainer, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+        seen.append(image)
+        found = logits(self, network, image)
+        return found * value if len(seen) == 1 else found
+
+    trainer.validate()
+    assert not caplog.records
+    monkeypatch.setattr(Trainer, "logits", broken)
+    trainer.validate()
+    assert trainer.val_loader is not None
+    first = next(iter(trainer.val_loader))[0]
+    assert [record.getMessage() for record in caplog.records][0].startswith(
+        f"the logits of 1 validation cases are NaN or infinite ({first}) and count as background: lower --optim.lr"
+    )
+
+
 def test_a_run_is_not_resumed_by_another_measure_of_its_best_epoch(make: Callable[..., Trainer]) -> None:
     make("run", val_every_epochs=1).fit()
     with pytest.raises(ValueError, match="--train.score masks: the validations of .*run so far scored label_map"):
