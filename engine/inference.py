@@ -13,12 +13,11 @@ grid, linearly, where those above one half make the masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,14 +28,21 @@ from engine.trained import Trained, load_trained
 from kernels import dispatch
 from pipelines.cases import Case, DataError
 from pipelines.geometry import BackToFile, Grid, resample_image, target_grid
-from pipelines.labels import CYST, ENHANCING, NECROSIS, NON_ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
-from pipelines.likeness import looks_of, unlike
+from pipelines.labels import (
+    CODINGS,
+    CYST,
+    ENHANCING,
+    NECROSIS,
+    NON_ENHANCING,
+    OEDEMA,
+    REGIONS,
+    TUTORIAL,
+    Coding,
+    coding_for_release,
+)
+from pipelines.likeness import looks_of, same_image, unlike
 from pipelines.nifti import RawCase, affine_fault, read_case, read_grid, write_nifti
-
-A = TypeVar("A")
-B = TypeVar("B")
-C = TypeVar("C")
-D = TypeVar("D")
+from pipelines.order import in_order
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,14 @@ class Segmentation:
     """What was found in a scan, on the scan's own grid.
 
     Attributes:
-        masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET.
+        masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET, each where its own probability is above one half. They need not be
+            nested; `labels` is, and so what is written and scored: see `compose_labels`.
         affine: (4, 4), voxel index to mm (RAS+).
         coding: of the label map.
         probabilities_RXYZ: float32 (3, X, Y, Z), where they were asked for.
         warnings: what about the scan is not as in training.
         like: the scan's file, whose header a saved one takes.
+        made_by: what found it, see `Predictor.made_by`; a saved one says so.
     """
 
     masks_RXYZ: np.ndarray
@@ -76,6 +84,7 @@ class Segmentation:
     probabilities_RXYZ: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
     like: Path | None = field(default=None, repr=False)
+    made_by: str = ""
 
     def masks_as(self, coding: Coding) -> np.ndarray:
         """The masks as a coding means them, bool (3, X, Y, Z); what the tutorial calls enhancing is not, elsewhere."""
@@ -84,29 +93,62 @@ class Segmentation:
             return np.stack([core | non_enhancing, whole, core & ~non_enhancing])
         return self.masks_RXYZ
 
-    def labels(self, coding: Coding | None = None) -> np.ndarray:
-        """uint8 (X, Y, Z), in a release's coding; None: that of the network's training data. See `compose_labels`."""
-        coding = coding or self.coding
+    def labels(self, coding: Coding | str | None = None) -> np.ndarray:
+        """uint8 (X, Y, Z). See `compose_labels`.
+
+        Args:
+            coding: of the result, or the release that has it; None: that of the network's training data.
+
+        Raises:
+            ValueError: an unknown release.
+        """
+        coding = self._coding(coding)
         return compose_labels(self.masks_as(coding), coding)
 
-    def save(self, path: Path | str, coding: Coding | None = None) -> None:
-        """Write the label map as NIfTI, with the scan's grid, units and codes.
+    def save(self, path: Path | str, coding: Coding | str | None = None) -> None:
+        """Write the label map as NIfTI, with the scan's grid, units and codes, and a description of how it was made.
+
+        Args:
+            path: a name that ends in `.nii.gz`, or in `.nii` for a file that is not compressed. coding: as in `labels`.
 
         Raises:
+            ValueError: another ending, or an unknown release.
             OSError: it can't be written.
         """
-        write_nifti(Path(path), self.labels(coding), self.affine, self.like)
+        coding = self._coding(coding)
+        description = describe(coding, self.made_by)
+        write_nifti(Path(path), self.labels(coding), self.affine, self.like, description)
 
     def save_probabilities(self, path: Path | str) -> None:
-        """Write float32 (X, Y, Z, 3): TC, WT, ET.
+        """Write float32 (X, Y, Z, 3): TC, WT, ET, to a path as in `save`.
 
         Raises:
-            ValueError: they were not kept.
+            ValueError: they were not kept, or another ending.
             OSError: it can't be written.
         """
         if self.probabilities_RXYZ is None:
             raise ValueError("the probabilities were not kept: ask for them when segmenting (probabilities=True)")
-        write_nifti(Path(path), np.moveaxis(self.probabilities_RXYZ, 0, -1), self.affine, self.like)
+        description = describe(None, self.made_by)
+        write_nifti(Path(path), np.moveaxis(self.probabilities_RXYZ, 0, -1), self.affine, self.like, description)
+
+    def _coding(self, coding: Coding | str | None) -> Coding:
+        return coding_for_release(coding) if isinstance(coding, str) else coding or self.coding
+
+
+def describe(coding: Coding | None, made_by: str) -> str:
+    """What the header of a saved file says of it, in at most 79 characters, by which two of a kind are told.
+
+    Args:
+        coding: of a label map; None for probabilities. made_by: from `Predictor.made_by`.
+    """
+    if coding is None:
+        kind = "probabilities"
+    else:
+        kind = f"{coding.release} labels"
+        usual = CODINGS.get(coding.release)
+        if usual and usual.tissues != coding.tissues:  # the values of a dataset.json of one's own
+            kind += f" {sha256(repr(sorted(coding.tissues.items())).encode()).hexdigest()[:6]}"
+    return f"glioforge: {kind}{', ' if made_by else ''}{made_by}"
 
 
 class Predictor:
@@ -140,6 +182,9 @@ class Predictor:
         first = self.members[0]
         _check_alike(self.members)
         self.modalities, self.coding = first.modalities, first.coding
+        hashes = sorted(sha256(member.path.read_bytes()).hexdigest() for member in self.members)
+        self.made_by = f"weights {sha256(''.join(hashes).encode()).hexdigest()[:12]}{', flips' if flips else ''}"
+        """Weights and ways by which a segmentation is found: where they are others, it is another one."""
         self.spacing = first.config.data.spacing
         # Halves are faster on a GPU alone; on a CPU they would be slower and less exact.
         self._networks = [
@@ -162,13 +207,15 @@ class Predictor:
         """Segment a scan.
 
         Args:
-            images: NIfTI files, one for each of `modalities`, in that order, or by name; one 4D file with them on its
-                last axis; or an array (C, X, Y, Z).
+            images: NIfTI files, one for each of `modalities`, in any order where every name tells its modality
+                (`case_t1ce.nii.gz`), else in that of `modalities`; or a mapping, modality to file; one 4D file with
+                them on its last axis; or an array (C, X, Y, Z).
             affine: of an array, (4, 4), voxel index to mm (RAS+).
             probabilities: keep them.
 
         Raises:
-            ValueError: a file that can't be read, or not the images that the network needs.
+            ValueError: a file that can't be read, or not the images that the network needs; one image given twice;
+                weights that give NaN or infinite numbers for it.
         """
         if isinstance(images, np.ndarray):
             if affine is None or images.ndim != 4 or len(images) != len(self.modalities):
@@ -189,18 +236,14 @@ class Predictor:
         """The case that files make up; see `segment`.
 
         Raises:
-            ValueError: more or fewer files, or images in one file, than modalities, or not these.
+            ValueError: as `pipelines.order.in_order`, or other images in one file than modalities.
         """
+        given = list(images) if isinstance(images, Mapping) else None
         if isinstance(images, Mapping):
-            missing = [modality for modality in self.modalities if modality not in images]
-            if missing:
-                raise ValueError(
-                    f"no {', '.join(missing)} among {', '.join(images)}: the network needs {', '.join(self.modalities)}"
-                )
-            images = [images[modality] for modality in self.modalities]
+            images = list(images.values())
         files = tuple(Path(image) for image in ([images] if isinstance(images, str | Path) else images))
         count = len(self.modalities)
-        if len(files) == 1 and count > 1:
+        if len(files) == 1 and count > 1 and given is None:
             shape = read_grid(files[0])[0]
             if len(shape) > 3 and shape[3] != count:
                 raise ValueError(
@@ -208,12 +251,7 @@ class Predictor:
                     f"{', '.join(self.modalities)}, and can't tell which they are; give a file of these alone"
                 )
             return Case(name, files, tuple(range(count)), None)
-        if len(files) != count:
-            raise ValueError(
-                f"{len(files)} files for a network of {count} modalities: give {', '.join(self.modalities)}, in this "
-                "order, or one 4D file"
-            )
-        return Case(name, files, None, None)
+        return Case(name, in_order(files, self.modalities, given), None, None)
 
     def read(self, case: Case) -> RawCase:
         """The files of a case, checked; its label too, where it has one.
@@ -224,28 +262,54 @@ class Predictor:
         return read_case(case, self.coding)
 
     def prepare(self, raw: RawCase) -> Prepared:
-        """Resampled and oriented as in training; on the CPU, in any thread."""
+        """Resampled and oriented as in training; on the CPU, in any thread.
+
+        Raises:
+            DataError: one image is given as two modalities.
+        """
         shape = raw.image.shape[:3]
         grid = target_grid(shape, raw.affine, self.spacing)
         image_XYZC = resample_image(raw.image, raw.affine, grid)
-        look = looks_of(image_XYZC, raw.affine)
-        warnings = unlike(look, self.members[0].scans, self.modalities)
+        known = self.members[0].scans
+        fault = same_image(image_XYZC, known, self.modalities)
+        if fault:
+            raise DataError(fault)
+        warnings = unlike(looks_of(image_XYZC, raw.affine), known, self.modalities)
         image = torch.from_numpy(image_XYZC).permute(3, 0, 1, 2)[None].contiguous()
         return Prepared(image, grid, shape, raw.affine, tuple(warnings))
 
     @torch.no_grad()
     def probabilities(self, scan: Prepared) -> torch.Tensor:
-        """Of the three regions on the prepared grid: float32 (3, X', Y', Z'), on the device."""
+        """Of the three regions on the prepared grid: float32 (3, X', Y', Z'), on the device.
+
+        Raises:
+            DataError: logits that are NaN or infinite, of which a sigmoid would make a segmentation.
+        """
         image = scan.image_1CXYZ.to(self.device)
         total: torch.Tensor | None = None
+        extremes: list[torch.Tensor] = []
         for member, network in zip(self.members, self._networks, strict=True):
             for axes in self._mirrored:
                 window = member.config.data.crop_size_voxels
                 logits = sliding_window_logits(network, image.flip(axes) if axes else image, window)
+                extremes += torch.aminmax(logits)  # NaN where any is
                 part = (logits.flip(axes) if axes else logits).sigmoid_()[0]
                 total = part if total is None else total.add_(part)
         assert total is not None
+        if not torch.stack(extremes).isfinite().all():  # waits for the device, once a case
+            raise DataError(self._overflow())
         return total.div_(len(self.members) * len(self._mirrored))
+
+    def _overflow(self) -> str:
+        paths = ", ".join(str(member.path) for member in self.members)
+        low = sorted({member.config.train.precision for member in self.members} & {"bf16", "fp16"})
+        ways = "take weights of an earlier epoch"
+        if low and self.device.type == "cuda":
+            ways += f", or predict in float32 (a GPU computes in {', '.join(low)} here) by --device cpu"
+        return (
+            f"the logits of this scan are NaN or infinite, so there is no segmentation of it: {paths} overflows on it; "
+            f"{ways}"
+        )
 
     def finish(
         self, scan: Prepared, probabilities_RXYZ: torch.Tensor, keep: bool = False, like: Path | None = None
@@ -264,7 +328,7 @@ class Predictor:
             masks[i] = (values > 0.5).cpu().numpy()
             if kept is not None:
                 kept[i] = values.cpu().numpy()
-        return Segmentation(masks, scan.affine, self.coding, kept, scan.warnings, like)
+        return Segmentation(masks, scan.affine, self.coding, kept, scan.warnings, like, self.made_by)
 
 
 def _raw(image_CXYZ: np.ndarray, affine: np.ndarray) -> RawCase:
@@ -305,48 +369,6 @@ def compose_labels(masks_RXYZ: np.ndarray, coding: Coding) -> np.ndarray:
     labels[core] = next(value[tissue] for tissue in (NON_ENHANCING, NECROSIS, CYST, ENHANCING) if tissue in value)
     labels[enhancing] = value[ENHANCING]
     return labels
-
-
-def in_stages(
-    items: Sequence[A],
-    read: Callable[[A], B],
-    compute: Callable[[A, B], C],
-    finish: Callable[[A, B, C], D],
-) -> Iterator[tuple[A, D | DataError]]:
-    """Work on items one after the other, the next being read and the last being finished meanwhile, in threads.
-
-    Args:
-        items: what to work on.
-        read: runs in a thread, one item ahead. compute: runs here. finish: runs in another thread, one item behind.
-
-    Yields:
-        (item, what `finish` returned, or the DataError that one of the three raised), in order. Other errors are
-        raised here. At most three items are in memory.
-    """
-    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "finish") as finisher:
-        ahead = reader.submit(read, items[0]) if items else None
-        behind: tuple[A, Future[D]] | None = None
-        for i, item in enumerate(items):
-            assert ahead is not None
-            reading, ahead = ahead, reader.submit(read, items[i + 1]) if i + 1 < len(items) else None
-            finishing: Future[D] = Future()
-            try:
-                content = reading.result()
-                finishing = finisher.submit(finish, item, content, compute(item, content))
-            except DataError as error:
-                finishing.set_exception(error)
-            if behind:
-                yield behind[0], _outcome(behind[1])
-            behind = item, finishing
-        if behind:
-            yield behind[0], _outcome(behind[1])
-
-
-def _outcome(done: Future) -> Any:
-    try:
-        return done.result()
-    except DataError as error:
-        return error
 
 
 def _check_alike(members: Sequence[Trained]) -> None:

@@ -31,11 +31,12 @@ from engine.command import make_writable, run_command
 from engine.data import list_cases, obtain_root, split_names
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.evaluation import CaseScores
-from engine.inference import Predictor, Prepared, Segmentation, in_stages
+from engine.inference import Predictor, Prepared, Segmentation
 from engine.metrics import SCORED, Score, scored_regions
 from engine.parser import Parser
 from engine.progress import CaseBar
-from launch.options import add_network_options
+from engine.stages import in_stages
+from launch.options import add_network_options, in_own_options, naming_own_options
 from pipelines.atomic import own_folder
 from pipelines.cases import Case, CaseSet
 from pipelines.geometry import label_grid, resample_label
@@ -59,7 +60,10 @@ def main(args: list[str] | None = None) -> int:
         exit status: 0, 1 where a case can't be read, 2 for a user's mistake, 75 or 130 when stopped.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return run_command(lambda: evaluate(make_parser().parse_args(args)), lambda: "nothing is kept of it: start again")
+    return run_command(
+        lambda: naming_own_options(lambda: evaluate(make_parser().parse_args(args))),
+        lambda: "nothing is kept of it: start again",
+    )
 
 
 def make_parser() -> Parser:
@@ -101,7 +105,7 @@ def evaluate(options: Namespace) -> int:
     for line in warnings_of(scores):
         print(printable(line), file=sys.stderr)
     for fault in faults:
-        print(printable(f"left out: {fault}"), file=sys.stderr)
+        print(printable(in_own_options(f"left out: {fault}")), file=sys.stderr)
     if not scores:
         raise DataError("no case could be read: nothing to score")
     runs = [str(member.path) for member in predictor.members]
@@ -214,8 +218,8 @@ def score_cases(
     mine = cases.cases[ranks.rank :: ranks.world_size]
     outcomes: list[CaseScores | DataError] = []
     with CaseBar("Scoring", len(mine), ranks.is_first) as bar:
-        for _, outcome in in_stages(mine, read, lambda _, content: predictor.probabilities(content[1]), score):
-            outcomes.append(outcome)
+        for case, outcome in in_stages(mine, read, lambda _, content: predictor.probabilities(content[1]), score):
+            outcomes.append(DataError(f"{case.name}: {outcome}") if isinstance(outcome, DataError) else outcome)
             bar.advance()
     return outcomes
 

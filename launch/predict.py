@@ -5,7 +5,9 @@ deepspeed launch/predict.py --runs runs/A runs/B --input SCANS --output SEGMENTA
 
 SCANS is a data set as for training (a Decathlon task, BraTS folders, a list), folders of cases, a case's files (one
 for each modality), or 4D files; for a network of one modality, 3D files. Each case becomes `<case>.nii.gz` on the
-scan's own grid. What is there already is kept, so a run that was stopped goes on by the same command.
+scan's own grid. What is there already is kept, so a run that was stopped goes on by the same command. A segmentation
+says in its header which label coding it has and which weights found it; where that is not what is asked for now, the
+command stops before it begins, for a folder of several codings can't be told apart by its files' names.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     import launch.start  # noqa: F401  before the imports below, which take seconds
 
-import csv
+import errno
 import logging
 import os
 import re
@@ -23,24 +25,29 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from jsonargparse import Namespace
 
 from engine.command import make_writable, run_command
 from engine.distributed import Ranks, gather, init_ranks
-from engine.inference import Predictor, Prepared, in_stages
+from engine.inference import Predictor, Prepared, describe
 from engine.parser import Parser
 from engine.progress import CaseBar
-from launch.options import add_network_options
-from pipelines.atomic import replacing
-from pipelines.cases import Case, CaseSet, survey_cases
+from engine.stages import BatchEnds, in_stages
+from launch.inputs import find
+from launch.options import add_network_options, in_own_options, naming_own_options
+from pipelines.cases import Case
 from pipelines.labels import CODINGS, Coding
-from pipelines.layouts import CaseError, DataError, canonical_modalities
-from pipelines.nifti import read_grid
+from pipelines.layouts import CaseError, DataError
+from pipelines.nifti import read_description, read_grid
+from pipelines.tables import append_row, read_table, write_table
+from pipelines.text import printable
 
 log = logging.getLogger("launch.predict")
 
 TABLE = "predictions.csv"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,9 @@ class Row:
     error: str = ""
 
 
+COLUMNS = tuple(Row.__dataclass_fields__)
+
+
 def main(args: list[str] | None = None) -> int:
     """Parse the command line and predict.
 
@@ -61,7 +71,8 @@ def main(args: list[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return run_command(
-        lambda: predict(make_parser().parse_args(args)), lambda: "the same command goes on with the cases that are left"
+        lambda: naming_own_options(lambda: predict(make_parser().parse_args(args))),
+        lambda: "the same command goes on with the cases that are left",
     )
 
 
@@ -81,14 +92,14 @@ def make_parser() -> Parser:
         "--modalities",
         type=str,
         nargs="+",
-        help="What the files of --input are, in their order, or what is on a 4D file's last axis; needed where that is "
-        "not the network's own order.",
+        help="What the files of --input are, in their order, or what is on a 4D file's last axis; needed where the "
+        "files' names do not tell and that is not the network's own order.",
     )
     parser.add_argument(
         "--release",
         choices=sorted(CODINGS),
-        help="Label coding to write; by default that of the release that names in one data set or case folder tell, "
-        "else, and for files, that of the network's training data.",
+        help="Label coding to write; by default that of the release that names of data sets and case folders tell, all "
+        "the same; else, and for files, that of the network's training data.",
     )
     parser.add_argument(
         "--probabilities", action="store_true", help="Write <case>-probabilities.nii.gz (TC, WT, ET) too."
@@ -104,20 +115,21 @@ def predict(options: Namespace) -> int:
         logging.getLogger().setLevel(logging.ERROR)
     predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
     log.info("%s; %s", ", ".join(str(member.path) for member in predictor.members), predictor.kernels_taken)
-    cases, faults = find(options.input, predictor, options.modalities)
+    found, faults = find(options.input, predictor, options.modalities)
     output: Path = options.output
-    check_outputs(cases.cases, output, options.probabilities)
+    failed = [Row(str(path), error=in_own_options(str(error))) for path, error in faults]
+    check_outputs(found.cases, output, options.probabilities)
     try:
         make_writable(output)
     except OSError as error:
         raise cannot_write(output, error) from error
-    if ranks.is_first:
-        write_rows(output / TABLE, [])  # for all ranks to add to
-    waiting = left_to_do(cases.cases, output, options.probabilities, options.overwrite, ranks)
-    kept = len(cases.cases) - len(waiting)
+    coding = CODINGS[options.release] if options.release else found.coding
+    cases, too_long = those_with_names(found.cases, output, options.probabilities)
+    failed += too_long
+    waiting = left_to_do(cases, output, options.probabilities, options.overwrite, ranks, coding, predictor.made_by)
+    kept = len(cases) - len(waiting)
     if kept:
-        log.info("%d of %d cases are segmented already and kept (--overwrite replaces them)", kept, len(cases.cases))
-    coding = CODINGS[options.release] if options.release else cases.coding
+        log.info("%d of %d cases are segmented already and kept (--overwrite replaces them)", kept, len(cases))
     log.info("label coding %s: %s", coding.release, ", ".join(f"{v} {t}" for v, t in coding.tissues.items()))
     own = predict_cases(predictor, waiting, output, coding, options.probabilities, ranks)
     rows = gather(own, ranks, is_patient=True)
@@ -126,9 +138,10 @@ def predict(options: Namespace) -> int:
     for row in (row for part in rows[1:] for row in part if row.warnings):
         log.warning("%s: %s", row.case, row.warnings)
     done = [row for part in rows for row in part]
-    failed = [*(Row(str(fault.path), error=str(fault)) for fault in faults), *(row for row in done if row.error)]
-    write_rows(output / TABLE, [*done, *(row for row in failed if row not in done)])
-    print(f"{len(done) - sum(bool(row.error) for row in done)} cases segmented, {kept} kept: {output}")
+    write_rows(output / TABLE, [*failed, *done])
+    failed += [row for row in done if row.error]
+    segmented = len(done) - sum(bool(row.error) for row in done)
+    print(f"{segmented} cases segmented, {kept} kept: {printable(str(output))}")
     for row in failed:
         print(f"failed: {row.error}", file=sys.stderr)
     return 1 if failed else 0
@@ -156,12 +169,76 @@ def check_outputs(cases: Sequence[Case], output: Path, probabilities: bool) -> N
             case_of[path] = case.name
 
 
+def those_with_names(cases: Sequence[Case], output: Path, probabilities: bool) -> tuple[list[Case], list[Row]]:
+    """The cases whose files a folder can hold, and a row for each of the others."""
+    most = os.pathconf(output, "PC_NAME_MAX")
+    fitting, rows = [], []
+    for case in cases:
+        longest = max(len(os.fsencode(path.name)) for path in outputs(case, output, probabilities))
+        if longest <= most:
+            fitting.append(case)
+        else:
+            error = f"{case.name}: its file would have a name of {longest} bytes, {most} are allowed: rename the case"
+            rows.append(Row(case.name, error=error))
+    return fitting, rows
+
+
 def left_to_do(
-    cases: Sequence[Case], output: Path, probabilities: bool, overwrite: bool, ranks: Ranks
+    cases: Sequence[Case],
+    output: Path,
+    probabilities: bool,
+    overwrite: bool,
+    ranks: Ranks,
+    coding: Coding,
+    made_by: str,
 ) -> Sequence[Case]:
-    """The cases without a segmentation, as the first rank finds them: by the time that another looks, some are done."""
-    waiting = [case for case in cases if overwrite or not all(map(Path.is_file, outputs(case, output, probabilities)))]
+    """The cases without a segmentation, as the first rank finds them: by the time that another looks, some are done.
+
+    It begins the table, too.
+
+    Raises:
+        ValueError: a segmentation that is there is not what is asked for.
+    """
+    if not ranks.is_first:
+        return gather([], ranks)[0]
+    waiting: list[Case] = []
+    others: list[str] = []
+    for case in cases:
+        paths = outputs(case, output, probabilities)
+        there = [] if overwrite else [path for path in paths if os.path.lexists(path)]
+        asked = {path: describe(coding if path is paths[0] else None, made_by) for path in paths}
+        others += [f"{path.name} {unlike}" for path in there if (unlike := not_as_asked(path, case, asked[path]))]
+        if len(there) < len(paths):
+            waiting.append(case)
+    if others:
+        raise ValueError(
+            f"--output {output} holds {len(others)} files that are not what is asked for now: {'; '.join(others[:3])}"
+            f"{'; ...' if len(others) > 3 else ''}. Choose another --output, ask for what is there (--runs, --release, "
+            "--flips), or replace them with --overwrite"
+        )
+    write_rows(output / TABLE, [])  # for all ranks to add to, which wait for it here
     return gather(waiting, ranks)[0]
+
+
+def not_as_asked(path: Path, case: Case, asked: str) -> str:
+    """What is other about a segmentation that is there than about that which is asked for; empty where nothing is.
+
+    Args:
+        path: of the segmentation. case: whose it should be. asked: what its header should say.
+    """
+    try:
+        said, (shape, affine) = read_description(path), read_grid(path)
+    except CaseError as error:
+        return f"can't be read ({error.problem})"
+    try:
+        scan_shape, scan_affine = read_grid(case.images[0])
+    except CaseError:
+        scan_shape, scan_affine = shape, affine  # no way to compare: what is there was made before
+    if shape[:3] != scan_shape[:3] or not np.allclose(affine, scan_affine, atol=1e-3):
+        return f"lies on another grid than {case.images[0]}"
+    if not said.startswith("glioforge: "):
+        return "does not say how it was made"
+    return "" if said == asked else f"says {said!r}, and asked for is {asked!r}"
 
 
 def predict_cases(
@@ -178,97 +255,27 @@ def predict_cases(
         segmentation = predictor.finish(scan, found, probabilities, case.images[0])
         for warning in segmentation.warnings:
             log.warning("%s: %s", case.name, warning)
+        labels, *extra = outputs(case, output, probabilities)
         try:
-            labels, *extra = outputs(case, output, probabilities)
             if extra:
                 segmentation.save_probabilities(extra[0])
             segmentation.save(labels, coding)
             row = Row(case.name, round(time.perf_counter() - started[case.name], 2), "; ".join(segmentation.warnings))
-            with (output / TABLE).open("a", newline="") as file:  # at once, in case that the command is stopped
-                csv.DictWriter(file, Row.__dataclass_fields__).writerow(asdict(row))
+            append_row(output / TABLE, COLUMNS, asdict(row))  # at once, in case that the command is stopped
         except OSError as error:
-            raise cannot_write(output, error) from error
+            if is_lost(output, error):
+                raise BatchEnds(str(cannot_write(output, error))) from error
+            raise
         return row
 
     mine = waiting[ranks.rank :: ranks.world_size]
     rows: list[Row] = []
     with CaseBar("Segmenting", len(mine), ranks.is_first) as bar:
         for case, outcome in in_stages(mine, read, lambda _, scan: predictor.probabilities(scan), write):
-            rows.append(Row(case.name, error=f"{case.name}: {outcome}") if isinstance(outcome, DataError) else outcome)
+            error = in_own_options(f"{case.name}: {outcome}")
+            rows.append(Row(case.name, error=error) if isinstance(outcome, DataError) else outcome)
             bar.advance()
     return rows
-
-
-def find(
-    inputs: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None
-) -> tuple[CaseSet, list[CaseError]]:
-    """The cases to segment, and the faults of those that can't be.
-
-    Raises:
-        ValueError: nothing there, files that make up no case.
-    """
-    files = [path for path in inputs if path.name.lower().endswith((".nii", ".nii.gz"))]
-    cases, faults = files_as_cases(files, predictor, modalities)
-    coding = predictor.coding
-    if modalities and not files:
-        raise ValueError("--modalities names the files or the 4D axis of --input files; a data set says it by itself")
-    for root in (path for path in inputs if path not in files):
-        survey = survey_cases(root, None, predictor.modalities, labelled=False, unlabelled_as=predictor.coding)
-        cases += survey.usable.cases
-        faults += survey.faults
-        coding = survey.usable.coding if len(inputs) == 1 else coding
-    return CaseSet(tuple(cases), predictor.modalities, coding), faults
-
-
-def files_as_cases(
-    files: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None
-) -> tuple[list[Case], list[CaseError]]:
-    """4D files, each a case (3D for a network of one modality), and their faults; or the 3D files of one case."""
-    if not files:
-        return [], []
-    order = canonical_modalities(modalities) if modalities else predictor.modalities
-    missing = [name for name in predictor.modalities if name not in order]
-    if missing:
-        raise ValueError(
-            f"--modalities {' '.join(order)} lacks {', '.join(missing)}: the network needs "
-            f"{' '.join(predictor.modalities)}"
-        )
-    wanted = [order.index(name) for name in predictor.modalities]
-    shapes: dict[Path, tuple[int, ...]] = {}
-    faults: list[CaseError] = []
-    for path in files:
-        try:
-            shapes[path] = read_grid(path)[0]
-        except CaseError as error:
-            faults.append(error)
-    dimensions = {path: len([n for n in shape[3:] if n > 1]) + 3 for path, shape in shapes.items()}
-    alone = len(order) == 1  # the network has one modality
-    if set(dimensions.values()) == {3 if alone else 4}:
-        for path, shape in shapes.items():
-            if not alone and shape[3] != len(order):
-                raise ValueError(
-                    f"--input {path.name} has {shape[3]} images on its last axis, and {len(order)} are expected "
-                    f"({' '.join(order)}): name what is on it, in order, with --modalities"
-                )
-        return [Case(stem(path), (path,), None if alone else tuple(wanted), None) for path in shapes], faults
-    if faults:
-        raise faults[0]
-    if set(dimensions.values()) != {3} or len(files) != len(order):
-        given = ", ".join(f"{path.name} ({count}D)" for path, count in dimensions.items())
-        if alone:
-            raise ValueError(f"--input {given}: give 3D files, each a case")
-        raise ValueError(
-            f"--input {given}: give 4D files with {len(order)} modalities ({', '.join(order)}), or the "
-            f"{len(order)} 3D files of one case, in this order"
-        )
-    prefix = os.path.commonprefix([stem(path) for path in files])
-    name = re.sub(r"(^|[-_. ]+)(t1?)?$", "", prefix, flags=re.IGNORECASE)
-    return [Case(name or files[0].resolve().parent.name, tuple(files[i] for i in wanted), None, None)], []
-
-
-def stem(path: Path) -> str:
-    """A file's name without `.nii` or `.nii.gz`."""
-    return path.name[: path.name.lower().rindex(".nii")]
 
 
 def outputs(case: Case, output: Path, probabilities: bool) -> list[Path]:
@@ -285,29 +292,29 @@ def cannot_write(output: Path, error: OSError) -> ValueError:
     )
 
 
+def is_lost(output: Path, error: OSError) -> bool:
+    """Whether no other case can be written either: a full disk, a folder that is gone or locked."""
+    return error.errno in NO_ROOM or not os.access(output, os.W_OK | os.X_OK)
+
+
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Bring the table up to date; rows of other segmentations stay, and faults of earlier commands go.
 
     Raises:
-        ValueError: a file of that name is another table, or none.
+        ValueError: a file of that name is another table, none, or damaged.
     """
-    columns = list(Row.__dataclass_fields__)
     known: dict[str, dict] = {}
-    if path.is_file():
-        with path.open(newline="", errors="replace") as file:
-            table = csv.DictReader(file)
-            if table.fieldnames != columns:
-                raise ValueError(
-                    f"{path} is not a table of this command ({','.join(columns)}) and would be lost: move it, or "
-                    "choose another --output"
-                )
-            known = {row["case"]: row for row in table if not row["error"]}
+    if os.path.lexists(path):
+        try:
+            known = {row["case"]: row for row in read_table(path, COLUMNS) if not row["error"]}
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. It is not a table of this command ({','.join(COLUMNS)}) and would be lost: move it, or "
+                "choose another --output"
+            ) from error
     for row in rows:
         known.pop(row.case, None)
-    with replacing(path) as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(sorted([*known.values(), *map(asdict, rows)], key=lambda row: row["case"]))
+    write_table(path, COLUMNS, sorted([*known.values(), *map(asdict, rows)], key=lambda row: row["case"]))
 
 
 if __name__ == "__main__":

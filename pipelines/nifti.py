@@ -116,26 +116,42 @@ def _memory_for(path: Path) -> Iterator[None]:
         raise CaseError(path, problem, "Use fewer workers, or a machine with more memory") from error
 
 
-def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, like: Path | None = None) -> None:
+def read_description(path: Path) -> str:
+    """What the header of a file says of it (`descrip`).
+
+    Raises:
+        CaseError: as `read_grid`.
+    """
+    return bytes(_header_of(path).fields["descrip"].item()).decode("utf-8", "replace")
+
+
+def write_nifti(
+    path: Path, array: np.ndarray, affine: np.ndarray, like: Path | None = None, description: str = ""
+) -> None:
     """Write a volume, whole or not at all.
 
     Args:
-        path: `.nii.gz`, or `.nii`, which is not compressed.
+        path: `.nii.gz`, or `.nii`, which is not compressed; in any letter case.
         array: (X, Y, Z) or (X, Y, Z, C), of a dtype that NIfTI has.
         affine: (4, 4), voxel index to mm (RAS+).
         like: a file on the same grid, whose NIfTI version, units and codes of sform and qform the new one takes, and
             nothing else: descriptions and extensions can name a patient. None: NIfTI-1, mm.
+        description: what the header says of it, at most 79 characters.
 
     Raises:
+        ValueError: a path of another ending.
         OSError: it can't be written.
         CaseError: `like` can't be read.
     """
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path} must end in .nii.gz, or in .nii for a file that is not compressed")
     source = None if like is None else _header_of(like)
     if source is None:
         image = nib.Nifti1Image(array, affine)
         image.header.set_xyzt_units("mm")
     else:
         image = _on_grid_of(source, array, affine)
+    image.header["descrip"] = description
     data = image.to_bytes()
     if path.name.lower().endswith(".gz"):
         data = igzip.compress(data, 2)  # of a label map 1 % is left

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import free_port
-from test_predict import ROOT, labels_of, one_rank, run, run_evaluate, run_predict, scans  # noqa: F401  # fixtures
+from test_predict import ORDER, ROOT, labels_of, make_run, one_rank, run, run_evaluate, run_predict, scans  # noqa: F401  # fixtures
 
 from engine.checkpoint import load_weights, save_weights
 from engine.metrics import SCORED, case_dice
@@ -36,18 +36,19 @@ def copied(scans: Path, folder: Path, name: str = "task") -> Path:  # noqa: F811
 
 
 def test_a_scan_unlike_the_training_data_is_scored_with_a_warning(
-    run: Path,  # noqa: F811
     scans: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
     path = copied(scans, tmp_path) / "imagesTr" / "BRATS_002.nii.gz"
     source = nib.load(path)
-    nib.save(nib.Nifti1Image(np.zeros(source.shape, np.float32), source.affine), path)
-    assert run_evaluate("--runs", run, "--root", tmp_path / "task", "--output", tmp_path / "out") == 0
-    assert "BRATS_002: flair holds nothing but zeros" in capsys.readouterr().err
+    nib.save(nib.Nifti1Image(np.asarray(source.dataobj) + np.float32(1), source.affine), path)
+    known = {"spacing_mm": [[1.0, 9.0]] * 3, "occupied": [[0.1, 0.3]] * 4, "contrast": [[0.0, 9.0]] * 4}
+    warning = make_run(scans, tmp_path / "run", ORDER, scans_known=known)
+    assert run_evaluate("--runs", warning, "--root", tmp_path / "task", "--output", tmp_path / "out") == 0
+    assert "BRATS_002: 100 % of flair is not zero, in training 10 to 30 %" in capsys.readouterr().err
     warned = {row["case"]: row["warnings"] for row in case_rows(tmp_path / "out")}
-    assert "t2 holds nothing" in warned["BRATS_002"] and warned["BRATS_001"] == ""
+    assert "100 % of t2 is not zero" in warned["BRATS_002"] and warned["BRATS_001"] == ""
 
 
 def test_what_evaluation_scores_is_the_file_that_prediction_writes(

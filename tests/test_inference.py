@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
+import dataclasses
+import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -17,14 +18,15 @@ from monai.transforms import Compose, Orientation, Spacing
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from test_trained import CONFIG, content_of
 
+from engine import inference
 from engine.checkpoint import save_weights
-from engine.config import to_dict
-from engine.inference import Predictor, Segmentation, compose_labels, in_stages
+from engine.config import ModelConfig, to_dict
+from engine.inference import Predictor, Segmentation, compose_labels, describe
 from engine.sliding_window import zscore_nonzero
 from engine.trained import make_model
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
-from pipelines.layouts import DataError
-from pipelines.likeness import filled, looks_of, ranges, unlike
+from pipelines.likeness import looks_of, ranges
+from pipelines.nifti import read_description, read_nifti
 
 SHAPE = (30, 44, 21)
 AFFINE = np.array([[-1.25, 0, 0, 20.0], [0, -1.0, 0, 31.0], [0, 0, 2.0, -4.0], [0, 0, 0, 1]])
@@ -93,18 +95,24 @@ def test_files_names_arrays_and_a_4d_file_give_the_same(run: Path, scan: np.ndar
     stacked = tmp_path / "stacked.nii"
     nib.save(nib.Nifti1Image(np.moveaxis(scan, 0, -1), AFFINE), stacked)
     expected = predictor.segment(scan, AFFINE).labels()
-    for images in ([t1c, flair], {"flair": flair, "t1c": t1c}, stacked, [str(stacked)]):
+    for images in ([t1c, flair], [flair, t1c], {"t2f": flair, "T1ce": t1c}, stacked, [str(stacked)]):
         np.testing.assert_array_equal(predictor.segment(images).labels(), expected)
-    assert (predictor.segment([flair, t1c]).labels() != expected).any()
+    untold = [shutil.copy(path, tmp_path / f"{i}.nii.gz") for i, path in enumerate((flair, t1c))]
+    assert (predictor.segment(untold).labels() != expected).any()
+    np.testing.assert_array_equal(predictor.segment({"flair": untold[0], "t1c": untold[1]}).labels(), expected)
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (["a.nii", "b.nii", "c.nii"], "3 files for a network of 2 modalities: give t1c, flair"),
-        ({"flair": "a.nii"}, "no t1c among flair"),
+        (
+            ["a.nii", "b.nii", "c.nii"],
+            r"3 files \(a.nii, .*\) for 2 modalities: give the files of t1c, flair",
+        ),
+        ({"flair": "a.nii"}, r"no t1c among a.nii \(flair\)"),
+        ({"flair": "a_t1c.nii", "t1c": "a_flair.nii"}, "a_t1c.nii is given as flair, and its name says t1c"),
         (np.zeros((3, 8, 8, 8)), r"an array is \(3, 8, 8, 8\) without an affine"),
-        (["absent.nii", "absent.nii"], "absent.nii: there is no such file"),
+        (["absent.nii", "also.nii"], "absent.nii: there is no such file"),
     ],
 )
 def test_other_images_than_the_network_needs_are_refused(images: Any, message: str, run: Path) -> None:
@@ -245,67 +253,89 @@ def test_what_the_tutorial_calls_enhancing_is_written_as_what_does_not_enhance(
     np.testing.assert_array_equal(found.labels(CODINGS[release]).ravel(), (0, *values))
 
 
-def test_stages_overlap_and_a_faulty_item_leaves_the_others_alone() -> None:
-    """While item 1 is computed, item 2 is read and item 0 finished: each waits for the others to be there."""
-    together = threading.Barrier(3, timeout=120)
-    alive: set[int] = set()
-
-    def read(item: int) -> int:
-        if item == 2:
-            together.wait()
-        if item == 3:
-            raise DataError("no such item")
-        alive.add(item)
-        return 10 * item
-
-    def compute(item: int, content: int) -> int:
-        assert len(alive) <= 3
-        if item == 1:
-            together.wait()
-        return content + 1
-
-    def finish(item: int, content: int, result: int) -> str:
-        if item == 0:
-            together.wait()
-        alive.remove(item)
-        if item == 4:
-            raise DataError("disk")
-        return f"{item} {content} {result}"
-
-    outcomes = [(item, str(outcome)) for item, outcome in in_stages(range(6), read, compute, finish)]
-    assert outcomes == [(0, "0 0 1"), (1, "1 10 11"), (2, "2 20 21"), (3, "no such item"), (4, "disk"), (5, "5 50 51")]
-    with pytest.raises(ZeroDivisionError):
-        list(in_stages([0], lambda item: 1 // item, compute, finish))
-    assert list(in_stages([], read, compute, finish)) == []
-
-
-def test_a_scan_that_looks_unlike_the_training_data_carries_a_warning(scan: np.ndarray) -> None:
-    image = np.moveaxis(scan, 0, -1).astype(np.float32)
-    known = ranges([looks_of(image, AFFINE), looks_of(image * 3, AFFINE)])
-
-    def found(image_XYZC: np.ndarray, affine: np.ndarray = AFFINE) -> list[str]:
-        return unlike(looks_of(image_XYZC, affine), known, ("t1c", "flair"))
-
-    assert found(image) == [] and found(image * 1000) == []
-    assert "voxels are 6 mm along Z, in training they were 2 mm" in found(image, AFFINE @ np.diag([1, 1, 3, 1]))[0]
-    empty = image.copy()
-    empty[..., 1] = 0
-    assert found(empty) == ["flair holds nothing but zeros"]
-    assert any("100 % of t1c is not zero" in line for line in found(image + 1))
-    centred = np.where(image > 0, image - 1000, 0)
-    assert any("the mean of t1c is" in line for line in found(centred))
-
-
-def test_scans_without_a_background_of_zero_are_told_of_by_name() -> None:
-    image = np.zeros((10, 10, 10, 2), np.float32)
-    image[2:8, 2:8, 2:8] = 1.0
-    assert filled(ranges([looks_of(image, AFFINE)]), ("flair", "t1c")) is None and filled({}, ("flair",)) is None
-    image[..., 1] -= 0.4  # z-scored beforehand: its background is a constant
-    advice = filled(ranges([looks_of(image, AFFINE)]), ("flair", "t1c"))
-    assert advice and advice.startswith("t1c: more than 95 %")
-
-
 def test_a_segmentation_carries_the_warnings(scan: np.ndarray, tmp_path: Path) -> None:
-    known = ranges([looks_of(np.moveaxis(scan, 0, -1).astype(np.float32), np.diag([9.0, 9.0, 9.0, 1.0]))])
+    known = ranges([looks_of(np.moveaxis(scan, 0, -1).astype(np.float32), np.diag([0.5, 0.5, 0.5, 1.0]))])
     found = Predictor(write_run(tmp_path, scans=known), "cpu").segment(scan, AFFINE)
-    assert any("voxels are 1.25 mm along X, in training they were 9 mm" in line for line in found.warnings)
+    assert found.warnings[0].startswith("voxels are up to 2 mm long, in training they were up to 0.5 mm")
+
+
+def test_one_image_given_as_two_modalities_is_refused(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
+    """A file given twice is, by another name too, and so is a copy of it, or an array."""
+    predictor = Predictor(run, "cpu")
+    t1c, _ = write_scan(tmp_path, scan)
+    (tmp_path / "again.nii.gz").symlink_to(t1c)
+    shutil.copy(t1c, tmp_path / "copied.nii.gz")
+    with pytest.raises(ValueError, match="again.nii.gz is the same file as"):
+        predictor.segment([t1c, tmp_path / "again.nii.gz"])
+    for images, affine in (([t1c, tmp_path / "copied.nii.gz"], None), (np.stack([scan[0], scan[0]]), AFFINE)):
+        with pytest.raises(ValueError, match="t1c and flair are one and the same image"):
+            predictor.segment(images, affine)
+
+
+@pytest.mark.parametrize("name", ["unet", "unetr"])
+@pytest.mark.parametrize("scale", [1e20, 1e38])
+def test_weights_that_overflow_give_an_error_and_no_segmentation(
+    name: Literal["unet", "unetr"], scale: float, scan: np.ndarray, tmp_path: Path
+) -> None:
+    """Every voxel was background, for NaN is not above one half."""
+    model = ModelConfig(name=name, feature_size=2, hidden_size=8, mlp_dim=8, num_heads=2)
+    config = dataclasses.replace(CONFIG, model=model)
+    weights = {key: value * scale for key, value in make_model(config, 2).state_dict().items()}
+    weights = {key: value.clamp(-3e38, 3e38) for key, value in weights.items()}
+    predictor = Predictor(write_run(tmp_path, weights=weights, config=to_dict(config)), "cpu")
+    with pytest.raises(ValueError, match="logits of this scan are NaN or infinite, .*best.pt overflows on it"):
+        predictor.segment(scan, AFFINE)
+
+
+def test_a_logit_that_is_infinite_is_no_probability_of_one(
+    run: Path, scan: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(run, "cpu", flips=True)
+    for value in (np.inf, -np.inf, np.nan):
+        seen: list[tuple[int, ...]] = []
+
+        def logits(network: Any, image: torch.Tensor, window: Any, value: float = value, seen: list = seen) -> Any:
+            seen.append(tuple(image.shape))
+            found = torch.zeros(1, 3, *image.shape[2:])
+            if len(seen) == 3:  # in one mirror image of eight, in one voxel
+                found[0, 1, 2, 3, 4] = value
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, "sliding_window_logits", logits)
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                predictor.segment(scan, AFFINE)
+        assert len(seen) == 8
+
+
+def test_a_saved_segmentation_says_how_it_was_made(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
+    """Of weights, flips and coding each shows; the folder that the weights lie in does not."""
+    copied = tmp_path / "copied"
+    shutil.copytree(run, copied)
+
+    def saved(run: Path, release: str | None = None, flips: bool = False) -> str:
+        Predictor(run, "cpu", flips).segment(scan, AFFINE).save(tmp_path / "out.nii", release)
+        return read_description(tmp_path / "out.nii")
+
+    first = saved(run)
+    assert first.startswith("glioforge: brats2018 labels, weights ") and saved(copied) == first
+    others = {saved(run, "brats2023"), saved(run, flips=True), saved(write_run(tmp_path / "other", seed=1))}
+    assert len(others | {first}) == 4 and max(map(len, others)) < 80
+    own = dataclasses.replace(CODINGS["decathlon"], tissues={7: "oedema", 8: "enhancing"})
+    assert describe(own, "") != describe(CODINGS["decathlon"], "")
+
+
+def test_a_name_of_another_kind_of_file_or_an_unknown_release_is_refused(
+    run: Path, scan: np.ndarray, tmp_path: Path
+) -> None:
+    found = Predictor(run, "cpu").segment(scan, AFFINE, probabilities=True)
+    for name in ("x.nrrd", "x", "x.gz", "nii"):
+        for save in (found.save, found.save_probabilities):
+            with pytest.raises(ValueError, match=f"{name} must end in .nii.gz, or in .nii"):
+                save(tmp_path / name)
+    with pytest.raises(ValueError, match="unknown release 'brats2099': choose one of decathlon"):
+        found.save(tmp_path / "x.nii", "brats2099")
+    assert not list(tmp_path.iterdir())
+    found.save(tmp_path / "x.NII.GZ", "brats2023")
+    assert (tmp_path / "x.NII.GZ").read_bytes()[:2] == b"\x1f\x8b"
+    np.testing.assert_array_equal(read_nifti(tmp_path / "x.NII.GZ")[0], found.labels(CODINGS["brats2023"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -32,10 +34,12 @@ from engine.trained import make_model
 from launch import evaluate, predict
 from pipelines.cases import Case, find_cases
 from pipelines.labels import CODINGS, regions_from_labels
+from pipelines.layouts import DataError
 from pipelines.loaders import ValLoader
 from pipelines.nifti import RawCase, read_nifti
 from pipelines.phantom import make_phantoms
 from pipelines.store import prepare
+from pipelines.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CROP = (16, 16, 16)
@@ -55,12 +59,13 @@ def run(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(scans, tmp_path_factory.mktemp("run"), ORDER)
 
 
-def make_run(scans: Path, folder: Path, modalities: tuple[str, ...]) -> Path:
+def make_run(scans: Path, folder: Path, modalities: tuple[str, ...], seed: int = 3, scans_known: Any = None) -> Path:
     data = DataConfig(root=scans, crop_size_voxels=CROP, spacing_mm=SPACING, val_cases=["BRATS_002"], pad=True)
     config = Config(data=data, model=ModelConfig(name="unet", feature_size=2))
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     weights = make_model(config, len(modalities)).state_dict()
     content = content_of(CODINGS["decathlon"], weights=weights, config=to_dict(config), modalities=list(modalities))
+    content["scans"] = scans_known or {}
     save_weights(folder / "checkpoints" / "best.pt", content)
     return folder
 
@@ -102,11 +107,63 @@ def test_a_data_set_becomes_a_segmentation_each_on_the_scans_grid(run: Path, sca
 
 def test_what_is_there_is_kept_unless_asked(run: Path, scans: Path, tmp_path: Path) -> None:
     command = ("--runs", run, "--input", scans, "--output", tmp_path)
-    (tmp_path / "BRATS_001.nii.gz").write_bytes(b"from before")
+    Predictor(run, "cpu").segment(scans / "imagesTr" / "BRATS_001.nii.gz").save(tmp_path / "BRATS_001.nii.gz")
+    before = (tmp_path / "BRATS_001.nii.gz").stat().st_ino
     assert run_predict(*command) == 0
-    assert (tmp_path / "BRATS_001.nii.gz").read_bytes() == b"from before" and "BRATS_001" not in rows_of(tmp_path)
+    assert (tmp_path / "BRATS_001.nii.gz").stat().st_ino == before and "BRATS_001" not in rows_of(tmp_path)
     assert run_predict(*command, "--overwrite") == 0
-    assert labels_of(tmp_path / "BRATS_001.nii.gz").any() and "BRATS_001" in rows_of(tmp_path)
+    assert (tmp_path / "BRATS_001.nii.gz").stat().st_ino != before and "BRATS_001" in rows_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (("--release", "brats2023"), "BRATS_001.nii.gz says .glioforge: decathlon labels, .* is .*brats2023 labels"),
+        (("--flips",), "asked for is .*, flips'"),
+        (("--runs", "other"), "BRATS_001.nii.gz says .*weights .* and asked for is .*weights "),
+    ],
+)
+def test_a_folder_of_other_segmentations_is_refused_before_any_work(
+    changed: tuple[str, ...], says: str, run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(scans, tmp_path / "other", ORDER, seed=4)
+    images, out = sorted((scans / "imagesTr").glob("*.nii.gz")), tmp_path / "out"
+    assert run_predict("--runs", run, "--input", images[0], "--output", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    command = ("--runs", run, "--input", *images, "--output", out, *changed)
+    with pytest.raises(ValueError, match=f"holds 1 files that are not what is asked for now: .*{says}.*--overwrite"):
+        run_predict(*command)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run_predict(*command, "--overwrite") == 0
+    assert len(list(out.glob("*.nii.gz"))) == 3
+
+
+def test_a_file_of_unknown_origin_or_another_grid_is_not_taken_for_a_segmentation(
+    run: Path, scans: Path, tmp_path: Path
+) -> None:
+    image, out = scans / "imagesTr" / "BRATS_001.nii.gz", tmp_path / "out"
+    command = ("--runs", run, "--input", image, "--output", out)
+    assert run_predict(*command, "--probabilities") == 0
+    whole = nib.load(out / "BRATS_001.nii.gz")
+    moved = whole.affine + np.diag([0, 0, 0.1, 0])
+    probabilities = (out / "BRATS_001-probabilities.nii.gz").read_bytes()
+    for array, affine, header, says in (
+        (np.asarray(whole.dataobj), whole.affine, None, "does not say how it was made"),
+        (np.asarray(whole.dataobj)[1:], whole.affine, whole.header, "lies on another grid than .*BRATS_001"),
+        (np.asarray(whole.dataobj), moved, whole.header, "lies on another grid than .*BRATS_001"),
+    ):
+        nib.save(nib.Nifti1Image(array, affine, header), out / "BRATS_001.nii.gz")
+        with pytest.raises(ValueError, match=says):
+            run_predict(*command)
+    (out / "BRATS_001.nii.gz").write_bytes(b"notes")
+    with pytest.raises(ValueError, match="BRATS_001.nii.gz can't be read .not a NIfTI file"):
+        run_predict(*command)
+    (out / "BRATS_001.nii.gz").unlink()
+    with pytest.raises(ValueError, match="1 files .*BRATS_001-probabilities.nii.gz says"):
+        run_predict(*command, "--probabilities", "--flips")
+    assert (out / "BRATS_001-probabilities.nii.gz").read_bytes() == probabilities
+    assert run_predict(*command, "--probabilities") == 0 and (out / "BRATS_001.nii.gz").is_file()
 
 
 @pytest.mark.parametrize(
@@ -166,14 +223,25 @@ def test_a_command_that_is_stopped_leaves_whole_files_and_goes_on_with_the_other
     assert (tmp_path / "predictions.csv").read_text().count("\n") == 4
 
 
-@pytest.mark.parametrize("content", [b"id,dice\n1,0.9\n", b"\xff\xfe\x00", b""])
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"id,dice\n1,0.9\n", "has the columns id, dice"),
+        (b"\xff\xfe\x00", "is no table in UTF-8"),
+        (b"", "is empty"),
+        (b"case,seconds,warnings,error\na,1,,\n\0\0\0\0", "predictions.csv, line 3: it holds NUL bytes"),
+        (b"case,seconds,warnings,error\na,1,,,,,\n", "predictions.csv, line 2: 7 cells, must be 4"),
+        (b"case,seconds,warnings,error\na,1," + b"w" * 131_073 + b",\n", "line 2: field larger than field limit"),
+    ],
+)
 def test_a_table_of_something_else_is_never_replaced(
-    run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+    run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, fault: str
 ) -> None:
     (tmp_path / "predictions.csv").write_bytes(content)
     command = ["--runs", str(run), "--input", str(scans), "--output", str(tmp_path), "--device", "cpu"]
     assert predict.main(command) == 2
-    assert "predictions.csv is not a table of this command (case,seconds,warnings,error)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert fault in told and "It is not a table of this command (case,seconds,warnings,error)" in told
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]
 
 
@@ -230,19 +298,20 @@ def test_segmentations_take_the_place_of_no_scan_and_no_label(run: Path, scans: 
     assert {path: path.read_bytes() for path in task.rglob("*.nii.gz")} == before
 
 
+def listed(folder: Path, image: Path, *names: str) -> Path:
+    """A list in which several cases have one image."""
+    cases = [{"name": name, "image": str(image)} for name in names]
+    (folder / "list.json").write_text(json.dumps({"modalities": ORDER, "cases": cases}))
+    return folder / "list.json"
+
+
 def test_each_case_has_a_segmentation_of_its_own_whatever_its_name(run: Path, scans: Path, tmp_path: Path) -> None:
-    image = str(scans / "imagesTr" / "BRATS_001.nii.gz")
-
-    def listed(*names: str) -> Path:
-        cases = [{"name": name, "image": image} for name in names]
-        (tmp_path / "list.json").write_text(json.dumps({"modalities": ORDER, "cases": cases}))
-        return tmp_path / "list.json"
-
-    out = tmp_path / "out"
-    assert run_predict("--runs", run, "--input", listed("Müller", "Möller", "张"), "--output", out) == 0
+    image, out = scans / "imagesTr" / "BRATS_001.nii.gz", tmp_path / "out"
+    cases = listed(tmp_path, image, "Müller", "Möller", "张")
+    assert run_predict("--runs", run, "--input", cases, "--output", out) == 0
     assert {path.name for path in out.glob("*.nii.gz")} == {"Müller.nii.gz", "Möller.nii.gz", "张.nii.gz"}
     with pytest.raises(ValueError, match="cases a b and a_b of --input would both be written to .*a_b.nii.gz"):
-        run_predict("--runs", run, "--input", listed("a b", "a_b"), "--output", out)
+        run_predict("--runs", run, "--input", listed(tmp_path, image, "a b", "a_b"), "--output", out)
 
 
 def test_the_table_has_every_fault_until_it_is_mended(run: Path, scans: Path, tmp_path: Path) -> None:
@@ -277,30 +346,6 @@ def test_a_4d_file_that_cannot_be_read_leaves_the_others_alone(
         run_predict("--runs", run, "--input", damaged, "--output", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("files", "name"),
-    [
-        (("case_flair", "case_t1", "case_t1ce", "case_t2"), "case"),
-        (("BraTS-GLI-00000-000-t2f", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
-        (("BraTS-GLI-00000-000-t1n", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
-        (("t1", "t1ce", "t2"), "patient7"),
-        (("Flair_subtrMeanDivStd", "T1c_subtrMeanDivStd"), "patient7"),
-        (("patient_t1", "patient_t2"), "patient"),
-        (("start1", "start2"), "start"),
-    ],
-)
-def test_files_of_a_case_give_it_the_name_that_they_share(files: tuple[str, ...], name: str, tmp_path: Path) -> None:
-    """Of t1c and t2f the t is shared too and no part of it: cases of `t1.nii.gz` and `t2.nii.gz` were all named t."""
-    folder = tmp_path / "patient7"
-    folder.mkdir()
-    paths = [folder / f"{file}.nii" for file in files]
-    for path in paths:
-        nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), path)
-    modalities = ORDER[: len(files)]
-    ((case,), _) = predict.files_as_cases(paths, SimpleNamespace(modalities=modalities), None)  # type: ignore[arg-type]
-    assert case.name == name
-
-
 def test_labels_are_of_the_scans_release_or_of_the_one_asked_for(run: Path, scans: Path, tmp_path: Path) -> None:
     """The network knows Decathlon's values, names of 2023 stand for 1, 2 and 3 in another order."""
     case = brats_folder(tmp_path, "BraTS-GLI-9", scans)
@@ -327,9 +372,11 @@ def test_files_that_make_up_no_case_are_refused(run: Path, scans: Path, tmp_path
     case = brats_folder(tmp_path, "BraTS-GLI-1", scans)
     stacked = scans / "imagesTr" / "BRATS_001.nii.gz"
     command = ("--runs", run, "--output", tmp_path / "out", "--input")
-    for files in (sorted_files(case)[:1], sorted_files(case)[:3], [stacked, *sorted_files(case)[:3]]):
-        with pytest.raises(ValueError, match=r"\(3D\).*: give 4D files with 4 modalities"):
+    for files in (sorted_files(case)[:1], sorted_files(case)[:3]):
+        with pytest.raises(ValueError, match=r"no .*t2 among .*: the network needs flair, t1, t1c, t2"):
             run_predict(*command, *files)
+    with pytest.raises(ValueError, match=r"\(3D\): give 4D files with flair, t1, t1c, t2, or the 3D files of one case"):
+        run_predict(*command, stacked, *sorted_files(case)[:3])
     nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 5), np.float32), np.eye(4)), tmp_path / "five.nii")
     with pytest.raises(ValueError, match="five.nii has 5 images on its last axis, and 4 are expected"):
         run_predict(*command, tmp_path / "five.nii")
@@ -411,12 +458,18 @@ def test_all_ranks_share_what_the_first_finds_undone(tmp_path: Path, monkeypatch
     """A rank that is late finds segmentations that another has just written; its share would be of fewer cases."""
     cases = [Case(name, (tmp_path / f"{name}.nii.gz",), (0,), None) for name in "abc"]
     late = Ranks(1, 2, 1, torch.device("cpu"), 2)
-    monkeypatch.setattr(predict, "gather", lambda value, ranks: [cases, value])
     (tmp_path / "a.nii.gz").touch()
-    assert predict.left_to_do(cases, tmp_path, False, False, late) == cases
+
+    def left_to_do(ranks: Ranks, overwrite: bool = False) -> Sequence[Case]:
+        return predict.left_to_do(cases, tmp_path, False, overwrite, ranks, CODINGS["decathlon"], "")
+
+    monkeypatch.setattr(predict, "not_as_asked", lambda *_: "")
+    monkeypatch.setattr(predict, "gather", lambda value, ranks: [cases, value])
+    assert left_to_do(late) == cases and not (tmp_path / "predictions.csv").exists()
     monkeypatch.setattr(predict, "gather", lambda value, ranks: [value])
-    assert predict.left_to_do(cases, tmp_path, False, False, late) == cases[1:]
-    assert predict.left_to_do(cases, tmp_path, False, True, late) == cases
+    first = replace(late, rank=0)
+    assert left_to_do(first) == cases[1:] and (tmp_path / "predictions.csv").exists()
+    assert left_to_do(first, overwrite=True) == cases
 
 
 def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: Path, tmp_path: Path) -> None:
@@ -433,3 +486,117 @@ def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: P
     assert [line for line in done.stderr.splitlines() if "error" in line] == [
         f"error: {tmp_path / 'nothing'} is no run with weights (checkpoints/best.pt, last.pt), nor a weights file"
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "failed: BRATS_002: out of memory (MemoryError)"),
+        (RuntimeError("could not create a primitive"), "failed: BRATS_002: out of memory (could not create"),
+        (ValueError("some strides are negative"), "failed: BRATS_002: some strides are negative"),
+        (IndexError("one slice"), "failed: BRATS_002: IndexError: one slice (test_predict.py, line"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "failed: BRATS_002: x: Permission denied"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["prepare", "probabilities", "finish"])
+def test_whatever_befalls_one_case_the_others_are_segmented(
+    error: Exception, says: str, stage: str, run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    calls, work = [], getattr(Predictor, stage)
+
+    def failing(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return work(*args)
+
+    monkeypatch.setattr(Predictor, stage, failing)
+    command = ["--runs", str(run), "--input", str(scans), "--output", str(tmp_path), "--device", "cpu"]
+    assert predict.main(command) == 1
+    told = capsys.readouterr()
+    assert says in told.err and "2 cases segmented, 0 kept" in told.out and "Traceback" not in told.err
+    assert [path.name for path in sorted(tmp_path.glob("*.nii.gz"))] == ["BRATS_001.nii.gz", "BRATS_003.nii.gz"]
+    assert rows_of(tmp_path)["BRATS_002"]["error"] and not rows_of(tmp_path)["BRATS_003"]["error"]
+    monkeypatch.undo()
+    assert predict.main(command) == 0
+    assert "1 cases segmented, 2 kept" in capsys.readouterr().out and not rows_of(tmp_path)["BRATS_002"]["error"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT])
+def test_what_no_other_case_can_get_over_ends_the_batch_and_says_so(
+    number: int, run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A full disk, a folder that can't be written to, and (ENOENT) one that is gone."""
+    save, output, tried = inference.write_nifti, tmp_path / "out", []
+
+    def saving(path: Path, *rest: Any) -> None:
+        tried.append(path.name)
+        if len(tried) == 2:
+            if number == errno.ENOENT:
+                shutil.rmtree(output)
+            raise OSError(number, os.strerror(number), str(path))
+        save(path, *rest)
+
+    monkeypatch.setattr(inference, "write_nifti", saving)
+    cases = listed(tmp_path, scans / "imagesTr" / "BRATS_001.nii.gz", *"abcdef")
+    command = ["--runs", str(run), "--input", str(cases), "--output", str(output), "--device", "cpu"]
+    assert predict.main(command) == 2
+    told = capsys.readouterr().err
+    assert f"error: --output {output} can't be written ({os.strerror(number)})" in told and "Traceback" not in told
+    assert len(tried) < 4  # the third may be under way
+    monkeypatch.undo()
+    assert predict.main(command) == 0 and len(list(output.glob("*.nii.gz"))) == 6
+
+
+def test_a_disk_that_is_full_of_one_file_alone_is_one_cases_fault(
+    run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = inference.write_nifti
+
+    def saving(path: Path, *rest: Any) -> None:
+        if path.name == "BRATS_001.nii.gz":
+            raise OSError(errno.EFBIG, "File too large", str(path))
+        save(path, *rest)
+
+    monkeypatch.setattr(inference, "write_nifti", saving)
+    assert run_predict("--runs", run, "--input", scans, "--output", tmp_path) == 1
+    assert len(list(tmp_path.glob("*.nii.gz"))) == 2
+    assert "BRATS_001.nii.gz: File too large" in rows_of(tmp_path)["BRATS_001"]["error"]
+
+
+def test_weights_that_overflow_leave_no_segmentation_and_name_every_case(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(scans, tmp_path / "run", ORDER)
+    content = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    weights = {name: torch.full_like(value, 1e38) for name, value in content["weights"].items()}
+    (run / "checkpoints" / "best.pt").unlink()
+    save_weights(run / "checkpoints" / "best.pt", content | {"weights": weights})
+    assert run_predict("--runs", run, "--input", scans, "--output", tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert told.count("the logits of this scan are NaN or infinite") == 3
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+    with pytest.raises(DataError, match="no case could be read"):
+        run_evaluate("--runs", run, "--root", scans, "--output", tmp_path / "scores")
+    assert capsys.readouterr().err.count("NaN or infinite") == 3
+
+
+def test_names_are_written_as_they_are_or_told_to_be_too_long(run: Path, scans: Path, tmp_path: Path) -> None:
+    """Of 255 bytes that a file's name may have, `.nii.gz` takes 7 and `-probabilities` 14."""
+    image, out = scans / "imagesTr" / "BRATS_001.nii.gz", tmp_path / "out"
+    files = [tmp_path / os.fsdecode(name) for name in (b"caf\xe9.nii.gz", b"=1+1.nii.gz", b"n" * 241 + b".nii.gz")]
+    for file in files:
+        shutil.copy(image, file)
+    good = tmp_path / "good.nii.gz"
+    shutil.copy(image, good)
+    command = ("--runs", run, "--input", *files, good, "--output", out, "--probabilities")
+    assert run_predict(*command) == 1
+    rows = read_table(out / "predictions.csv")
+    by_case = {row["case"]: row["error"] for row in rows}
+    assert by_case[os.fsdecode(b"caf\xe9")] == by_case["=1+1"] == by_case["good"] == ""
+    assert "its file would have a name of 262 bytes, 255 are allowed: rename the case" in by_case["n" * 241]
+    assert {path.name for path in out.glob("*[!s].nii.gz")} == {"caf_.nii.gz", "_1_1.nii.gz", "good.nii.gz"}
+    assert b"'=1+1," in (out / "predictions.csv").read_bytes()
+    assert run_predict(*command[:-1]) == 0 and (out / f"{'n' * 241}.nii.gz").is_file()

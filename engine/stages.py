@@ -1,0 +1,107 @@
+"""Work on many cases in three stages side by side, where one that fails never ends the others' work."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from engine.command import explain
+from engine.memory import is_out_of_memory
+from pipelines.layouts import DataError
+
+log = logging.getLogger(__name__)
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+
+
+class BatchEnds(ValueError):
+    """What would keep every further case from being done too, such as a full disk; the message is for the user."""
+
+
+def in_stages(
+    items: Sequence[A],
+    read: Callable[[A], B],
+    compute: Callable[[A, B], C],
+    finish: Callable[[A, B, C], D],
+) -> Iterator[tuple[A, D | DataError]]:
+    """Work on items one after the other, the next being read and the last being finished meanwhile, in threads.
+
+    Args:
+        items: what to work on.
+        read: runs in a thread, one item ahead. compute: runs here. finish: runs in another thread, one item behind.
+
+    Yields:
+        (item, what `finish` returned, or what kept one of the three from its work, in words), in order. At most three
+        items are in memory.
+
+    Raises:
+        BatchEnds: one of the three did.
+        torch.AcceleratorError: the device takes no more work.
+    """
+    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "finish") as finisher:
+        ahead = reader.submit(read, items[0]) if items else None
+        behind: tuple[A, Future[D]] | None = None
+        for i, item in enumerate(items):
+            assert ahead is not None
+            reading, ahead = ahead, reader.submit(read, items[i + 1]) if i + 1 < len(items) else None
+            finishing: Future[D] = Future()
+            try:
+                content = reading.result()
+                finishing = finisher.submit(finish, item, content, compute(item, content))
+            except Exception as error:
+                finishing.set_exception(_fault(error))
+            del reading  # and with it the item's content
+            if behind:
+                yield behind[0], _outcome(behind[1])
+            behind = item, finishing
+        if behind:
+            yield behind[0], _outcome(behind[1])
+
+
+def _outcome(done: Future) -> Any:
+    try:
+        return done.result()
+    except Exception as error:
+        fault = _fault(error)
+        if isinstance(fault, DataError):
+            return fault.with_traceback(None)  # which has this frame by now, and with it the item's volumes
+        raise fault from None
+
+
+def _fault(error: Exception) -> Exception:
+    """A case's fault in words, without its traceback, which would keep volumes in memory; or what ends the batch."""
+    if isinstance(error, DataError):
+        return error.with_traceback(None)
+    if isinstance(error, BatchEnds):
+        return error
+    if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+        return error
+    log.debug("a case failed", exc_info=error)
+    message = _in_words(error)
+    traceback.clear_frames(error.__traceback__)
+    if is_out_of_memory(error) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return DataError(message)
+
+
+def _in_words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return (
+            f"out of memory ({text[:200] or type(error).__name__}): end other programs, or take a machine or a device "
+            "with more, and do this case again"
+        )
+    if isinstance(error, OSError):
+        return explain(error)
+    if type(error) is ValueError:
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"

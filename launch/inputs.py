@@ -1,0 +1,96 @@
+"""What `launch/predict.py` is given to segment: data sets, folders of cases, and files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.inference import Predictor
+from pipelines.cases import Case, CaseSet, survey_cases
+from pipelines.layouts import CaseError, DataError, canonical_modalities
+from pipelines.nifti import read_grid
+from pipelines.order import in_order
+
+Fault = tuple[Path, Exception]
+"""Of a case, of a file or of a folder, and what is wrong."""
+
+
+def find(inputs: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None) -> tuple[CaseSet, list[Fault]]:
+    """The cases to segment, in the coding that all data sets and folders have by their names, else the network's; and
+    the faults of those that can't be segmented.
+
+    Raises:
+        ValueError: nothing there, files that make up no case.
+        OSError: the only folder can't be read.
+    """
+    files = [path for path in inputs if path.name.lower().endswith((".nii", ".nii.gz")) and not path.is_dir()]
+    cases, faults = files_as_cases(files, predictor, modalities)
+    codings = [predictor.coding] if files else []
+    if modalities and not files:
+        raise ValueError("--modalities names the files or the 4D axis of --input files; a data set says it by itself")
+    for root in (path for path in inputs if path not in files):
+        try:
+            survey = survey_cases(root, None, predictor.modalities, labelled=False, unlabelled_as=predictor.coding)
+        except (DataError, OSError) as error:
+            if len(inputs) == 1:
+                raise
+            faults.append((root, error))
+            continue
+        cases += survey.usable.cases
+        faults += [(fault.path, fault) for fault in survey.faults]
+        codings.append(survey.usable.coding)
+    coding = codings[0] if codings and all(each == codings[0] for each in codings) else predictor.coding
+    return CaseSet(tuple(cases), predictor.modalities, coding), faults
+
+
+def files_as_cases(
+    files: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None
+) -> tuple[list[Case], list[Fault]]:
+    """4D files, each a case (3D for a network of one modality), and their faults; or the 3D files of one case."""
+    if not files:
+        return [], []
+    order = canonical_modalities(modalities) if modalities else predictor.modalities
+    missing = [name for name in predictor.modalities if name not in order]
+    if missing:
+        raise ValueError(
+            f"--modalities {' '.join(order)} lacks {', '.join(missing)}: the network needs "
+            f"{' '.join(predictor.modalities)}"
+        )
+    shapes: dict[Path, tuple[int, ...]] = {}
+    faults: list[Fault] = []
+    for path in files:
+        try:
+            shapes[path] = read_grid(path)[0]
+        except CaseError as error:
+            faults.append((path, error))
+    dimensions = {path: len([n for n in shape[3:] if n > 1]) + 3 for path, shape in shapes.items()}
+    alone = len(order) == 1  # the network has one modality
+    if alone and set(dimensions.values()) == {3}:
+        return [Case(stem(path), in_order([path], order, modalities), None, None) for path in shapes], faults
+    if not alone and set(dimensions.values()) == {4}:
+        return [_stacked(path, shape, order, predictor.modalities) for path, shape in shapes.items()], faults
+    if faults:
+        raise faults[0][1]
+    if alone or set(dimensions.values()) != {3}:
+        given = ", ".join(f"{path.name} ({count}D)" for path, count in dimensions.items())
+        wanted = "3D files, each a case" if alone else f"4D files with {', '.join(order)}, or the 3D files of one case"
+        raise ValueError(f"--input {given}: give {wanted}")
+    prefix = os.path.commonprefix([stem(path) for path in files])
+    name = re.sub(r"(^|[-_. ]+)(t1?)?$", "", prefix, flags=re.IGNORECASE) or files[0].resolve().parent.name
+    return [Case(name, in_order(files, predictor.modalities, modalities), None, None)], []
+
+
+def _stacked(path: Path, shape: Sequence[int], order: Sequence[str], needed: Sequence[str]) -> Case:
+    if shape[3] != len(order):
+        raise ValueError(
+            f"--input {path.name} has {shape[3]} images on its last axis, and {len(order)} are expected "
+            f"({' '.join(order)}): name what is on it, in order, with --modalities"
+        )
+    return Case(stem(path), (path,), tuple(order.index(name) for name in needed), None)
+
+
+def stem(path: Path) -> str:
+    """A file's name without `.nii` or `.nii.gz`."""
+    return path.name[: path.name.lower().rindex(".nii")]

@@ -1,0 +1,115 @@
+"""What a prediction is given: files of a case, 4D files, folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from launch.inputs import files_as_cases, find
+from pipelines.labels import CODINGS
+from pipelines.layouts import DataError, modality_of
+
+ORDER = ("flair", "t1", "t1c", "t2")
+
+
+def network(*modalities: str) -> Any:
+    return SimpleNamespace(modalities=modalities or ORDER, coding=CODINGS["decathlon"])
+
+
+def write(path: Path, shape: tuple[int, ...] = (2, 2, 2)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        (("case_flair", "case_t1", "case_t1ce", "case_t2"), "case"),
+        (("BraTS-GLI-00000-000-t2f", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
+        (("BraTS-GLI-00000-000-t1n", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
+        (("t1", "t1ce", "t2"), "patient7"),
+        (("Flair_subtrMeanDivStd", "T1c_subtrMeanDivStd"), "patient7"),
+        (("patient_t1", "patient_t2"), "patient"),
+        (("start1", "start2"), "start"),
+    ],
+)
+def test_files_of_a_case_give_it_the_name_that_they_share(files: tuple[str, ...], name: str, tmp_path: Path) -> None:
+    """Of t1c and t2f the t is shared too and no part of it: cases of `t1.nii.gz` and `t2.nii.gz` were all named t."""
+    folder = tmp_path / "patient7"
+    folder.mkdir()
+    paths = [folder / f"{file}.nii" for file in files]
+    for path in paths:
+        write(path)
+    modalities = [modality_of(path) or ORDER[i] for i, path in enumerate(paths)]
+    ((case,), _) = files_as_cases(paths, network(*modalities), None)
+    assert case.name == name
+
+
+def test_files_are_taken_by_their_names_in_whatever_order_a_shell_gives_them(tmp_path: Path) -> None:
+    names = ("t1c", "t1n", "t2f", "t2w")  # sorted
+    paths = [write(tmp_path / f"BraTS-GLI-00000-000-{name}.nii.gz") for name in names]
+    for given, modalities in ((paths, None), (paths, names), (paths[::-1], names[::-1])):
+        ((case,), faults) = files_as_cases(given, network(), modalities)
+        assert not faults and case.images == (paths[2], paths[1], paths[0], paths[3])
+    with pytest.raises(ValueError, match="t1c.nii.gz is given as flair, and its name says t1c"):
+        files_as_cases(paths, network(), ORDER)
+
+
+def test_a_file_of_another_modality_is_no_case_of_a_network_of_one(tmp_path: Path) -> None:
+    paths = [write(tmp_path / name) for name in ("a_t1c.nii", "b.nii")]
+    cases, _ = files_as_cases(paths, network("t1c"), None)
+    assert [case.images for case in cases] == [(path,) for path in paths]
+    with pytest.raises(ValueError, match=r"no t1c among c_flair.nii \(flair\): the network needs t1c"):
+        files_as_cases([*paths, write(tmp_path / "c_flair.nii")], network("t1c"), None)
+
+
+def test_dimensions_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    stacked, scan = write(tmp_path / "stacked.nii", (2, 2, 2, 4)), write(tmp_path / "scan.nii")
+    with pytest.raises(ValueError, match=r"stacked.nii \(4D\), scan.nii \(3D\): give 4D files with flair, t1, t1c, t2"):
+        files_as_cases([stacked, scan], network(), None)
+    with pytest.raises(ValueError, match=r"stacked.nii \(4D\): give 3D files, each a case"):
+        files_as_cases([stacked], network("t1c"), None)
+
+
+def case_folder(root: Path, name: str, ends: tuple[str, ...] = ("t2f", "t1n", "t1c", "t2w"), mark: str = "-") -> Path:
+    for end in ends:
+        write(root / name / f"{name}{mark}{end}.nii.gz")
+    return root / name
+
+
+def test_one_folder_of_several_that_holds_no_case_leaves_the_others_alone(tmp_path: Path) -> None:
+    good = [case_folder(tmp_path, f"BraTS-GLI-0000{i}-000") for i in (1, 2)]
+    (tmp_path / "empty").mkdir()
+    found, faults = find([good[0], tmp_path / "empty", tmp_path / "gone", good[1]], network(), None)
+    assert found.names == tuple(folder.name for folder in good)
+    assert [path.name for path, _ in faults] == ["empty", "gone"]
+    assert "no cases found" in str(faults[0][1]) and "is not there" in str(faults[1][1])
+    with pytest.raises(DataError, match="no cases found"):
+        find([tmp_path / "empty"], network(), None)
+
+
+def test_a_folder_that_is_named_like_a_file_is_a_folder(tmp_path: Path) -> None:
+    folder = case_folder(tmp_path, "BraTS-GLI-00001-000.nii")
+    found, _ = find([folder], network(), None)
+    assert len(found.cases) == 1
+
+
+def test_folders_of_one_release_are_written_in_it_and_those_of_several_in_the_networks(tmp_path: Path) -> None:
+    of_2023 = [case_folder(tmp_path, f"BraTS-GLI-0000{i}-000") for i in (1, 2)]
+    of_2020 = case_folder(tmp_path, "BraTS20_Training_001", ("flair", "t1", "t1ce", "t2"), "_")
+    file = write(tmp_path / "stacked.nii", (2, 2, 2, 4))
+    for inputs, release in (
+        (of_2023[:1], "brats2023"),
+        (of_2023, "brats2023"),
+        ([of_2020], "brats2018"),
+        ([*of_2023, of_2020], "decathlon"),
+        ([*of_2023, file], "decathlon"),
+        ([file], "decathlon"),
+    ):
+        assert find(inputs, network(), None)[0].coding.release == release

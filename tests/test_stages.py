@@ -1,0 +1,120 @@
+"""Cases in three stages side by side: they overlap, and none ends the others' work."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from engine.stages import BatchEnds, in_stages
+from pipelines.layouts import DataError
+
+
+def test_stages_overlap_and_a_faulty_item_leaves_the_others_alone() -> None:
+    """While item 1 is computed, item 2 is read and item 0 finished: each waits for the others to be there."""
+    together = threading.Barrier(3, timeout=120)
+    alive: set[int] = set()
+
+    def read(item: int) -> int:
+        if item == 2:
+            together.wait()
+        if item == 3:
+            raise DataError("no such item")
+        alive.add(item)
+        return 10 * item
+
+    def compute(item: int, content: int) -> int:
+        assert len(alive) <= 3
+        if item == 1:
+            together.wait()
+        return content + 1
+
+    def finish(item: int, content: int, result: int) -> str:
+        if item == 0:
+            together.wait()
+        alive.remove(item)
+        if item == 4:
+            raise DataError("disk")
+        return f"{item} {content} {result}"
+
+    outcomes = [(item, str(outcome)) for item, outcome in in_stages(range(6), read, compute, finish)]
+    assert outcomes == [(0, "0 0 1"), (1, "1 10 11"), (2, "2 20 21"), (3, "no such item"), (4, "disk"), (5, "5 50 51")]
+    assert list(in_stages([], read, compute, finish)) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), r"out of memory \(MemoryError\): end other programs"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"out of memory \(CUDA out of memory. Tried\)"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (RuntimeError("sizes\n of tensors"), r"RuntimeError: sizes of tensors \(test_stages.py, line \d+\)"),
+        (
+            OSError(errno.EACCES, "Permission denied", "a/scan.nii"),
+            "a/scan.nii: Permission denied; change its",
+        ),
+        (RuntimeError("could not create a primitive"), "out of memory"),
+        (ValueError("some of the strides are negative"), "some of the strides are negative"),
+        (IndexError("one slice"), r"IndexError: one slice \(test_stages.py"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["read", "compute", "finish"])
+def test_whatever_goes_wrong_with_an_item_the_others_are_done(error: Exception, says: str, stage: str) -> None:
+    def work(name: str, item: int) -> int:
+        if name == stage and item == 1:
+            raise error
+        return item
+
+    outcomes = dict(in_stages(range(3), *(lambda item, *_, name=name: work(name, item) for name in STAGES)))
+    fault = outcomes.pop(1)
+    assert outcomes == {0: 0, 2: 2}
+    assert isinstance(fault, DataError)
+    with pytest.raises(DataError, match=f"^{says}"):
+        raise fault
+
+
+STAGES = ("read", "compute", "finish")
+
+
+@pytest.mark.parametrize("error", [BatchEnds("disk full"), torch.AcceleratorError("device-side assert")])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_no_further_item_can_get_over_ends_the_batch(error: BaseException, stage: str) -> None:
+    def work(name: str, item: int) -> int:
+        if name == stage and item == 1:
+            raise error
+        return item
+
+    done = []
+    with pytest.raises(type(error)):
+        for item, _ in in_stages(range(4), *(lambda item, *_, name=name: work(name, item) for name in STAGES)):
+            done.append(item)
+    assert done == [0]
+
+
+def test_a_failed_items_volumes_are_not_kept() -> None:
+    """An error holds the frames that it passed through, and these the volumes that memory ran out for."""
+    kept: list[weakref.ref] = []
+
+    class Volume(np.ndarray):
+        pass
+
+    def read(item: int) -> np.ndarray:
+        volume = np.zeros(8).view(Volume)
+        kept.append(weakref.ref(volume))
+        return volume
+
+    def compute(item: int, volume: np.ndarray) -> None:
+        raise MemoryError
+
+    faults = [fault for _, fault in in_stages(range(2), read, compute, lambda *_: None)]
+    assert len(faults) == 2
+    gc.disable()
+    try:
+        assert [volume() for volume in kept] == [None, None]
+    finally:
+        gc.enable()
