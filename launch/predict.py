@@ -138,13 +138,12 @@ def predict(options: Namespace) -> int:
     for row in (row for part in rows[1:] for row in part if row.warnings):
         log.warning("%s: %s", row.case, row.warnings)
     done = [row for part in rows for row in part]
-    write_rows(output / TABLE, [*failed, *done])
-    failed += [row for row in done if row.error]
     segmented = len(done) - sum(bool(row.error) for row in done)
     print(f"{segmented} cases segmented, {kept} kept: {printable(str(output))}")
-    for row in failed:
+    for row in (*failed, *(row for row in done if row.error)):
         print(f"failed: {row.error}", file=sys.stderr)
-    return 1 if failed else 0
+    write_rows(output / TABLE, [*failed, *done])
+    return 1 if failed or segmented < len(done) else 0
 
 
 def check_outputs(cases: Sequence[Case], output: Path, probabilities: bool) -> None:

@@ -135,6 +135,8 @@ def same_image(image_XYZC: np.ndarray, known: dict[str, Any], modalities: Sequen
     channels = np.moveaxis(image_XYZC, -1, 0)
     for (i, j), span in zip(_pairs(modalities), _spans(known, len(modalities))):
         one, other = channels[i], channels[j]
+        if not np.array_equal(one[::16, ::16], other[::16, ::16]):  # of all voxels it takes 10 ms a pair
+            continue
         is_usual = span is not None and span[1] > NEARLY_ONE
         if not is_usual and np.array_equal(one, other) and one.min() < one.max():
             return (
