@@ -305,6 +305,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     known: dict[str, dict] = {}
     if os.path.lexists(path):
         try:
+            drop_cut_off_row(path)
             known = {row["case"]: row for row in read_table(path, COLUMNS) if not row["error"]}
         except ValueError as error:
             raise ValueError(
@@ -314,6 +315,14 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     for row in rows:
         known.pop(row.case, None)
     write_table(path, COLUMNS, sorted([*known.values(), *map(asdict, rows)], key=lambda row: row["case"]))
+
+
+def drop_cut_off_row(path: Path) -> None:
+    """Take the end of a row out of the table that a full disk or a kill left without its rest."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if content.startswith(",".join(COLUMNS).encode()) and 0 < end < len(content):
+        os.truncate(path, end)
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def test_a_command_that_is_stopped_leaves_whole_files_and_goes_on_with_the_other
         (b"id,dice\n1,0.9\n", "has the columns id, dice"),
         (b"\xff\xfe\x00", "is no table in UTF-8"),
         (b"", "is empty"),
-        (b"case,seconds,warnings,error\na,1,,\n\0\0\0\0", "predictions.csv, line 3: it holds NUL bytes"),
+        (b"case,seconds,warnings,error\na,1,,\n\0\0\0\0\n", "predictions.csv, line 3: it holds NUL bytes"),
         (b"case,seconds,warnings,error\na,1,,,,,\n", "predictions.csv, line 2: 7 cells, must be 4"),
         (b"case,seconds,warnings,error\na,1," + b"w" * 131_073 + b",\n", "line 2: field larger than field limit"),
     ],
@@ -243,6 +243,16 @@ def test_a_table_of_something_else_is_never_replaced(
     told = capsys.readouterr().err
     assert fault in told and "It is not a table of this command (case,seconds,warnings,error)" in told
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]
+
+
+@pytest.mark.parametrize("rest", ["BRATS_002", 'BRATS_002,1.5,"of', "BRATS_002,1.5,,"])
+def test_a_row_that_was_cut_off_does_not_keep_the_command_from_going_on(
+    rest: str, run: Path, scans: Path, tmp_path: Path
+) -> None:
+    command = ("--runs", run, "--input", scans, "--output", tmp_path)
+    (tmp_path / "predictions.csv").write_text(f"case,seconds,warnings,error\nother,1.5,,\n{rest}", newline="")
+    assert run_predict(*command) == 0
+    assert sorted(rows_of(tmp_path)) == ["BRATS_001", "BRATS_002", "BRATS_003", "other"]
 
 
 def test_the_order_of_modalities_may_be_another_one(run: Path, scans: Path, tmp_path: Path) -> None:
