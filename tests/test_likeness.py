@@ -82,6 +82,14 @@ def test_the_order_that_fits_is_named(phantoms: list[np.ndarray]) -> None:
     assert line.startswith("t2 looks like flair, flair looks like t2 as training saw them: is each file")
 
 
+def test_of_orders_that_fit_alike_the_one_that_changes_least_is_named() -> None:
+    """T1 and contrast-enhanced T1 differ by less than patients do, so nothing is said of them."""
+    usual = {"spacing_mm": [1.0] * 3, "occupied": [0.2] * 4, "contrast": [3.0] * 4, "correlation": [0.3] * 6}
+    known = ranges([usual | {"tail": [0.0, -0.5, -0.45, 1.0]}])
+    (line,) = unlike(usual | {"tail": [1.0, -0.46, -0.49, 0.0]}, known, ORDER)
+    assert line.startswith("t2 looks like flair, flair looks like t2 as training saw them")
+
+
 def test_real_scans_are_not_taken_for_others(real_data: Path) -> None:
     """Of two patients, each by the ranges of the other alone, and of a network that saw synthetic scans."""
     looks, images = [], []
