@@ -72,7 +72,7 @@ def _outcome(done: Future) -> Any:
     except Exception as error:
         fault = _fault(error)
         if isinstance(fault, DataError):
-            return fault.with_traceback(None)  # which has this frame by now, and with it the item's volumes
+            return fault
         raise fault from None
 
 
