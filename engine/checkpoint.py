@@ -22,17 +22,20 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from engine import archive
 from engine.archive import Unreadable, content_hash, read_archive, sealed, write_archive
 from engine.config import STATES
 from pipelines.atomic import remove_left_over, replacing, temporary_name
+from pipelines.labels import REGIONS
+from pipelines.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,44 @@ SAFETENSORS_KEY = "glioforge"
 HASH = "blake2b"
 VALIDATED = "-validated"
 _STATE = re.compile(rf"step-\d{{8,}}({VALIDATED})?")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_numbers(values: Any) -> bool:
+    """Whether these are numbers by name, or groups of them, with None for what there is no number of."""
+    return isinstance(values, dict) and all(
+        isinstance(name, str) and (value is None or isinstance(value, int | float) or _are_numbers(value))
+        for name, value in values.items()
+    )
+
+
+def _are(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, list) and all(map(kind, values))
+
+
+def _is_case(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"name", "intersection", "predicted", "truth"}:
+        return False
+    counts = [value[name] for name in ("intersection", "predicted", "truth")]
+    return isinstance(value["name"], str) and all(
+        isinstance(each, tuple | list) and len(each) == len(REGIONS) and all(map(_is_count, each)) for each in counts
+    )
+
+
+_STATE_PARTS: dict[str, Callable[[Any], bool]] = {
+    "weights": lambda value: isinstance(value, dict),
+    "moments": lambda value: isinstance(value, dict),
+    "epoch": _is_count,
+    "taken": _is_count,
+    "history": _are(lambda row: _are_numbers(row) and _is_count(row.get("epoch"))),
+    "best": lambda value: _are_numbers(value) and {"epoch", "mean"} <= value.keys(),
+    "cases": _are(_is_case),
+    "ranks": lambda value: _are(lambda rank: isinstance(rank, dict))(value) and len(value) > 0,
+}
+"""Parts of a state that are used long after they are read, and what they must be."""
 
 
 class CheckpointWriter:
@@ -147,6 +188,18 @@ def find_state(folder: Path) -> Path:
     raise ValueError(f"--resume: no checkpoint in {folder}{damaged}")
 
 
+def recorded_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration by which the newest state was written; None where no state says."""
+    for path in states(folder):
+        try:
+            about = json.loads((path / "about.json").read_text())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(about, dict) and isinstance(about.get("config"), dict):
+            return about["config"]
+    return None
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """The content of a state, onto the CPU, without running code from the file.
 
@@ -161,7 +214,29 @@ def load_state(path: Path) -> dict[str, Any]:
     if found != STATE_FORMAT:
         shown = found if isinstance(found, int) else "none"
         raise ValueError(f"--resume: {path} has format {shown}, this program reads {STATE_FORMAT}")
+    odd = [name for name, is_right in _STATE_PARTS.items() if not is_right(state.get(name))]
+    if odd:
+        raise ValueError(f"--resume: {path} was written by another version of this program: its {odd[0]} can't be used")
     return state
+
+
+@contextlib.contextmanager
+def putting_back(folder: Path) -> Iterator[None]:
+    """While a state is put back into place: what does not fit is told in a line.
+
+    Raises:
+        ValueError: the state of another network, another version, or one that was made by hand.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ValueError(
+            f"--resume: the checkpoint in {folder} does not fit this run, or another version of this program wrote it: "
+            f"{reason[:300]}"
+        ) from error
 
 
 def save_weights(path: Path, content: dict[str, Any]) -> None:

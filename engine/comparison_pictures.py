@@ -18,12 +18,12 @@ from matplotlib.ticker import MaxNLocator
 
 from engine.comparison import PUBLISHED, VALIDATION_CASES, Row, Run, differences
 from engine.config import Config
-from engine.data import list_cases, make_val_loader, obtain_root, prepared
+from engine.data import existing_root, list_cases, make_val_loader, prepared
 from engine.metrics import CaseDice, case_dice, scored_regions
 from engine.pictures import as_numpy, caption, legend, plt, save, show_slice
 from engine.progress import percent
 from engine.sliding_window import sliding_window_logits
-from engine.trained import load_trained
+from engine.trained import describing, load_trained
 from kernels.dice_ce import region_masks
 from pipelines.labels import REGIONS
 
@@ -86,9 +86,10 @@ def predict_example(rows: Sequence[Row], device: torch.device) -> Predictions:
     """
     first = rows[0].runs[0]
     assert first.example is not None
-    cases = list_cases(first.config.data, obtain_root(first.config.data)).select([first.example])
-    store = prepared(first.config.data, cases)
-    ((name, image, labels),) = make_val_loader(first.config, store, [first.example], device)
+    config = describing(first.config)
+    cases = list_cases(config.data, existing_root(config.data)).select([first.example])
+    store = prepared(config.data, cases)
+    ((name, image, labels),) = make_val_loader(config, store, [first.example], device)
     found, truth = {}, None
     for row in rows:
         trained = load_trained(row.runs[0].path, device)

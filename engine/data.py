@@ -45,12 +45,28 @@ def obtain_root(config: DataConfig) -> Path:
     if config.root is None:
         phantom = config.phantom
         log.info("no --data.root: synthetic scans")
-        size = "x".join(map(str, phantom.size_voxels))
-        folder = cache_dir() / "phantoms" / f"{phantom.cases}-cases-{size}-seed-{phantom.seed}-format-{FORMAT}"
-        return make_phantoms(folder, phantom.cases, phantom.size_voxels, phantom.seed)
+        return make_phantoms(_phantoms(config), phantom.cases, phantom.size_voxels, phantom.seed)
     if config.download:
         return download_task01(config.root.parent if config.root.name == "Task01_BrainTumour" else config.root)
     return config.root
+
+
+def existing_root(config: DataConfig) -> Path:
+    """Folder or list of the scans, of which nothing is made or fetched: the configuration may be somebody else's.
+
+    Raises:
+        DataError: synthetic scans that are not in the cache.
+    """
+    root = config.root or _phantoms(config)
+    if config.root is None and not root.is_dir():
+        raise DataError(f"the run's synthetic scans are not in the cache any more ({root}): give other scans")
+    return root
+
+
+def _phantoms(config: DataConfig) -> Path:
+    phantom = config.phantom
+    size = "x".join(map(str, phantom.size_voxels))
+    return cache_dir() / "phantoms" / f"{phantom.cases}-cases-{size}-seed-{phantom.seed}-format-{FORMAT}"
 
 
 def list_cases(config: DataConfig, root: Path) -> CaseSet:

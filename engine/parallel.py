@@ -41,6 +41,9 @@ BUCKET_ELEMENTS = 10_000_000
 """Gradients that are reduced together: the 50 million of a UNETR in one bucket would leave no backward to overlap."""
 OWN_REDUCTION = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"}
 """Settings of DeepSpeed's file that are about its own way to reduce gradients."""
+DATA_TYPES = {"communication_data_type", "seq_parallel_communication_data_type"}
+SECTIONS = {"zero_optimization", "activation_checkpointing", "aio"}
+"""Sections of DeepSpeed's file that it gets, where they hold numbers and switches alone."""
 
 
 def deepspeed_engine(
@@ -183,6 +186,7 @@ def read_deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
     before = dataclasses.replace(config.train), dataclasses.replace(config.optim)
     try:
         _take_over(config, settings, world_size)
+        settings = _harmless(settings)
         config.__post_init__()
     except ValueError as error:
         raise ValueError(f"--train.deepspeed {path}: {error}") from error
@@ -241,6 +245,29 @@ def _take_over(config: Config, settings: dict[str, Any], world_size: int) -> Non
             raise ValueError(f"{name} must be left out: these networks fit a GPU whole, and the optimizer runs there")
     _take_optimizer(config, settings.pop("optimizer", None))
     _take_schedule(config, settings.pop("scheduler", None))
+
+
+def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed gets: nothing that names a file, a folder or code, for the file may be somebody else's.
+
+    Raises:
+        ValueError: a section that does more and is not switched off, or words where numbers belong.
+    """
+    kept = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and name not in SECTIONS:
+            if value.get("enabled") is not False and value:
+                raise ValueError(
+                    f"{name} must be left out: what writes files, measures or changes the network is this program's "
+                    "own business, and DeepSpeed is handed how to reduce and shard alone (docs/training.md)"
+                )
+            continue
+        inner = value.items() if isinstance(value, dict) else [(name, value)]
+        words = [key for key, item in inner if not isinstance(item, int | float | None) and key not in DATA_TYPES]
+        if words:
+            raise ValueError(f"{name}: {', '.join(words)} must be a number, true or false; or leave it out")
+        kept[name] = value
+    return kept
 
 
 def _take_optimizer(config: Config, optimizer: dict[str, Any] | None) -> None:

@@ -24,6 +24,7 @@ from engine.data import Data, load_data, make_val_loader
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.progress import percent
 from engine.records import write_log, write_validation
+from engine.resume import refuse_links, tell_what_resuming_does
 from engine.terminal import LogFile, PlainFormatter
 from engine.trained import load_trained, make_model
 from engine.trainer import Trainer
@@ -65,6 +66,7 @@ def run(config: Config) -> None:
     new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]  # before any rank makes them
     config.resume = gather(config.resume, ranks)[0]  # a shared file system may show a checkpoint to some ranks first
 
+    refuse_links(run_dir)
     lock = None
     try:
         lock = _claim(run_dir, is_resumed=config.resume is not None) if ranks.is_first else None
@@ -83,6 +85,8 @@ def run(config: Config) -> None:
 def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Trainer:
     """Everything before the first step: log, data, network, `config.yaml`, a picture of a crop."""
     _start_log(run_dir, ranks)
+    if config.resume and ranks.is_first:
+        tell_what_resuming_does(config)
     data = first_on_node(lambda: load_data(config.data), ranks)
     torch.manual_seed(config.train.seed)
     model = make_model(config, channels=len(data.store.modalities))

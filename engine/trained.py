@@ -22,6 +22,7 @@ import torch
 from engine.checkpoint import load_weights
 from engine.config import Config, DataConfig, ModelConfig, TrainConfig, config_from_dict
 from models import build_model, check_img_size
+from pipelines.decathlon import TASK
 from pipelines.labels import CODINGS, ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
 from pipelines.layouts import canonical_modalities
 from pipelines.text import printable
@@ -116,7 +117,7 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
     path = weights_path(Path(run))
     content = load_weights(path)
     try:
-        config = _describing(config_from_dict(content["config"]))
+        config = describing(config_from_dict(content["config"]))
         modalities = canonical_modalities(_texts(content["modalities"], "modalities"))
         coding = _coding(content["release"], content["tissues"], content["regions"])
         with torch.device("meta"):  # whatever sizes the file names, nothing is made of them before its weights fit
@@ -147,10 +148,15 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
     return Trained(path, network, config, modalities, coding, epoch, validation, scans)
 
 
-def _describing(config: Config) -> Config:
-    """What a configuration says of a network and its scans; the rest as it is by default, and no way to other files."""
+def describing(config: Config) -> Config:
+    """What a configuration says of a network and its scans; the rest as it is by default.
+
+    Nothing of it makes or writes files: scans are where they were downloaded to.
+    """
     given, usual = config.data, DataConfig()
     data = replace(given, **{name: getattr(usual, name) for name in NOT_DESCRIBING})
+    if given.download and given.root is not None and given.root.name != TASK:
+        data.root = given.root / TASK
     train = TrainConfig(**{name: getattr(config.train, name) for name in DESCRIBING})
     return Config(data=data, model=config.model, train=train)
 
@@ -162,7 +168,7 @@ def _texts(values: Any, what: str) -> list[str]:
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 2**31:
         raise ValueError("its epoch is no whole number from 0 on")
     return value
 
@@ -193,7 +199,7 @@ def _ranges(scans: Any, channels: int) -> dict[str, list[list[float]]]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf  # NaN is not, either
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _coding(release: Any, tissues: Any, regions: Any) -> Coding:
@@ -204,9 +210,13 @@ def _coding(release: Any, tissues: Any, regions: Any) -> Coding:
     if len(regions) != len(REGIONS):
         raise ValueError(f"it has {len(regions)} regions, must have {', '.join(REGIONS)}")
     core, whole, enhancing = members = tuple(tuple(map(int, values)) for values in regions)
-    is_nested = set(enhancing) <= set(core) <= set(whole) <= set(names)
-    if not is_nested or not all(members) or not all(type(value) is int and 0 < value < 256 for value in names):
-        raise ValueError("its regions are not made of its labels, which are 1 to 255, each within the next larger one")
+    is_nested = set(enhancing) <= set(core) <= set(whole) <= set(names) <= set(range(1, 256))
+    if (
+        not is_nested
+        or {names[value] for value in enhancing} != {ENHANCING}
+        or OEDEMA in {names[value] for value in core}
+    ):
+        raise ValueError("its regions are not those of its labels, 1 to 255: ET of enhancing tumour, TC without oedema")
     return Coding(release, names, members)
 
 

@@ -64,7 +64,8 @@ class Trainer:
         self.steps = len(self.train_loader) // config.train.accumulate_steps  # optimizer steps of an epoch
         state = self._read_state() if config.resume else None
         if state:
-            _load_weights(model, state["weights"])
+            with checkpoint.putting_back(self.run_dir):
+                _load_weights(model, state["weights"])
         self.step = TrainingStep(config, settings, ranks, model, self.regions, config.train.epochs * self.steps)
         self.writer = checkpoint.CheckpointWriter(self.run_dir / "checkpoints", config.train.keep_checkpoints)
         self.epoch, self.first_batch = 0, 0
@@ -79,7 +80,8 @@ class Trainer:
         if advice:
             log.warning(advice)
         if state:
-            self._restore(state)
+            with checkpoint.putting_back(self.run_dir):
+                self._restore(state)
 
     def fit(self) -> None:
         """Train from the current position to the last epoch.
@@ -315,7 +317,8 @@ class Trainer:
                    "validation": metrics.summarise(self.cases), "modalities": list(self.data.store.modalities),
                    "release": coding.release, "tissues": dict(coding.tissues), "scans": self.scans,
                    "regions": [list(values) for values in coding.regions]}  # fmt: skip
-        about = {"epoch": self.epoch, "world_size": self.ranks.world_size, "zero_stage": self.config.train.zero_stage}
+        about = {"epoch": self.epoch, "world_size": self.ranks.world_size, "zero_stage": self.config.train.zero_stage,
+                 "config": content["config"]}  # fmt: skip
         name = checkpoint.state_name(step.taken, is_validated=bool(weights_files))
         self.writer.write(name, state, about, {name: content for name in weights_files})
 

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from engine import evaluation
 from engine.command import make_writable, run_command
-from engine.data import list_cases, obtain_root, split_names
+from engine.data import existing_root, list_cases, split_names
 from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.evaluation import CaseScores
 from engine.inference import Predictor, Prepared, Segmentation
@@ -177,7 +177,7 @@ def find(options: Namespace, predictor: Predictor) -> CaseSet:
     if options.root:
         settings = replace(settings, root=options.root, release=options.release, download=False)
     try:
-        cases = list_cases(settings, obtain_root(settings))
+        cases = list_cases(settings, existing_root(settings))
     except DataError as error:
         needed = f"the network takes {', '.join(predictor.modalities)}"
         raise DataError(f"{error}\n({needed}; --root gives a data set, --release its label coding)") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 import resource
 from pathlib import Path
@@ -12,12 +14,32 @@ from unittest import mock
 import pytest
 import torch
 
-from engine.checkpoint import CheckpointWriter, find_state, load_state, load_weights, save_weights, state_name, states
+from engine.checkpoint import (
+    CheckpointWriter,
+    find_state,
+    load_state,
+    load_weights,
+    putting_back,
+    save_weights,
+    state_name,
+    states,
+)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (print, ("run",))
+
+
+CASE = {"name": "a", "intersection": (1, 1, 1), "predicted": (1, 1, 1), "truth": [1, 1, 1]}
+STATE: dict[str, Any] = {"weights": {}, "moments": {}, "epoch": 1, "taken": 9, "history": [{"epoch": 1, "loss": None}],
+                         "best": {"epoch": None, "mean": 0.5, "empty_truths": {"ET": 1}}, "cases": [CASE],
+                         "ranks": [{}]}  # fmt: skip
 
 
 def write(folder: Path, step: int, keep: int = 2, is_validated: bool = False, **content: Any) -> None:
     writer = CheckpointWriter(folder, keep)
-    state = {"value": torch.full((100,), float(step)), **content}
+    state = {**STATE, "value": torch.full((100,), float(step)), **content}
     writer.write(state_name(step, is_validated), state, {"epoch": 1}, {})
     writer.wait()
 
@@ -91,6 +113,66 @@ def test_a_crash_within_a_save_leaves_the_one_before_and_the_next_save_clears_up
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.parametrize("record", ["null", "[1]", "3", '"x"', "{}", '{"bytes": "x", "blake2b": null}', "[" * 100_000])
+def test_a_record_of_another_kind_is_a_step_back(record: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    (tmp_path / "step-00000002" / "about.json").write_text(record)
+    assert find_state(tmp_path).name == "step-00000001" and "step-00000002 is damaged" in caplog.text
+
+
+def test_a_pipe_in_place_of_a_state_is_a_step_back(tmp_path: Path) -> None:
+    for step, name in ((1, ""), (2, "about.json"), (3, "state.pt")):
+        write(tmp_path, step, keep=3)
+        if name:
+            (tmp_path / f"step-0000000{step}" / name).unlink()
+            os.mkfifo(tmp_path / f"step-0000000{step}" / name)
+    assert find_state(tmp_path).name == "step-00000001"
+
+
+ODD: list[Any] = [None, "x", -1, 1.5, [], [1], {}, {"a": "b"}, [None], [{"a": "b"}], [{}]]
+RIGHT: dict[str, list[Any]] = {"weights": [{}, {"a": "b"}], "moments": [{}, {"a": "b"}], "history": [[]],
+                               "cases": [[]], "ranks": [[{}], [{"a": "b"}]]}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [part for part in STATE])
+def test_a_part_of_a_state_of_another_kind_is_one_line(part: str, tmp_path: Path) -> None:
+    for value in [each for each in ODD if each not in RIGHT.get(part, [])]:
+        write(tmp_path, 1, **{part: value})
+        with pytest.raises(ValueError, match=f"--resume: .*step-00000001 was written by another.*its {part}"):
+            load_state(find_state(tmp_path))
+
+
+def test_a_state_that_holds_something_else_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    state, record = (tmp_path / "step-00000001" / name for name in ("state.pt", "about.json"))
+    for content in ([1], {"format": "\x1b[31m"}, Evil()):
+        torch.save(content, state)
+        digest = hashlib.blake2b(state.read_bytes()).hexdigest()
+        record.write_text(json.dumps({"bytes": state.stat().st_size, "blake2b": digest}))
+        with pytest.raises(ValueError, match="--resume: .*(has format none|no code from a file is run)"):
+            load_state(find_state(tmp_path))
+
+
+@pytest.mark.parametrize("error", [KeyError("exp_avg"), RuntimeError("size\nmismatch \x1b[31m"), TypeError("float")])
+def test_what_does_not_fit_when_it_is_put_back_is_one_line(error: Exception, tmp_path: Path) -> None:
+    message = f"--resume: the checkpoint in .*: {type(error).__name__}: "
+    with pytest.raises(ValueError, match=message) as told, putting_back(tmp_path):
+        raise error
+    assert str(told.value).isprintable()
+
+
+def test_a_users_folders_among_checkpoints_stay(tmp_path: Path) -> None:
+    users = [tmp_path / name for name in ("step-notes", "step-00000001-backup", "partial-step-00000001", "step-7")]
+    for folder in users:
+        folder.mkdir()
+    (tmp_path / "step-00000000").symlink_to(users[0])
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    assert all(folder.is_dir() for folder in users) and (tmp_path / "step-00000000").is_symlink()
+    assert [path.name for path in states(tmp_path)] == ["step-00000003", "step-00000002"]
+
+
 @pytest.mark.parametrize("damage", ["content", "length", "state", "about"])
 def test_a_damaged_state_is_named_and_the_one_before_taken(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -145,11 +227,6 @@ def test_what_could_not_be_written_is_told_at_the_next_save(tmp_path: Path) -> N
     with pytest.raises(OSError):
         writer.wait()
     writer.wait()  # told once
-
-
-class Evil:
-    def __reduce__(self) -> tuple:
-        return (print, ("run",))
 
 
 @pytest.mark.parametrize(

@@ -173,3 +173,26 @@ def test_two_ranks_find_what_one_does(run: Path, scans: Path, tmp_path: Path) ->
     for name in ("cases.csv", "summary.json", "table.md"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     assert any(float(row["hd95_mm_WT"] or 0) > 0 for row in case_rows(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("data", [{"root": None}, {"download": True}])
+def test_evaluating_somebodys_weights_makes_and_fetches_nothing(
+    data: dict[str, object],
+    run: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    content = load_weights(run / "checkpoints" / "best.pt")
+    phantom = {"cases": 100_000, "size_voxels": [64, 64, 64]}
+    config = content["config"] | {"data": content["config"]["data"] | {"root": str(tmp_path / "new")} | data}
+    config["data"]["phantom"] |= phantom
+    config["data"]["store_dir"] = str(tmp_path / "store")
+    save_weights(tmp_path / "given" / "best.pt", content | {"config": config})
+    monkeypatch.setenv("GLIOFORGE_CACHE", str(tmp_path / "cache"))
+    makers = [
+        mock.patch(f"engine.data.{name}", side_effect=AssertionError) for name in ("download_task01", "make_phantoms")
+    ]
+    with makers[0], makers[1], pytest.raises(ValueError, match="--root gives"):
+        run_evaluate("--runs", tmp_path / "given" / "best.pt", "--output", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "out"]

@@ -22,7 +22,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from safetensors.torch import save_file
@@ -32,7 +32,7 @@ from test_trained import content_of
 from engine import interchange
 from engine.bundle import FILE_NAMES, WEIGHTS, write_bundle
 from engine.bundle_steps import SelectChannelsd, find_scans
-from engine.checkpoint import save_weights
+from engine.checkpoint import load_weights, save_weights
 from engine.config import Config, DataConfig, ModelConfig, to_dict
 from engine.inference import Predictor
 from engine.interchange import (
@@ -437,6 +437,44 @@ def scan(tmp_path: Path) -> Path:
     return tmp_path / "scans"
 
 
+def test_words_of_a_file_are_no_code_in_a_bundle(tmp_path: Path) -> None:
+    """MONAI evaluates a string that begins with `$`, wherever it stands; each field is tried that reaches a bundle."""
+    run, mark = saved_run(tmp_path, "unet"), tmp_path / "was_here"
+    code = f"$__import__('pathlib').Path({str(mark)!r}).touch()"
+    best = run / "checkpoints" / "best.pt"
+    good = load_weights(best)
+    crafted: list[dict[str, Any]] = [
+        {"modalities": [code, "t1c"]},
+        {"release": code},
+        {"tissues": good["tissues"] | {9: code}},
+        {"validation": {"mean": code}},
+        {"validation": {code: 1}},
+        {"validation": {"TC": {code: 1}}},
+        {"epoch": code},
+        {"config": good["config"] | {"model": good["config"]["model"] | {"name": code}}},
+        {"config": good["config"] | {"data": good["config"]["data"] | {"train_cases": [code], "root": code}}},
+        {"scans": {code: []}},
+    ]
+    statuses = []
+    for i, changes in enumerate(crafted):
+        save_weights(best, good | changes)
+        bundle = tmp_path / f"bundle-{i}"
+        statuses.append(main([str(run), "--to", "bundle", "--output", str(bundle)]))
+        for file in bundle.glob("configs/*.json"):
+            parser = ConfigParser()
+            parser.read_config(str(file))
+            for name in set(parser.config) - {
+                "run",
+                "evaluator",
+                "datalist",
+                "dataset",
+                "network",
+            }:  # which do the work
+                parser.get_parsed_content(name, instantiate=False)
+            assert code not in file.read_text()
+    assert not mark.exists() and statuses == [2] * 8 + [0, 2]
+
+
 def run_by_monai(bundle: Path, scans: Path, output: Path) -> None:
     """In a process of its own, in which nothing of this program can be imported."""
     options = {"bundle_root": str(bundle), "dataset_dir": str(scans), "output_dir": str(output)}
@@ -475,6 +513,20 @@ def test_monai_runs_the_bundle_and_finds_the_same(name: str, codes: str, scan: P
         assert labels.dtype == np.uint8 and set(np.unique(labels)) == {0, 1, 2, 4}
         np.testing.assert_array_equal(labels[decided], expected.labels()[decided])
         np.testing.assert_allclose(found.affine, expected.affine, atol=1e-6)
+
+
+def test_a_bundles_own_instructions_work(scan: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    assert main([str(saved_run(tmp_path, "unet")), "--to", "bundle", "--output", str(bundle)]) == 0
+    found = re.search(r"```sh\n(pip .*?)\n(.*?)```", (bundle / "docs" / "README.md").read_text(), re.DOTALL)
+    assert found
+    install, command = found.groups()
+    assert re.fullmatch(r'pip install "monai\[nibabel\]>=[0-9.]+"', install)  # of what is installed here
+    scan.rename(bundle / "SCANS")
+    here = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": ""}
+    done = subprocess.run(["sh", "-c", command], cwd=bundle, env=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (bundle / "SEGMENTATIONS" / "B_seg.nii.gz").is_file()
 
 
 def test_the_bundle_has_what_monai_asks_of_one(scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,9 @@ def test_a_usual_file_is_taken_as_it_is(tmp_path: Path) -> None:
             "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 3e-4, "warmup_num_steps": 100}},
             "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e7, "overlap_comm": True},
             "wall_clock_breakdown": False,
+            "communication_data_type": "fp32",
+            "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
+            "tensorboard": {"enabled": False, "output_path": "/elsewhere"},
         },
     )
     train, optim = config.train, config.optim
@@ -42,6 +45,8 @@ def test_a_usual_file_is_taken_as_it_is(tmp_path: Path) -> None:
     assert rest == {
         "zero_optimization": {"reduce_bucket_size": 5e7, "overlap_comm": True},
         "wall_clock_breakdown": False,
+        "communication_data_type": "fp32",
+        "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
     }
 
 
@@ -97,6 +102,13 @@ def test_without_a_file_nothing_is_set() -> None:
         ({"zero_optimization": None}, "a value is of another kind"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, "a value is of another kind"),
         ({"zero_optimization": {"stage": 5}}, "stage 5 must be 0, 1, 2 or 3"),
+        ({"tensorboard": {"enabled": True, "output_path": "/elsewhere"}}, "tensorboard must be left out"),
+        ({"csv_monitor": {"output_path": "/elsewhere"}}, "csv_monitor must be left out"),
+        ({"flops_profiler": {"enabled": True, "output_file": "/elsewhere"}}, "flops_profiler must be left out"),
+        ({"compile": {"backend": "some.module"}}, "compile must be left out"),
+        ({"zero_optimization": {"leaf_module": {"classes": ["some.module"]}}}, "leaf_module must be a number"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 1}}}, "zenflow must be a number"),
+        ({"log_file": "/elsewhere"}, "log_file must be a number"),
     ],
 )
 def test_what_this_engine_cannot_do_is_refused(content: Any, message: str, tmp_path: Path) -> None:

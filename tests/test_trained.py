@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from engine.checkpoint import save_weights
 from engine.config import Config, DataConfig, ModelConfig, to_dict
-from engine.trained import load_trained, make_model
+from engine.trained import NOT_DESCRIBING, load_trained, make_model
+from pipelines.decathlon import TASK
 from pipelines.labels import CODINGS, Coding, tutorial_coding
 
 CONFIG = Config(
@@ -96,3 +98,41 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run with weights"):
         load_trained(tmp_path)
+
+
+def test_only_what_describes_the_network_and_its_scans_is_taken(tmp_path: Path) -> None:
+    config = to_dict(CONFIG) | {"run_dir": "/elsewhere", "resume": "/elsewhere", "kernels": "triton"}
+    config["data"] |= {
+        "root": "/scans",
+        "download": True,
+        "store_dir": "/elsewhere",
+        "workers": 999,
+        "val_cases": ["a"],
+    }
+    config["train"] |= {"deepspeed": "/elsewhere/ds.json", "epochs": 7, "precision": "bf16"}
+    save_weights(tmp_path / "best.pt", content_of(config=config))
+    taken = load_trained(tmp_path / "best.pt").config
+    assert (taken.data.root, taken.data.val_cases, taken.train.precision) == (Path("/scans") / TASK, ["a"], "bf16")
+    assert not taken.data.download and taken.data.workers is None
+    assert paths_of(taken) == [Path("/scans") / TASK]
+
+
+def paths_of(config: Any) -> list[Path]:
+    """Each path that a configuration names, in any group."""
+    values = [getattr(config, item.name) for item in dataclasses.fields(config)]
+    return [path for value in values if isinstance(value, Path) or dataclasses.is_dataclass(value)
+            for path in ([value] if isinstance(value, Path) else paths_of(value))]  # fmt: skip
+
+
+def test_options_of_data_are_known_for_what_they_do() -> None:
+    """A new one must be put on one side or the other."""
+    describing = {"root", "release", "regions", "modalities", "val_fraction", "split_seed", "train_cases", "val_cases",
+                  "folds", "fold", "spacing_mm", "spacing_axes", "crop_size_voxels", "crops_per_case",
+                  "foreground_prob", "pad", "skip_faulty", "phantom"}  # fmt: skip
+    assert {item.name for item in dataclasses.fields(DataConfig)} == describing | set(NOT_DESCRIBING)
+
+
+@pytest.mark.parametrize("coding", CODINGS.values(), ids=str)
+def test_the_coding_of_each_release_comes_back(coding: Coding, tmp_path: Path) -> None:
+    save_weights(tmp_path / "best.pt", content_of(coding))
+    assert load_trained(tmp_path / "best.pt").coding == coding
