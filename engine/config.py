@@ -24,6 +24,7 @@ from pipelines.cases import check_folds
 from pipelines.geometry import Spacing, SpacingAxes
 from pipelines.labels import Release
 from pipelines.prepared import StoreDtype
+from pipelines.text import encodable
 from pipelines.values import Misfit, convert, faults, number, plain, refuse, shown
 from pipelines.volumes import Residence
 
@@ -243,11 +244,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_portable_dict(config: Config) -> dict[str, Any]:
-    """As `to_dict`, with paths that mean the same from any folder, and without what is about one run's folder."""
+    """As `to_dict`, with paths that mean the same from any folder, and without what is about one run's folder.
+
+    Raises:
+        ValueError: a path that is not UTF-8, which no file of options takes.
+    """
     values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
     for group, name in (("data", "root"), ("data", "store_dir"), ("train", "deepspeed")):
         if values[group][name]:
-            values[group][name] = str(Path(values[group][name]).resolve())
+            path = str(Path(values[group][name]).resolve())
+            if encodable(path) != path:
+                raise ValueError(f"--{group}.{name} {encodable(path)} is not UTF-8: rename the folder")
+            values[group][name] = path
     return values
 
 

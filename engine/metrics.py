@@ -24,7 +24,7 @@ from pipelines.labels import REGIONS, Coding
 
 Score = Literal["label_map", "masks"]
 SCORED: dict[Score, str] = {
-    "label_map": "the regions of the label map that is written (probability > 0.5; ET counts as TC, and TC as WT)",
+    "label_map": "the label map that is written (probability > 0.5; ET counts as TC, and TC as WT)",
     "masks": "overlapping masks (probability > 0.5), which no label map holds",
 }
 

@@ -33,6 +33,7 @@ from kernels.dice_ce import region_masks
 from models import parameter_count
 from pipelines.atomic import open_own, own_folder, replacing
 from pipelines.labels import REGIONS
+from pipelines.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def run(config: Config) -> None:
     """
     with torch.device("meta"):
         make_model(config, channels=1)  # refuses sizes that do not fit before any data are prepared
+    to_portable_dict(config)  # refuses paths that `config.yaml` can't hold
     ranks = init_ranks(config.train.device)
     paths_taken = dispatch.use(config.kernels, ranks.device)
     config.run_dir = gather(config.run_dir, ranks)[0]  # its default holds the time, which differs between ranks
@@ -134,7 +136,7 @@ def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
     ]
     page = report.write_html(run_dir, facts, sections)
     _print_table(summary)
-    print(f"pictures, logs and checkpoints: {run_dir}\nopen {page}")
+    print(f"pictures, logs and checkpoints: {printable(str(run_dir))}\nopen {printable(str(page))}")
 
 
 def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
@@ -203,7 +205,7 @@ def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
     """Make the folder this run's own, for as long as the file that is returned is open.
 
     Raises:
-        ValueError: another process trains in it, or it holds a run that this one would write over.
+        ValueError: another process trains in it, it holds a run that this one would write over, or a link leads out.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

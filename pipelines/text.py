@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-_MARKDOWN = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
+_MARKDOWN = re.compile(r"[\\`*\[<|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def encodable(text: str) -> str:

@@ -28,6 +28,8 @@ from engine.checkpoint import save_weights
 from engine.comparison import Run, differences, make_rows, notes, unmet_conditions
 from engine.config import CONFIGS, Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.data import load_data
+from engine.metrics import CaseDice
+from engine.records import write_validation
 from engine.report import END
 from engine.trained import make_model
 from launch import compare
@@ -185,6 +187,40 @@ def test_an_unfinished_run_is_refused_with_what_goes_on_with_it(tmp_path: Path) 
     (run_dir / "report.html").unlink()
     with pytest.raises(ValueError, match="no report.html: .*--resume .*run"):
         Run.read(run_dir)
+
+
+def test_a_run_whose_page_was_cut_off_has_not_finished(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", settings("demo"))
+    assert comparison.is_finished(run_dir)
+    for content in ("", "<!doctype html>", END[:-1]):
+        (run_dir / "report.html").write_text(content)
+        assert not comparison.is_finished(run_dir)
+        with pytest.raises(ValueError, match="is no finished run, it has no whole report.html: .*--resume"):
+            Run.read(run_dir)
+
+
+def test_what_a_run_scored_is_what_its_tables_say_and_masks_in_those_of_older_versions(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "new", settings("demo"))
+    older = write_run(tmp_path / "older", settings("demo", model_name="unet"))
+    metrics = json.loads((older / "metrics.json").read_text())
+    del metrics["scored"]
+    (older / "metrics.json").write_text(json.dumps(metrics | {"definition": "Dice on masks <b>"}))
+    runs = [Run.read(run_dir), Run.read(older)]
+    assert [run.config.train.score for run in runs] == ["label_map", "masks"]
+    assert differences(runs) == ["--train.score"] and not comparison_pictures.can_share_a_case(runs)
+    assert any("--train.score label_map, published masks" in reason for reason in unmet_conditions(runs[0]))
+    assert not any("--train.score" in reason for reason in unmet_conditions(runs[1]))
+    comparison.write_table(make_rows(runs), tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert f"Dice on masks \\<b>; or: {DEFINITION}." in table
+
+
+def test_cases_have_the_names_that_they_were_validated_by(tmp_path: Path) -> None:
+    run_dir, names = write_run(tmp_path / "run", settings("demo")), ("=1", "caf\udce9", "a\nb")
+    write_validation(run_dir, [CaseDice(name, (1, 1, 1), (1, 1, 1), (1, 1, 1)) for name in names], {})
+    assert json.loads((run_dir / "metrics.json").read_text()) == {}
+    shutil.copy(write_run(tmp_path / "other", settings("demo")) / "metrics.json", run_dir)
+    assert Run.read(run_dir).cases == names
 
 
 @pytest.mark.parametrize(
@@ -359,6 +395,11 @@ def test_the_same_command_goes_on_where_it_stopped(
     assert "unet was begun with --optim.lr 0.002, and now has --optim.lr 0.5" in capsys.readouterr().err
     assert compare.main([*args, "--kernels", "reference"]) == 2
     assert "unet was begun with --kernels auto, and now has --kernels reference" in capsys.readouterr().err
+    page = tmp_path / "out" / "unet" / "report.html"
+    page.write_text("<p>")
+    shutil.rmtree(tmp_path / "out" / "unet" / "checkpoints")
+    assert compare.main(args) == 0 and children.trained[4:] == ["unet"] and comparison.is_finished(page.parent)
+    children.commands.pop()
     options = tmp_path / "out" / "unet.yaml"
     whole = options.read_bytes()
     for damaged in (b"", b"{", b"\xff"):
@@ -369,6 +410,18 @@ def test_the_same_command_goes_on_where_it_stopped(
     assert compare.main(["--runs", *runs, "--run_dir", str(tmp_path / "two")]) == 0
     assert len(json.loads((tmp_path / "two" / "comparison.json").read_text())["rows"]) == 2
     assert len(children.commands) == 4
+
+
+def test_a_run_folder_that_is_a_link_to_elsewhere_is_not_trained_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    children = Children({})
+    monkeypatch.setattr(compare, "run_process", children)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "out" / "unet").symlink_to(tmp_path / "precious")
+    assert compare.main(["--run_dir", str(tmp_path / "out")]) == 2 and not children.commands
+    assert "unet is a link to" in capsys.readouterr().err and not list((tmp_path / "precious").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from commands import free_port
 from test_predict import ORDER, ROOT, labels_of, make_run, one_rank, run, run_evaluate, run_predict, scans  # noqa: F401  # fixtures
 
 from engine.checkpoint import load_weights, save_weights
-from engine.metrics import SCORED, case_dice
+from engine.evaluation import CaseScores
+from engine.metrics import SCORED, CaseDice, case_dice
 from launch import evaluate
 from pipelines.cases import find_cases
 from pipelines.labels import CODINGS, REGIONS, regions_from_labels, tutorial_coding
@@ -108,6 +109,29 @@ def test_a_tutorial_network_is_scored_on_other_data_as_its_files_would_be(
     (row,) = case_rows(tmp_path / "out")
     dice = [float(row[f"dice_{region}"]) for region in REGIONS]
     assert dice == pytest.approx(case_dice("x", written, expected).dice(), abs=1e-6) and written.any()
+
+
+def test_a_warning_of_many_cases_is_told_once() -> None:
+    cases = [CaseScores(CaseDice(name, *((0,) * 3,) * 3), (0.0,) * 3, ("dark", name)) for name in "abcde"]
+    assert evaluate.warnings_of(cases)[:2] == ["a, b, c and 2 more: dark", "a: a"]
+    assert evaluate.warnings_of(cases[:1]) == ["a: dark", "a: a"] and len(evaluate.warnings_of(cases)) == 6
+
+
+def test_tables_do_not_leave_a_runs_folder_by_a_link(run: Path, scans: Path, tmp_path: Path) -> None:  # noqa: F811
+    mine, precious = copied(run, tmp_path, "run"), tmp_path / "precious"
+    precious.mkdir()
+    (mine / "evaluation-source").symlink_to(precious)
+    with pytest.raises(ValueError, match=f"evaluation-source is a link to {precious}, outside"):
+        run_evaluate("--runs", mine)
+    assert run_evaluate("--runs", mine, "--output", mine / "evaluation-source") == 0  # as its user says
+    assert len(list(precious.iterdir())) == 3
+    (mine / "evaluation-source").unlink()
+    (mine / "evaluation-source").mkdir()
+    for name in ("cases.csv", "summary.json", "table.md"):
+        (precious / name).write_text("mine")
+        (mine / "evaluation-source" / name).symlink_to(precious / name)
+    assert run_evaluate("--runs", mine) == 0
+    assert {path.read_text() for path in precious.iterdir()} == {"mine"}
 
 
 def test_tables_of_another_data_set_or_grid_have_a_folder_of_their_own_and_say_what_they_are(

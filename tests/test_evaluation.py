@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from monai.metrics import DiceMetric, HausdorffDistanceMetric
 
 from engine import evaluation
 from engine.evaluation import CaseScores
+from pipelines.tables import read_table
 
 SPACING = (1.0, 1.5, 2.0)
 
@@ -76,6 +78,31 @@ def test_no_truth_at_all_is_not_a_score() -> None:
     found = evaluation.summary([evaluation.score("empty", masks(0), np.zeros_like(masks(0)), SPACING)])
     assert found["dice"]["mean"] == {"mean": None, "TC": None, "WT": None, "ET": None} and found["worst"] == []
     assert "n/a" in evaluation.markdown(found, "title")
+
+
+def test_names_are_text_in_every_table(cases: list[CaseScores], tmp_path: Path) -> None:
+    names = ["=1+1", "caf\udce9", "a|b\n<i>", "$x_1$"]
+    renamed = [replace(one, dice=replace(one.dice, name=name)) for one, name in zip(cases, names)]
+    evaluation.write(tmp_path, renamed, evaluation.summary(renamed), "runs/<b>")
+    assert {row["case"] for row in read_table(tmp_path / "cases.csv")} == set(names)
+    assert not any(line.startswith("=") for line in (tmp_path / "cases.csv").read_text().splitlines())
+    assert {each["case"] for each in json.loads((tmp_path / "summary.json").read_text())["worst"]} == set(names)
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith(r"# runs/\<b>")
+    for cell in ("| =1+1 |", r"| caf\\udce9 |", r"| a\|b\\n\<i> |", r"| \$x_1\$ |"):
+        assert cell in text
+
+
+def test_tables_of_before_stay_together_where_one_can_not_be_written(
+    cases: list[CaseScores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = evaluation.summary(cases[:2])
+    evaluation.write(tmp_path, cases[:2], found, "before")
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(evaluation, "markdown", lambda *_: "\ud800")  # no file in UTF-8 takes it
+    with pytest.raises(UnicodeEncodeError):
+        evaluation.write(tmp_path, cases, evaluation.summary(cases), "after")
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before and len(before) == 3
 
 
 def test_tables_hold_every_case_and_figure(cases: list[CaseScores], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from engine.pictures import COLOURS, as_numpy, draw_case, draw_curves, draw_prediction, draw_sample, show_slice
+from pipelines.text import printable
 
 ROW = {"epoch": 1, "step": 2, "loss": 1.5, "dice_loss": 1.0, "ce_loss": 0.5}
 
@@ -55,6 +56,26 @@ def test_a_prediction_is_drawn_for_empty_truths_and_dark_scans_too(tmp_path: Pat
     scan, empty = np.zeros((16, 16, 8), np.float32), np.zeros((3, 16, 16, 8), bool)
     draw_prediction("dark", scan, empty, empty, [float("nan")] * 3, tmp_path / "prediction.png")
     assert (tmp_path / "prediction.png").stat().st_size > 0
+
+
+NAMES = ("$1_2_$", r"$\\frac{$", "caf\udce9\n\x1b[31m", "\u5bb6 <b>", "x" * 230)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_stands_over_a_picture_as_it_is_and_no_wider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mathematics, no TeX, no character that a font does not take; whatever a user's matplotlibrc asks for."""
+    figures = kept(monkeypatch)
+    scan, empty = np.ones((16, 16, 8), np.float32), np.zeros((3, 16, 16, 8), bool)
+    for name in NAMES:
+        path = tmp_path / "one.png"
+        draw_prediction(name, scan, empty, empty, [0.5] * 3, path)
+        draw_case(name, scan, empty, empty, [0.5] * 3, (1, 1, 1), path)
+        assert matplotlib.image.imread(path).shape[1] < 1300
+        for figure in figures[-2:]:
+            (*lines, dice) = figure.get_suptitle().split("\n")
+            assert "".join(lines) == printable(name) and dice == "Dice TC 50.0  WT 50.0  ET 50.0"
+            title = figure._suptitle  # type: ignore[attr-defined]
+            assert not title.get_parse_math() and not title.get_usetex()
 
 
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:

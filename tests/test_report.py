@@ -17,7 +17,7 @@ from engine.config import Config, DataConfig, TrainConfig
 from engine.distributed import Ranks
 from engine.metrics import CaseDice
 from engine.pictures import draw_curves
-from engine.report import Facts, Section, best_and_worst, environment, mean_dice, timing, write_html
+from engine.report import Facts, Section, best_and_worst, environment, is_whole, mean_dice, timing, write_html
 from pipelines.labels import CODINGS
 
 ROW: dict[str, Any] = {"epoch": 1, "step": 2, "loss": 1.5, "dice_loss": 1.0, "ce_loss": 0.5, "skipped_steps": 0,
@@ -93,6 +93,26 @@ def test_the_page_says_what_was_trained_on_and_with_and_escapes_it(tmp_path: Pat
     ):  # fmt: skip
         assert told in page, told
     assert "<folder>" not in page and "<poor>" not in page and "run_dir" not in page
+
+
+def test_names_are_text_in_the_page_whatever_they_hold(tmp_path: Path) -> None:
+    names = ["<script>alert(1)</script>", "caf\udce9", 'a" onload="x', "b\x1b[31m"]
+    draw_curves([ROW], tmp_path / "curves.png")
+    cases = [case(name, 10, 20, 30) for name in names]
+    page = write_html(tmp_path, facts(cases=cases, val=names), [Section(names[0], {"curves.png": names[2]}, names[1])])
+    tags = Tags(page.read_text(encoding="utf-8"))
+    assert not tags.open and len(tags.sources) == 1 and "script" not in tags.names
+    for told in ("&lt;script&gt;", r"caf\udce9", "a&quot; onload=&quot;x", r"b\x1b[31m"):
+        assert told in page.read_text(encoding="utf-8"), told
+
+
+def test_a_page_that_was_cut_off_is_not_whole(tmp_path: Path) -> None:
+    page = write_html(tmp_path, facts(), [])
+    content = page.read_bytes()
+    assert is_whole(page) and not is_whole(tmp_path) and not is_whole(tmp_path / "none.html")
+    for length in (0, 3, len(content) // 2, len(content) - 1):
+        page.write_bytes(content[:length])
+        assert not is_whole(page), length
 
 
 def test_the_page_tells_a_fold_and_synthetic_scans(tmp_path: Path) -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import rows_of, start, train, write_small
 
 from engine.checkpoint import states
 from engine.comparison import Run, is_finished
+from engine.resume import refuse_links
 from engine.run import _claim
 from pipelines.atomic import replacing
+from pipelines.cases import find_cases
+from pipelines.nifti import read_nifti, write_nifti
+from pipelines.phantom import make_phantoms
 
 
 def options(folder: Path) -> tuple[str, ...]:
@@ -129,6 +135,60 @@ def test_a_run_folder_that_cannot_be_made_is_told_with_the_remedy(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--run_dir .*file/run can't be written .Not a directory.: .*another folder"):
         _claim(tmp_path / "file" / "run", is_resumed=False)
+
+
+def test_what_a_run_writes_follows_no_link_out_of_its_folder(finished: Path, tmp_path: Path) -> None:
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    precious.mkdir()
+    for name in ("checkpoints", "tensorboard", "logs"):
+        run.mkdir()
+        (run / name).symlink_to(precious)
+        with pytest.raises(ValueError, match=f"{name} is a link to {precious}, outside {run}"):
+            refuse_links(run)
+        shutil.rmtree(run)
+    shutil.copytree(finished / "runs" / "one", run)
+    for file in [path for path in run.iterdir() if path.is_file()]:
+        if file.name != "config.yaml":
+            (precious / file.name).write_text("mine")
+            file.unlink()
+            file.symlink_to(precious / file.name)
+    for name in (".lock", "run.log"):
+        done = train(finished, "--resume", str(run))
+        assert done.returncode == 2 and f"{name} is a link to {precious / name}, which would be" in done.stderr
+        (run / name).unlink()
+    done = train(finished, "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert {path.read_text() for path in precious.iterdir()} == {"mine"} and is_finished(run)
+    assert not [path for path in run.iterdir() if path.is_symlink()]
+
+
+UGLY = ("$1_2_$", "=HYPERLINK(1)", "caf\u00e9", "<img src=x onerror=alert(1)>", "[bold]x[!]|`*")
+
+
+def test_a_run_ends_with_tables_pictures_and_a_page_whatever_its_cases_are_called(tmp_path: Path) -> None:
+    source, names = make_phantoms(tmp_path / "source", 5, (48, 48, 32), workers=1), UGLY
+    for case, name in zip(find_cases(source).cases, names, strict=True):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        image, affine = read_nifti(case.images[0])
+        assert case.label is not None
+        volumes = [*np.moveaxis(image, -1, 0), read_nifti(case.label)[0].astype(np.uint8)]
+        for modality, volume in zip(("t2f", "t1n", "t1c", "t2w", "seg"), volumes, strict=True):
+            write_nifti(tmp_path / "set" / name / f"{name}-{modality}.nii.gz", volume, affine)
+    done = train(tmp_path, "--config", str(write_small(tmp_path)), "--data.root", "set", "--data.val_fraction", "0.7",
+                 "--data.release", "brats2023", "--run_dir", "run", "--train.epochs", "1")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    validated = Run.read(tmp_path / "run").cases
+    assert len(validated) == 3 and set(validated) < set(names)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<img src=x" not in page and "&lt;img src=x" in page
+
+
+def test_a_folder_that_is_not_utf_8_is_refused_before_any_work(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    done = train(folder, "--config", str(write_small(tmp_path)), "--data.root", ".", "--run_dir", str(tmp_path / "run"))
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr == rf"error: --data.root {tmp_path}/caf\udce9 is not UTF-8: rename the folder" + "\n"
 
 
 @pytest.mark.gpu

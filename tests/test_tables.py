@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,4 +102,12 @@ def test_text_is_shown_on_one_line_in_characters_that_every_file_takes() -> None
 
 def test_markdown_shows_a_name_as_it_is() -> None:
     assert markdown("BraTS_GLI-0001_t1") == "BraTS_GLI-0001_t1"
-    assert markdown("a|b\n<img src=x>*_em_*") == r"a\|b\\n\<img src=x\>\*\_em\_\*"
+    assert markdown("a|b\n<img src=x>*_em_*") == r"a\|b\\n\<img src=x>\*\_em\_\*"
+
+
+def test_a_name_that_is_not_utf_8_stops_no_command_that_prints_it() -> None:
+    """Whatever standard output takes: here ASCII."""
+    code = "from engine.command import run_command; run_command(lambda: print('caf\\udce9 \u00b1'), str, alone=True)"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "caf\\udce9 \\xb1\n"), done.stderr
