@@ -172,7 +172,7 @@ class CropLoader:
     @property
     def _recipe(self) -> dict[str, Any]:
         """All that decides which samples come, beside the position."""
-        names = blake2b("\n".join(self.names).encode(), digest_size=8).hexdigest()
+        names = blake2b("\n".join(self.names).encode(errors="surrogatepass"), digest_size=8).hexdigest()
         return {
             "seed": self.seed, "cases": names, "samples": self.samples, "crop_size": list(self.crop_size),
             "foreground_prob": self.foreground_prob, "augment": self.augment, "extras": repr(self.extras),
