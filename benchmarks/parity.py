@@ -10,9 +10,10 @@ Four trainings of so many steps, AdamW at 1e-4 as published, MONAI's DiceCELoss:
     glioforge bf16    the same again in bf16, with every fused kernel
     plain, other seed other weights and other batches: what differs between two seeds of the same code
 
-A difference means something only beside that between the seeds. float32 is IEEE in both, convolutions too. On a CPU
-PyTorch stands for the fused kernels, so what is compared there is all but these; bf16 is left out on a CPU without
-instructions for it. Networks and crops are the published ones on a GPU, and small on a CPU.
+A difference means something only beside that between the seeds. Dice is that of the networks' masks, as a plain loop
+has it. float32 is IEEE in both, convolutions too. On a CPU PyTorch stands for the fused kernels, so what is compared
+there is all but these; bf16 is left out on a CPU without instructions for it. Networks and crops are the published ones
+on a GPU, and small on a CPU.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Curve:
 
 def make_trainer(scene: Scene, config: DataConfig, precision: str, seed: int) -> Trainer:
     """The trainer of this engine; weights and batches come from the seed alone."""
-    options: Any = {"precision": precision, "validation": "center_crop" if IS_GPU else "full_volume"}
+    options: Any = {"precision": precision, "validation": "center_crop" if IS_GPU else "full_volume", "score": "masks"}
     full = Config(
         data=config,
         model=ModelConfig(scene.model, **scene.size.widths),  # type: ignore[arg-type]  # checked by the parser

@@ -40,8 +40,10 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
             label = None if index else f"{PUBLISHED[row.model].title}, best {row.cell('mean')}"
             dice = [(r["epoch"], 100 * r["val_mean"]) for r in run.history if r.get("val_mean") is not None]  # type: ignore[operator]
             loss = [(r["epoch"], r["loss"]) for r in run.history if r["loss"] is not None]
-            above.plot(*zip(*loss), lw=1.2, **style)
-            below.plot(*zip(*dice), marker="o", ms=3, label=label, **style)
+            above.plot([epoch for epoch, _ in loss], [value for _, value in loss], lw=1.2, **style)
+            below.plot(
+                [epoch for epoch, _ in dice], [value for _, value in dice], marker="o", ms=3, label=label, **style
+            )
     above.set(ylabel="training loss", ylim=(0, None))
     below.set(xlabel="epoch", ylabel="validation, mean Dice (%)", ylim=(0, 100))
     for axes in (above, below):

@@ -169,7 +169,7 @@ def read_options(file: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} can't be read ({' '.join(str(error).split())}): give another --run_dir") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no options by which a run was begun: give another --run_dir")

@@ -289,6 +289,14 @@ def test_curves_show_every_model(tmp_path: Path) -> None:
     assert rgb(comparison_pictures.COLOURS["unetr"]) not in found
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_was_never_validated_is_in_the_curves_too(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", settings("demo", model_name="unet"))
+    (run_dir / "log.csv").write_text("epoch,loss,val_mean\n1,0.5,\n2,0.4,\n")
+    comparison_pictures.draw_curves(make_rows([Run.read(run_dir)]), tmp_path / "curves.png")
+    assert rgb(comparison_pictures.COLOURS["unet"]) in colours(tmp_path / "curves.png")
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -322,6 +330,8 @@ def test_models_predict_the_same_case_and_a_picture_shows_them(
     assert not np.array_equal(one, other)  # each by its own network
     for masks, counts in predictions.of_models.values():
         assert counts.predicted == tuple(masks.sum((1, 2, 3))) and counts.name == data.val[1]
+        core, whole, enhancing = masks  # as a file would have them: random weights give masks that overlap otherwise
+        assert not (enhancing & ~core).any() and not (core & ~whole).any()
         assert counts.intersection == tuple((masks & predictions.truth_RXYZ).sum((1, 2, 3)))
     comparison_pictures.draw_predictions(predictions, tmp_path / "predictions.png")
     height, width, _ = np.shape(matplotlib.image.imread(tmp_path / "predictions.png"))
@@ -402,7 +412,7 @@ def test_the_same_command_goes_on_where_it_stopped(
     children.commands.pop()
     options = tmp_path / "out" / "unet.yaml"
     whole = options.read_bytes()
-    for damaged in (b"", b"{", b"\xff"):
+    for damaged in (b"", b"{", b"\xff", b"[" * 10_000):
         options.write_bytes(damaged)
         assert compare.main(args) == 2 and f"{options} " in capsys.readouterr().err
     options.write_bytes(whole)
