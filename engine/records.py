@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.metrics import CaseDice
-from pipelines.atomic import write_texts
+from pipelines.atomic import own_folder, write_texts
 from pipelines.labels import REGIONS
 from pipelines.tables import table_text, write_table
 

@@ -84,6 +84,27 @@ def test_a_damaged_table_is_refused_by_name_and_line(content: bytes, says: str, 
         read_table(path, COLUMNS)
 
 
+def test_whatever_bytes_a_table_holds_it_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    draw, path = random.Random(0), tmp_path / "table.csv"
+    whole = table_of(path, NAMES).read_bytes()
+    parts, refused = [b"\0", b"\xff", b'"', b",", b"\r", b"\n", b"'", b"=", b"\\ud800", b"x" * 140_000], 0
+    for _ in range(500):
+        content = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            i = draw.randrange(len(content) + 1)
+            content[i : i + draw.choice((0, 1, 9, 10_000))] = draw.choice(parts)
+        path.write_bytes(content)
+        try:
+            rows = read_table(path, COLUMNS)
+        except ValueError as error:
+            assert str(error).startswith(str(path))
+            refused += 1
+        else:
+            write_table(path, COLUMNS, rows)
+            assert read_table(path, COLUMNS) == rows
+    assert 50 < refused < 450
+
+
 def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("case,case\n")
     with pytest.raises(ValueError, match="names a column twice: case, case"):
