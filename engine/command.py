@@ -20,9 +20,10 @@ import torch.distributed as dist
 from engine.failure import Watch, join_watch
 from engine.launcher import Launcher
 from engine.memory import is_out_of_memory, plain_message
-from engine.terminal import Terminal, as_text, set_up_terminal
+from engine.terminal import Terminal, set_up_terminal
 from engine.watch import Interrupted, Preempted, handle, put_back, signal_name
 from pipelines.atomic import temporary_name
+from pipelines.text import as_text
 
 log = logging.getLogger(__name__)
 

@@ -41,8 +41,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from engine.distributed import PeerFailed, Place, export, read_place
 from engine.launcher import Launcher
-from engine.terminal import as_text
 from engine.watch import STOP_SIGNALS, Interrupted
+from pipelines.text import as_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -17,15 +17,10 @@ from pathlib import Path
 from typing import TextIO
 
 from pipelines.atomic import open_own
+from pipelines.text import as_text
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _STYLE = re.compile("\x1b\\[[0-9;]*m|\x1b\\[[0-9]*A|\x1b\\[2K|\x1b\\[\\?25[hl]|\r")
 """Colours, and how a progress bar moves the cursor."""
-
-
-def as_text(text: str) -> str:
-    """The text with escapes for characters that steer a terminal or can't be encoded; tabs and line ends stay."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 class Terminal(io.TextIOWrapper):

@@ -60,10 +60,12 @@ def main(args: list[str] | None = None) -> int:
         exit status: 0, 1 where a case can't be read, 2 for a user's mistake, 75 or 130 when stopped.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return run_command(
-        lambda: naming_own_options(lambda: evaluate(make_parser().parse_args(args))),
-        lambda: "nothing is kept of it: start again",
-    )
+
+    def work() -> int:
+        options = make_parser().parse_args(args)
+        return naming_own_options(lambda: evaluate(options))
+
+    return run_command(work, lambda: "nothing is kept of it: start again")
 
 
 def make_parser() -> Parser:

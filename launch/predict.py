@@ -70,10 +70,12 @@ def main(args: list[str] | None = None) -> int:
         exit status: 0, 1 where a case failed, 2 for a user's mistake, 75 or 130 when stopped.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return run_command(
-        lambda: naming_own_options(lambda: predict(make_parser().parse_args(args))),
-        lambda: "the same command goes on with the cases that are left",
-    )
+
+    def work() -> int:
+        options = make_parser().parse_args(args)
+        return naming_own_options(lambda: predict(options))
+
+    return run_command(work, lambda: "the same command goes on with the cases that are left")
 
 
 def make_parser() -> Parser:

@@ -29,11 +29,11 @@ from pipelines.layouts import (
     canonical_modalities,
     case_name_fault,
     name_fault,
-    printable,
     some,
 )
 from pipelines.lists import from_list
 from pipelines.tasks import from_task
+from pipelines.text import printable
 
 __all__ = [
     "MODALITIES",

@@ -35,10 +35,10 @@ from pipelines.layouts import (
     is_time_point,
     modality_of,
     patient_of,
-    printable,
     some,
     stem_of,
 )
+from pipelines.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.text import as_text, printable
+
 MODALITIES = ("flair", "t1", "t1c", "t2")
 SPELLINGS = {
     "flair": ("flair", "t2f", "t2flair"),
@@ -64,22 +66,22 @@ class DataError(ValueError):
     """A fault of the user's data or of what was asked of it; the message has path or value, rule and remedy."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return as_text(super().__str__())
 
 
 class CaseError(DataError):
     """A fault in the files of a case.
 
     Args:
-        path: the file at fault; kept as any log and table can hold it, see `printable`.
+        path: the file at fault; kept as any log and table can hold it, see `pipelines.text`.
         problem: what is wrong with it, with the value and the rule.
         remedy: what the user can do.
     """
 
     def __init__(self, path: Path, problem: str, remedy: str) -> None:
         super().__init__(path, problem, remedy)  # args: what pickle needs to bring it from a worker process
-        self.path = Path(printable(str(path)))
-        self.problem = printable(problem)
+        self.path = Path(as_text(str(path)))
+        self.problem = as_text(problem)
         self.remedy = remedy
 
     def __str__(self) -> str:
@@ -164,18 +166,12 @@ def stem_of(path: Path) -> str | None:
 # Names and files that can't be used
 
 
-def printable(text: str) -> str:
-    """Text that any terminal, log and table takes: what is not UTF-8, and control characters but line ends, escaped."""
-    escaped = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
-    escaped = re.sub("[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", escaped)
-    return escaped.encode("utf-8", "backslashreplace").decode()
-
-
 def name_fault(name: str) -> str:
     """Why no case and no path may be called so; empty where it may."""
-    if printable(name) != name or "\n" in name:
-        shown = printable(name).replace("\n", "\\n")
-        return f"{shown} is not plain text in UTF-8: it holds bytes of another encoding, or control characters"
+    if as_text(name) != name or set("\t\n") & set(name):
+        return (
+            f"{printable(name)} is not plain text in UTF-8: it holds bytes of another encoding, or control characters"
+        )
     return ""
 
 

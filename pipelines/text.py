@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import re
 
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _MARKDOWN = re.compile(r"[\\`*\[<|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def encodable(text: str) -> str:
     """The text with lone surrogates as escapes, and all else as it is; UTF-8 can hold it."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def as_text(text: str) -> str:
+    """The text with escapes for characters that steer a terminal or can't be encoded; tabs and line ends stay."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def printable(text: str) -> str:

@@ -208,7 +208,7 @@ def test_evaluating_somebodys_weights_makes_and_fetches_nothing(
     capsys: pytest.CaptureFixture,
 ) -> None:
     content = load_weights(run / "checkpoints" / "best.pt")
-    phantom = {"cases": 100_000, "size_voxels": [64, 64, 64]}
+    phantom = {"cases": 9_999, "size_voxels": [64, 64, 64]}
     config = content["config"] | {"data": content["config"]["data"] | {"root": str(tmp_path / "new")} | data}
     config["data"]["phantom"] |= phantom
     config["data"]["store_dir"] = str(tmp_path / "store")
@@ -219,4 +219,5 @@ def test_evaluating_somebodys_weights_makes_and_fetches_nothing(
     ]
     with makers[0], makers[1], pytest.raises(ValueError, match="--root gives"):
         run_evaluate("--runs", tmp_path / "given" / "best.pt", "--output", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "out"]
+    made = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert [name for name in made if name != "cache"] == ["given", "given/best.pt", "out"]

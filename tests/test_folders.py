@@ -14,7 +14,7 @@ from datasets import ALL, brats_2018, brats_2023, decathlon, touch
 
 from pipelines.cases import Case, DataError, find_cases, survey_cases
 from pipelines.labels import CODINGS
-from pipelines.layouts import printable
+from pipelines.text import as_text
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".NII.GZ"])
@@ -422,7 +422,7 @@ def test_a_folder_that_cannot_be_read_is_a_fault_and_the_others_are_used(
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        (os.fsdecode(b"BraTS2021_M\xfcller"), "BraTS2021_M\\xfcller is not plain text in UTF-8"),
+        (os.fsdecode(b"BraTS2021_M\xfcller"), "BraTS2021_M\\udcfcller is not plain text in UTF-8"),
         ("BraTS2021_a\x1b[31m", "BraTS2021_a\\x1b[31m is not plain text"),
         ("BraTS2021_a\nb", "BraTS2021_a\\nb is not plain text"),
         (f"BraTS2021_{'x' * 220}", "has 230 bytes; files are named by it, so 200 at most"),
@@ -437,7 +437,7 @@ def test_a_name_that_files_and_tables_cannot_have_is_a_fault_of_its_case(tmp_pat
     (fault,) = survey.faults
     assert said in str(fault)
     for text in (str(fault), str(fault.path), fault.problem, str(pickle.loads(pickle.dumps(fault)))):
-        assert printable(text) == text
+        assert as_text(text) == text
     with pytest.raises(DataError, match="1 of 2 cases are faulty") as caught:
         find_cases(tmp_path)
     str(caught.value).encode()
@@ -446,7 +446,7 @@ def test_a_name_that_files_and_tables_cannot_have_is_a_fault_of_its_case(tmp_pat
 def test_a_root_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> None:
     root = tmp_path / os.fsdecode(b"M\xfcller")
     brats_2018(root, "BraTS2021_00000")
-    with pytest.raises(DataError, match=r"M\\xfcller is not plain text in UTF-8.*rename that folder"):
+    with pytest.raises(DataError, match=r"M\\udcfcller is not plain text in UTF-8.*rename that folder"):
         find_cases(root)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.terminal import LogFile, PlainFormatter, Terminal, as_text, set_up_terminal
+from engine.terminal import LogFile, PlainFormatter, Terminal, set_up_terminal
+from pipelines.text import as_text
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9b1mb\u202ec\r\udcff"
