@@ -52,7 +52,8 @@ class DataConfig:
     """Which scans, which regions, and how they are cropped."""
 
     root: Path | None = None
-    """A Decathlon task folder, a folder of BraTS cases, or a JSON or CSV list. None: synthetic scans."""
+    """A Decathlon task folder, a folder of BraTS cases, nnU-Net's raw folder, or a JSON or CSV list. None: synthetic
+    scans."""
     download: bool = False
     """Fetch Decathlon Task01_BrainTumour (7.1 GB) into `root` first; resumable, checked."""
     release: Release | None = None

@@ -38,10 +38,10 @@ from engine.progress import CaseBar
 from engine.stages import in_stages
 from launch.options import add_network_options, in_own_options, naming_own_options
 from pipelines.atomic import own_folder
-from pipelines.cases import Case, CaseSet
+from pipelines.cases import Case, CaseSet, survey_cases
 from pipelines.geometry import label_grid, resample_label
 from pipelines.labels import CODINGS, regions_from_labels
-from pipelines.layouts import DataError
+from pipelines.layouts import CaseError, DataError
 from pipelines.nifti import RawCase, read_case
 from pipelines.text import printable
 
@@ -97,13 +97,13 @@ def evaluate(options: Namespace) -> int:
     folder = options.output or default_folder(options, predictor)
     if ranks.is_first:
         check_folder(folder, None if options.output else run_of(predictor.members[0].path))
-    cases = first_on_node(lambda: find(options, predictor), ranks)
+    cases, unusable = first_on_node(lambda: find(options, predictor), ranks)
     parts = gather(score_cases(predictor, cases, options.on, options.score, ranks), ranks, is_patient=True)
     if not ranks.is_first:
         return 0
     outcomes = [outcome for part in parts for outcome in part]
     scores = sorted((each for each in outcomes if isinstance(each, CaseScores)), key=lambda case: case.name)
-    faults = [outcome for outcome in outcomes if isinstance(outcome, DataError)]
+    faults = [*unusable, *(outcome for outcome in outcomes if isinstance(outcome, DataError))]
     for line in warnings_of(scores):
         print(printable(line), file=sys.stderr)
     for fault in faults:
@@ -168,25 +168,30 @@ def run_of(path: Path) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
-def find(options: Namespace, predictor: Predictor) -> CaseSet:
-    """The cases to score.
+def find(options: Namespace, predictor: Predictor) -> tuple[CaseSet, tuple[CaseError, ...]]:
+    """The cases to score, and the faults of those of `--root` that can't be.
 
     Raises:
-        ValueError: as `find_cases`, or a case that is not there.
+        ValueError: no case without a fault, or one that is not there; of the run's own cases, any fault, for the split
+            depends on all of them.
     """
     own = predictor.members[0].config.data
-    settings = replace(own, modalities=list(predictor.modalities))
-    if options.root:
-        settings = replace(settings, root=options.root, release=options.release, download=False)
+    faults: tuple[CaseError, ...] = ()
     try:
-        cases = list_cases(settings, existing_root(settings))
+        if options.root:
+            survey = survey_cases(options.root, options.release, predictor.modalities, own.regions)
+            cases, faults = survey.usable, survey.faults
+            names = options.cases or cases.names
+        else:
+            settings = replace(own, modalities=list(predictor.modalities))
+            cases = list_cases(settings, existing_root(settings))
+            names = options.cases or split_names(own, cases)[1]
     except DataError as error:
         needed = f"the network takes {', '.join(predictor.modalities)}"
         raise DataError(f"{error}\n({needed}; --root gives a data set, --release its label coding)") from error
-    names = options.cases or (cases.names if options.root else split_names(own, cases)[1])
-    if not names:
+    if not names and not faults:
         raise DataError("the run has no validation cases: give --root")
-    return cases.select(names)
+    return cases.select(names), faults
 
 
 def score_cases(

@@ -181,6 +181,21 @@ def test_a_data_set_that_does_not_fit_is_refused_with_what_the_network_needs(
             run_evaluate("--runs", run, "--root", tmp_path / "task", "--output", tmp_path / "out")
 
 
+def test_a_case_that_lacks_a_file_does_not_keep_the_others_from_being_scored(
+    run: Path,  # noqa: F811
+    scans: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    root = copied(scans, tmp_path)
+    (root / "labelsTr" / "BRATS_002.nii.gz").unlink()
+    assert run_evaluate("--runs", run, "--root", root, "--output", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 1 and "labelsTr/BRATS_002.nii.gz" in said
+    names = {path.name.removesuffix(".nii.gz") for path in (root / "labelsTr").iterdir()}
+    assert names and {row["case"] for row in case_rows(tmp_path / "out")} == names
+
+
 def test_two_ranks_find_what_one_does(run: Path, scans: Path, tmp_path: Path) -> None:  # noqa: F811
     root = copied(scans, tmp_path)
     (root / "imagesTr" / "BRATS_003.nii.gz").write_bytes(b"\x1f\x8b damaged")
