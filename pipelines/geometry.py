@@ -40,7 +40,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from torch.nn.functional import affine_grid, grid_sample
 
 AFFINE_TOLERANCE = 1e-3  # MONAI's AFFINE_TOL: a change of the affine below it is none
@@ -128,7 +128,7 @@ class Grid:
     def turned(self, volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A volume (X, Y, Z, ...) in file orientation and its affine, as they are resampled; the volume is a view."""
         turned_affine = _turned(volume.shape[:3], affine, self.turn)[1]
-        return volume if self.turn is None else apply_orientation(volume, self.turn), turned_affine
+        return volume if self.turn is None else _oriented(volume, self.turn), turned_affine
 
 
 def voxel_size_mm(affine: np.ndarray) -> list[float]:
@@ -235,12 +235,12 @@ def resample_image(image_XYZC: np.ndarray, affine: np.ndarray, grid: Grid) -> np
     image_XYZC, affine = grid.turned(np.asarray(image_XYZC, np.float32), affine)
     shape = image_XYZC.shape[:3]
     if _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine):
-        return channels_last(_orient(image_XYZC, grid))
+        return channels_last(_oriented(image_XYZC, grid.orientation))
     image_CZYX = np.ascontiguousarray(image_XYZC.transpose(3, 2, 1, 0))
     if weights is None:
         matrix = np.linalg.solve(affine, grid.spaced_affine)
         spaced_CXYZ = _sample_full(image_CZYX.transpose(0, 3, 2, 1), matrix, grid.spaced_shape, "bilinear")
-        return np.ascontiguousarray(_orient(spaced_CXYZ.transpose(1, 2, 3, 0), grid))
+        return np.ascontiguousarray(_oriented(spaced_CXYZ.transpose(1, 2, 3, 0), grid.orientation))
     spaced_XYZC = _interpolate(image_CZYX, weights)
     return np.ascontiguousarray(spaced_XYZC.transpose(*grid.permutation, 3))
 
@@ -406,11 +406,11 @@ def resample_label(label_XYZ: np.ndarray, affine: np.ndarray, grid: Grid) -> np.
     label_XYZ, affine = grid.turned(label_XYZ, affine)
     shape = label_XYZ.shape
     if _is_same_grid(shape, affine, grid.spaced_shape, grid.spaced_affine):
-        return np.ascontiguousarray(_orient(label_XYZ, grid))
+        return np.ascontiguousarray(_oriented(label_XYZ, grid.orientation))
     matrix = np.linalg.solve(affine, grid.spaced_affine)
     if not _is_diagonal(matrix):
         spaced = _sample_full(label_XYZ[None], matrix, grid.spaced_shape, "nearest")[0]
-        return np.ascontiguousarray(_orient(spaced, grid).astype(np.uint8))
+        return np.ascontiguousarray(_oriented(spaced, grid.orientation).astype(np.uint8))
     theta = _normalised(matrix, shape, grid.spaced_shape)
     indices = [_nearest_indices(theta, axis, shape[axis], grid.spaced_shape[axis]) for axis in range(3)]
     for axis in grid.flipped:
@@ -427,11 +427,11 @@ def label_grid(grid: Grid, shape: Sequence[int], label_affine: np.ndarray, spaci
     return replace(own, shape=grid.shape, spaced_shape=grid.spaced_shape)
 
 
-def _orient(volume: np.ndarray, grid: Grid) -> np.ndarray:
-    """Flip and permute the first three axes; a view."""
+def _oriented(volume: np.ndarray, orientation: np.ndarray) -> np.ndarray:
+    """Flip and permute the first three axes, as nibabel's `apply_orientation`; a view."""
     # An axis of one voxel is as it was; np.flip would leave it a negative stride, which torch refuses.
-    flipped = tuple(axis for axis in grid.flipped if volume.shape[axis] > 1)
-    return np.flip(volume, flipped).transpose(*grid.permutation, *range(3, volume.ndim))
+    flipped = tuple(int(axis) for axis in np.flatnonzero(orientation[:, 1] == -1) if volume.shape[axis] > 1)
+    return np.flip(volume, flipped).transpose(*np.argsort(orientation[:, 0]), *range(3, volume.ndim))
 
 
 def _normalised(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequence[int]) -> torch.Tensor:
