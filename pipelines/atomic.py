@@ -1,9 +1,9 @@
 """Files that are written whole or not at all.
 
 A file is written under a temporary name in its folder and moved into place, so that nobody reads a part of it, however
-the process ends. The temporary name can't be a user's: it is hidden and holds host, process and a random number, by
-which what a dead process left is told from what a living one is at. A symbolic link in the file's place is replaced and
-never followed.
+the process ends. The temporary name can't be a user's: it is hidden and holds a random number, and the host and process
+by which leftovers of dead processes are told from files that are being written. A symbolic link in the file's place is
+replaced and never followed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def replacing(path: Path, mode: Literal["w", "wb"] = "w", sync: bool = False) ->
         os.replace(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary)):
-            raise type(error)(error.errno, error.strerror, str(path)) from error
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ def below(within: Path, *names: str) -> Path:
 
 def temporary_name(path: Path) -> Path:
     """A name in the folder of `path` that no other file has, for what will take its place."""
-    name = os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
+    name = os.fsencode(path.name)[:_NAME_BYTES].decode(errors="ignore")  # cut between characters
     return path.with_name(f".{name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
 
 

@@ -64,10 +64,19 @@ def test_a_missing_folder_is_told_with_the_name_of_the_file(tmp_path: Path) -> N
     assert raised.value.filename == str(tmp_path / "none" / "x")
 
 
+def test_an_error_without_a_number_keeps_its_words(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="cannot write mode F.*x.png"), replacing(tmp_path / "x.png", "wb"):
+        raise OSError("cannot write mode F")  # as Pillow
+
+
 @pytest.mark.parametrize("name", ["x" * 250, "\N{BRAIN}" * 60, os.fsdecode(b"M\xfcller")])
 def test_any_name_that_a_file_can_have_can_be_written(tmp_path: Path, name: str) -> None:
     write_text(tmp_path / name, "content")
     assert (tmp_path / name).read_text() == "content" and len(os.listdir(tmp_path)) == 1
+
+
+def test_a_temporary_name_is_utf_8_for_file_systems_that_take_nothing_else() -> None:
+    assert temporary_name(Path("x" + "\N{BRAIN}" * 60)).name.encode()
 
 
 def test_what_dead_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
