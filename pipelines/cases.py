@@ -9,7 +9,6 @@ divides patients: of several time points of one, all are on the same side.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ from pipelines.layouts import (
 from pipelines.lists import from_list
 from pipelines.tasks import from_task
 from pipelines.text import printable
+from pipelines.values import nearest
 
 __all__ = [
     "MODALITIES",
@@ -367,8 +367,8 @@ def _others(names: Sequence[str], given: Sequence[str] | None) -> tuple[str, ...
 def _check_names(given: Sequence[str], names: Sequence[str], option: str) -> None:
     for name, count in Counter(given).items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            near = nearest(name, names)
+            hint = f" Did you mean {near}?" if near else ""
             raise DataError(f"{option}: there is no case {name!r} among {len(names)} ({some(names)}).{hint}")
         if count > 1:
             raise DataError(f"{option}: case {name!r} is named {count} times: name it once")

@@ -31,6 +31,7 @@ from pipelines.layouts import (
     DataError,
     Found,
     file_fault,
+    is_annexed,
     is_label,
     is_time_point,
     modality_of,
@@ -50,6 +51,7 @@ _FROM_2023 = re.compile(r"(?:(?:^|[-_. ])(?:t2f|t1n)|-(?:t1c|t2w))$", re.IGNOREC
 _UNTIL_2013 = re.compile(r"_subtrmeandivstd$|^otmulticlass$|^VSD\.Brain.*\.\d+$", re.IGNORECASE)
 _YEARS_OF = {"brats2013": "until 2016", "brats2018": "2017 to 2022", "brats2023": "2023", "brats2024-ped": "2024 on"}
 _DEPTH = 3
+_OF_THE_DISK = "lost+found"  # at the root of a file system, closed to all but root
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def _entries(folder: Path) -> list[tuple[Path, bool]] | CaseError:
     """What is in a folder but for what is hidden, sorted, each with whether it is a folder."""
     try:
         with os.scandir(folder) as entries:
-            listed = sorted((entry.path, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+            seen = (entry for entry in entries if not entry.name.startswith(".") and entry.name != _OF_THE_DISK)
+            listed = sorted((entry.path, _is_folder(entry)) for entry in seen)
     except OSError as error:
         remedy = "Change its permissions, or move it out of the data set"
         broken = file_fault(folder, "is gone", remedy) if not os.path.exists(folder) else None
@@ -138,7 +141,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder, or a link that must have led to one."""
     if not entry.is_symlink():
         return entry.is_dir()
-    return os.path.isdir(entry.path) or not (os.path.exists(entry.path) or Path(entry.name).suffix)
+    is_broken = not os.path.exists(entry.path)
+    return os.path.isdir(entry.path) or (is_broken and not Path(entry.name).suffix and not is_annexed(entry.path))
 
 
 def _within(folder: Path) -> Path | CaseError:
@@ -298,6 +302,6 @@ def _described(strangers: Sequence[Path]) -> str:
     words = Counter(re.split(r"[-_. ]", stem_of(path) or "")[-1] for path in strangers)
     counts = some([f"{word} ({count})" for word, count in words.most_common()])
     return (
-        f"{len(strangers)} scans are not used, named like neither image nor label, or a label without images; by the "
-        f"last word of their names: {printable(counts)}; the first is {printable(str(strangers[0]))}"
+        f"{len(strangers)} scans are not used: their names tell neither image nor label, or they are labels without "
+        f"images; the last words of their names are {printable(counts)}; the first is {printable(str(strangers[0]))}"
     )

@@ -30,6 +30,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipelines.text import brief
+
 REGIONS = ("TC", "WT", "ET")
 OEDEMA, NECROSIS, NON_ENHANCING, ENHANCING = "oedema", "necrosis", "non-enhancing", "enhancing"
 CYST, CAVITY = "cyst", "resection cavity"
@@ -132,14 +134,14 @@ def coding_from_dataset_json(labels: Mapping[str, Any]) -> Coding:
         if tissue is None or value == 0 or value in tissues:
             problem = "is there twice" if value in tissues else "is the background" if tissue else "is no known tissue"
             raise ValueError(
-                f"label {value} is named {str(name)[:80]!r}, which {problem}: name it edema, non-enhancing tumor, "
+                f"label {value} is named {brief(name)}, which {problem}: name it edema, non-enhancing tumor, "
                 "necrosis or enhancing tumour in dataset.json, or give the release"
             )
         tissues[value] = tissue
     missing = [t for t in (OEDEMA, ENHANCING) if t not in tissues.values()]
     if missing:
         raise ValueError(
-            f"labels {str(dict(labels))[:200]} lack {', '.join(missing)}: correct dataset.json, or give the release"
+            f"labels {brief(dict(labels), 200)} lack {', '.join(missing)}: correct dataset.json, or give the release"
         )
     return _coding_of(tissues)
 
@@ -154,8 +156,7 @@ def _label_value(value: Any, name: Any) -> int:
     text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
     if not re.fullmatch("0*[0-9]{1,3}", text) or int(text) > 255:
         raise ValueError(
-            f"label value {str(value)[:80]!r} ({str(name)[:80]!r}) must be an integer from 0 to 255: correct "
-            "dataset.json"
+            f"label value {brief(value)} ({brief(name)}) must be an integer from 0 to 255: correct dataset.json"
         )
     return int(text)
 
@@ -176,14 +177,14 @@ def _coding_from_regions(labels: Mapping[str, Any]) -> Coding:
         found = {_label_value(value, name) for value in (values if isinstance(values, list) else [values])}
         if region is None and found != {0}:
             raise ValueError(
-                f"label {name[:80]!r} is no region that is scored: name them whole tumor, tumor core and enhancing "
+                f"label {brief(name)} is no region that is scored: name them whole tumor, tumor core and enhancing "
                 "tumor in dataset.json, or give the release"
             )
         if region:
             members[region] = found
     if len(members) < 3 or not members["ET"] < members["TC"] < members["WT"] or 0 in members["WT"]:
         raise ValueError(
-            f"regions {str(dict(labels))[:200]} must be whole tumor, tumor core and enhancing tumor, each within the "
+            f"regions {brief(dict(labels), 200)} must be whole tumor, tumor core and enhancing tumor, each within the "
             "one before: correct dataset.json, or give the release"
         )
     tissues = dict.fromkeys(members["WT"], OEDEMA)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.text import as_text, printable
+from pipelines.text import as_text, brief, printable
 
 MODALITIES = ("flair", "t1", "t1c", "t2")
 SPELLINGS = {
@@ -60,6 +60,7 @@ _PATIENTS = tuple(
 )
 _NAME_BYTES = 200  # a file system takes 255, and files of a case are named by it and by what they hold
 _PATH_CHARACTERS = 4096
+FETCH_ANNEXED = "Run git annex get or datalad get"
 
 
 class DataError(ValueError):
@@ -186,35 +187,40 @@ def case_name_fault(name: str) -> str:
 
 
 def file_fault(path: Path, missing: str, remedy: str) -> CaseError | None:
-    """What keeps a path from being that of a file; None where nothing does.
+    """What keeps a path from being that of a regular file; None where nothing does.
 
     Args:
         path: a path that a case names. missing, remedy: what to say where nothing is there.
     """
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a null character, or one that no file system takes
-        number = error.errno if isinstance(error, OSError) else errno.EINVAL
-        if os.path.islink(path):
-            target = os.readlink(path)
-            if ".git/annex/" in target:
-                return CaseError(
-                    path, "is git-annex's pointer to a file that is not here", "Fetch it with git annex get"
-                )
-            return CaseError(path, f"is a link to {target}, which is not there", "Put the file itself in its place")
-        if number in (errno.ENOENT, errno.ENOTDIR):
+    except ValueError as error:  # a null character, or half a surrogate pair
+        return CaseError(path, f"no file can be named so ({error})", "Correct the path or the list")
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return CaseError(path, f"can't be read ({error.strerror})", "Check its name, its permissions and the disk")
+        if not os.path.islink(path):
             return CaseError(path, missing, remedy)
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        return CaseError(path, f"can't be read ({reason})", "Check its name, its permissions and the disk")
+        if is_annexed(path):
+            return CaseError(path, "is a git-annex link to a file that is not here", FETCH_ANNEXED)
+        problem = f"is a link to {os.readlink(path)}, which is not there"
+        return CaseError(path, problem, "Put the file there, or correct the link")
     if stat.S_ISREG(mode):
         return None
-    kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-    return CaseError(path, f"is {kind}; a scan is a .nii or .nii.gz file", "Give the file itself")
+    if stat.S_ISDIR(mode):
+        return CaseError(path, "is a folder, must be a file", "Name the scan itself, which may be in that folder")
+    kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+    return CaseError(path, f"is no regular file but {kind}", "Copy the scan to a file")
+
+
+def is_annexed(link: Path | str) -> bool:
+    """Whether a symbolic link leads to git-annex's store, which holds files, fetched or not."""
+    return "annex/objects" in os.readlink(link)
 
 
 def listed_faults(paths: Iterable[Path | None], listed_in: Path, case: str) -> tuple[CaseError, ...]:
     """A fault for each listed file that is not there, or is none."""
-    missing, remedy = f"case {case}: listed in {listed_in}, and not there", "Put the file there, or correct the list"
+    missing, remedy = f"case {case}: listed in {listed_in}, but not there", "Put the file there, or correct the list"
     faults = (file_fault(path, missing, remedy) for path in paths if path is not None)
     return tuple(fault for fault in faults if fault)
 
@@ -257,12 +263,6 @@ def read_json(path: Path) -> Any:
         raise
     except (ValueError, RecursionError) as error:  # ValueError: also a number of over 4300 digits
         raise DataError(f"{path} is not valid JSON ({error}): correct or replace the file") from error
-
-
-def brief(value: Any, limit: int = 80) -> str:
-    """A value of a file, as Python writes it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def text_of(value: Any, where: str) -> str:

@@ -20,7 +20,6 @@ from pipelines.layouts import (
     CaseError,
     DataError,
     Found,
-    brief,
     canonical_modalities,
     listed_faults,
     modality_named,
@@ -30,6 +29,7 @@ from pipelines.layouts import (
     text_of,
 )
 from pipelines.tasks import describes_task, from_task
+from pipelines.text import brief, shortened
 
 
 def from_list(
@@ -99,18 +99,13 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             continue
         if len(row) > len(columns) and any(field.strip() for field in row[len(columns) :]):
             raise DataError(
-                f"{where}: {brief(', '.join(row))} are {len(row)} fields, and the first row names {len(columns)}"
+                f"{where}: {brief(', '.join(row))} has {len(row)} fields, and the first row {len(columns)} columns"
             )
-        fields = dict(zip(columns, row, strict=False))
-        for column, field in zip(columns, row, strict=False):
-            if column in named:
-                continue
-            fields.pop(column, None)
-            if field.strip() and not field.strip().isdecimal():
-                raise DataError(
-                    f"{where}: {brief(field)} stands in a column that has no name: name it in the first row"
-                )
-        yield where, fields
+        fields = list(zip(columns, row, strict=False))
+        for column, field in fields:
+            if column not in named and field.strip() and not field.strip().isdecimal():
+                raise DataError(f"{where}: {brief(field)} is in a column without a name: name it in the first row")
+        yield where, {column: field for column, field in fields if column in named}
 
 
 def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -143,7 +138,7 @@ def _record_case(where: str, record: Any, order: Sequence[str], listed_in: Path)
     unknown = [key for key in values if key not in ("label", "image", *MODALITIES)]
     if unknown or ("image" in values and not order):
         raise DataError(
-            f"{where}: case {name} has {', '.join(unknown)[:200] or 'image'}; columns are name, "
+            f"{where}: case {name} has {shortened(', '.join(unknown), 200) or 'image'}; columns are name, "
             f'{", ".join(MODALITIES)}, label and patient, or in JSON with "modalities" (the order of the last axis of '
             "a 4D file) name, image and label"
         )

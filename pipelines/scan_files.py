@@ -2,19 +2,18 @@
 
 Only regular files are opened: a pipe would keep the reader waiting and a device has no end. Sizes are compared before
 memory is taken: deflate shrinks by at most 1032, so what a header announces can be too much even for a file that is not
-inflated yet. What goes on far behind the announced end is refused, unread: the dimensions are damaged, or the file is
-one of those that are made to fill memory.
+inflated yet. Content that goes on far beyond the announced end is refused unread: the dimensions are damaged, or the
+file was made to fill memory.
 
 gzip is inflated by isal (about 690 MB/s out of one core), a file of one member in one call, which checks its CRC.
-bgzip writes members of 64 KiB: each is given a slice twice as long as the one before it was, for what a member leaves
-of its input is copied.
+bgzip writes members of 64 KiB: each is given a slice twice as long as the one before it was, because what a member
+leaves of its input is copied.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -22,13 +21,13 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from pipelines.layouts import CaseError
+from pipelines.layouts import FETCH_ANNEXED, CaseError, file_fault
 
 COPY_AGAIN = "Copy or download the file again"
 _GZIP_MAGIC = b"\x1f\x8b"
 _HEAD_BYTES = 544  # a NIfTI-2 header and the four bytes behind it
 _FIRST_READ = 1 << 16
-_MOST_FOR_HEAD = 1 << 24  # compressed bytes before the header must have come out
+_GZIP_OVERHEAD = 1 << 24  # bytes: of a gzip file twice its content and so much more are read at most
 _SLACK = 1 << 20  # bytes behind the voxels that are padding and no fault
 _LARGEST_RATIO = 1032  # of deflate
 _SMALLEST_SLICE = 1 << 12
@@ -37,7 +36,7 @@ _DECOMPRESS = "Decompress it, and compress it with gzip or not at all"
 _CONVERT = "Convert the image to .nii.gz"
 _OTHER_CONTENT = [  # what a file that is no NIfTI begins with; what it is; what to do
     (rb"version https://git-lfs", "a Git LFS pointer, the scan itself was not downloaded", "Run git lfs pull there"),
-    (rb"/annex/objects/", "a git-annex pointer, the scan itself was not fetched", "Run git annex get or datalad get"),
+    (rb"/annex/objects/", "a git-annex pointer, the scan itself was not fetched", FETCH_ANNEXED),
     (rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype html|html|head|body)\b", "a web page", _DOWNLOAD),
     (rb"\s*<\?xml", "an XML text", _DOWNLOAD),
     (rb"\s*[{\[]\s*\"", "a JSON text", _DOWNLOAD),
@@ -62,44 +61,14 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
     Raises:
         CaseError: it is missing, no regular file, a link to nothing, or can't be opened or read, within the block too.
     """
+    fault = file_fault(path, "there is no such file", "Put it there, or correct the path or the list")
+    if fault:
+        raise fault
     try:
-        _check_regular(path, _mode(path))
-        with open(path, "rb", opener=_without_waiting) as file:
-            _check_regular(path, os.fstat(file.fileno()).st_mode)
+        with open(path, "rb") as file:
             yield file
-    except FileNotFoundError:
-        raise _missing(path) from None
     except OSError as error:
         raise CaseError(path, f"can't be read ({error.strerror})", "Check its permissions and the disk") from error
-
-
-def _mode(path: Path) -> int:
-    try:
-        return os.stat(path).st_mode
-    except ValueError as error:  # a null byte, or half a surrogate pair
-        raise CaseError(path, f"no file can be named so ({error})", "Correct the path or the list") from None
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that took the file's place since the check
-
-
-def _check_regular(path: Path, mode: int) -> None:
-    if stat.S_ISREG(mode):
-        return
-    if stat.S_ISDIR(mode):
-        raise CaseError(path, "a folder, must be a file", "Name the scan itself, which may be in that folder")
-    kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-    raise CaseError(path, f"is no regular file but {kind}", "Copy the scan to a file")
-
-
-def _missing(path: Path) -> CaseError:
-    if not os.path.islink(path):
-        return CaseError(path, "there is no such file", "Put it there, or correct the path or the list")
-    target = os.readlink(path)
-    if "annex/objects" in target:
-        return CaseError(path, "a git-annex link, the scan itself was not fetched", "Run git annex get or datalad get")
-    return CaseError(path, f"a link to {target}, which is not there", "Put the file there, or correct the link")
 
 
 class ScanFile:
@@ -130,9 +99,6 @@ class ScanFile:
     def _inflated_head(self, start: bytes) -> bytes:
         head, is_whole = _inflate(self._path, start, _HEAD_BYTES, _SMALLEST_SLICE)
         if len(head) < _HEAD_BYTES and not is_whole:
-            start += self._file.read(min(_MOST_FOR_HEAD, self._size))
-            head, is_whole = _inflate(self._path, start, _HEAD_BYTES, _SMALLEST_SLICE)
-        if len(head) < _HEAD_BYTES and not is_whole:
             raise self._ends_early()
         return head
 
@@ -151,7 +117,7 @@ class ScanFile:
             raise self._too_short(needed, what, f"at most {at_most}" if self._is_gzip else f"{at_most}")
         self._file.seek(0)
         if self._is_gzip:
-            raw = self._file.read(min(2 * needed + _MOST_FOR_HEAD, self._size))
+            raw = self._file.read(min(2 * needed + _GZIP_OVERHEAD, self._size))
             data, is_whole = _inflate(self._path, raw, needed + _SLACK, len(raw))
             goes_on = len(data) == needed + _SLACK
             if not is_whole and not goes_on:

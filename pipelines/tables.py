@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.atomic import open_own, write_text
-from pipelines.text import encodable
+from pipelines.text import encodable, shortened
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r＝＋－＠]")  # noqa: RUF001  # some spreadsheets take the wide signs, too
 _ESCAPED = re.compile(r"\\u(005c|d[89a-f][0-9a-f]{2})")
@@ -50,7 +50,7 @@ def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> No
         with open_own(path) as file:
             file.write(_lines([row], columns))
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
@@ -69,10 +69,10 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no table in UTF-8: {error}") from error
+        raise ValueError(f"{path} is not a UTF-8 table: {error}") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{path}, line {line}: it holds NUL bytes, as a file whose writing was broken off")
+        raise ValueError(f"{path}, line {line}: it holds NUL bytes: the file was probably not written to its end")
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     head: list[str] | None = None
     rows = []
@@ -93,16 +93,12 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
 
 def _head(path: Path, cells: list[str], columns: Sequence[str] | None) -> list[str]:
     head = list(map(from_cell, cells))
+    listing = shortened(", ".join(head), 200)
     if columns is not None and head != list(columns):
-        raise ValueError(f"{path} has the columns {_short(head)}, must have {', '.join(columns)}")
+        raise ValueError(f"{path} has the columns {listing}, must have {', '.join(columns)}")
     if len(set(head)) < len(head):
-        raise ValueError(f"{path} names a column twice: {_short(head)}")
+        raise ValueError(f"{path} names a column twice: {listing}")
     return head
-
-
-def _short(names: Sequence[str]) -> str:
-    text = ", ".join(names)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def to_cell(value: Any) -> Any:

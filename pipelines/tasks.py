@@ -26,7 +26,6 @@ from pipelines.layouts import (
     CaseError,
     DataError,
     Found,
-    brief,
     file_fault,
     listed_faults,
     modality_named,
@@ -37,6 +36,7 @@ from pipelines.layouts import (
     stem_of,
     text_of,
 )
+from pipelines.text import brief
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _channels(path: Path, info: Mapping[str, Any]) -> dict[str, int]:
     if isinstance(names, list):
         names = {str(index): name for index, name in enumerate(names)}
     if not isinstance(names, dict):
-        raise DataError(f"{path}: {key} is missing or another thing than {{number: name}}: {brief(names)}")
+        raise DataError(f"{path}: {key} must be {{number: name}}, not {brief(names)}")
     channels: dict[str, int] = {}
     for index, name in names.items():
         modality = modality_named(name) if isinstance(name, str) else None
@@ -104,7 +104,7 @@ def _coding(path: Path, info: Mapping[str, Any], found: Sequence[Found], unlabel
             '{"1": "edema", ...} in the file'
         )
     if not isinstance(labels, dict):
-        raise DataError(f"{path}: labels is missing or another thing than {{value: name}}: {brief(labels)}")
+        raise DataError(f"{path}: labels must be {{value: name}}, not {brief(labels)}")
     try:
         return coding_from_dataset_json(labels)
     except ValueError as error:
@@ -121,11 +121,11 @@ def _listed(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], wi
     for key in _LISTS if with_test else _LISTS[:2]:
         entries = [] if info.get(key) is None else info[key]
         if not isinstance(entries, list):
-            raise DataError(f"{path}: {key} is missing or another thing than a list of cases: {brief(entries)}")
+            raise DataError(f"{path}: {key} must be a list of cases, not {brief(entries)}")
         for number, entry in enumerate(entries, 1):
             case = _entry(path, f"{path}: entry {number} of {key}", entry, channels)
             if case is not None:
-                patient = None if is_decathlon else case.patient or patient_of(case.name)
+                patient = case.patient or (None if is_decathlon else patient_of(case.name))
                 found.append(replace(case, patient=patient, held_out=key == "validation"))
     return _told_apart(found)
 
@@ -135,30 +135,37 @@ def _entry(path: Path, where: str, entry: Any, channels: Mapping[str, int]) -> F
     if isinstance(entry, str) or (isinstance(entry, list) and entry):
         entry = {"image": entry}
     image = entry.get("image") if isinstance(entry, dict) else None
-    if isinstance(image, list) and image:
-        images = [text_of(item, f"{where}: image") for item in image]
-    elif isinstance(image, str) and image.strip():
-        images = [text_of(image, f"{where}: image")]
-    else:
+    images = [image] if isinstance(image, str) and image.strip() else image
+    if not isinstance(images, list) or not images:
         raise DataError(f'{where} is {brief(entry)} and must be {{"image": file or files, "label": file}}')
-    label = entry.get("label")
-    label_path = None if label is None else path.parent / text_of(label, f"{where}: label")
-    paths = [path.parent / item for item in images]
+    label = _path_in(path, entry, "label", where)
+    paths = [path.parent / text_of(item, f"{where}: image") for item in images]
     if paths[0].name.startswith("._"):
         return None
     strange = next((item for item in paths if stem_of(item) is None), None)
     if strange:
         raise DataError(f"{where}: image {strange.name} is no .nii or .nii.gz file: convert it, or leave the entry out")
-    name = text_of(entry["name"], f"{where}: name") if entry.get("name") is not None else _name_of(paths)
-    patient = text_of(entry["patient"], f"{where}: patient") if entry.get("patient") is not None else None
+    name = _text_in(entry, "name", where) or _name_of(paths)
+    patient = _text_in(entry, "patient", where)
     in_one = None  # the channels of a 4D file
     files = _by_channel(paths[0], channels) if len(paths) == 1 else {}
     if not files and len(paths) == 1 and len(channels) > 1:
         files, in_one = dict.fromkeys(channels, paths[0]), channels
     elif not files:
         files = _by_modality(where, paths, channels)
-    faults = listed_faults([*dict.fromkeys(files.values()), label_path], path, name)
-    return Found(name, path, files, in_one, label_path, (), faults, patient)
+    faults = listed_faults([*dict.fromkeys(files.values()), label], path, name)
+    return Found(name, path, files, in_one, label, (), faults, patient)
+
+
+def _text_in(entry: Mapping[str, Any], key: str, where: str) -> str | None:
+    """What an entry has under a key, None where that is missing or null. Raises DataError where it is no text."""
+    value = entry.get(key)
+    return None if value is None else text_of(value, f"{where}: {key}")
+
+
+def _path_in(listed_in: Path, entry: Mapping[str, Any], key: str, where: str) -> Path | None:
+    text = _text_in(entry, key, where)
+    return listed_in.parent / text if text else None
 
 
 def _by_modality(where: str, paths: Sequence[Path], channels: Mapping[str, int]) -> dict[str, Path]:
@@ -238,7 +245,7 @@ def _nnunet_listed(path: Path, dataset: Any, channels: Mapping[str, int]) -> Ite
         if not isinstance(images, list) or len(images) != len(channels):
             raise DataError(f"{where} is {brief(entry)} and must have images, {len(channels)} files, and label, a file")
         paths = [path.parent / text_of(item, f"{where}: images") for item in images]
-        label = None if entry.get("label") is None else path.parent / text_of(entry["label"], f"{where}: label")
+        label = _path_in(path, entry, "label", where)
         faults = listed_faults([*paths, label], path, name)
         yield Found(name, path, dict(zip(channels, paths, strict=True)), None, label, (), faults, patient_of(name))
 
@@ -267,7 +274,7 @@ def _nnunet_folder(
         label = path.parent / str(labels) / f"{name}{ending}" if name in labelled else None
         faults = [file_fault(file, "is gone", "Put it back") for file in (*files.get(name, {}).values(), label) if file]
         if name not in files:
-            problem = f"case {name} has a label and no image in {images}/{name}_0000{ending} or alike"
+            problem = f"case {name} has a label but no image in {images}/{name}_0000{ending} or the like"
             faults.append(CaseError(path.parent / str(labels), problem, "Add its images, or move the label away"))
         kept = tuple(fault for fault in faults if fault)
         found.append(Found(name, path, files.get(name, {}), None, label, (), kept, patient_of(name)))

@@ -7,6 +7,7 @@ font takes, so they are shown as their escapes, `\\udce9` for byte 0xE9, whereve
 from __future__ import annotations
 
 import re
+from typing import Any
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _MARKDOWN = re.compile(r"[\\`*\[<|&~$]|(?<![^\W_])_|_(?![^\W_])")
@@ -25,6 +26,16 @@ def as_text(text: str) -> str:
 def printable(text: str) -> str:
     """The text on one line: lone surrogates, line breaks and other characters that are not printed as escapes."""
     return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """The text, cut after `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def brief(value: Any, limit: int = 80) -> str:
+    """A value as Python writes it, cut where it is long."""
+    return shortened(repr(value), limit)
 
 
 def markdown(text: str) -> str:

@@ -14,20 +14,27 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import os
 import re
 import reprlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from pipelines.text import printable
+from pipelines.text import printable, shortened
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_BOUNDS = (
+    ("least", "at least", operator.ge),
+    ("above", "above", operator.gt),
+    ("most", "at most", operator.le),
+    ("below", "below", operator.lt),
+)
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -53,18 +60,17 @@ class Bounds:
         """The bound that a number breaks, in words; empty where it keeps to all."""
         if isinstance(value, float) and not math.isfinite(value):
             return "finite"
-        checks = (
-            (self.least, "at least", self.least is not None and value < self.least),
-            (self.above, "above", self.above is not None and value <= self.above),
-            (self.most, "at most", self.most is not None and value > self.most),
-            (self.below, "below", self.below is not None and value >= self.below),
-        )
-        return next((f"{words} {bound:.10g}" for bound, words, is_broken in checks if is_broken), "")
+        return next((words for words, bound, holds in self._each() if not holds(value, bound)), "")
 
     def __str__(self) -> str:
         """All bounds: `at least 0 and below 1`."""
-        named = (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
-        return " and ".join(f"{words} {bound:.10g}" for words, bound in named if bound is not None)
+        return " and ".join(words for words, _, _ in self._each())
+
+    def _each(self) -> Iterator[tuple[str, float, Callable[[float, float], bool]]]:
+        for name, words, holds in _BOUNDS:
+            bound = getattr(self, name)
+            if bound is not None:
+                yield f"{words} {bound:.10g}", bound, holds
 
 
 NO_BOUNDS = Bounds()
@@ -140,7 +146,7 @@ def faults(config: Any, prefix: str = "") -> Iterator[str]:
         try:
             converted = convert(value, kinds[item.name], bounds_of(item))
             if isinstance(value, str) is not isinstance(converted, str):
-                raise Misfit(f"{describe(kinds[item.name], bounds_of(item))}, no text")
+                raise Misfit(f"{describe(kinds[item.name], bounds_of(item))}, not text")
         except Misfit as error:
             yield f"{name} {shown(value)} must be {error}"
 
@@ -172,8 +178,7 @@ def shown(raw: Any) -> str:
     if isinstance(raw, dict | list | tuple):
         raw = reprlib.repr(raw)  # shared parts may make it endless
     text = "null" if raw is None else str(raw).lower() if isinstance(raw, bool) else str(raw)
-    text = printable(text[: _SHOWN + 1])
-    return "'' (nothing)" if not text else text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return shortened(printable(text[: _SHOWN + 1]), _SHOWN) or "'' (nothing)"
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -355,12 +355,13 @@ def test_a_broken_link_is_named_as_such(tmp_path: Path) -> None:
         path.unlink()
         path.symlink_to(target)
     (tmp_path / "BraTS2021_00001").symlink_to("/gone/BraTS2021_00001")
+    (tmp_path / "README").symlink_to(".git/annex/objects/Xx/Yy/MD5E-s9--0/MD5E-s9--0")  # never that of a folder
     with pytest.raises(DataError) as caught:
         find_cases(tmp_path)
     text = str(caught.value)
     assert "2 of 2 cases are faulty" in text and "BraTS2021_00001: is a link to /gone/BraTS2021_00001, which" in text
     assert "_t1.nii.gz: is a link to /gone/t1.nii.gz, which is not there" in text
-    assert "_t2.nii.gz: is git-annex's pointer to a file that is not here" in text and "git annex get" in text
+    assert "_t2.nii.gz: is a git-annex link to a file that is not here" in text and "git annex get" in text
     assert "is missing" not in text.split("t2.nii.gz")[0] and "no cases" not in text
 
 
@@ -375,7 +376,7 @@ def test_links_to_scans_and_to_folders_are_followed_and_never_round_in_circles(t
     survey = survey_cases(root)
     assert survey.usable.names == ("BraTS2021_00000",)
     assert [str(fault) for fault in survey.faults] == [
-        f"{root / 'self'}: is a link to self, which is not there. Put the file itself in its place."
+        f"{root / 'self'}: is a link to self, which is not there. Put the file there, or correct the link."
     ]
 
 
@@ -414,6 +415,9 @@ def test_a_folder_that_cannot_be_read_is_a_fault_and_the_others_are_used(
     assert survey.usable.names == ("BraTS2021_00000", "BraTS2021_00002") and survey.total == 3
     (fault,) = survey.faults
     assert fault.path == tmp_path / "BraTS2021_00001" and "can't be read (Permission denied)" in fault.problem
+    (tmp_path / "lost+found").mkdir()  # at the root of a disk, closed to users
+    shut.add(tmp_path / "lost+found")
+    assert survey_cases(tmp_path).total == 3
     shut.add(tmp_path)
     with pytest.raises(DataError, match=r"no cases found.*\n.*can't be read \(Permission denied\)"):
         find_cases(tmp_path)

@@ -97,7 +97,7 @@ def test_without_a_file_nothing_is_set() -> None:
         ({"gradient_clipping": -1}, "--optim.grad_clip -1 must be at least 0"),
         ({"train_micro_batch_size_per_gpu": 0}, "--train.batch_size 0 must be at least 1"),
         ({"gradient_accumulation_steps": 0, "train_batch_size": 8}, "a value is of another kind"),
-        ({"gradient_clipping": "1.0"}, "--optim.grad_clip 1.0 must be a number, .*, no text"),
+        ({"gradient_clipping": "1.0"}, "--optim.grad_clip 1.0 must be a number, .*, not text"),
         ({"bf16": True}, "a value is of another kind"),
         ({"zero_optimization": None}, "a value is of another kind"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, "a value is of another kind"),

@@ -70,7 +70,7 @@ def test_a_full_disk_names_the_table() -> None:
         (b"case,dice,warnings\r\n\r\na,1,\0\0\r\n", "line 3: it holds NUL bytes"),
         (b'case,dice,warnings\r\n"a,1,\r\n', "line 2: unexpected end of data"),
         (b'case,dice,warnings\r\n"a"b,1,\r\n', "line 2: ',' expected after '\"'"),
-        (b"case,dice,warnings\r\ncaf\xe9,1,\r\n", "is no table in UTF-8"),
+        (b"case,dice,warnings\r\ncaf\xe9,1,\r\n", "is not a UTF-8 table"),
         (b"name,value\r\n", "has the columns name, value, must have case, dice, warnings"),
         (b"x," * 10_000, r"has the columns x, x, .{190,}\.\.\., must have"),
         (b"\r\n", "is empty"),

@@ -68,16 +68,16 @@ def test_hidden_entries_of_dataset_json_are_ignored(tmp_path: Path) -> None:
         ({"training": [{"image": "a\x00.nii.gz"}]}, r"image: a\\x00.nii.gz is not plain text"),
         ({"training": [{"image": "a\ud800.nii.gz"}]}, r"image: a\\ud800.nii.gz is not plain text"),
         ({"training": [{"image": "scan.mha"}]}, "image scan.mha is no .nii or .nii.gz"),
-        ({"training": {"a": 1}}, "training is missing or another thing"),
+        ({"training": {"a": 1}}, "training must be a list of cases"),
         ({"training": None}, "lists no case"),
-        ({"modality": 3}, "modality is missing or another thing.*3"),
+        ({"modality": 3}, "modality must be {number: name}, not 3"),
         ({"modality": {"0": None}}, "modality 0 is None"),
         ({"modality": {"0": "FLAIR", "00": "T1w"}}, "modality 00 is 'T1w'"),
         ({"modality": {"9" * 5000: "FLAIR"}}, "is 'FLAIR'"),
         ({"modality": {"0": "FLAIR", "1": "t2f"}}, "modality 1 is 't2f'; each .* once"),
         ({"modality": {"first": "FLAIR"}}, "modality first is 'FLAIR'"),
         ({"modality": {"0": 1}}, "modality 0 is 1"),
-        ({"labels": ["background", "edema"]}, "labels is missing or another thing"),
+        ({"labels": ["background", "edema"]}, "labels must be {value: name}, not"),
     ],
 )
 def test_a_dataset_json_that_is_no_brain_tumour_task_is_refused(
@@ -180,6 +180,11 @@ def test_cases_of_a_datalist_are_grouped_by_patient(tmp_path: Path) -> None:
     assert [case.patient for case in find_cases(path, "brats2018").cases] == ["BraTS-GLI-00001"] * 2
 
 
+def test_the_patient_that_a_dataset_json_states_counts(tmp_path: Path) -> None:
+    entry = {"image": "imagesTr/BRATS_001.nii.gz", "label": "labelsTr/BRATS_001.nii.gz", "patient": "p"}
+    assert find_cases(decathlon(tmp_path, [1], training=[entry])).cases[0].patient == "p"
+
+
 @pytest.mark.parametrize(
     ("entry", "changes", "message"),
     [
@@ -251,7 +256,7 @@ def test_faults_of_nnunets_folder_are_named(tmp_path: Path, caplog: pytest.LogCa
     survey = survey_cases(tmp_path)
     assert survey.usable.names == ("BraTS2021_00001",) and survey.total == 3
     assert "case BraTS2021_00000: modality t1c is missing" in str(survey.faults[0])
-    assert "case extra has a label and no image in imagesTr/extra_0000.nii.gz" in str(survey.faults[1])
+    assert "case extra has a label but no image in imagesTr/extra_0000.nii.gz" in str(survey.faults[1])
     assert "2 files are not used" in caplog.text and "BraTS2021_00000_0007, notes" in caplog.text
 
 
@@ -261,7 +266,7 @@ def test_faults_of_nnunets_folder_are_named(tmp_path: Path, caplog: pytest.LogCa
         ({"file_ending": ".mha"}, "file_ending is '.mha', must be .nii.gz or .nii"),
         ({"file_ending": None}, "file_ending is None"),
         ({"channel_names": {"0": "CT"}}, "channel_names 0 is 'CT'"),
-        ({"channel_names": 4}, "channel_names is missing or another thing"),
+        ({"channel_names": 4}, "channel_names must be {number: name}, not 4"),
         ({"labels": {"background": 0, "liver": 1}}, "label 1 is named 'liver'"),
         ({"labels": None}, "does not say what its labels mean"),
         ({"dataset": 3}, "dataset is 3 and must be"),
