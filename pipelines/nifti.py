@@ -232,7 +232,7 @@ def _read_4d(case: Case) -> tuple[np.ndarray, _FileGrid]:
     array = array.reshape(x, y, z, count, order="F")
     beyond = [c for c in case.channels if c >= count]
     if beyond:
-        problem = f"channel {beyond[0]} is asked for, and its last axis has {count} (shape {array.shape})"
+        problem = f"channel {beyond[0]} is asked for, but its last axis has {count} (shape {array.shape})"
         raise CaseError(path, problem, "Correct 'modality' in dataset.json or the list, or --data.modalities")
     buffer_CZYX = np.empty((len(case.channels), z, y, x), np.float32)
     for index, channel in enumerate(case.channels):
@@ -270,10 +270,10 @@ def _check_same_grid(grid: _FileGrid, first: _FileGrid) -> None:
     )
     for blank, other in ((grid, first), (first, grid)):
         if blank.header.is_blank and not other.header.is_blank:
-            lack = "without origin" if blank.header.has_orientation else "made of its voxel size, sform and qform unset"
+            lack = "without origin" if blank.header.has_orientation else "its voxel size alone, sform and qform unset"
             raise CaseError(
                 grid.path,
-                f"{problem}. That of {blank.path} is {lack}, as software leaves it that knows no orientation",
+                f"{problem}. That of {blank.path} is {lack}, as written by software that ignores orientation",
                 f"If its voxels are in the order of {other.path}, copy that file's header (fslcpgeom {other.path} "
                 f"{blank.path}); resampling would move them. Else resample it to one grid, {WITHOUT_IT}",
             )

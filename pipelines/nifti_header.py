@@ -32,7 +32,9 @@ FARTHEST_MM = 1e5  # of the first voxel from the scanner's centre
 MOST_VOXELS = 1 << 29  # 2 GiB in float32; a BraTS case has 36 million, an 0.5 mm scan 70 million a modality
 LARGEST = float(np.finfo(np.float32).max)
 _UNITS = {1: ("metres", 1e3), 2: ("mm", 1.0), 3: ("micrometres", 1e-3)}  # xyzt_units % 8: unit, mm
-_CORRECT = f"Correct its header, {WITHOUT_IT}"
+_CORRECT_AFFINE = (
+    f"Correct the sform, qform or unit (xyzt_units: 1 metres, 2 mm, 3 micrometres) of its header, {WITHOUT_IT}"
+)
 _SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)  # it would say what it mends, and not in which file
 
 
@@ -73,7 +75,7 @@ class NiftiHeader:
 
     @property
     def is_blank(self) -> bool:
-        """Whether it looks as software leaves it that knows no orientation."""
+        """Whether it looks as written by software that ignores orientation."""
         # ITK's identity has X and Y negative here.
         return not self.has_orientation or np.array_equal(self.affine, np.diag(np.diag(self.affine)))
 
@@ -104,12 +106,13 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
         shape = (*shape[:3], *shape[4:])
     _check_voxels(path, shape, dtype)
     slope, intercept = _scaling(path, fields)
-    unit, mm_per_unit = _UNITS.get(int(fields["xyzt_units"]) % 8, ("mm", 1.0))
+    units = int(fields["xyzt_units"])
+    unit, mm_per_unit = _UNITS.get(units % 8, ("no unit, read as mm", 1.0))
     affine = _affine(path, fields, stored)
     affine[:3] *= mm_per_unit
     fault = affine_fault(affine) or _extent_fault(shape, affine)
     if fault:
-        raise CaseError(path, *_with_unit(fault, unit, int(fields["xyzt_units"])))
+        raise CaseError(path, f"{fault}; its header states {unit} (xyzt_units {units})", _CORRECT_AFFINE)
     codes = int(fields["sform_code"]), int(fields["qform_code"])
     offset = _offset(path, fields)
     return NiftiHeader(shape, dtype, offset, slope, intercept, affine, mm_per_unit, any(codes), fields)
@@ -134,7 +137,7 @@ def _check_voxels(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
         raise CaseError(path, f"has no voxels: shape {shape}", COPY_AGAIN)
     if math.prod(shape) > MOST_VOXELS:
         problem = f"shape {shape} is {math.prod(shape)} voxels, at most {MOST_VOXELS} are read"
-        raise CaseError(path, problem, f"If that is what it has, resample it; else {_CORRECT[0].lower()}{_CORRECT[1:]}")
+        raise CaseError(path, problem, f"If that is right, resample it; else correct its header, {WITHOUT_IT}")
 
 
 def _offset(path: Path, fields: nib.Nifti1Header) -> int:
@@ -160,7 +163,7 @@ def _affine(path: Path, fields: nib.Nifti1Header, stored: nib.Nifti1Header) -> n
     """nibabel's best affine (4, 4), in the header's own unit."""
     for code in ("sform_code", "qform_code"):
         if fields[code] != stored[code]:
-            _warn(path, f"{code} is {stored[code]}, which NIfTI has not, and is taken as 0, not set")
+            _warn(path, f"{code} is {stored[code]}, which NIfTI does not define: taken as 0, not set")
     if not fields["sform_code"]:
         _check_pixdim(path, stored, bool(fields["qform_code"]))
     try:
@@ -214,17 +217,6 @@ def _extent_fault(shape: tuple[int, ...], affine: np.ndarray) -> str | None:
         return None
     listing = " x ".join(f"{length:.4g}" for length in lengths)
     return f"shape {shape} is {listing} mm, a scan of a head is at most {MOST_MM:g} mm long"
-
-
-def _with_unit(fault: str, unit: str, code: int) -> tuple[str, str]:
-    """A fault of the affine and its remedy, with the unit that the header states."""
-    if "can't be inverted" in fault:
-        return fault, f"Correct sform and qform of its header, {WITHOUT_IT}"
-    if unit != "mm":
-        stated = f"{fault}; its header states {unit} (xyzt_units {code})"
-        return stated, f"If its numbers are mm, set xyzt_units to 2, {WITHOUT_IT}"
-    remedy = "If its numbers are metres or micrometres, set xyzt_units of its header to 1 or 3"
-    return fault, f"{remedy}; else correct the affine, {WITHOUT_IT}"
 
 
 def check_extensions(path: Path, data: bytes, header: NiftiHeader) -> None:

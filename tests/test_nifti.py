@@ -192,7 +192,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "zero": ("t1c", lambda p: save(p, np.zeros(SHAPE, "int16")), r"an empty scan: all 210 voxels are 0\. Put the scan"),
     "constant": ("t1c", lambda p: save(p, np.full(SHAPE, 2.5, "float32")), r"all 210 voxels are 2\.5"),
     "beyond_float32": ("t1c", lambda p: save(p, with_voxel((1, 0, 0), 1e300)), r"1 voxels are NaN or Inf.*\(1, 0, 0\)"),
-    "singular_affine": ("t1c", make_singular, r"can't be inverted.*Correct sform and qform"),
+    "singular_affine": ("t1c", make_singular, r"can't be inverted.*Correct the sform"),
     "nan": ("t1c", lambda p: save(p, two_nan()), r"2 voxels are NaN or Inf, the first at \(1, 2, 3\)"),
     "inf": ("t1c", lambda p: save(p, with_voxel((0, 5, 4), -np.inf)), r"1 voxels are NaN or Inf, .* \(0, 5, 4\)"),
     "label_of_other_shape": ("seg", lambda p: save(p, labels()[:, :-1]), r"\(7, 5, 5\) differs"),
@@ -204,7 +204,11 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "negative_label": ("seg", lambda p: save(p, labels().astype("int16") - 1), r"values -1, 0, 1, 2 do not fit"),
     "label_beyond_a_byte": ("seg", lambda p: save(p, labels().astype("int16") + 256), r"values 256, 257, 258, 259 do"),
-    "interpolated_label": ("seg", lambda p: save(p, (labels() * 0.5).astype("float32")), r"value .*5 is no integer"),
+    "interpolated_label": (
+        "seg",
+        lambda p: save(p, (labels() * 0.5).astype("float32")),
+        r".5 is not an integer",
+    ),
     "nan_label": ("seg", lambda p: save(p, with_voxel((1, 1, 1), np.nan)), r"1 voxels are NaN"),
 }
 
@@ -226,7 +230,7 @@ def test_fault_is_one_error_with_file_value_and_remedy(tmp_path: Path, fault: st
 @pytest.mark.parametrize(
     ("array", "channels", "message"),
     [
-        (np.zeros((*SHAPE, 3), "int16"), (0, 3), r"channel 3 is asked for, and its last axis has 3"),
+        (np.zeros((*SHAPE, 3), "int16"), (0, 3), r"channel 3 is asked for, but its last axis has 3"),
         (np.zeros(SHAPE, "int16"), (0, 1), r"has 3 dimensions, must have 4"),
         (np.stack([voxels(0, "float32"), with_voxel((6, 0, 1), np.inf)], 3), (0, 1), r"1 voxels in channel 1 are NaN"),
         (np.stack([voxels(0), voxels(0) * 0], 3), (0, 1), r"an empty scan: all 210 voxels in channel 1 are 0"),
@@ -256,7 +260,7 @@ def test_a_file_without_orientation_is_told_to_take_its_neighbours_header(tmp_pa
     other = "t1c" if blank == "flair" else "flair"
     with pytest.raises(CaseError, match="mm apart") as caught:
         read_case(case, CODING)
-    reason = "without origin" if how in diagonals else "made of its voxel size, sform and qform unset"
+    reason = "without origin" if how in diagonals else "its voxel size alone, sform and qform unset"
     assert f"That of {path} is {reason}" in caught.value.problem
     assert f"(fslcpgeom {tmp_path / other}.nii.gz {path}); resampling would move them" in caught.value.remedy
 

@@ -88,18 +88,22 @@ FAULTS: dict[str, tuple[Callable[[nib.Nifti1Header], None], str, str]] = {
     "qform_no_pixdim": (put(pixdim={3: 0.0}, sform_code=0), r"no voxel size.* and sform_code is 0", "Copy the header"),
     "metres_not_meant": (
         put(xyzt_units=1),
-        r"1000 x 1500 x 2000 mm.*head's scan are .* to 50 mm; .*metres",
-        "units to 2",
+        r"1000 x 1500 x 2000 mm.*head's scan are .* to 50 mm; .*states metres",
+        "2 mm",
     ),
     "micron_not_meant": (
         put(xyzt_units=3),
         r"0\.001 x 0\.0015 x 0\.002 mm.*micrometres \(xyzt_units 3\)",
-        "units to 2",
+        "2 mm",
     ),
-    "metres_not_said": (metres_not_said, r"voxels are 0\.001 x", "xyzt_units .* to 1 or 3"),
-    "too_long": (put(**LONG), r"shape \(300, 1, 1\) is 3000 x .* mm, a scan of a head is at most 2000 mm", "correct"),
-    "far_away": (put(srow_x={3: 1e9}), r"first voxel is at \[1000000000\.0, 9\.0, -4\.0\] mm", "correct the affine"),
-    "infinite": (put(srow_y={1: np.inf}), r"can't be inverted", "Correct sform and qform"),
+    "metres_not_said": (metres_not_said, r"voxels are 0\.001 x.*states no unit", "1 metres"),
+    "too_long": (
+        put(**LONG),
+        r"shape \(300, 1, 1\) is 3000 x .* mm, a scan .* at most 2000 mm",
+        "the sform",
+    ),
+    "far_away": (put(srow_x={3: 1e9}), r"first voxel is at \[1000000000\.0, 9\.0, -4\.0\] mm", "the sform"),
+    "infinite": (put(srow_y={1: np.inf}), r"can't be inverted", "the sform"),
 }
 
 
@@ -111,7 +115,7 @@ def test_a_fault_of_a_header_has_its_own_cause_and_remedy(tmp_path: Path, fault:
         with pytest.raises(CaseError, match=message) as caught:
             read(path)
         assert caught.value.path == path
-        assert remedy.split(" .* ")[-1] in caught.value.remedy
+        assert remedy in caught.value.remedy
 
 
 FAULTS_2 = {
@@ -161,7 +165,7 @@ def test_what_nibabel_mends_by_guessing_is_a_warning_with_the_file_once(
                 read_grid(path)
     said = [record.getMessage() for record in caplog.records]
     assert [text.split(": ")[0] for text in said] == [str(codes), str(sign), str(handedness)]
-    assert "sform_code is 99, which NIfTI has not" in said[0]
+    assert "sform_code is 99, which NIfTI does not define" in said[0]
     assert "pixdim is [-1.0, 1.5, 2.0]" in said[1] and "pixdim[0]" in said[2]
     for path in (codes, sign, handedness):
         np.testing.assert_array_equal(read_nifti(path)[1], nib.load(path).affine)
