@@ -140,8 +140,8 @@ def same_image(image_XYZC: np.ndarray, known: dict[str, Any], modalities: Sequen
         is_usual = span is not None and span[1] > NEARLY_ONE
         if not is_usual and np.array_equal(one, other) and one.min() < one.max():
             return (
-                f"{modalities[i]} and {modalities[j]} are one and the same image: give the file of each modality, for "
-                "a network that was trained on both finds other things in one that is given twice"
+                f"{modalities[i]} and {modalities[j]} are one and the same image: give the file of each modality; the "
+                "network was trained on two different ones"
             )
     return None
 
@@ -211,9 +211,8 @@ def _reordered(look: dict[str, list[float]], known: dict[str, Any], modalities: 
     as_given = tuple(range(count))
     if as_given in likely:
         return []
-    best = min(
-        likely, key=lambda order: (sum(map(int.__ne__, order, as_given)), misfits[order])
-    )  # the least is changed
+    # Of those the one that changes least.
+    best = min(likely, key=lambda order: (sum(map(int.__ne__, order, as_given)), misfits[order]))
     changed = [f"{modalities[given]} looks like {name}" for name, given in zip(modalities, best)
                if modalities[given] != name]  # fmt: skip
     return [f"{', '.join(changed)} as training saw them: is each file the modality that it is given as?"]
@@ -230,6 +229,6 @@ def _spans(known: dict[str, Any], count: int) -> list[Any]:
     return list(spans) if len(spans) == pairs else [None] * pairs
 
 
-def _span(low: float, high: float, spec: str = ".3g") -> str:
+def _span(low: float, high: float, spec: str) -> str:
     one, other = format(low, spec), format(high, spec)
     return one if one == other else f"{one} to {other}"

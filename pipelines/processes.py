@@ -1,8 +1,8 @@
 """A task on each of many cases, in several processes, with a progress bar.
 
 Processes come from a fork server: a fork of a process that has used torch may hang. Each takes one case at a time and
-runs one thread. They start where they save time; a few small cases are done sooner here. Whatever goes wrong with a
-case is a result like any other, and the rest go on, if its process is killed too; what is of no one case, as a full
+runs one thread. They start where they save time; a few small cases are done sooner here. A fault of one case is a
+result like any other and the rest go on, even if its process was killed; what concerns no single case, such as a full
 disk, ends the run. Server and workers ignore Ctrl-C: the parent cancels what has not begun, and cases in hand are
 finished.
 """
@@ -59,8 +59,8 @@ def run_on_cases(
         task: takes a case; a function of a module, not of the script that runs, or a `partial` of one: it is sent to
             processes that import the module alone.
         cases: what to run it on, at least one.
-        workers: processes, at most one per case; 1 runs in this process. None: one per core, once it is seen that they
-            save more than the `START_S` that they take to start; until then, and else, in this process.
+        workers: processes, at most one per case; 1 runs in this process. None: this process, until the cases that are
+            done show that one per core would save more than the `START_S` that they take to start.
         title: verb for the bar, as "Preparing".
 
     Yields:
@@ -69,7 +69,7 @@ def run_on_cases(
         cases that have not begun and waits for those that have.
 
     Raises:
-        DataError: `workers` is below 1; or what the task raised, which is of no one case, and ends the run.
+        DataError: `workers` is below 1; or what the task raised that concerns no single case, which ends the run.
     """
     if workers is not None and workers < 1:
         raise DataError(f"workers {workers} must be at least 1 (--data.workers); leave it out for one per core")
@@ -89,7 +89,7 @@ def run_on_cases(
 
 
 def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:
-    """What the task returns for a case, or what went wrong with it. Raises DataError where that is not of the case."""
+    """What the task returns for a case, or what went wrong with it. Raises DataError where no one case is at fault."""
     try:
         return task(case)
     except CaseError as error:
@@ -99,14 +99,14 @@ def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:
     except OSError as error:
         path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else case.images[0]
         return CaseFailure(
-            path, f"can't be worked on ({error.strerror or error})", "Check the disk and its permissions"
+            path, f"can't be processed ({error.strerror or error})", "Check the disk and its permissions"
         )
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            return CaseFailure(case.images[0], "there is not enough memory for it", _LESS_MEMORY)
+            return CaseFailure(case.images[0], "not enough memory for it", _LESS_MEMORY)
         place = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
-        return CaseFailure(case.images[0], problem, "Report this line, and leave the case out meanwhile")
+        return CaseFailure(case.images[0], problem, "Report this line, and leave the case out until it is mended")
 
 
 def _where_it_is_faster(
@@ -144,7 +144,7 @@ def _by_workers(
         except BrokenProcessPool:
             pass
         if left and count == 1:
-            problem = "the process that worked on it was killed, by the system if memory ran out"
+            problem = "its process was killed, perhaps because memory ran out"
             yield left[0], CaseFailure(left[0].images[0], problem, _LESS_MEMORY)
             parts += [(left[1:], 1)] if left[1:] else []
         elif left:

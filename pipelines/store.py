@@ -210,8 +210,8 @@ def prepare(
         the cases in their order, the faulty ones left out where that is asked for.
 
     Raises:
-        DataError: one error that names every faulty case and every one that another thing went wrong with; the others
-            are prepared. Also: no cases, or all are faulty, the folder can't be written, or the disk is full.
+        DataError: one error that names every case that is faulty or failed otherwise; the others are prepared. Also:
+            no cases, or all are faulty, the folder can't be written, or the disk is full.
     """
     folder = Path(store_dir).absolute()
     task = Task(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, device)

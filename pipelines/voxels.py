@@ -79,7 +79,7 @@ def _rounded(path: Path, array: np.ndarray) -> np.ndarray:
     error = np.abs(array - rounded)
     if error.max() > LABEL_TOLERANCE:
         value = array[np.unravel_index(int(error.argmax()), error.shape)]
-        problem = f"label value {value:.6g} is no integer"
+        problem = f"label value {value:.6g} is not an integer"
         raise CaseError(path, problem, "Use the original label map, or resample it with nearest neighbour")
     return rounded
 
@@ -105,6 +105,6 @@ def _coding_remedy(found: list[int], coding: Coding) -> str:
         for other in sorted(fits, key=unlikeliness)
     ]
     return (
-        "Correct the label map, or choose the --data.release that its documentation names, for values alone don't "
-        f"tell: {', '.join(offers)}"
+        "Correct the label map, or choose the --data.release that its documentation names, values alone don't tell "
+        f"which: {', '.join(offers)}"
     )

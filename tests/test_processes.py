@@ -41,8 +41,8 @@ class TakesTwo(Exception):
 
 
 ERRORS = {
-    "a": (MemoryError(), Path("a"), "there is not enough memory for it"),
-    "b": (OSError(errno.EIO, "Input/output error", "b.nii"), Path("b.nii"), "can't be worked on (Input/output error)"),
+    "a": (MemoryError(), Path("a"), "not enough memory for it"),
+    "b": (OSError(errno.EIO, "Input/output error", "b.nii"), Path("b.nii"), "can't be processed (Input/output error)"),
     "c": (TakesTwo("1", "2"), Path("c"), "TakesTwo: 12 (test_processes.py, line "),
 }
 
@@ -151,7 +151,7 @@ def test_a_case_whose_process_is_killed_is_named_and_the_others_are_done(
         if name not in killed:
             assert result == name
         else:
-            assert isinstance(result, CaseFailure) and "killed, by the system if memory ran out" in result.problem
+            assert isinstance(result, CaseFailure) and "killed, perhaps because memory ran out" in result.problem
             assert "--data.workers 1" in result.remedy
     assert "one of 2 worker processes was killed: going on with 1" in caplog.text
 
