@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 from datasets import ALL
 
-from pipelines.layouts import SPELLINGS, canonical_modalities, modality_of
+from pipelines.layouts import SPELLINGS, canonical_modalities, file_fault, modality_of
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,17 @@ def test_the_documentation_lists_the_spellings_that_there_are() -> None:
     for modality, spellings in SPELLINGS.items():
         listed = re.search(rf"^    {modality} +([^\n,]+)", text, re.MULTILINE)
         assert listed and tuple(listed[1].split()) == spellings
+
+
+def test_a_link_into_a_closed_folder_is_not_called_a_link_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: Path) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    link = tmp_path / "a.nii"
+    link.symlink_to("closed/a.nii")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", closed)
+        fault = file_fault(link, "is gone", "Put it back")
+    assert fault and "can't be read (Permission denied)" in fault.problem
