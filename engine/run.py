@@ -74,7 +74,7 @@ def run(config: Config) -> None:
         lock = _claim(run_dir, is_resumed=config.resume is not None) if ranks.is_first else None
         trainer = _begin(config, ranks, run_dir, paths_taken)
     except (ValueError, OSError, KeyboardInterrupt, SystemExit):
-        if ranks.is_first:
+        if lock:  # else the folder is another job's, which may have made it since
             _remove_folders(new)
         raise
     trainer.fit()
@@ -236,9 +236,8 @@ def _remove_folders(new: Sequence[Path]) -> None:
     Args:
         new: those folders, the run's own first; empty if that was there before.
     """
-    if not new:
-        return
-    shutil.rmtree(new[0], ignore_errors=True)
+    for folder in new[:1]:
+        shutil.rmtree(folder, ignore_errors=True)
     for folder in new[1:]:
         with contextlib.suppress(OSError):  # another run is in it
             folder.rmdir()

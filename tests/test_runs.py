@@ -17,8 +17,9 @@ from commands import rows_of, start, train, write_small
 
 from engine.checkpoint import states
 from engine.comparison import Run, is_finished
+from engine.config import Config, TrainConfig
 from engine.resume import refuse_links
-from engine.run import _claim
+from engine.run import _claim, run
 from pipelines.atomic import replacing
 from pipelines.cases import find_cases
 from pipelines.nifti import read_nifti, write_nifti
@@ -129,6 +130,19 @@ def test_a_failed_start_leaves_alone_what_was_there(finished: Path) -> None:
     for run_dir in ("kept", "kept/run"):
         done = train(finished, "--config", str(write_small(finished)), "--data.root", "none", "--run_dir", run_dir)
         assert done.returncode == 2 and kept.is_file() and not (finished / "kept" / "run").exists()
+
+
+def test_a_folder_that_another_job_made_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run_dir: Path, is_resumed: bool) -> None:
+        (run_dir / "checkpoints").mkdir(parents=True)  # by a job that was started in the same second
+        raise ValueError("another job trains in this folder")
+
+    monkeypatch.setattr("engine.run._claim", refuse)
+    with pytest.raises(ValueError, match="another job trains"):
+        run(Config(run_dir=tmp_path / "run", train=TrainConfig(device="cpu")))
+    assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
 def test_a_run_folder_that_cannot_be_made_is_told_with_the_remedy(tmp_path: Path) -> None:
