@@ -107,24 +107,28 @@ def reference_class(trained: Trained) -> tuple[str, dict[str, Any]]:
 # Files
 
 
-def check_output(path: Path, overwrite: bool, source: Path) -> None:
-    """See that a file may be written, and make its folder.
+def check_output(output: Path, weights: Path, overwrite: bool, source: Path) -> None:
+    """Check that a file, or the folder of a bundle, may be written, and make the folder that it is in.
 
     Args:
-        path: the file. overwrite: it may be there already. source: the file that is read.
+        output: the file or folder. weights: the file of weights that is written: `output`, or one in that folder.
+        overwrite: whether `output` may exist already. source: the file that is read.
 
     Raises:
-        ValueError: it is there and is not to be overwritten, or must not be.
+        ValueError: it exists and must not be overwritten.
     """
-    if os.path.lexists(path) and not overwrite:
-        raise ValueError(f"{path} is there already: choose another --output, or give --overwrite")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, and a file is to be written: choose another --output")
-    if path.exists() and path.samefile(source):
-        raise ValueError(f"{path} is the very file that is read, and would be lost: choose another --output")
-    if path.exists() and "checkpoints" in path.resolve().parent.parts:
-        raise ValueError(f"{path} is a run's own file, which evaluation or --resume may need: choose another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(output) and not overwrite:
+        raise ValueError(f"{output} is there already: choose another --output, or give --overwrite")
+    if weights.is_dir():
+        raise ValueError(f"{weights} is a folder, and a file is to be written: choose another --output")
+    if weights.exists() and weights.samefile(source):
+        raise ValueError(f"{weights} is the very file that is read, and would be lost: choose another --output")
+    if weights.exists() and any(folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
+                                for folder in weights.resolve().parents):  # fmt: skip
+        raise ValueError(
+            f"{weights} is a run's own file, which evaluation or --resume may need: choose another --output"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def read_state_dict(path: Path) -> StateDict:

@@ -16,7 +16,6 @@ if __name__ == "__main__":
     import launch.start  # noqa: F401  before the imports below, which take seconds
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +105,7 @@ def parse(args: list[str] | None) -> tuple[Config, jsonargparse.Namespace]:
 def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:
     """Write a trained network in another format and print what was written."""
     trained = load_trained(source)
-    (_check_bundle if target == "bundle" else check_output)(output, overwrite, trained.path)
+    check_output(output, output / WEIGHTS if target == "bundle" else output, overwrite, trained.path)
     said = []
     if target == "safetensors":
         save_safetensors(output, load_weights(trained.path), describe(trained))
@@ -127,7 +126,7 @@ def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:
 def import_(source: Path, package: Package, config: Config, output: Path, overwrite: bool) -> None:
     """Write a weights file from another package's weights and print what it was taken for."""
     data = config.data
-    check_output(output, overwrite, source)
+    check_output(output, output, overwrite, source)
     if data.modalities is None or data.release is None:
         raise ValueError(
             "a state dict does not say what its channels and labels are: give --data.modalities, in the network's "
@@ -138,15 +137,6 @@ def import_(source: Path, package: Package, config: Config, output: Path, overwr
     content = import_weights(read_state_dict(source), package, config, canonical_modalities(data.modalities), coding)
     save_weights(output, content)
     print(f"{output}: {_summary(load_trained(output))}; labels of {coding.release}")
-
-
-def _check_bundle(output: Path, overwrite: bool, weights: Path) -> None:
-    if os.path.lexists(output) and not overwrite:
-        raise ValueError(f"{output} is there already: choose another --output, or give --overwrite")
-    model = output / WEIGHTS
-    if model.exists() and model.samefile(weights):
-        raise ValueError(f"{model} is the very file that is read, and would be lost: choose another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _summary(trained: Trained) -> str:

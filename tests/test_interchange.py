@@ -306,11 +306,16 @@ def test_a_file_is_replaced_only_when_asked_and_only_by_something_whole(tmp_path
         assert main([*convert, "--overwrite"]) == 2
     assert path.read_text() == "first" and sorted(os.listdir(tmp_path)) == ["model.safetensors", "unet"]
     assert main([*convert, "--overwrite"]) == 0 and load_trained(path).epoch == 7
+    other = tmp_path / "checkpoints" / "model.safetensors"  # a folder of that name which is no run's
+    other.parent.mkdir()
+    other.write_text("first")
+    assert main([*convert[:-1], str(other), "--overwrite"]) == 0 and load_trained(other).epoch == 7
 
 
 def test_what_is_read_and_what_a_run_needs_are_never_replaced(tmp_path: Path, capsys: Any) -> None:
     run = saved_run(tmp_path, "unet")
     best = run / "checkpoints" / "best.pt"
+    (run / "config.yaml").touch()
     shutil.copy(best, best.with_name("last.pt"))
     shutil.copy(best, tmp_path / "copy.pt")
     (tmp_path / "link.pt").symlink_to(tmp_path / "copy.pt")
