@@ -27,12 +27,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from engine import archive
 from engine.archive import Unreadable, content_hash, read_archive, sealed, write_archive
 from engine.config import STATES
+from engine.memory import is_out_of_memory
 from pipelines.atomic import remove_left_over, replacing, temporary_name
 from pipelines.labels import REGIONS
 from pipelines.text import printable
@@ -229,9 +229,9 @@ def putting_back(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         raise ValueError(
             f"--resume: the checkpoint in {folder} does not fit this run, or another version of this program wrote it: "
@@ -271,7 +271,7 @@ def load_weights(path: Path) -> dict[str, Any]:
                 "--to safetensors writes it with one", path,
             )  # fmt: skip
         elif written != content_hash(content):
-            raise Unreadable("it has another content than was written: it is damaged")
+            raise Unreadable("its content is not what was written: it is damaged")
     except Unreadable as error:
         raise ValueError(
             f"{path} can't be read as a checkpoint: {error}. Copy it again, or take the run's other one of best.pt and "
@@ -312,14 +312,14 @@ def _fault(path: Path) -> str | None:
     record, state = path / "about.json", path / "state.pt"
     try:
         if not (record.is_file() and state.is_file()):
-            return "about.json or state.pt is missing, or no file"
+            return "about.json or state.pt is missing, or not a file"
         about = json.loads(record.read_text())
         if not isinstance(about, dict):
-            return "about.json is none of this program"
+            return "about.json was not written by this program"
         size = state.stat().st_size
         if size != about.get("bytes"):
-            return f"state.pt has {size} bytes, and others were written"
-        return None if _digest(state) == about.get(HASH) else "state.pt has another content than was written"
+            return f"state.pt has {size} bytes, not as many as were written"
+        return None if _digest(state) == about.get(HASH) else "the content of state.pt is not what was written"
     except (OSError, ValueError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
 

@@ -162,6 +162,12 @@ def test_what_does_not_fit_when_it_is_put_back_is_one_line(error: Exception, tmp
     assert str(told.value).isprintable()
 
 
+def test_memory_that_runs_out_while_a_state_is_put_back_is_no_misfit(tmp_path: Path) -> None:
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(RuntimeError, match="can't allocate"), putting_back(tmp_path):
+        raise error
+
+
 def test_a_users_folders_among_checkpoints_stay(tmp_path: Path) -> None:
     users = [tmp_path / name for name in ("step-notes", "step-00000001-backup", "partial-step-00000001", "step-7")]
     for folder in users:
@@ -236,7 +242,7 @@ def test_what_could_not_be_written_is_told_at_the_next_save(tmp_path: Path) -> N
         (b"not a checkpoint", "can't be read"),
         ({"weights": {}}, "format"),
         ({"format": 3, "weights": Evil()}, "can't be read"),
-        ({"format": 3, "weights": {}}, "another content than was written"),
+        ({"format": 3, "weights": {}}, "content is not what was written"),
     ],
 )
 def test_other_files_are_refused_with_their_path(content: object, message: str, tmp_path: Path) -> None:
