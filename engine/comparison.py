@@ -21,16 +21,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from engine.checkpoint import states
 from engine.config import CONFIGS, Config, config_from_dict, to_dict
 from engine.metrics import SCORED
 from engine.progress import percent
 from engine.report import is_whole
+from engine.yaml_file import read_yaml
 from pipelines.atomic import write_texts
 from pipelines.cases import MODALITIES
 from pipelines.labels import REGIONS
+from pipelines.layouts import brief, read_json
 from pipelines.tables import read_table
 from pipelines.text import markdown
 
@@ -110,7 +110,7 @@ class Run:
             )
         try:
             return cls._read(path, saved[0])
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise ValueError(
                 f"{path} can't be read, a file in it is damaged or of another version of this program: {reason}; copy "
@@ -119,7 +119,7 @@ class Run:
 
     @classmethod
     def _read(cls, path: Path, state: Path) -> Run:
-        config = config_from_dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        config = config_from_dict(read_yaml(path / "config.yaml"))
         metrics = _read_json(path / "metrics.json")
         scored = metrics.get("scored", "masks")  # older versions scored these, and had no option
         if scored not in SCORED:
@@ -158,18 +158,15 @@ class Run:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    values = read_json(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path.name} holds {type(values).__name__}, must hold an object")
+        raise ValueError(f"{path.name} is {brief(values)}, and must be an object")
     return values
 
 
 def _whole_number(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} {str(value)[:40]!r} must be a whole number of at least 1")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} {brief(value)} must be a whole number of at least 1")
     return value
 
 
@@ -181,7 +178,7 @@ def _scores(best: Any) -> dict[str, Any]:
     for name in SCORES:
         value = best.get(name)
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-            raise ValueError(f"best {name} {str(value)[:40]!r} must be a Dice or null")
+            raise ValueError(f"best {name} {brief(value)} must be a Dice or null")
     return best
 
 
@@ -203,7 +200,7 @@ def is_finished(run_dir: Path) -> bool:
 
 @cache
 def _published_settings() -> dict[str, Any]:
-    config = config_from_dict(yaml.safe_load((CONFIGS / "seed.yaml").read_text()))
+    config = config_from_dict(read_yaml(CONFIGS / "seed.yaml"))
     one = Run(Path(), config, 0, [], {}, "", (), None, PUBLISHED_CROPS_PER_STEP)
     return one.settings()
 

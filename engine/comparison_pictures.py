@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,12 @@ def can_share_a_case(runs: Sequence[Run]) -> bool:
     return bool(runs[0].cases) and not decisive
 
 
-def predict_example(rows: Sequence[Row], device: torch.device) -> Predictions:
+def predict_example(rows: Sequence[Row], device: torch.device, store_dir: Path | None = None) -> Predictions:
     """The first seed of each model, with its best weights, on the same validation case.
 
     Args:
         rows: whose runs `can_share_a_case`. device: where the networks run.
+        store_dir: where the case is prepared; None: in the cache. A run's own may be in anybody's folder.
 
     Raises:
         ValueError: the scans are not there any more.
@@ -89,6 +90,7 @@ def predict_example(rows: Sequence[Row], device: torch.device) -> Predictions:
     first = rows[0].runs[0]
     assert first.example is not None
     config = describing(first.config)
+    config = replace(config, data=replace(config.data, store_dir=store_dir))
     cases = list_cases(config.data, existing_root(config.data)).select([first.example])
     store = prepared(config.data, cases)
     ((name, image, labels),) = make_val_loader(config, store, [first.example], device)

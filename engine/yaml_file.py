@@ -16,8 +16,6 @@ import yaml
 from pipelines.values import shown
 
 _LIMIT = 2**20  # bytes; a file of options has some hundred
-
-
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "seq", "map")}
 
 
@@ -62,15 +60,13 @@ def read_yaml(path: Path) -> Any:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             what = "a folder" if stat.S_ISDIR(mode) else "a device"
-            raise ValueError(f"--config {path} is {what}: give a YAML file of options")
+            raise ValueError(f"{path} is {what}: give a YAML file of options")
         with path.open("rb") as file:
             content = file.read(_LIMIT + 1)
     except OSError as error:
-        raise ValueError(
-            f"--config {path} can't be read ({error.strerror}): correct the path or its permissions"
-        ) from error
+        raise ValueError(f"{path} can't be read ({error.strerror}): correct the path or its permissions") from error
     if len(content) > _LIMIT:
-        raise ValueError(f"--config {path} is larger than {_LIMIT // 2**20} MiB: give a YAML file of options")
+        raise ValueError(f"{path} is larger than {_LIMIT // 2**20} MiB: give a YAML file of options")
     return parse_yaml(content, str(path))
 
 
@@ -89,7 +85,7 @@ def parse_yaml(content: bytes, name: str) -> Any:
     except _Refused as error:
         raise ValueError(f"{name}, {_place(error)}: {error.problem}") from error
     except yaml.MarkedYAMLError as error:
-        hint = "; indent by blanks, not by tabs" if "'\\t'" in str(error) else ""
+        hint = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
         raise ValueError(f"{name} is no YAML: {_place(error)}: {error.problem}{hint}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}") from error

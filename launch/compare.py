@@ -38,9 +38,10 @@ from rich.table import Table
 from engine import comparison, comparison_pictures
 from engine.command import run_command
 from engine.comparison import PUBLISHED, Row, Run
-from engine.config import Config, make_parser, parse_config, to_dict
+from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.distributed import read_place
 from engine.watch import handle, put_back
+from engine.yaml_file import read_yaml
 from kernels import dispatch
 from pipelines.atomic import below, replacing
 from pipelines.text import printable
@@ -79,7 +80,7 @@ def main(args: list[str] | None = None) -> int:
             status = train_all(runs, options.launcher)
             if status:
                 return status
-        compare([Run.read(run_dir) for run_dir in run_dirs], folder)
+        compare([Run.read(run_dir) for run_dir in run_dirs], folder, config.data.store_dir)
         return 0
 
     return run_command(work, lambda: "the same command goes on from here", alone=True)
@@ -168,12 +169,9 @@ def read_options(file: Path) -> dict[str, Any]:
         ValueError: it can't be read.
     """
     try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} can't be read ({' '.join(str(error).split())}): give another --run_dir") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no options by which a run was begun: give another --run_dir")
-    return values
+        return to_dict(config_from_dict(read_yaml(file)))
+    except ValueError as error:
+        raise ValueError(f"{file} can't be read ({error}): give another --run_dir") from error
 
 
 def launch_command(launcher: str | None) -> list[str]:
@@ -228,8 +226,11 @@ def _is_alive(group: int) -> bool:
 # Comparison
 
 
-def compare(runs: Sequence[Run], folder: Path) -> None:
+def compare(runs: Sequence[Run], folder: Path, store_dir: Path | None) -> None:
     """Write tables and pictures, and print the table.
+
+    Args:
+        runs: what is compared. folder: of tables and pictures. store_dir: see `comparison_pictures.predict_example`.
 
     Raises:
         ValueError: two runs of one model and seed.
@@ -246,11 +247,11 @@ def compare(runs: Sequence[Run], folder: Path) -> None:
     console = Console(width=None if Console().is_terminal else PIPE_WIDTH)
     console.print(table)
     console.print("\n".join(map(printable, comparison.notes(rows))), highlight=False, markup=False)
-    draw_predictions(rows, folder / "predictions.png")
+    draw_predictions(rows, folder / "predictions.png", store_dir)
     print(printable(f"table, curves and predictions: {folder}"))
 
 
-def draw_predictions(rows: Sequence[Row], path: Path) -> None:
+def draw_predictions(rows: Sequence[Row], path: Path, store_dir: Path | None) -> None:
     """The same case by every model; without it, the reason."""
     runs = [row.runs[0] for row in rows]
     path.unlink(missing_ok=True)
@@ -261,7 +262,7 @@ def draw_predictions(rows: Sequence[Row], path: Path) -> None:
     device = torch.device("cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu")
     dispatch.use(settings.kernels, device)
     try:
-        comparison_pictures.draw_predictions(comparison_pictures.predict_example(rows, device), path)
+        comparison_pictures.draw_predictions(comparison_pictures.predict_example(rows, device, store_dir), path)
     except ValueError as error:  # scans that are gone leave the table as it is
         print(printable(f"no predictions.png: {error}"))
 

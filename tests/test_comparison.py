@@ -229,16 +229,16 @@ def test_cases_have_the_names_that_they_were_validated_by(tmp_path: Path) -> Non
         ("metrics.json", '{"definition": "Di', "Unterminated string"),
         ("metrics.json", "{}", "it lacks 'epochs'"),
         ("metrics.json", "[" * 100_000, "recursion"),
-        ("metrics.json", "[]", "metrics.json holds list"),
+        ("metrics.json", "[]", "metrics.json is [], and must be"),
         ("metrics.json", '{"epochs": "many", "best": {"epoch": 1}, "definition": ""}', "epochs 'many' must be a whole"),
-        ("metrics.json", '{"epochs": 1, "best": {"epoch": -1}, "definition": ""}', "best epoch '-1' must be a whole"),
+        ("metrics.json", '{"epochs": 1, "best": {"epoch": -1}, "definition": ""}', "best epoch -1 must be a whole"),
         ("metrics.json", '{"epochs": 1, "best": {"epoch": 1, "TC": "x"}, "definition": ""}', "best TC 'x' must be"),
-        ("metrics.json", '{"epochs": 1, "best": {"epoch": 1, "TC": NaN}, "definition": ""}', "best TC 'nan' must be"),
+        ("metrics.json", '{"epochs": 1, "best": {"epoch": 1, "TC": NaN}, "definition": ""}', "best TC nan must be"),
         ("metrics.json", '{"scored": "everything"}', "metrics.json scored 'everything'"),
         ("checkpoints/step-00000001-validated/about.json", '{"world_size": "8"}', "world_size '8' must be a whole"),
         ("config.yaml", "", "the file is null and must be a group"),
         ("config.yaml", "data: [", "expected the node content"),
-        ("config.yaml", "[" * 100_000, "recursion"),
+        ("config.yaml", "[" * 100_000, "nested too deeply"),
         ("log.csv", "epoch,loss\n1,half", "could not convert string to float: 'half'"),
         ("log.csv", "epoch,loss\n1,2,3", "log.csv, line 2: 3 cells, must be 2"),
         ("log.csv", "epoch,loss\n", "log.csv has no rows with epoch and loss"),
@@ -320,9 +320,9 @@ def test_models_predict_the_same_case_and_a_picture_shows_them(
         content = content_of(data.store.coding, **trained, config=to_dict(config))
         save_weights(run_dir / "checkpoints" / "best.pt", content)
         runs.append(replace(Run.read(run_dir), cases=data.val, example=data.val[1]))
-    shutil.rmtree(cache / "store")
-    predictions = comparison_pictures.predict_example(make_rows(runs), torch.device("cpu"))
-    assert len(list((cache / "store").glob("*.image.npy"))) == 1  # no case is prepared that is not shown
+    store = tmp_path / "store"  # not the cache, for which there may be no place
+    predictions = comparison_pictures.predict_example(make_rows(runs), torch.device("cpu"), store)
+    assert len(list(store.glob("*.image.npy"))) == 1  # no case is prepared that is not shown
     assert predictions.name == data.val[1] and list(predictions.of_models) == ["unet", "unetr"]
     shape = (32, 32, 16) if validation == "center_crop" else data.store.shape(data.store.index(data.val[1]))
     assert predictions.truth_RXYZ.shape == (3, *shape) and predictions.truth_RXYZ.any()
@@ -390,7 +390,7 @@ def test_the_same_command_goes_on_where_it_stopped(
 ) -> None:
     children = Children({"unetr": 75})
     monkeypatch.setattr(compare, "run_process", children)
-    monkeypatch.setattr(compare, "draw_predictions", lambda rows, path: None)
+    monkeypatch.setattr(compare, "draw_predictions", lambda rows, path, store_dir: None)
     args = ["--run_dir", str(tmp_path / "out")]
     assert compare.main(args) == 75 and children.trained == ["unet", "unetr"]
     assert "unetr ended with status 75; the same command goes on" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def test_scalars_stay_text_and_nothing_is_none() -> None:
         (b"a: *x\n", "a.yaml, line 1: anchors"),
         (b"a: !!python/object/apply:os.getcwd []\n", "a.yaml, line 1: tags .*python.* are not taken"),
         (b"a: !!timestamp x\n", "a.yaml, line 1: tags"),
-        (b"a:\n\tb: 1\n", "a.yaml is no YAML: line 2: .*indent by blanks, not by tabs"),
+        (b"a:\n\tb: 1\n", "a.yaml is no YAML: line 2: .*indent with spaces, not tabs"),
         (b"a: [\n", "a.yaml is no YAML: line "),
         (b"a: 1\n---\na: 2\n", "a.yaml is no YAML: line 2: but found another document"),
         (b"? [1]\n: 2\n", "a.yaml is no YAML: line 1: found unhashable key"),
