@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ from engine.config import Config, DataConfig, ModelConfig, TrainConfig, config_f
 from models import build_model, check_img_size
 from pipelines.decathlon import TASK
 from pipelines.labels import CODINGS, ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
-from pipelines.layouts import canonical_modalities
+from pipelines.layouts import canonical_modalities, some
 from pipelines.text import printable
+from pipelines.values import shown
 
 NOT_DESCRIBING = ("download", "store_dir", "store_dtype", "residence", "workers", "prepare_on", "unprepared", "augment")
 """Options of `--data` that say how volumes are made and kept, not what the scans are."""
 DESCRIBING = ("precision", "validation")
 """Options of `--train` that say how the network is run."""
 PLAIN_NAME = re.compile("[A-Za-z0-9_]{1,64}")
-SHOWN = 300  # characters of a file's own words in a message
 _ODD = (ArithmeticError, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError)
 
 
@@ -118,18 +118,17 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
     content = load_weights(path)
     try:
         config = describing(config_from_dict(content["config"]))
-        modalities = canonical_modalities(_texts(content["modalities"], "modalities"))
+        modalities = canonical_modalities(_texts(content["modalities"]))
         coding = _coding(content["release"], content["tissues"], content["regions"])
         with torch.device("meta"):  # whatever sizes the file names, nothing is made of them before its weights fit
             network = make_model(config, len(modalities))
-        epoch, validation = _count(content["epoch"]), _numbers(content["validation"], "validation")
+        epoch, validation = _count(content["epoch"]), _numbers(content["validation"])
         scans = _ranges(content["scans"], len(modalities))
         fault = misfit(network, content["weights"])
     except _ODD as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else printable(" ".join(str(error).split()))
         raise ValueError(
-            f"{path} was written by another version of this program: {_shortened(reason)}; update this one, or use "
-            "that one"
+            f"{path} was written by another version of this program: {reason[:300]}; update this one, or use that one"
         ) from error
     if fault:
         raise ValueError(
@@ -141,8 +140,8 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
     broken = [name for name, value in network.state_dict().items() if not value.isfinite().all()]
     if broken:
         raise ValueError(
-            f"{path}: {len(broken)} of its tensors hold NaN or Inf ({_some(broken)}), and so would whatever it finds: "
-            "take weights of an earlier epoch, or train again"
+            f"{path}: {len(broken)} of its tensors hold NaN or Inf ({some(broken, 1)}), and so would its "
+            "segmentations: take weights of an earlier epoch, or train again"
         )
     network.to(device).eval()
     return Trained(path, network, config, modalities, coding, epoch, validation, scans)
@@ -161,29 +160,29 @@ def describing(config: Config) -> Config:
     return Config(data=data, model=config.model, train=train)
 
 
-def _texts(values: Any, what: str) -> list[str]:
+def _texts(values: Any) -> list[str]:
     if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"its {what} are no list of names")
+        raise ValueError("its modalities are not a list of names")
     return list(values)
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**31:
-        raise ValueError("its epoch is no whole number from 0 on")
+        raise ValueError("its epoch is not a whole number, 0 or more")
     return value
 
 
-def _numbers(values: Any, what: str, depth: int = 2) -> dict[str, Any]:
+def _numbers(values: Any, depth: int = 2) -> dict[str, Any]:
     """Numbers by plain names, possibly in groups; a bundle shows both to MONAI, to which `$` begins code."""
     if not isinstance(values, dict):
-        raise ValueError(f"its {what} are no numbers by name")
+        raise ValueError("its validation is not numbers by name")
     for name, value in values.items():
         if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
-            raise ValueError(f"its {what} have a name other than of letters, digits and _")
+            raise ValueError("its validation has a name with other characters than letters, digits and _")
         if isinstance(value, dict) and depth > 1:
-            _numbers(value, what, depth - 1)
+            _numbers(value, depth - 1)
         elif value is not None and not _is_number(value):
-            raise ValueError(f"its {what} have {name}, which is no number")
+            raise ValueError(f"{name} of its validation is not a number")
     return values
 
 
@@ -191,10 +190,10 @@ def _ranges(scans: Any, channels: int) -> dict[str, list[list[float]]]:
     """What `pipelines.likeness.looks_of_store` found, or nothing."""
     lengths = {"spacing_mm": 3, "occupied": channels, "contrast": channels} if scans else {}
     if not isinstance(scans, dict) or any(len(scans[name]) != length for name, length in lengths.items()):
-        raise ValueError("its scans are no ranges of numbers by name")
+        raise ValueError("its scans are not ranges of numbers by name")
     for name, spans in scans.items():
         if not all(len(span) == 2 and all(map(_is_number, span)) for span in spans):
-            raise ValueError(f"its scans have {name}, which are no ranges of numbers")
+            raise ValueError(f"the {name} of its scans are not ranges of numbers")
     return scans
 
 
@@ -206,7 +205,7 @@ def _coding(release: Any, tissues: Any, regions: Any) -> Coding:
     names = {int(value): tissue for value, tissue in tissues.items()}
     known = {tissue for coding in CODINGS.values() for tissue in coding.tissues.values()}
     if release not in (*CODINGS, TUTORIAL) or not {OEDEMA, ENHANCING} <= set(names.values()) <= known:
-        raise ValueError("its labels are of no release and no tissues that this one knows")
+        raise ValueError("it names a release or tissues that this version does not know")
     if len(regions) != len(REGIONS):
         raise ValueError(f"it has {len(regions)} regions, must have {', '.join(REGIONS)}")
     core, whole, enhancing = members = tuple(tuple(map(int, values)) for values in regions)
@@ -224,7 +223,7 @@ def misfit(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> str
     """What keeps a state dict from being that of a network, in words; empty where nothing does."""
     expected = network.state_dict()
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        return "they are no tensors by name"
+        return "they are not tensors by name"
     missing = [name for name in expected if name not in weights]
     unexpected = [name for name in weights if name not in expected]
     shapes = [
@@ -233,12 +232,6 @@ def misfit(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> str
         if name in weights and (weights[name].shape != value.shape or not weights[name].is_floating_point())
     ]
     found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    return "; ".join(f"{len(names)} tensors are {what} ({_some(names)})" for what, names in found if names)
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{_shortened(printable(str(names[0])))}{', ...' if len(names) > 1 else ''}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return "; ".join(
+        f"{len(names)} tensors are {what} ({some(list(map(shown, names)), 1)})" for what, names in found if names
+    )

@@ -31,6 +31,7 @@ from engine.watch import Preempted, StopSignal
 from kernels.dice_ce import region_masks
 from models import parameter_count
 from pipelines.labels import REGIONS
+from pipelines.layouts import some
 from pipelines.likeness import filled, looks_of_store
 
 log = logging.getLogger(__name__)
@@ -335,7 +336,7 @@ class Trainer:
         if state["best"]["epoch"] is not None and scored != self.config.train.score:
             raise ValueError(
                 f"--train.score {self.config.train.score}: the validations of {self.run_dir} so far scored {scored}, "
-                f"and no best epoch can be told by two measures: go on with --train.score {scored}"
+                f"and a best epoch can't be chosen by two measures: go on with --train.score {scored}"
             )
         load_moments(step.engine, step.optimizer, state["moments"])
         step.optimizer.load_scalars(state["optimizer"])
@@ -396,10 +397,11 @@ class Trainer:
 def _warn_of_overflow(names: Sequence[str]) -> None:
     if names:
         log.warning(
-            "the logits of %d validation cases are NaN or infinite (%s%s) and count as background: lower --optim.lr, "
-            "or, with --train.precision fp16, take bf16",
-            len(names), ", ".join(names[:3]), ", ..." if len(names) > 3 else "",
-        )  # fmt: skip
+            "the logits of %d validation cases are NaN or infinite (%s) and count as background: lower --optim.lr, or "
+            "take --train.precision bf16 instead of fp16",
+            len(names),
+            some(names),
+        )
 
 
 def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
