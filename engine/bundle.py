@@ -105,12 +105,12 @@ def write_bundle(folder: Path, trained: Trained) -> None:
     """Write a trained network as a MONAI bundle.
 
     Args:
-        folder: a new one, or that of a bundle of this program, in which the files that this writes are replaced when
-            all are complete; whatever else is there stays.
+        folder: a new one, or a bundle that this program wrote: once all new files are complete, they replace the old
+            ones, and whatever else is there stays.
         trained: the network and what belongs to it, on the CPU.
 
     Raises:
-        ValueError: another folder, or one of whose subfolders is a link that leads out of it.
+        ValueError: another folder, or a subfolder that is a link out of it.
         OSError: it can't be written.
     """
     is_there = os.path.lexists(folder)
@@ -139,7 +139,7 @@ def _check_is_bundle(folder: Path) -> None:
     except (OSError, ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict) or "glioforge" not in metadata:
-        raise ValueError(f"{folder} is no MONAI bundle of this program: choose another --output")
+        raise ValueError(f"{folder} is not a MONAI bundle that this program wrote: choose another --output")
     for name in SUBFOLDERS:
         own_folder(folder, name)
 

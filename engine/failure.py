@@ -107,8 +107,8 @@ _REASONS = {
     "else MASTER_PORT)",
     "EACCES": "this port is the system's; choose one above 1023 (deepspeed and torchrun --master_port, else "
     "MASTER_PORT)",
-    "timed out": f"not all came within {MEETING_LIMIT.seconds // 60} minutes: are all started, with the same number of "
-    "ranks? is MASTER_ADDR the first rank's host, and its port open to the others?",
+    "timed out": f"not all ranks came within {MEETING_LIMIT.seconds // 60} minutes: are all started, with the same "
+    "number of ranks? is MASTER_ADDR the first rank's host, and its port open to the others?",
 }
 """Why ranks did not meet, by a word of PyTorch's."""
 

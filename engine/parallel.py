@@ -248,18 +248,18 @@ def _take_over(config: Config, settings: dict[str, Any], world_size: int) -> Non
 
 
 def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
-    """What DeepSpeed gets: nothing that names a file, a folder or code, for the file may be somebody else's.
+    """The settings that DeepSpeed gets: none that names a file, a folder or code, as the file may be somebody else's.
 
     Raises:
-        ValueError: a section that does more and is not switched off, or words where numbers belong.
+        ValueError: another section that is not switched off, or text where a number belongs.
     """
     kept = {}
     for name, value in settings.items():
         if isinstance(value, dict) and name not in SECTIONS:
             if value.get("enabled") is not False and value:
                 raise ValueError(
-                    f"{name} must be left out: what writes files, measures or changes the network is this program's "
-                    "own business, and DeepSpeed is handed how to reduce and shard alone (docs/training.md)"
+                    f"{name} must be left out: DeepSpeed only reduces and shards here, and gets no settings that "
+                    "write files, measure or change the network (docs/training.md)"
                 )
             continue
         inner = value.items() if isinstance(value, dict) else [(name, value)]

@@ -1,4 +1,4 @@
-"""What going on with a run comes to, before anything is done: a run folder may be somebody else's.
+"""What resuming a run will do, told before anything is done: the run folder may be somebody else's.
 
 Its `config.yaml` says what to do, as in any run, and may have been changed since the checkpoint was written.
 """
@@ -17,11 +17,11 @@ from pipelines.text import printable
 log = logging.getLogger(__name__)
 
 WRITTEN = ("checkpoints", "logs", "tensorboard", "run.log", ".lock")
-"""Folders that a run writes to, and files that it adds to; all others it replaces."""
+"""Folders that a run writes to, and files that it appends to; it replaces all others."""
 
 
 def refuse_links(run_dir: Path) -> None:
-    """Refuse a run folder from which a link leads out to where the run would write.
+    """Refuse a run folder in which a link would have the run write somewhere else.
 
     Raises:
         ValueError: naming the link.
@@ -34,17 +34,17 @@ def refuse_links(run_dir: Path) -> None:
 
 
 def tell_what_resuming_does(config: Config) -> None:
-    """Log in what the configuration differs from that of the newest checkpoint, and what it writes elsewhere."""
+    """Log how the configuration differs from that of the newest checkpoint, and what it writes elsewhere."""
     assert config.run_dir is not None
     recorded = checkpoint.recorded_config(config.run_dir / "checkpoints")
     for line in changed_options(recorded, to_portable_dict(config)) if recorded else ():
         log.warning("--resume: %s", printable(line))
     for line in written_elsewhere(config):
-        log.warning("--resume: beside its folder, this run %s", printable(line))
+        log.warning("--resume: outside its folder, this run %s", printable(line))
 
 
 def changed_options(was: Any, now: Any, name: str = "") -> list[str]:
-    """Options that differ between two configurations, as `to_portable_dict` gives them, a line each."""
+    """A line for each option that differs between two configurations from `to_portable_dict`."""
     if isinstance(was, dict) and isinstance(now, dict):
         names = dict.fromkeys([*now, *was])
         prefix = f"{name}." if name else "--"

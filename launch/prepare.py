@@ -70,10 +70,9 @@ def check(config: DataConfig) -> int:
     coding = f"; {usable.coding.release}" if labelled else ""
     print(f"{faulty} of {survey.total} cases are faulty ({', '.join(usable.modalities)}{coding})")
     if unlabelled:
-        few = (
-            f"{len(labelled)} of {len(usable.cases)} cases have" if labelled else f"none of {len(unlabelled)} cases has"
-        )
-        print(f"{few} a label: without one a case can be segmented, but not trained on or scored")
+        count = len(usable.cases)
+        have = f"{len(labelled)} of {count} cases have" if labelled else f"none of {count} cases has"
+        print(f"{have} a label: without one a case can be segmented, but not trained on or scored")
     return 1 if faulty else 0
 
 
