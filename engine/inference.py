@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -182,9 +182,9 @@ class Predictor:
         first = self.members[0]
         _check_alike(self.members)
         self.modalities, self.coding = first.modalities, first.coding
-        hashes = sorted(sha256(member.path.read_bytes()).hexdigest() for member in self.members)
+        hashes = sorted(_file_hash(member.path) for member in self.members)
         self.made_by = f"weights {sha256(''.join(hashes).encode()).hexdigest()[:12]}{', flips' if flips else ''}"
-        """Weights and ways by which a segmentation is found: where they are others, it is another one."""
+        """The weights and the way of predicting: with others, a segmentation is another one."""
         self.spacing = first.config.data.spacing
         # Halves are faster on a GPU alone; on a CPU they would be slower and less exact.
         self._networks = [
@@ -329,6 +329,11 @@ class Predictor:
             if kept is not None:
                 kept[i] = values.cpu().numpy()
         return Segmentation(masks, scan.affine, self.coding, kept, scan.warnings, like, self.made_by)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _raw(image_CXYZ: np.ndarray, affine: np.ndarray) -> RawCase:

@@ -85,14 +85,15 @@ def _fault(error: Exception) -> Exception:
     if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
         return error
     log.debug("a case failed", exc_info=error)
-    message = _in_words(error)
+    message = in_words(error)
     traceback.clear_frames(error.__traceback__)
     if is_out_of_memory(error) and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return DataError(message)
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """What kept a case from being done, on a line for the user; of a fault in this program also its place."""
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         return (
@@ -101,7 +102,7 @@ def _in_words(error: Exception) -> str:
         )
     if isinstance(error, OSError):
         return explain(error)
-    if type(error) is ValueError:
+    if isinstance(error, DataError) or type(error) is ValueError:
         return text
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"

@@ -30,7 +30,8 @@ def find(inputs: Sequence[Path], predictor: Predictor, modalities: Sequence[str]
     codings = [predictor.coding] if files else []
     if modalities and not files:
         raise ValueError("--modalities names the files or the 4D axis of --input files; a data set says it by itself")
-    for root in (path for path in inputs if path not in files):
+    taken = set(files)
+    for root in (path for path in inputs if path not in taken):
         try:
             survey = survey_cases(root, None, predictor.modalities, labelled=False, unlabelled_as=predictor.coding)
         except (DataError, OSError) as error:

@@ -34,12 +34,12 @@ from engine.distributed import Ranks, gather, init_ranks
 from engine.inference import Predictor, Prepared, describe
 from engine.parser import Parser
 from engine.progress import CaseBar
-from engine.stages import BatchEnds, in_stages
+from engine.stages import BatchEnds, in_stages, in_words
 from launch.inputs import find
 from launch.options import add_network_options, in_own_options, naming_own_options
 from pipelines.cases import Case
 from pipelines.labels import CODINGS, Coding
-from pipelines.layouts import CaseError, DataError
+from pipelines.layouts import CaseError, DataError, some
 from pipelines.nifti import read_description, read_grid
 from pipelines.tables import append_row, read_table, write_table
 from pipelines.text import printable
@@ -61,6 +61,29 @@ class Row:
 
 
 COLUMNS = tuple(Row.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is to be written.
+
+    Attributes:
+        folder: of all files. coding: of the label maps. probabilities: whether they are written too.
+        made_by: what the segmentations are found by, see `Predictor.made_by`.
+    """
+
+    folder: Path
+    coding: Coding
+    probabilities: bool
+    made_by: str
+
+    def files(self, case: Case) -> dict[Path, str]:
+        """The files of a case, the label map first, and what the header of each says."""
+        name = re.sub(r"[^\w.-]", "_", case.name)
+        files = {self.folder / f"{name}.nii.gz": describe(self.coding, self.made_by)}
+        if self.probabilities:
+            files[self.folder / f"{name}-probabilities.nii.gz"] = describe(None, self.made_by)
+        return files
 
 
 def main(args: list[str] | None = None) -> int:
@@ -118,22 +141,20 @@ def predict(options: Namespace) -> int:
     predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
     log.info("%s; %s", ", ".join(str(member.path) for member in predictor.members), predictor.kernels_taken)
     found, faults = find(options.input, predictor, options.modalities)
-    output: Path = options.output
-    failed = [Row(str(path), error=in_own_options(str(error))) for path, error in faults]
-    check_outputs(found.cases, output, options.probabilities)
-    try:
-        make_writable(output)
-    except OSError as error:
-        raise cannot_write(output, error) from error
+    failed = [Row(str(path), error=in_own_options(in_words(error))) for path, error in faults]
     coding = CODINGS[options.release] if options.release else found.coding
-    cases, too_long = those_with_names(found.cases, output, options.probabilities)
-    failed += too_long
-    waiting = left_to_do(cases, output, options.probabilities, options.overwrite, ranks, coding, predictor.made_by)
-    kept = len(cases) - len(waiting)
+    output = Output(options.output, coding, options.probabilities, predictor.made_by)
+    check_outputs(found.cases, output)
+    try:
+        make_writable(output.folder)
+    except OSError as error:
+        raise cannot_write(output.folder, error) from error
+    waiting = left_to_do(found.cases, output, options.overwrite, ranks)
+    kept = len(found.cases) - len(waiting)
     if kept:
-        log.info("%d of %d cases are segmented already and kept (--overwrite replaces them)", kept, len(cases))
+        log.info("%d of %d cases are segmented already and kept (--overwrite replaces them)", kept, len(found.cases))
     log.info("label coding %s: %s", coding.release, ", ".join(f"{v} {t}" for v, t in coding.tissues.items()))
-    own = predict_cases(predictor, waiting, output, coding, options.probabilities, ranks)
+    own = predict_cases(predictor, waiting, output, ranks)
     rows = gather(own, ranks, is_patient=True)
     if not ranks.is_first:
         return 0
@@ -141,14 +162,14 @@ def predict(options: Namespace) -> int:
         log.warning("%s: %s", row.case, row.warnings)
     done = [row for part in rows for row in part]
     segmented = len(done) - sum(bool(row.error) for row in done)
-    print(f"{segmented} cases segmented, {kept} kept: {printable(str(output))}")
+    print(f"{segmented} cases segmented, {kept} kept: {printable(str(output.folder))}")
     for row in (*failed, *(row for row in done if row.error)):
         print(f"failed: {row.error}", file=sys.stderr)
-    write_rows(output / TABLE, [*failed, *done])
+    write_rows(output.folder / TABLE, [*failed, *done])
     return 1 if failed or segmented < len(done) else 0
 
 
-def check_outputs(cases: Sequence[Case], output: Path, probabilities: bool) -> None:
+def check_outputs(cases: Sequence[Case], output: Output) -> None:
     """Refuse segmentations that would take the place of a scan, of a label or of each other.
 
     Raises:
@@ -157,10 +178,10 @@ def check_outputs(cases: Sequence[Case], output: Path, probabilities: bool) -> N
     given = {path.resolve() for case in cases for path in (*case.images, case.label) if path}
     case_of: dict[Path, str] = {}
     for case in cases:
-        for path in outputs(case, output, probabilities):
+        for path in output.files(case):
             if path.resolve() in given:
                 raise ValueError(
-                    f"--output {output}: {path} is a file of the data and would be lost; choose another folder"
+                    f"--output {output.folder}: {path} is a file of the data and would be lost; choose another folder"
                 )
             if path in case_of:
                 raise ValueError(
@@ -170,62 +191,39 @@ def check_outputs(cases: Sequence[Case], output: Path, probabilities: bool) -> N
             case_of[path] = case.name
 
 
-def those_with_names(cases: Sequence[Case], output: Path, probabilities: bool) -> tuple[list[Case], list[Row]]:
-    """The cases whose files a folder can hold, and a row for each of the others."""
-    most = os.pathconf(output, "PC_NAME_MAX")
-    fitting, rows = [], []
-    for case in cases:
-        longest = max(len(os.fsencode(path.name)) for path in outputs(case, output, probabilities))
-        if longest <= most:
-            fitting.append(case)
-        else:
-            error = f"{case.name}: its file would have a name of {longest} bytes, {most} are allowed: rename the case"
-            rows.append(Row(case.name, error=error))
-    return fitting, rows
+def left_to_do(cases: Sequence[Case], output: Output, overwrite: bool, ranks: Ranks) -> Sequence[Case]:
+    """The cases without a segmentation, as the first rank finds them: by the time another one looks, some are done.
 
-
-def left_to_do(
-    cases: Sequence[Case],
-    output: Path,
-    probabilities: bool,
-    overwrite: bool,
-    ranks: Ranks,
-    coding: Coding,
-    made_by: str,
-) -> Sequence[Case]:
-    """The cases without a segmentation, as the first rank finds them: by the time that another looks, some are done.
-
-    It begins the table, too.
+    The first rank also begins the table.
 
     Raises:
-        ValueError: a segmentation that is there is not what is asked for.
+        ValueError: a segmentation that exists is not what is asked for.
     """
     if not ranks.is_first:
         return gather([], ranks)[0]
     waiting: list[Case] = []
     others: list[str] = []
     for case in cases:
-        paths = outputs(case, output, probabilities)
-        there = [] if overwrite else [path for path in paths if os.path.lexists(path)]
-        asked = {path: describe(coding if path is paths[0] else None, made_by) for path in paths}
-        others += [f"{path.name} {unlike}" for path in there if (unlike := not_as_asked(path, case, asked[path]))]
-        if len(there) < len(paths):
+        files = output.files(case)
+        there = [] if overwrite else [path for path in files if os.path.lexists(path)]
+        others += [f"{path.name} {unlike}" for path in there if (unlike := not_as_asked(path, case, files[path]))]
+        if len(there) < len(files):
             waiting.append(case)
     if others:
         raise ValueError(
-            f"--output {output} holds {len(others)} files that are not what is asked for now: {'; '.join(others[:3])}"
-            f"{'; ...' if len(others) > 3 else ''}. Choose another --output, ask for what is there (--runs, --release, "
-            "--flips), or replace them with --overwrite"
+            f"--output {output.folder} holds {len(others)} files that are not what is asked for now: "
+            f"{some(others, 3)}. Choose another --output, ask for what is there (--runs, --release, --flips), or "
+            "replace them with --overwrite"
         )
-    write_rows(output / TABLE, [])  # for all ranks to add to, which wait for it here
+    write_rows(output.folder / TABLE, [])  # for all ranks to add to, which wait for it here
     return gather(waiting, ranks)[0]
 
 
 def not_as_asked(path: Path, case: Case, asked: str) -> str:
-    """What is other about a segmentation that is there than about that which is asked for; empty where nothing is.
+    """How a file that exists differs from what is asked for, in words; empty where it does not.
 
     Args:
-        path: of the segmentation. case: whose it should be. asked: what its header should say.
+        path: of the segmentation. case: the case it should be of. asked: what its header should say.
     """
     try:
         said, (shape, affine) = read_description(path), read_grid(path)
@@ -234,17 +232,15 @@ def not_as_asked(path: Path, case: Case, asked: str) -> str:
     try:
         scan_shape, scan_affine = read_grid(case.images[0])
     except CaseError:
-        scan_shape, scan_affine = shape, affine  # no way to compare: what is there was made before
+        scan_shape, scan_affine = shape, affine  # the scan has become unreadable since: nothing to compare with
     if shape[:3] != scan_shape[:3] or not np.allclose(affine, scan_affine, atol=1e-3):
         return f"lies on another grid than {case.images[0]}"
     if not said.startswith("glioforge: "):
         return "does not say how it was made"
-    return "" if said == asked else f"says {said!r}, and asked for is {asked!r}"
+    return "" if said == asked else f"says {said!r}, not {asked!r}"
 
 
-def predict_cases(
-    predictor: Predictor, waiting: Sequence[Case], output: Path, coding: Coding, probabilities: bool, ranks: Ranks
-) -> list[Row]:
+def predict_cases(predictor: Predictor, waiting: Sequence[Case], output: Output, ranks: Ranks) -> list[Row]:
     """This rank's share of the cases, read, predicted and written side by side."""
     started: dict[str, float] = {}
 
@@ -253,19 +249,19 @@ def predict_cases(
         return predictor.prepare(predictor.read(replace(case, label=None)))
 
     def write(case: Case, scan: Prepared, found: torch.Tensor) -> Row:
-        segmentation = predictor.finish(scan, found, probabilities, case.images[0])
+        segmentation = predictor.finish(scan, found, output.probabilities, case.images[0])
         for warning in segmentation.warnings:
             log.warning("%s: %s", case.name, warning)
-        labels, *extra = outputs(case, output, probabilities)
+        labels, *extra = output.files(case)
         try:
             if extra:
                 segmentation.save_probabilities(extra[0])
-            segmentation.save(labels, coding)
+            segmentation.save(labels, output.coding)
             row = Row(case.name, round(time.perf_counter() - started[case.name], 2), "; ".join(segmentation.warnings))
-            append_row(output / TABLE, COLUMNS, asdict(row))  # at once, in case that the command is stopped
+            append_row(output.folder / TABLE, COLUMNS, asdict(row))  # at once, in case the command is stopped
         except OSError as error:
-            if is_lost(output, error):
-                raise BatchEnds(str(cannot_write(output, error))) from error
+            if is_lost(output.folder, error):
+                raise BatchEnds(str(cannot_write(output.folder, error))) from error
             raise
         return row
 
@@ -273,29 +269,24 @@ def predict_cases(
     rows: list[Row] = []
     with CaseBar("Segmenting", len(mine), ranks.is_first) as bar:
         for case, outcome in in_stages(mine, read, lambda _, scan: predictor.probabilities(scan), write):
-            error = in_own_options(f"{case.name}: {outcome}")
-            rows.append(Row(case.name, error=error) if isinstance(outcome, DataError) else outcome)
+            if isinstance(outcome, DataError):
+                outcome = Row(case.name, error=in_own_options(f"{case.name}: {outcome}"))
+            rows.append(outcome)
             bar.advance()
     return rows
 
 
-def outputs(case: Case, output: Path, probabilities: bool) -> list[Path]:
-    """The files of a case, the label map first."""
-    name = re.sub(r"[^\w.-]", "_", case.name)
-    return [output / f"{name}{end}.nii.gz" for end in ("", *(["-probabilities"] if probabilities else []))]
-
-
-def cannot_write(output: Path, error: OSError) -> ValueError:
-    """The user's words for it."""
+def cannot_write(folder: Path, error: OSError) -> ValueError:
+    """The error for the user where the folder can't be written to."""
     return ValueError(
-        f"--output {output} can't be written ({error.strerror}): free space or change its permissions, or choose "
+        f"--output {folder} can't be written ({error.strerror}): free space or change its permissions, or choose "
         "another folder; what is there is whole, and the same command goes on"
     )
 
 
-def is_lost(output: Path, error: OSError) -> bool:
+def is_lost(folder: Path, error: OSError) -> bool:
     """Whether no other case can be written either: a full disk, a folder that is gone or locked."""
-    return error.errno in NO_ROOM or not os.access(output, os.W_OK | os.X_OK)
+    return error.errno in NO_ROOM or not os.access(folder, os.W_OK | os.X_OK)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -320,7 +311,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def drop_cut_off_row(path: Path) -> None:
-    """Take the end of a row out of the table that a full disk or a kill left without its rest."""
+    """Remove the incomplete last row that a full disk or a kill left in the table."""
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if content.startswith(",".join(COLUMNS).encode()) and 0 < end < len(content):
