@@ -227,7 +227,7 @@ def test_a_command_that_is_stopped_leaves_whole_files_and_goes_on_with_the_other
     ("content", "fault"),
     [
         (b"id,dice\n1,0.9\n", "has the columns id, dice"),
-        (b"\xff\xfe\x00", "is no table in UTF-8"),
+        (b"\xff\xfe\x00", "is not a UTF-8 table"),
         (b"", "is empty"),
         (b"case,seconds,warnings,error\na,1,,\n\0\0\0\0\n", "predictions.csv, line 3: it holds NUL bytes"),
         (b"case,seconds,warnings,error\na,1,,,,,\n", "predictions.csv, line 2: 7 cells, must be 4"),

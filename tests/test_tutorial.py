@@ -61,7 +61,7 @@ def untrained(command: str, trained: bool = True) -> str:
             planned: list[Path] = []
             patch.setattr(compare, "train_all", lambda runs, launcher: planned.extend(runs))
             patch.setattr(comparison.Run, "read", lambda path: path)
-            patch.setattr(compare, "compare", lambda runs, folder: None)
+            patch.setattr(compare, "compare", lambda *_: None)
             assert compare.main(args) == 0 and len(planned) == len(comparison.PUBLISHED)
         if trained:
             (planned[0].parent / "table.md").write_text("| model |\n\nNot comparable")
