@@ -40,7 +40,7 @@ from launch.options import add_network_options, in_own_options, naming_own_optio
 from pipelines.cases import Case
 from pipelines.labels import CODINGS, Coding
 from pipelines.layouts import CaseError, DataError, some
-from pipelines.nifti import read_description, read_grid
+from pipelines.nifti import read_description, read_grid, read_nifti
 from pipelines.tables import append_row, read_table, write_table
 from pipelines.text import printable
 
@@ -226,14 +226,14 @@ def not_as_asked(path: Path, case: Case, asked: str) -> str:
         path: of the segmentation. case: the case it should be of. asked: what its header should say.
     """
     try:
-        said, (shape, affine) = read_description(path), read_grid(path)
+        said, (array, affine) = read_description(path), read_nifti(path)  # whole: a copy may have been cut off
     except CaseError as error:
         return f"can't be read ({error.problem})"
     try:
         scan_shape, scan_affine = read_grid(case.images[0])
     except CaseError:
-        scan_shape, scan_affine = shape, affine  # the scan has become unreadable since: nothing to compare with
-    if shape[:3] != scan_shape[:3] or not np.allclose(affine, scan_affine, atol=1e-3):
+        scan_shape, scan_affine = array.shape, affine  # the scan has become unreadable since: nothing to compare with
+    if array.shape[:3] != scan_shape[:3] or not np.allclose(affine, scan_affine, atol=1e-3):
         return f"lies on another grid than {case.images[0]}"
     if not said.startswith("glioforge: "):
         return "does not say how it was made"

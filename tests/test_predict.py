@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import gzip
 import json
 import os
 import shutil
@@ -145,7 +146,8 @@ def test_a_file_of_unknown_origin_or_another_grid_is_not_taken_for_a_segmentatio
     image, out = scans / "imagesTr" / "BRATS_001.nii.gz", tmp_path / "out"
     command = ("--runs", run, "--input", image, "--output", out)
     assert run_predict(*command, "--probabilities") == 0
-    whole = nib.load(out / "BRATS_001.nii.gz")
+    written = (out / "BRATS_001.nii.gz").read_bytes()
+    whole = nib.Nifti1Image.from_bytes(gzip.decompress(written))
     moved = whole.affine + np.diag([0, 0, 0.1, 0])
     probabilities = (out / "BRATS_001-probabilities.nii.gz").read_bytes()
     for array, affine, header, says in (
@@ -158,6 +160,9 @@ def test_a_file_of_unknown_origin_or_another_grid_is_not_taken_for_a_segmentatio
             run_predict(*command)
     (out / "BRATS_001.nii.gz").write_bytes(b"notes")
     with pytest.raises(ValueError, match="BRATS_001.nii.gz can't be read .not a NIfTI file"):
+        run_predict(*command)
+    (out / "BRATS_001.nii.gz").write_bytes(written[: len(written) // 2])
+    with pytest.raises(ValueError, match="BRATS_001.nii.gz can't be read .truncated"):
         run_predict(*command)
     (out / "BRATS_001.nii.gz").unlink()
     with pytest.raises(ValueError, match="1 files .*BRATS_001-probabilities.nii.gz says"):
