@@ -206,8 +206,8 @@ def _coding(release: Any, tissues: Any, regions: Any) -> Coding:
     known = {tissue for coding in CODINGS.values() for tissue in coding.tissues.values()}
     if release not in (*CODINGS, TUTORIAL) or not {OEDEMA, ENHANCING} <= set(names.values()) <= known:
         raise ValueError("it names a release or tissues that this version does not know")
-    if len(regions) != len(REGIONS):
-        raise ValueError(f"it has {len(regions)} regions, must have {', '.join(REGIONS)}")
+    if not isinstance(regions, list | tuple) or len(regions) != len(REGIONS):
+        raise ValueError(f"its regions are {shown(regions)}, must be the labels of {', '.join(REGIONS)}")
     core, whole, enhancing = members = tuple(tuple(map(int, values)) for values in regions)
     is_nested = set(enhancing) <= set(core) <= set(whole) <= set(names) <= set(range(1, 256))
     if (

@@ -95,9 +95,9 @@ def evaluate(options: Namespace) -> int:
         logging.getLogger().setLevel(logging.ERROR)
     predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
     folder = options.output or default_folder(options, predictor)
+    cases, unusable = first_on_node(lambda: find(options, predictor), ranks)
     if ranks.is_first:
         check_folder(folder, None if options.output else run_of(predictor.members[0].path))
-    cases, unusable = first_on_node(lambda: find(options, predictor), ranks)
     parts = gather(score_cases(predictor, cases, options.on, options.score, ranks), ranks, is_patient=True)
     if not ranks.is_first:
         return 0
