@@ -43,7 +43,7 @@ class Trained:
     Attributes:
         path: the weights file.
         network: in evaluation mode; float32 (N, C, X, Y, Z) of `config.data.crop_size_voxels` to logits (N, 3, ...).
-        config: of the run.
+        config: what of the run's describes network and scans; the rest is as by default.
         modalities: of the C channels, in order.
         coding: of the labels that it was trained on.
         epoch: after which the weights were taken.

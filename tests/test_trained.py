@@ -72,7 +72,7 @@ def test_the_best_weights_are_a_runs_own_and_a_file_is_taken_as_it_is(tmp_path: 
         ({"tissues": ["oedema"]}, "another version"),
         ({"modalities": 2}, "another version"),
         ({"weights": None}, "another version.*no 'weights'"),
-        ({"regions": [[1], [2]]}, "another version.*2 regions, must have TC, WT, ET"),
+        ({"regions": [[1], [2]]}, "another version.*regions are .*, must be the labels of TC, WT, ET"),
         ({"weights": {"head.bias": torch.zeros(3)}}, r"unetr: \d+ tensors are missing \("),
         ({"moments": {}}, "state from which training goes on.*take best.pt"),
         ({"format": 4}, "newer version of this program, which reads format 3"),
