@@ -27,6 +27,7 @@ from pipelines.layouts import (
     Found,
     canonical_modalities,
     case_name_fault,
+    modality_of,
     name_fault,
     some,
 )
@@ -216,7 +217,8 @@ def _faults(found: Sequence[Found], modalities: Sequence[str]) -> list[list[Case
 def _faults_of(found: Found, modalities: Sequence[str], first: Found) -> list[CaseError]:
     """The faults of a case; `first` is the first of its name."""
     faults = [*found.faults]
-    missing = [m for m in modalities if m not in found.files]
+    at_fault = {modality_of(fault.path) for fault in found.faults}  # is there, and told of already
+    missing = [m for m in modalities if m not in found.files and m not in at_fault]
     if missing and (found.files or not faults):
         have = [m for m in MODALITIES if m in found.files]
         problem = f"case {found.name}: modality {', '.join(missing)} is missing; it has {', '.join(have) or 'none'}"

@@ -22,7 +22,21 @@ MODALITIES = ("flair", "t1", "t1c", "t2")
 SPELLINGS = {
     "flair": ("flair", "t2f", "t2flair"),
     "t1": ("t1", "t1n", "t1w", "t1pre", "t1native"),
-    "t1c": ("t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1contrast", "t1km", "t1wc", "t1wce", "t1wgd", "t1wpost", "ct1"),
+    "t1c": (
+        "t1c",
+        "t1ce",
+        "t1gd",
+        "t1gad",
+        "t1post",
+        "t1contrast",
+        "t1km",
+        "t1wc",
+        "t1wce",
+        "t1wgd",
+        "t1wpost",
+        "t1+c",
+        "ct1",
+    ),
     "t2": ("t2", "t2w"),
 }
 """How each modality is spelled in file names, lists and options, in any letter case; what follows "t1" or "t2" may
@@ -30,7 +44,7 @@ stand apart (`t1_ce`, `T2-FLAIR`)."""
 LABEL_SPELLINGS = ("label", "labels", "seg", "segm", "segmentation")
 _MODALITY_OF = {spelling: modality for modality, spellings in SPELLINGS.items() for spelling in spellings}
 _APART = "[-_. ]"
-_SPELLED = "|".join(re.sub("^(t[12])(.)", rf"\1{_APART}?\2", spelling) for spelling in _MODALITY_OF)
+_SPELLED = "|".join(re.sub("^(t[12])(.)", rf"\1{_APART}?\2", re.escape(spelling)) for spelling in _MODALITY_OF)
 # The end of a file's stem. BIDS tells a contrast agent before the modality (`ce-gd_T1w`), BRATS until 2015 had a number
 # after it (`MR_T1c.54514`), that of 2013 how it was normalised.
 _ENDS_IN_MODALITY = re.compile(

@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 WITHOUT_IT = "or move the case away (off the list, where one names it)"
 SPACING_MM = (0.02, 50.0)  # of scans of heads: the finest are of specimens, the coarsest a few thick slices
+LEAST_MM, FINE_MM = (
+    60.0,
+    0.25,
+)  # a head's scan is at least so long, unless its voxels are of a usual size: a part of one
 MOST_MM = 2000.0  # along an axis of a scan, as long as its table
 FARTHEST_MM = 1e5  # of the first voxel from the scanner's centre
 MOST_VOXELS = 1 << 29  # 2 GiB in float32; a BraTS case has 36 million, an 0.5 mm scan 70 million a modality
@@ -212,10 +216,13 @@ def affine_fault(affine: np.ndarray) -> str | None:
 
 
 def _extent_fault(shape: tuple[int, ...], affine: np.ndarray) -> str | None:
-    lengths = [n * size for n, size in zip(shape, np.linalg.norm(affine[:3, :3], axis=0), strict=False)]
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    lengths = [n * size for n, size in zip(shape, sizes, strict=False)]
+    listing = " x ".join(f"{length:.4g}" for length in lengths)
+    if max(lengths) < LEAST_MM and sizes.max() < FINE_MM:
+        return f"shape {shape} is {listing} mm, a scan of a head is at least {LEAST_MM:g} mm long"
     if max(lengths) <= MOST_MM:
         return None
-    listing = " x ".join(f"{length:.4g}" for length in lengths)
     return f"shape {shape} is {listing} mm, a scan of a head is at most {MOST_MM:g} mm long"
 
 

@@ -97,6 +97,11 @@ FAULTS: dict[str, tuple[Callable[[nib.Nifti1Header], None], str, str]] = {
         "2 mm",
     ),
     "metres_not_said": (metres_not_said, r"voxels are 0\.001 x.*states no unit", "1 metres"),
+    "too_small": (
+        put(dim={1: 24, 2: 24, 3: 15}, srow_x={0: 0.1}, srow_y={1: 0.1}, srow_z={2: 0.1}),
+        r"shape \(24, 24, 15\) is 2.4 x 2.4 x 1.5 mm, a scan of a head is at least 60 mm",
+        "xyzt_units",
+    ),
     "too_long": (
         put(**LONG),
         r"shape \(300, 1, 1\) is 3000 x .* mm, a scan .* at most 2000 mm",
