@@ -80,7 +80,7 @@ KINDS = ("uint8", "int16", "float32", ">i2", "float64", "int32")
 
 @cache
 def good_nifti(number: int) -> bytes:
-    """A small file; of both versions, several types, with scaling and with an extension."""
+    """A small file; of both versions, several types and units, with scaling and with an extension."""
     rng = np.random.default_rng(number)
     kind = nib.Nifti2Image if number % 4 == 3 else nib.Nifti1Image
     dtype = KINDS[number % len(KINDS)]
@@ -91,6 +91,9 @@ def good_nifti(number: int) -> bytes:
         image = kind(np.asarray(image.dataobj), affine, image.header.as_byteswapped(">"))
     if number % 3 == 0:
         image.header.set_slope_inter(0.5, -3)
+    if number % 4 == 1:
+        image.set_sform(np.diag([1e-3, 1e-3, 1e-3, 1]) @ affine, 1)
+        image.header.set_xyzt_units("meter")
     if number % 7 == 0:
         image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"a note"))
     return image.to_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fuzz import TARGETS, run_one
 
-COUNTS = {"nifti": 300, "config": 60, "weights": 60, "lists": 150, "tables": 60}
+COUNTS = {"nifti": 1500, "config": 500, "weights": 100, "lists": 300, "tables": 300}
 
 
 def test_every_target_is_tried() -> None:
