@@ -20,7 +20,6 @@ from engine.comparison import Run, is_finished
 from engine.config import Config, TrainConfig
 from engine.resume import refuse_links
 from engine.run import _claim, run
-from pipelines.atomic import replacing
 from pipelines.cases import find_cases
 from pipelines.nifti import read_nifti, write_nifti
 from pipelines.phantom import make_phantoms
@@ -240,12 +239,3 @@ def test_a_finished_run_that_goes_on_is_no_finished_one(finished: Path) -> None:
     assert not is_finished(run)
     with pytest.raises(ValueError, match="is no finished run"):
         Run.read(run)
-
-
-def test_a_table_whose_writing_is_broken_off_stays_as_it_was(tmp_path: Path) -> None:
-    table = tmp_path / "log.csv"
-    table.write_text("epoch\n1\n")
-    with pytest.raises(KeyboardInterrupt), replacing(table) as file:
-        file.write("epoch\n")
-        raise KeyboardInterrupt
-    assert table.read_text() == "epoch\n1\n"
