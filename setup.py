@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 EXPORT = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 
@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=["engine", "kernels", "launch", "models", "pipelines"],
+    packages=find_packages(include=["engine*", "kernels", "launch", "models", "pipelines*"]),
     package_data={"kernels": ["tuned.json"], "launch": ["configs/*.yaml"]},
     install_requires=[
         "torch>=2.11",

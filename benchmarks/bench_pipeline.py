@@ -40,10 +40,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import IS_GPU, machine
-from engine.home import cache_dir
+from pipelines.basics.home import cache_dir
+from pipelines.basics.processes import cores
 from pipelines.cases import CaseSet, find_cases
 from pipelines.phantom import FORMAT, make_phantoms
-from pipelines.processes import cores
 
 CROP = (128, 128, 64)
 BATCH = 2

@@ -56,7 +56,7 @@ from benchmarks.training import (
     plain_network,
     seconds,
 )
-from engine.distributed import Ranks, init_ranks
+from engine.ranks.distributed import Ranks, init_ranks
 from kernels import dispatch
 from models import parameter_count
 

@@ -36,12 +36,12 @@ from monai.transforms import (
     Spacingd,
 )
 
-from engine.bundle_steps import RegionsToLabelsd
+from engine.export.bundle_steps import RegionsToLabelsd
+from engine.export.interchange import reference_class, reference_weights
 from engine.inference import compose_labels
-from engine.interchange import reference_class, reference_weights
+from engine.network import Trained, load_trained
 from engine.sliding_window import OVERLAP, WINDOWS_AT_ONCE
 from engine.step import LOW_PRECISION
-from engine.trained import Trained, load_trained
 from kernels import dispatch
 from models.convert import PACKAGES
 from pipelines.labels import REGIONS

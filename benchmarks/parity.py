@@ -41,16 +41,16 @@ from benchmarks.report import OURS
 from benchmarks.training import BATCH, FULL, SMALL, Plain, Scene, Size, Variant, free
 from engine.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from engine.data import list_cases, load_data, obtain_root
-from engine.distributed import Ranks, init_ranks
-from engine.home import cache_dir
 from engine.metrics import case_dice, summarise
+from engine.network import make_model
 from engine.progress import percent
-from engine.trained import make_model
+from engine.ranks.distributed import Ranks, init_ranks
 from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import MODELS
 from models.convert import to_reference
+from pipelines.basics.home import cache_dir
 from pipelines.labels import REGIONS
 
 matplotlib.use("Agg")

@@ -45,7 +45,7 @@ from kernels import attention, dice_ce, dispatch, instance_norm
 from kernels.cases import REGIONS
 from kernels.dice_ce import dice_ce_loss
 from models import MODELS, build_model
-from pipelines.atomic import replacing, write_text
+from pipelines.basics.atomic import replacing, write_text
 
 aten = torch.ops.aten
 LAST = torch.channels_last_3d

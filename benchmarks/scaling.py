@@ -55,8 +55,8 @@ from benchmarks import bench_train, training
 from benchmarks.bench_pipeline import scans
 from benchmarks.common import machine
 from benchmarks.report import OURS
-from engine.distributed import gather, init_ranks
-from engine.parallel import BUCKET_ELEMENTS
+from engine.ranks.distributed import gather, init_ranks
+from engine.sharding import BUCKET_ELEMENTS
 
 GPUS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 UNETR_PARAMETERS = 49_667_123

@@ -34,10 +34,10 @@ from benchmarks.report import OURS
 from benchmarks.step_profile import allocated_peak, synchronize
 from engine.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from engine.data import Data
-from engine.distributed import Ranks
-from engine.home import cache_dir
-from engine.trained import make_model
+from engine.network import make_model
+from engine.ranks.distributed import Ranks
 from engine.trainer import Trainer
+from pipelines.basics.home import cache_dir
 from pipelines.cases import CaseSet, find_cases
 from pipelines.reference import case_to_dict, seed_transforms
 from pipelines.store import prepare

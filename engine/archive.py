@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.atomic import replacing
+from pipelines.basics.atomic import replacing
 
 HASH = "sha256"
 VALUES_LIMIT = 2**24

@@ -32,10 +32,10 @@ from safetensors import safe_open
 from engine import archive
 from engine.archive import Unreadable, content_hash, read_archive, sealed, write_archive
 from engine.config import STATES
-from engine.memory import is_out_of_memory
-from pipelines.atomic import remove_left_over, replacing, temporary_name
+from engine.ranks.memory_limits import is_out_of_memory
+from pipelines.basics.atomic import remove_left_over, replacing, temporary_name
+from pipelines.basics.text import printable
 from pipelines.labels import REGIONS
-from pipelines.text import printable
 
 log = logging.getLogger(__name__)
 

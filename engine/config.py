@@ -20,12 +20,12 @@ from jsonargparse import Namespace
 from engine.parser import Parser, build
 from kernels.dispatch import Kernels
 from pipelines.augment import Augment
+from pipelines.basics.text import encodable
+from pipelines.basics.values import Misfit, convert, faults, number, plain, refuse, shown
 from pipelines.cases import check_folds
 from pipelines.geometry import Spacing, SpacingAxes
 from pipelines.labels import Release
 from pipelines.prepared import StoreDtype
-from pipelines.text import encodable
-from pipelines.values import Misfit, convert, faults, number, plain, refuse, shown
 from pipelines.volumes import Residence
 
 MANY = 1_000_000

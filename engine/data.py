@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from engine.config import Config, DataConfig
-from engine.distributed import Ranks
-from engine.home import cache_dir
+from engine.ranks.distributed import Ranks
+from pipelines.basics.home import cache_dir
 from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
-from pipelines.layouts import some
+from pipelines.layouts.names import some
 from pipelines.loaders import CropLoader, TrainLoader, ValLoader
 from pipelines.phantom import FORMAT, make_phantoms
 from pipelines.raw_loader import RawLoader

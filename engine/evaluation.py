@@ -23,10 +23,10 @@ from rich.table import Table
 
 from engine.metrics import SCORED, CaseDice, Score, case_dice, summarise
 from engine.progress import percent
-from pipelines.atomic import write_texts
+from pipelines.basics.atomic import write_texts
+from pipelines.basics.tables import table_text
+from pipelines.basics.text import markdown as shown
 from pipelines.labels import REGIONS
-from pipelines.tables import table_text
-from pipelines.text import markdown as shown
 
 WORST = 5
 

@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.network import Trained, load_trained
 from engine.sliding_window import sliding_window_logits
 from engine.step import prepare_network, set_tf32
-from engine.trained import Trained, load_trained
 from kernels import dispatch
 from pipelines.cases import Case, DataError
+from pipelines.domain_shift import looks_of, same_image, unlike
 from pipelines.geometry import BackToFile, Grid, resample_image, target_grid
 from pipelines.labels import (
     CODINGS,
@@ -40,9 +41,8 @@ from pipelines.labels import (
     Coding,
     coding_for_release,
 )
-from pipelines.likeness import looks_of, same_image, unlike
-from pipelines.nifti import RawCase, affine_fault, read_case, read_grid, write_nifti
-from pipelines.order import in_order
+from pipelines.layouts.order import in_order
+from pipelines.scans.nifti import RawCase, affine_fault, read_case, read_grid, write_nifti
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class Predictor:
         """The case that files make up; see `segment`.
 
         Raises:
-            ValueError: as `pipelines.order.in_order`, or other images in one file than modalities.
+            ValueError: as `pipelines.layouts.order.in_order`, or other images in one file than modalities.
         """
         given = list(images) if isinstance(images, Mapping) else None
         if isinstance(images, Mapping):

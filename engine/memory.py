@@ -23,48 +23,26 @@ an operation was measured faster than our kernel, that it saves less than the pl
 
 from __future__ import annotations
 
-import errno
 import math
-import resource
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import LossConfig
-from engine.live_bytes import LiveBytes, SavedBytes
-from engine.parallel import BUCKET_ELEMENTS
+from engine.ranks.memory_limits import first_line, gb, peak_bytes
+from engine.sharding import BUCKET_ELEMENTS
 from engine.step import LOW_PRECISION
 from kernels.dice_ce import dice_ce_loss
 
 FLOAT32 = 4
 HEADROOM = 0.1
 """Share of the memory that `largest_batch` leaves to cuDNN's workspaces and the allocator's fragments."""
-CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_GROUP_FILES = {  # of each version by its controllers: limit, use, statistics, and what the page cache is there
-    "": ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
-}
-MESSAGES = (
-    "can't allocate memory",  # DefaultCPUAllocator
-    "not enough memory",  # the same on Windows
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "could not create a primitive",  # oneDNN, which gives no reason; where there is memory it always can
-    "could not create a memory",
-    "std::bad_alloc",
-    "Cannot allocate memory",  # ENOMEM in words of PyTorch's, e.g. of a map of a file
-    "can't start new thread",
-    "Resource temporarily unavailable",  # the same of libraries, DALI's for one
-    "failed to map segment from shared object",  # of a library that is loaded late
-)
 
 
 @dataclass(frozen=True)
@@ -123,13 +101,13 @@ class MemoryEstimate:
         """
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
                  "buffers": self.buffers, "EMA": self.ema}  # fmt: skip
-        shown = [f"{name} {_gb(size)}" for name, size in parts.items() if size]
-        shown.append(f"activations {_gb(self.activations)} ({_gb(self.activations_per_crop)} per crop)")
+        shown = [f"{name} {gb(size)}" for name, size in parts.items() if size]
+        shown.append(f"activations {gb(self.activations)} ({gb(self.activations_per_crop)} per crop)")
         if self.volumes:
-            shown.append(f"volumes {_gb(self.volumes)}")
+            shown.append(f"volumes {gb(self.volumes)}")
         fits = self.largest_batch(limit)
         advice = f"--train.batch_size up to {fits} would fit" if fits else "not even one crop would fit"
-        return f"memory: {', '.join(shown)}; about {_gb(self.total)} of {_gb(limit)} on {device}: {advice}"
+        return f"memory: {', '.join(shown)}; about {gb(self.total)} of {gb(limit)} on {device}: {advice}"
 
     def _total(self, activations: int) -> int:
         """Peak with so many bytes of activations."""
@@ -263,78 +241,6 @@ def _fake(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
 
 
-class Limit(NamedTuple):
-    """What bounds the memory of this process: its name in a message, bytes in all, bytes of them that are left."""
-
-    name: str
-    most: int
-    left: int
-
-
-def limit_bytes(device: torch.device, ranks_on_node: int = 1) -> int:
-    """Memory that this process may take in all, what it has already included.
-
-    On a GPU: what is free, and what PyTorch holds there for this process. On a CPU: a rank's share of what is available
-    on the node or of what is left below the limit of its control group, or what `ulimit -v` leaves, whichever is less.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    shared = [psutil.virtual_memory().available, *(group.left for group in _control_groups())]
-    own = psutil.Process().memory_info().rss
-    return min([min(shared) // ranks_on_node, *(limit.left for limit in _address_space())]) + own
-
-
-def _address_space() -> list[Limit]:
-    most = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if most == resource.RLIM_INFINITY:
-        return []
-    return [Limit("`ulimit -v`", most, max(0, most - psutil.Process().memory_info().vms))]
-
-
-def _control_groups() -> list[Limit]:
-    """The limits of the control groups (version 1 or 2) that this process is in, page cache not counted as used."""
-    limits: list[Limit] = []
-    try:
-        lines = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
-    except OSError:
-        return []
-    for _, controllers, path in lines:
-        files = _GROUP_FILES.get(controllers)
-        if not files:
-            continue
-        top = CGROUP / controllers
-        within = [top.joinpath(*path.split("/")[:depth]) for depth in range(1, len(path.split("/")) + 1)]
-        for folder in {top, *within}:
-            try:
-                most, used, statistics = ((folder / name).read_text() for name in files[:3])
-                cached = int(dict(line.split() for line in statistics.splitlines()).get(files[3], 0))
-                limits.append(Limit("its control group", int(most), max(0, int(most) - int(used) + cached)))
-            except (OSError, ValueError):  # no such group here, or "max": no limit
-                continue
-    return limits
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError | ImportError) and any(message in str(error) for message in MESSAGES)
-
-
-def plain_message(error: BaseException) -> str:
-    """What happened and what to do, where nothing is known of what the work takes."""
-    machine = psutil.virtual_memory().total
-    limits = {limit.name: limit.most for limit in (*_address_space(), *_control_groups()) if limit.most < machine}
-    bounds = [f"{_gb(machine)} of the machine", *(f"{_gb(most)} of {name}" for name, most in limits.items())]
-    return (
-        f"out of memory ({_first_line(error)}): this process took {_gb(_peak_bytes(torch.device('cpu')))} at the most, "
-        f"of {', '.join(bounds)}. End other programs, raise the limit, or take less at a time: fewer --data.workers, a "
-        "smaller crop or batch"
-    )
-
-
 def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device: torch.device, limit: int) -> str:
     """What happened and what to lower, by how much, the simplest first.
 
@@ -357,14 +263,14 @@ def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device
     shared = estimate.optimizer + estimate.gradients
     if estimate.zero_stage < 2 and estimate.world_size > 1:
         spared = shared - math.ceil(shared / estimate.world_size)
-        ways.append(f"--train.zero_stage 2, which spares about {_gb(spared)} a rank")
+        ways.append(f"--train.zero_stage 2, which spares about {gb(spared)} a rank")
     if estimate.volumes:
-        ways.append(f"--data.residence mapped, which spares the {_gb(estimate.volumes)} of volumes")
+        ways.append(f"--data.residence mapped, which spares the {gb(estimate.volumes)} of volumes")
     advice = f"Try {'; or '.join(ways)}" if ways else "There is nothing left to lower: take a device with more memory"
     return (
-        f"out of memory on {device} ({_first_line(error)}): {_gb(_peak_bytes(device))} were taken at the most; "
-        f"--train.batch_size {estimate.batch_size} at {estimate.precision} takes about {_gb(estimate.total)} of "
-        f"{_gb(limit)}. {advice}"
+        f"out of memory on {device} ({first_line(error)}): {gb(peak_bytes(device))} were taken at the most; "
+        f"--train.batch_size {estimate.batch_size} at {estimate.precision} takes about {gb(estimate.total)} of "
+        f"{gb(limit)}. {advice}"
     )
 
 
@@ -375,18 +281,71 @@ def _smaller_crop(size: Sequence[int]) -> tuple[int, ...] | None:
     return None if shorter < 32 else tuple(shorter if axis == longest else axis for axis in size)
 
 
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class SavedBytes:
+    """A context in which what autograd saves is counted: unique storages, but for those of `parameters`."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
+        self._sizes: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    @property
+    def total(self) -> int:
+        """Bytes so far."""
+        return sum(self._sizes.values())
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._parameters:
+            self._sizes[storage._cdata] = storage.nbytes()
+        return tensor
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+class LiveBytes(TorchDispatchMode):
+    """A mode that counts the storages that operations make, from then until nothing refers to them.
 
+    Args:
+        known: tensors not to be counted.
+    """
 
-def _gb(size: int) -> str:
-    """GB of 10^9 bytes, or MB, with two digits that count or more: 3.9 MB, 0.20 GB, 15.1 GB, 139 GB."""
-    value, unit = (size / 1e9, "GB") if size >= 0.0995e9 else (size / 1e6, "MB")
-    digits = 0 if value >= 99.5 else 1 if value >= 0.995 else 2
-    return f"{value:.{digits}f} {unit}"
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.gradients_now = self.gradients = 0
+        """Bytes of parameters' gradients: now, and at the peak."""
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace != "prim":  # questions about a tensor
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.meet(tensor.untyped_storage())
+        return out
+
+    def gradient(self, parameter: Tensor) -> None:
+        """Hook for `register_post_accumulate_grad_hook`."""
+        self.gradients_now += parameter.numel() * parameter.element_size()
+
+    def meet(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, unless it is known."""
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.gradients = self.now, self.gradients_now
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size

@@ -11,8 +11,8 @@ from typing import Any
 
 from engine import checkpoint
 from engine.config import Config, to_portable_dict
-from pipelines.atomic import below
-from pipelines.text import printable
+from pipelines.basics.atomic import below
+from pipelines.basics.text import printable
 
 log = logging.getLogger(__name__)
 

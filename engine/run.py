@@ -17,23 +17,24 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from engine import checkpoint, metrics, pictures, report
-from engine.command import run_command
+from engine import checkpoint, metrics
 from engine.config import Config, to_portable_dict
 from engine.data import Data, load_data, make_val_loader
-from engine.distributed import Ranks, first_on_node, gather, init_ranks
+from engine.network import load_trained, make_model
 from engine.progress import percent
-from engine.records import write_log, write_validation
+from engine.ranks.command import run_command
+from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
+from engine.ranks.terminal import LogFile, PlainFormatter
+from engine.reports import pictures, report
+from engine.reports.run_tables import write_log, write_validation
 from engine.resume import refuse_links, tell_what_resuming_does
-from engine.terminal import LogFile, PlainFormatter
-from engine.trained import load_trained, make_model
 from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import parameter_count
-from pipelines.atomic import open_own, own_folder, replacing
+from pipelines.basics.atomic import open_own, own_folder, replacing
+from pipelines.basics.text import printable
 from pipelines.labels import REGIONS
-from pipelines.text import printable
 
 log = logging.getLogger(__name__)
 

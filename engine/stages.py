@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from engine.command import explain
-from engine.memory import is_out_of_memory
-from pipelines.layouts import DataError
+from engine.ranks.command import explain
+from engine.ranks.memory_limits import is_out_of_memory
+from pipelines.layouts.names import DataError
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")

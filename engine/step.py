@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.average import WeightAverage
 from engine.config import Config, TrainConfig
-from engine.distributed import Ranks
-from engine.graph import GraphedPass
 from engine.optim import GuardedAdamW, learning_rate
-from engine.parallel import copy_weights, deepspeed_engine
+from engine.ranks.distributed import Ranks
+from engine.sharding import copy_weights, deepspeed_engine, held_by_rank, shard_of
 from kernels.dice_ce import DiceCE, dice_ce_loss
 
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP_PASSES = 3  # compilation, cuDNN's search, lazy initialisations: none of them may be recorded
 
 
 def set_up_torch(train: TrainConfig) -> None:
@@ -203,6 +202,111 @@ class TrainingStep:
         loss = self.config.loss
         return dice_ce_loss(logits, labels, self.regions, ce=loss.ce, dice_weight=loss.dice_weight,
                             ce_weight=loss.ce_weight, squared_pred=loss.squared_pred)  # fmt: skip
+
+
+class GraphedPass:
+    """Forward, loss and backward of a batch as one CUDA graph: replays `run`, which the first call records.
+
+    With a batch of one to four crops the networks here launch about a thousand kernels of a few microseconds each, and
+    the host is the bottleneck; a replay launches all of them at once. Reducing the gradients and the optimizer's step
+    stay outside: a handful of launches, and NCCL where there are several ranks.
+
+    Args:
+        run: (image, labels) -> loss; leaves gradients in the parameters, and waits for nothing.
+        model: whose parameters those are.
+    """
+
+    def __init__(self, run: Callable[[Tensor, Tensor], DiceCE], model: torch.nn.Module) -> None:
+        self.run, self.parameters = run, list(model.parameters())
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, image: Tensor, labels: Tensor) -> DiceCE:
+        """Gradients of this batch in the parameters, in place of what was there; the loss, until the next call.
+
+        Raises:
+            ValueError: a batch of another shape than the first.
+        """
+        if self.graph is None:
+            self._record(image, labels)
+            assert self.graph is not None
+        if image.shape != self.image.shape:
+            raise ValueError(f"a batch of {tuple(image.shape)} in a graph recorded for {tuple(self.image.shape)}")
+        self.image.copy_(image)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        # The optimizer's side drops gradients after a step; those of the graph stay where they are.
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.loss
+
+    def _record(self, image: Tensor, labels: Tensor) -> None:
+        self.image, self.labels = image.clone(), labels.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_PASSES):
+                self._drop()
+                self.run(self.image, self.labels)
+            self._drop()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # DALI's threads are at work meanwhile, and must not be forbidden what a capture forbids.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.loss = self.run(self.image, self.labels)
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        self.graph = graph
+
+    def _drop(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class WeightAverage:
+    """An exponential moving average of the weights, which is validated and kept in their place.
+
+    average = decay * average + (1 - decay) * weights after every step.
+
+    The first steps decay faster, (1 + n) / (10 + n) after n of them, so that the initial weights are soon forgotten.
+    Each rank averages what it holds: whole weights, or its shards under ZeRO 3.
+
+    Args:
+        model: as DeepSpeed left it. decay: below 1.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.model, self.decay, self.steps = model, decay, 0
+        self.averages = [tensor.clone() for tensor in self._weights()]
+
+    def update(self) -> None:
+        """After a step."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.averages, self._weights(), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model has the averages for weights."""
+        weights = self._weights()
+        kept = [tensor.clone() for tensor in weights]
+        torch._foreach_copy_(weights, self.averages)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(weights, kept)
+
+    def copy(self) -> dict[str, torch.Tensor]:
+        """Whole, by name, on the CPU; every rank takes part."""
+        with self.applied():
+            return copy_weights(self.model)
+
+    def load(self, weights: dict[str, torch.Tensor], steps: int) -> None:
+        """Take what `copy` gave, after so many updates."""
+        self.steps = steps
+        for (name, parameter), average in zip(self.model.named_parameters(), self.averages, strict=True):
+            average.copy_(shard_of(parameter, weights[name]).view_as(average))
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [held_by_rank(parameter) for parameter in self.model.parameters()]
 
 
 def prepare_network(network: torch.nn.Module, precision: str) -> torch.nn.Module:

@@ -21,18 +21,19 @@ from engine import checkpoint, memory, metrics
 from engine.config import Config, to_portable_dict
 from engine.data import Data, make_loaders
 from engine.diagnosis import Diverged, first_nonfinite
-from engine.distributed import Ranks, gather
-from engine.parallel import copy_moments, copy_weights, load_moments, read_deepspeed_json
 from engine.progress import DataWait, LateValues, TrainingProgress
-from engine.records import EpochLog, write_validation
+from engine.ranks.distributed import Ranks, gather
+from engine.ranks.memory_limits import is_out_of_memory, limit_bytes
+from engine.ranks.signals import Preempted, StopSignal
+from engine.reports.run_tables import EpochLog, write_validation
+from engine.sharding import copy_moments, copy_weights, load_moments, read_deepspeed_json
 from engine.sliding_window import sliding_window_logits
 from engine.step import TrainingStep, set_up_torch
-from engine.watch import Preempted, StopSignal
 from kernels.dice_ce import region_masks
 from models import parameter_count
+from pipelines.domain_shift import filled, looks_of_store
 from pipelines.labels import REGIONS
-from pipelines.layouts import some
-from pipelines.likeness import filled, looks_of_store
+from pipelines.layouts.names import some
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class Trainer:
                     row = self.history.pop()
                     self._close_epoch(row | self.validate(progress), progress, records)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             device, limit = self.ranks.device, self._memory_limit()
             message = memory.out_of_memory_message(error, self._estimate_memory(), device, limit)
@@ -250,7 +251,7 @@ class Trainer:
             try:
                 found = first_nonfinite(network, lambda *pair: self.step.loss_of(*pair).loss, *batch)
             except RuntimeError as error:  # every layer's gradient at once may be too much
-                if not memory.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 found = None
         names = ", ".join(self.train_loader.names_of(epoch, done - 1))
@@ -374,7 +375,7 @@ class Trainer:
         log.info(self._estimate_memory().describe(self._memory_limit(), name))
 
     def _memory_limit(self) -> int:
-        return memory.limit_bytes(self.ranks.device, self.ranks.ranks_on_node)
+        return limit_bytes(self.ranks.device, self.ranks.ranks_on_node)
 
     def _estimate_memory(self) -> memory.MemoryEstimate:
         train = self.config.train

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.values import shown
+from pipelines.basics.values import shown
 
 _LIMIT = 2**20  # bytes; a file of options has some hundred
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "seq", "map")}

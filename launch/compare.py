@@ -35,17 +35,17 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from engine import comparison, comparison_pictures
-from engine.command import run_command
-from engine.comparison import PUBLISHED, Row, Run
 from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
-from engine.distributed import read_place
-from engine.watch import handle, put_back
+from engine.ranks.command import run_command
+from engine.ranks.distributed import read_place
+from engine.ranks.signals import handle, put_back
+from engine.reports import comparison, comparison_pictures
+from engine.reports.comparison import PUBLISHED, Row, Run
 from engine.yaml_file import read_yaml
 from kernels import dispatch
-from pipelines.atomic import below, replacing
-from pipelines.text import printable
-from pipelines.values import Bounds, path_text
+from pipelines.basics.atomic import below, replacing
+from pipelines.basics.text import printable
+from pipelines.basics.values import Bounds, path_text
 
 STOP_LIMIT_S = 60.0  # for a run's processes to save and end
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit

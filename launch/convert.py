@@ -24,11 +24,10 @@ from typing import Any, Literal, get_args
 import jsonargparse
 
 from engine.archive import write_archive
-from engine.bundle import WEIGHTS, write_bundle
 from engine.checkpoint import load_weights, save_weights
-from engine.command import run_command
 from engine.config import Config, make_parser
-from engine.interchange import (
+from engine.export.bundle import WEIGHTS, write_bundle
+from engine.export.interchange import (
     check_output,
     describe,
     import_weights,
@@ -40,11 +39,12 @@ from engine.interchange import (
     save_torch_export,
     trace,
 )
+from engine.network import Trained, load_trained
 from engine.parser import build
-from engine.trained import Trained, load_trained
+from engine.ranks.command import run_command
 from models.convert import PACKAGES
 from pipelines.labels import coding_for_release, tutorial_coding
-from pipelines.layouts import canonical_modalities
+from pipelines.layouts.names import canonical_modalities
 
 Target = Literal["onnx", "torch_export", "safetensors", "monai", "self_attention_cv", "bundle"]
 Package = Literal["monai", "self_attention_cv"]

@@ -27,23 +27,23 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from engine import evaluation
-from engine.command import make_writable, run_command
 from engine.data import existing_root, list_cases, split_names
-from engine.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.evaluation import CaseScores
 from engine.inference import Predictor, Prepared, Segmentation
 from engine.metrics import SCORED, Score, scored_regions
 from engine.parser import Parser
 from engine.progress import CaseBar
+from engine.ranks.command import make_writable, run_command
+from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.stages import in_stages
 from launch.options import add_network_options, in_own_options, naming_own_options
-from pipelines.atomic import own_folder
+from pipelines.basics.atomic import own_folder
+from pipelines.basics.text import printable
 from pipelines.cases import Case, CaseSet, survey_cases
 from pipelines.geometry import label_grid, resample_label
 from pipelines.labels import CODINGS, regions_from_labels
-from pipelines.layouts import CaseError, DataError
-from pipelines.nifti import RawCase, read_case
-from pipelines.text import printable
+from pipelines.layouts.names import CaseError, DataError
+from pipelines.scans.nifti import RawCase, read_case
 
 NAMED = 3  # cases of a warning that has more
 GRIDS = {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from engine.inference import Predictor
 from pipelines.cases import Case, CaseSet, survey_cases
-from pipelines.layouts import CaseError, DataError, canonical_modalities
-from pipelines.nifti import read_grid
-from pipelines.order import in_order
+from pipelines.layouts.names import CaseError, DataError, canonical_modalities
+from pipelines.layouts.order import in_order
+from pipelines.scans.nifti import read_grid
 
 Fault = tuple[Path, Exception]
 """Of a case, of a file or of a folder, and what is wrong."""

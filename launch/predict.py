@@ -29,20 +29,20 @@ import numpy as np
 import torch
 from jsonargparse import Namespace
 
-from engine.command import make_writable, run_command
-from engine.distributed import Ranks, gather, init_ranks
 from engine.inference import Predictor, Prepared, describe
 from engine.parser import Parser
 from engine.progress import CaseBar
+from engine.ranks.command import make_writable, run_command
+from engine.ranks.distributed import Ranks, gather, init_ranks
 from engine.stages import BatchEnds, in_stages, in_words
 from launch.inputs import find
 from launch.options import add_network_options, in_own_options, naming_own_options
+from pipelines.basics.tables import append_row, read_table, write_table
+from pipelines.basics.text import printable
 from pipelines.cases import Case
 from pipelines.labels import CODINGS, Coding
-from pipelines.layouts import CaseError, DataError, some
-from pipelines.nifti import read_description, read_grid, read_nifti
-from pipelines.tables import append_row, read_table, write_table
-from pipelines.text import printable
+from pipelines.layouts.names import CaseError, DataError, some
+from pipelines.scans.nifti import read_description, read_grid, read_nifti
 
 log = logging.getLogger("launch.predict")
 

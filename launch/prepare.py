@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine.command import run_command
 from engine.config import DataConfig, make_parser, parse_config
 from engine.data import list_cases, obtain_root, prepared
+from engine.ranks.command import run_command
 from pipelines.cases import survey_cases
-from pipelines.layouts import CaseError
+from pipelines.layouts.names import CaseError
 from pipelines.store import Store, check_cases
 
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit

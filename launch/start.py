@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
-from engine.home import give_home
+from pipelines.basics.home import give_home
 
 _OURS = ("engine", "kernels", "launch", "models", "pipelines")
 

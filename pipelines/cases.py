@@ -1,6 +1,6 @@
 """Find the cases of a data set, and split them.
 
-`find_cases` reads a data set of any layout (`pipelines.folders`, `pipelines.tasks`, `pipelines.lists`), settles the
+`find_cases` reads a data set of any layout (`pipelines.layouts`), settles the
 label coding and the modalities, and returns a `CaseSet`: names and paths alone, for no image is opened. `survey_cases`
 does the same with faulty cases set aside and not refused. `split_cases` divides the set as MONAI does, in two parts as
 its `DecathlonDataset` or in folds as its `partition_dataset`, so that the same seed gives the same cases in both. It
@@ -18,9 +18,12 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.folders import from_folders
+from pipelines.basics.text import printable
+from pipelines.basics.values import nearest
 from pipelines.labels import Coding, coding_for_release, tutorial_coding
-from pipelines.layouts import (
+from pipelines.layouts.folders import from_folders
+from pipelines.layouts.lists import from_list
+from pipelines.layouts.names import (
     MODALITIES,
     CaseError,
     DataError,
@@ -31,10 +34,7 @@ from pipelines.layouts import (
     name_fault,
     some,
 )
-from pipelines.lists import from_list
-from pipelines.tasks import from_task
-from pipelines.text import printable
-from pipelines.values import nearest
+from pipelines.layouts.tasks import from_task
 
 __all__ = [
     "MODALITIES",

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.text import brief
+from pipelines.basics.text import brief
 
 REGIONS = ("TC", "WT", "ET")
 OEDEMA, NECROSIS, NON_ENHANCING, ENHANCING = "oedema", "necrosis", "non-enhancing", "enhancing"

@@ -43,9 +43,9 @@ from pipelines.anatomy import (
     draw_seat,
     draw_tumour,
 )
-from pipelines.atomic import remove_left_over, replacing, write_text
+from pipelines.basics.atomic import remove_left_over, replacing, write_text
+from pipelines.basics.processes import cores
 from pipelines.cases import DataError
-from pipelines.processes import cores
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ import numpy as np
 from isal import isal_zlib
 
 from pipelines.cases import Case
-from pipelines.files import FileHash, hash_file, is_unchanged, write_array, write_whole
 from pipelines.geometry import Spacing, label_grid, resample_image, resample_label, target_grid
 from pipelines.labels import Coding
-from pipelines.layouts import CaseError
-from pipelines.nifti import read_case
+from pipelines.layouts.names import CaseError
+from pipelines.scans.nifti import read_case
+from pipelines.store_files import FileHash, hash_file, is_unchanged, write_array, write_whole
 
 FORMAT = 3
 StoreDtype = Literal["float32", "float16"]

@@ -1,6 +1,6 @@
 """From raw volume to training crop in one DALI graph, for cases that are not prepared, on the CPU or on the GPU.
 
-    decode      pipelines/nifti.py, in threads, some cases ahead: DALI reads no NIfTI
+    decode      pipelines/scans/nifti.py, in threads, some cases ahead: DALI reads no NIfTI
     box         the part of the raw volume that the crop needs, cut out of it; the other voxels go nowhere
     resample    the box to the crop's own grid, oriented and flipped by the same operator (fn.resize, axis by axis)
     support     a mask that leaves the voxels alone that MONAI leaves non-zero
@@ -44,8 +44,8 @@ from nvidia.dali.pipeline import do_not_convert
 from pipelines.augment import Augment, input_names
 from pipelines.dali import CPU_EXECUTION, NO_EXTRAS, augmented, torch_device
 from pipelines.geometry import Grid, Weights, axis_weights, resample_image
-from pipelines.nifti import RawCase
 from pipelines.sampling import overlap
+from pipelines.scans.nifti import RawCase
 
 TINY = np.float32(1e-30)  # counts as a voxel, and changes no other number
 INPUTS = ("box", "support", "start", "end", "size")

@@ -20,10 +20,10 @@ from pipelines.cases import CaseSet
 from pipelines.dali import BUFFERS
 from pipelines.geometry import USUAL, Spacing, label_grid, patient_spacing, resample_label, target_grid
 from pipelines.loaders import CropLoader
-from pipelines.nifti import read_case, read_grid
 from pipelines.prepared import foreground_voxels
 from pipelines.raw import INPUTS, RawImage, Window, raw_graph
 from pipelines.sampling import Draw, Size, copy_crop
+from pipelines.scans.nifti import read_case, read_grid
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ the same bytes. Temporary files of dead runs are removed at the next start.
 Each `.npy`, its header included, is compared with its checksum when it is first opened; one that is damaged or gone is
 prepared again from the scans, with a warning. The `.json` has its own; a case whose `.json` is damaged is not there.
 
-Cases are prepared in processes (pipelines/processes.py), each one case at a time, and only its record and hashes come
-back: memory is about 0.4 GB per worker, whatever the set.
+Cases are prepared in processes (pipelines/basics/processes.py), each one case at a time, and only its record and hashes
+come back: memory is about 0.4 GB per worker, whatever the set.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.atomic import remove_left_over
+from pipelines.basics.atomic import remove_left_over
+from pipelines.basics.processes import CaseFailure, run_on_cases
 from pipelines.cases import Case, CaseSet, DataError
-from pipelines.files import FileHash, StoreError, checksum, is_unchanged, make_folder, read_index, remember
 from pipelines.geometry import USUAL, Spacing, patient_spacing, target_grid
 from pipelines.labels import Coding
-from pipelines.layouts import CaseError
-from pipelines.nifti import read_case
+from pipelines.layouts.names import CaseError
 from pipelines.prepared import (
     StoreDtype,
     Task,
@@ -53,7 +52,8 @@ from pipelines.prepared import (
     read_record,
     stem_of,
 )
-from pipelines.processes import CaseFailure, run_on_cases
+from pipelines.scans.nifti import read_case
+from pipelines.store_files import FileHash, StoreError, checksum, is_unchanged, make_folder, read_index, remember
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.distributed import Ranks, init_ranks
+from engine.ranks.distributed import Ranks, init_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("BRATS_DATA", ROOT.parent / "shared" / "data"))

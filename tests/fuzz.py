@@ -40,16 +40,16 @@ import torch
 import yaml
 from commands import SMALL
 from test_comparison import write_run
-from test_trained import CONFIG, content_of
+from test_network import CONFIG, content_of
 
 from engine.checkpoint import save_weights
-from engine.comparison import Run
 from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
-from engine.interchange import save_safetensors
-from engine.trained import load_trained, make_model
+from engine.export.interchange import save_safetensors
+from engine.network import load_trained, make_model
+from engine.reports.comparison import Run
 from launch.predict import Row, write_rows
 from pipelines.cases import survey_cases
-from pipelines.nifti import read_grid, read_nifti
+from pipelines.scans.nifti import read_grid, read_nifti
 
 READ, REFUSED = "read", "refused"
 ODD_VALUES: tuple[Any, ...] = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.atomic import (
+from pipelines.basics.atomic import (
     open_own,
     own_folder,
     remove_left_over,
@@ -48,7 +48,7 @@ def test_a_file_has_the_permissions_that_others_get(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is tried on Linux's /dev/full")
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.atomic.os.open", lambda *_: OPEN("/dev/full", os.O_WRONLY))
+    monkeypatch.setattr("pipelines.basics.atomic.os.open", lambda *_: OPEN("/dev/full", os.O_WRONLY))
     with pytest.raises(OSError) as raised:
         write_text(tmp_path / "table.csv", "x")
     assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path / "table.csv")

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from test_trained import content_of
+from test_network import content_of
 
 from benchmarks import bench_predict, monai_predict
 from engine.checkpoint import save_weights
 from engine.config import Config, DataConfig, ModelConfig, to_dict
-from engine.distributed import Ranks
 from engine.inference import Predictor
-from engine.trained import make_model
+from engine.network import make_model
+from engine.ranks.distributed import Ranks
 from kernels import dispatch
 from launch import predict
 from pipelines.labels import CODINGS
-from pipelines.nifti import write_nifti
 from pipelines.phantom import make_phantoms
+from pipelines.scans.nifti import write_nifti
 
 
 @pytest.mark.parametrize(("name", "seed"), [("unetr", 2), ("unetr_monai", 1)])

@@ -32,7 +32,7 @@ from benchmarks import (
 )
 from benchmarks.common import MARGIN, Roofline
 from engine.config import DataConfig, PhantomConfig
-from engine.distributed import Ranks
+from engine.ranks.distributed import Ranks
 from kernels import cases, dispatch
 from kernels.dice_ce import region_masks
 from models.convert import to_reference

@@ -17,7 +17,7 @@ from monai.data.utils import partition_dataset
 
 from pipelines.cases import Case, CaseSet, DataError, find_cases, split_cases
 from pipelines.labels import CODINGS
-from pipelines.layouts import patient_of
+from pipelines.layouts.names import patient_of
 
 
 def some_cases(count: int) -> CaseSet:

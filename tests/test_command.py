@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import command
-from engine.command import REMEDIES, explain, run_command
-from engine.terminal import Terminal
+from engine.ranks import command
+from engine.ranks.command import REMEDIES, explain, run_command
+from engine.ranks.terminal import Terminal
 
 Raises = Callable[[BaseException], tuple[int, str]]
 

@@ -21,17 +21,17 @@ import pytest
 import torch
 import yaml
 from commands import SMALL
-from test_trained import content_of
+from test_network import content_of
 
-from engine import comparison, comparison_pictures
 from engine.checkpoint import save_weights
-from engine.comparison import Run, differences, make_rows, notes, unmet_conditions
 from engine.config import CONFIGS, Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.data import load_data
 from engine.metrics import CaseDice
-from engine.records import write_validation
-from engine.report import END
-from engine.trained import make_model
+from engine.network import make_model
+from engine.reports import comparison, comparison_pictures
+from engine.reports.comparison import Run, differences, make_rows, notes, unmet_conditions
+from engine.reports.report import END
+from engine.reports.run_tables import write_validation
 from launch import compare
 
 DEFINITION = "Dice per case and region"

@@ -24,7 +24,7 @@ from engine.config import (
     to_portable_dict,
 )
 from engine.data import Data, load_data, make_loaders, prepared
-from engine.distributed import Ranks
+from engine.ranks.distributed import Ranks
 from pipelines.geometry import Spacing
 
 

@@ -18,14 +18,14 @@ from test_predict import CROP, SPACING, labels_of, make_run, run_predict
 
 from engine.config import Config, DataConfig, ModelConfig, TrainConfig
 from engine.data import Data, load_data
-from engine.distributed import Ranks
-from engine.trained import make_model
+from engine.network import make_model
+from engine.ranks.distributed import Ranks
 from engine.trainer import Trainer
 from launch import prepare
+from pipelines.basics.tables import read_table
 from pipelines.labels import CODINGS, Coding, regions_from_labels
-from pipelines.nifti import read_nifti
 from pipelines.phantom import make_phantoms
-from pipelines.tables import read_table
+from pipelines.scans.nifti import read_nifti
 
 NAMES = ("BraTS2021_00001", "BraTS2021_00002", "BraTS2021_00003")
 CHANNELS = {"flair": 0, "t1": 1, "t1ce": 2, "t2": 3}  # of the 4D files

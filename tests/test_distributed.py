@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 from commands import free_port
 
-from engine import distributed, failure, run
+from engine import run
 from engine.config import Config
-from engine.distributed import Place, Ranks, first_on_node, gather, init_ranks, read_place
-from engine.failure import join_watch
-from engine.watch import Preempted, StopSignal
+from engine.ranks import distributed, watchdog
+from engine.ranks.distributed import Place, Ranks, first_on_node, gather, init_ranks, read_place
+from engine.ranks.signals import Preempted, StopSignal
+from engine.ranks.watchdog import join_watch
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -65,7 +66,7 @@ class TwoRanks:
                           "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.context = context
 
-    def start(self, work: Work, lost_after_s: float = failure.LOST_AFTER_S, **variables: str) -> TwoRanks:
+    def start(self, work: Work, lost_after_s: float = watchdog.LOST_AFTER_S, **variables: str) -> TwoRanks:
         self.ranks = []
         for rank in range(2):
             mine = {"RANK": str(rank), "LOCAL_RANK": str(rank), **self.variables, **variables}
@@ -99,7 +100,7 @@ def _rank(folder: Path, variables: dict[str, str], work: Work, lost_after_s: flo
     os.dup2(terminal, 2)
     os.environ |= variables
     os.chdir(folder)
-    failure.LOST_AFTER_S = lost_after_s
+    watchdog.LOST_AFTER_S = lost_after_s
     vars(run)["run"] = work
     sys.exit(run.start_run(Config))
 
@@ -285,7 +286,7 @@ def test_one_rank_alone_needs_no_thread_and_no_port(monkeypatch: pytest.MonkeyPa
 def test_ranks_that_cannot_meet_are_told_why(
     variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failure, "NAME_LIMIT_S", 0)
+    monkeypatch.setattr(watchdog, "NAME_LIMIT_S", 0)
     with socket.create_server(("", 0)) as taken:
         place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         port = variables.get("MASTER_PORT") or str(taken.getsockname()[1])
@@ -308,8 +309,8 @@ def test_two_torchruns_are_two_nodes_that_end_together(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(
         "import sys, time\n"
-        "from engine.failure import join_watch\n"
-        "from engine.distributed import read_place\n"
+        "from engine.ranks.watchdog import join_watch\n"
+        "from engine.ranks.distributed import read_place\n"
         "watch, place = join_watch(), read_place()\n"
         "print(place, flush=True)\n"
         "if place.rank == 1:\n"
@@ -552,9 +553,9 @@ def test_ranks_of_srun_get_the_variables_that_pytorch_and_deepspeed_read(monkeyp
 def test_a_signal_is_heard_of_within_two_seconds_or_three_steps(step_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of its own: steps that take so long, the signal after 100 of them."""
     now = [0.0]
-    monkeypatch.setattr("engine.watch.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("engine.watch.dist.new_group", lambda backend: object())
-    monkeypatch.setattr("engine.watch.dist.all_reduce", lambda *args, **options: mock.Mock())
+    monkeypatch.setattr("engine.ranks.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.ranks.signals.dist.new_group", lambda backend: object())
+    monkeypatch.setattr("engine.ranks.signals.dist.all_reduce", lambda *args, **options: mock.Mock())
     stop = StopSignal(Ranks(0, 2, 0, torch.device("cpu")))
     for step in range(200):
         now[0] += step_s
@@ -570,7 +571,7 @@ import sys
 
 import torch
 
-from engine.distributed import init_ranks
+from engine.ranks.distributed import init_ranks
 
 if sys.argv[1] == "rank":
     init_ranks("cpu")

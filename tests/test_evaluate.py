@@ -23,7 +23,7 @@ from engine.metrics import SCORED, CaseDice, case_dice
 from launch import evaluate
 from pipelines.cases import find_cases
 from pipelines.labels import CODINGS, REGIONS, regions_from_labels, tutorial_coding
-from pipelines.nifti import read_nifti
+from pipelines.scans.nifti import read_nifti
 
 
 def case_rows(output: Path) -> list[dict[str, str]]:

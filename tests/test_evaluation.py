@@ -15,7 +15,7 @@ from monai.metrics import DiceMetric, HausdorffDistanceMetric
 
 from engine import evaluation
 from engine.evaluation import CaseScores
-from pipelines.tables import read_table
+from pipelines.basics.tables import read_table
 
 SPACING = (1.0, 1.5, 2.0)
 

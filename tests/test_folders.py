@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from datasets import ALL, brats_2018, brats_2023, decathlon, touch
 
+from pipelines.basics.text import as_text
 from pipelines.cases import Case, DataError, find_cases, survey_cases
 from pipelines.labels import CODINGS
-from pipelines.text import as_text
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".NII.GZ"])

@@ -27,7 +27,7 @@ from pipelines.geometry import (
 )
 from pipelines.geometry import Spacing as VoxelSize
 from pipelines.labels import CODINGS, Coding
-from pipelines.nifti import read_case
+from pipelines.scans.nifti import read_case
 
 IMAGE_TOLERANCE = 1e-3  # of the image's range
 KEYS = ("image", "label")

@@ -16,17 +16,17 @@ from monai.data import MetaTensor
 from monai.inferers.utils import sliding_window_inference
 from monai.transforms import Compose, Orientation, Spacing
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from test_trained import CONFIG, content_of
+from test_network import CONFIG, content_of
 
 from engine import inference
 from engine.checkpoint import save_weights
 from engine.config import ModelConfig, to_dict
 from engine.inference import Predictor, Segmentation, compose_labels, describe
+from engine.network import make_model
 from engine.sliding_window import zscore_nonzero
-from engine.trained import make_model
+from pipelines.domain_shift import looks_of, ranges
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
-from pipelines.likeness import looks_of, ranges
-from pipelines.nifti import read_description, read_nifti
+from pipelines.scans.nifti import read_description, read_nifti
 
 SHAPE = (30, 44, 21)
 AFFINE = np.array([[-1.25, 0, 0, 20.0], [0, -1.0, 0, 31.0], [0, 0, 2.0, -4.0], [0, 0, 0, 1]])

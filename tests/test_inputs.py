@@ -12,7 +12,7 @@ import pytest
 
 from launch.inputs import files_as_cases, find
 from pipelines.labels import CODINGS
-from pipelines.layouts import DataError, modality_of
+from pipelines.layouts.names import DataError, modality_of
 
 ORDER = ("flair", "t1", "t1c", "t2")
 

@@ -27,22 +27,22 @@ from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from safetensors.torch import save_file
 from test_models import reference_unetr
-from test_trained import content_of
+from test_network import content_of
 
-from engine import interchange
-from engine.bundle import FILE_NAMES, WEIGHTS, write_bundle
-from engine.bundle_steps import SelectChannelsd, find_scans
 from engine.checkpoint import load_weights, save_weights
 from engine.config import Config, DataConfig, ModelConfig, to_dict
-from engine.inference import Predictor
-from engine.interchange import (
+from engine.export import interchange
+from engine.export.bundle import FILE_NAMES, WEIGHTS, write_bundle
+from engine.export.bundle_steps import SelectChannelsd, find_scans
+from engine.export.interchange import (
     OPSET,
     describe,
     read_state_dict,
     reference_class,
     trace,
 )
-from engine.trained import Trained, load_trained, make_model
+from engine.inference import Predictor
+from engine.network import Trained, load_trained, make_model
 from launch.convert import ENDINGS, main
 from models import MODELS
 from models.convert import PACKAGES

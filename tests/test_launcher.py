@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import launcher
-from engine.launcher import LAUNCHER_GONE, find_launchers, program_of
+from engine.ranks import launcher
+from engine.ranks.launcher import LAUNCHER_GONE, find_launchers, program_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ("python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30=")
@@ -108,7 +108,7 @@ def test_an_ended_process_is_not_there_though_its_number_is(processes: Processes
 
 CHILD = f"""
 import pathlib, signal, time
-from engine.launcher import Launcher, LAUNCHER_GONE
+from engine.ranks.launcher import Launcher, LAUNCHER_GONE
 
 def stop(number, frame):
     raise SystemExit(pathlib.Path("gone").touch())

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import psutil
@@ -17,10 +15,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engine import memory
 from engine.config import LossConfig
-from engine.live_bytes import SavedBytes
-from engine.memory import MemoryEstimate, estimate, is_out_of_memory, out_of_memory_message, run_forward
+from engine.memory import HEADROOM, MemoryEstimate, SavedBytes, estimate, out_of_memory_message, run_forward
 from kernels import dispatch
 from models import MODELS, build_model
 
@@ -170,7 +166,7 @@ def test_the_largest_batch_fits_and_one_crop_more_does_not(accumulates: bool) ->
         more = (count - it.batch_size) * it.activations_per_crop
         return dataclasses.replace(it, activations=it.activations + more).total
 
-    assert total(fits) <= limit * (1 - memory.HEADROOM) < total(fits + 1)
+    assert total(fits) <= limit * (1 - HEADROOM) < total(fits + 1)
 
 
 def test_nothing_fits_where_weights_alone_do_not() -> None:
@@ -188,19 +184,6 @@ def test_the_line_before_training_names_every_part_and_the_batch_that_fits() -> 
     )
     assert "EMA 3.9 MB" in known(ema=3_900_000).describe(139 * GB, "cuda:0")
     assert "EMA 0.25 GB" in known(ema=GB // 4).describe(139 * GB, "cuda:0")
-
-
-def test_real_errors_of_memory_are_recognised_and_no_others() -> None:
-    def error_of(work: Any) -> Exception:
-        with pytest.raises(Exception) as caught:
-            work()
-        return caught.value
-
-    assert is_out_of_memory(error_of(lambda: torch.empty(2**50)))
-    assert is_out_of_memory(error_of(lambda: np.empty(2**60, np.uint8)))
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-    assert not is_out_of_memory(error_of(lambda: torch.empty(2) @ torch.empty(3)))
-    assert not is_out_of_memory(ValueError("CUDA out of memory"))
 
 
 def test_the_message_says_what_to_lower_and_to_what() -> None:
@@ -225,24 +208,6 @@ def test_the_message_leaves_out_what_is_done_already() -> None:
 def test_what_should_have_fitted_is_halved() -> None:
     text = out_of_memory_message(MemoryError(), known(), torch.device("cpu"), 139 * GB)
     assert "--train.batch_size 4, with --train.accumulate_steps" in text
-
-
-def test_a_control_group_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "OWN_CGROUP", tmp_path / "own")
-    (tmp_path / "own").write_text("0::/\n")
-    free = memory.limit_bytes(torch.device("cpu"))
-    assert 0 < free <= psutil.virtual_memory().total
-    for name, content in (
-        ("max", "900000000"),
-        ("current", "700000000"),
-        ("stat", "anon 9\ninactive_file 300000000\n"),
-    ):
-        (tmp_path / f"memory.{name}").write_text(content)
-    own = psutil.Process().memory_info().rss
-    assert memory.limit_bytes(torch.device("cpu")) - own == pytest.approx(500_000_000, abs=50_000_000)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.limit_bytes(torch.device("cpu")) > 0.5 * free
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -272,48 +237,3 @@ def test_the_peak_on_a_gpu_is_within_15_percent_of_the_estimate(name: str, preci
         optimizer.step()
         optimizer.zero_grad()
     assert guess.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)
-
-
-def write_group(folder: Path, files: dict[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(f"{text}\n")
-
-
-def test_the_smallest_of_the_groups_above_a_process_bounds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "OWN_CGROUP", tmp_path / "own")
-    (tmp_path / "own").write_text("9:cpu,cpuacct:/job\n4:memory:/slurm/job/step\n0::/user.slice\n")
-    first = {"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": "900", "memory.stat": "cache 1"}
-    write_group(tmp_path / "memory", first)
-    job = {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "600", "memory.stat": "total_inactive_file 50"}
-    write_group(tmp_path / "memory" / "slurm" / "job", job)
-    own = {"memory.max": "3000", "memory.current": "100", "memory.stat": "inactive_file 10"}
-    write_group(tmp_path / "user.slice", own)
-    found = {limit.most: limit.left for limit in memory._control_groups()}
-    assert found == {2**63 - 4096: 2**63 - 4096 - 900, 1000: 450, 3000: 2910}
-
-
-def test_a_limit_of_the_shell_bounds_a_process_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    most = psutil.Process().memory_info().vms + 300_000_000
-    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (most, most))
-    own = psutil.Process().memory_info().rss
-    assert memory.limit_bytes(torch.device("cpu")) - own == pytest.approx(300_000_000, abs=50_000_000)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: mock.Mock(total=2 * most))
-    assert f"{memory._gb(most)} of `ulimit -v`" in memory.plain_message(MemoryError())
-
-
-@pytest.mark.parametrize(
-    ("error", "ran_out"),
-    [
-        (RuntimeError("could not create a memory object"), True),
-        (RuntimeError("can't start new thread"), True),
-        (ImportError("libx.so: failed to map segment from shared object"), True),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
-        (OSError(errno.ENOSPC, "No space left on device"), False),
-        (ImportError("No module named 'x'"), False),
-        (RuntimeError("size mismatch"), False),
-    ],
-)
-def test_whose_words_mean_that_memory_ran_out(error: Exception, ran_out: bool) -> None:
-    assert memory.is_out_of_memory(error) == ran_out

@@ -15,8 +15,8 @@ import pytest
 
 from pipelines.cases import Case, DataError
 from pipelines.labels import CODINGS
-from pipelines.layouts import CaseError
-from pipelines.nifti import RawCase, read_case, read_grid, read_nifti, write_nifti
+from pipelines.layouts.names import CaseError
+from pipelines.scans.nifti import RawCase, read_case, read_grid, read_nifti, write_nifti
 
 SHAPE = (7, 6, 5)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1.5, 0, 9], [0, 0, 2, -4], [0, 0, 0, 1]], float)
@@ -270,8 +270,8 @@ def test_a_case_that_memory_does_not_hold_is_a_fault_of_that_case(tmp_path: Path
     nib.save(image, tmp_path / "a.nii")
     code = (
         "import resource, sys; from pathlib import Path; from pipelines.cases import Case;"
-        "from pipelines.labels import CODINGS; from pipelines.layouts import CaseError;"
-        "from pipelines.nifti import read_case; path = Path(sys.argv[1]);"
+        "from pipelines.labels import CODINGS; from pipelines.layouts.names import CaseError;"
+        "from pipelines.scans.nifti import read_case; path = Path(sys.argv[1]);"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + (40 << 20), -1));\n"
         "try: read_case(Case('one', (path,), None, None), CODINGS['brats2023'])\n"

@@ -12,8 +12,8 @@ import pytest
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from pipelines.layouts import CaseError
-from pipelines.nifti import read_grid, read_nifti
+from pipelines.layouts.names import CaseError
+from pipelines.scans.nifti import read_grid, read_nifti
 
 SHAPE = (7, 6, 5)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1.5, 0, 9], [0, 0, 2, -4], [0, 0, 0, 1]], float)

@@ -13,7 +13,7 @@ import pytest
 from test_store import files_of_at_most
 
 from pipelines import phantom
-from pipelines.atomic import temporary_name
+from pipelines.basics.atomic import temporary_name
 from pipelines.cases import DataError, find_cases
 from pipelines.labels import CODINGS, regions_from_labels
 from pipelines.phantom import draw_phantom, make_phantoms

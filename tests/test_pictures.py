@@ -13,8 +13,8 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from engine.pictures import COLOURS, as_numpy, draw_case, draw_curves, draw_prediction, draw_sample, show_slice
-from pipelines.text import printable
+from engine.reports.pictures import COLOURS, as_numpy, draw_case, draw_curves, draw_prediction, draw_sample, show_slice
+from pipelines.basics.text import printable
 
 ROW = {"epoch": 1, "step": 2, "loss": 1.5, "dice_loss": 1.0, "ce_loss": 0.5}
 

@@ -23,24 +23,24 @@ import numpy as np
 import pytest
 import torch
 from commands import free_port
-from test_trained import content_of
+from test_network import content_of
 
 from engine import evaluation, inference, metrics
 from engine.checkpoint import save_weights
 from engine.config import Config, DataConfig, ModelConfig, to_dict
-from engine.distributed import Ranks
 from engine.inference import Predictor, Prepared
+from engine.network import make_model
+from engine.ranks.distributed import Ranks
 from engine.sliding_window import sliding_window_logits
-from engine.trained import make_model
 from launch import evaluate, predict
+from pipelines.basics.tables import read_table
 from pipelines.cases import Case, find_cases
 from pipelines.labels import CODINGS, regions_from_labels
-from pipelines.layouts import DataError
+from pipelines.layouts.names import DataError
 from pipelines.loaders import ValLoader
-from pipelines.nifti import RawCase, read_nifti
 from pipelines.phantom import make_phantoms
+from pipelines.scans.nifti import RawCase, read_nifti
 from pipelines.store import prepare
-from pipelines.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CROP = (16, 16, 16)

@@ -24,13 +24,13 @@ from pipelines.augment import Augment
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.geometry import Spacing, axis_weights, resample_image, target_grid
 from pipelines.labels import CODINGS, Coding, regions_from_labels
-from pipelines.layouts import CaseError
+from pipelines.layouts.names import CaseError
 from pipelines.loaders import TrainLoader
-from pipelines.nifti import RawCase, read_case, read_grid
 from pipelines.phantom import draw_phantom
 from pipelines.raw import RawImage, resample_case
 from pipelines.raw_loader import CaseReader, Decoded, RawLoader
 from pipelines.reference import case_to_dict, prepare_steps
+from pipelines.scans.nifti import RawCase, read_case, read_grid
 from pipelines.store import Store, prepare
 
 SPACING = (1.5, 1.5, 2.0)

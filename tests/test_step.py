@@ -16,10 +16,9 @@ from commands import free_port
 
 from engine.config import Config, OptimConfig, TrainConfig
 from engine.diagnosis import first_nonfinite
-from engine.distributed import Ranks
-from engine.graph import GraphedPass
-from engine.parallel import copy_moments, copy_weights
-from engine.step import LOW_PRECISION, TrainingStep, set_up_torch
+from engine.ranks.distributed import Ranks
+from engine.sharding import copy_moments, copy_weights
+from engine.step import LOW_PRECISION, GraphedPass, TrainingStep, set_up_torch
 from kernels.dice_ce import dice_ce_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,8 +299,8 @@ TWO_RANKS = """
 import json, sys
 import torch, torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from engine.distributed import init_ranks
-from engine.parallel import copy_moments, copy_weights, load_moments
+from engine.ranks.distributed import init_ranks
+from engine.sharding import copy_moments, copy_weights, load_moments
 from test_step import batch, graphs_on_a_cpu, make_step, network
 import pytest
 ranks = init_ranks("cpu")

@@ -29,12 +29,12 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from pipelines import prepared
 from pipelines.cases import Case, CaseSet, DataError
-from pipelines.files import StoreError
 from pipelines.geometry import Spacing, resample_image, resample_label, target_grid
 from pipelines.labels import CODINGS, Coding
-from pipelines.nifti import RawCase, read_case
 from pipelines.prepared import FOREGROUND_VOXELS, to_float16
+from pipelines.scans.nifti import RawCase, read_case
 from pipelines.store import Store, check_cases, prepare
+from pipelines.store_files import StoreError
 
 SHAPE = (24, 21, 18)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]], float)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.tables import append_row, from_cell, read_table, to_cell, write_table
-from pipelines.text import encodable, markdown, printable
+from pipelines.basics.tables import append_row, from_cell, read_table, to_cell, write_table
+from pipelines.basics.text import encodable, markdown, printable
 
 COLUMNS = ("case", "dice", "warnings")
 NAMES = ["=HYPERLINK(1)", "+1", "-case", "@case", "\t=1", "\r=1", "'=quoted", "''+", "'plain'", "caf\udce9", "\ud800",
@@ -128,7 +128,9 @@ def test_markdown_shows_a_name_as_it_is() -> None:
 
 def test_a_name_that_is_not_utf_8_stops_no_command_that_prints_it() -> None:
     """Whatever standard output takes: here ASCII."""
-    code = "from engine.command import run_command; run_command(lambda: print('caf\\udce9 \u00b1'), str, alone=True)"
+    code = (
+        "from engine.ranks.command import run_command; run_command(lambda: print('caf\\udce9 \u00b1'), str, alone=True)"
+    )
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "caf\\udce9 \\xb1\n"), done.stderr

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from engine.terminal import LogFile, PlainFormatter, Terminal, set_up_terminal
-from pipelines.text import as_text
+from engine.ranks.terminal import LogFile, PlainFormatter, Terminal, set_up_terminal
+from pipelines.basics.text import as_text
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9b1mb\u202ec\r\udcff"
 SHOWN = r"a\x1b]0;title\x07\x1b[2J\x9b1mb\u202ec\r\udcff"
 WRITES = """
 import os, sys
-from engine.terminal import set_up_terminal
+from engine.ranks.terminal import set_up_terminal
 
 set_up_terminal()
 for _ in range(1000):

@@ -25,13 +25,13 @@ from engine.checkpoint import load_weights, state_name, states
 from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
 from engine.data import Data, load_data, make_val_loader
 from engine.diagnosis import Diverged
-from engine.distributed import Ranks
 from engine.inference import compose_labels
 from engine.metrics import SCORED, case_dice, summarise
 from engine.progress import DataWait
+from engine.ranks.distributed import Ranks
+from engine.ranks.signals import Preempted
 from engine.step import TrainingStep
 from engine.trainer import Trainer
-from engine.watch import Preempted
 from kernels.dice_ce import region_masks
 from models import build_model
 from models.convert import to_reference
@@ -420,7 +420,7 @@ def test_memory_that_runs_out_says_what_to_lower(make: Callable[..., Trainer]) -
 
 WAITING = """
 import datetime, sys, time
-from engine import distributed
+from engine.ranks import distributed
 distributed.PREPARATION_LIMIT = datetime.timedelta(seconds=2)
 ranks = distributed.init_ranks("cpu")
 distributed.first_on_node(lambda: time.sleep(6), ranks)

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from engine import comparison, comparison_pictures
 from engine.checkpoint import save_weights
 from engine.config import Config, ModelConfig, make_parser, parse_config, to_dict
-from engine.pictures import COLOURS
-from engine.trained import make_model
+from engine.network import make_model
+from engine.reports import comparison, comparison_pictures
+from engine.reports.pictures import COLOURS
 from launch import compare
 from pipelines.cases import MODALITIES
 from pipelines.labels import CODINGS

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pipelines.labels import CODINGS
-from pipelines.layouts import CaseError
-from pipelines.voxels import to_labels
+from pipelines.layouts.names import CaseError
+from pipelines.scans.voxels import to_labels
 
 SHAPE = (7, 6, 5)
 

@@ -1,0 +1,359 @@
+"""A MONAI bundle of a trained network: a folder that MONAI runs on scans, without this program.
+
+    configs/metadata.json     what the network takes and gives
+    configs/inference.json    MONAI's transforms, its sliding window, and where everything is
+    models/model.pt           the network's state dict
+    docs/README.md            how to run it
+    scripts/                  code that MONAI lacks
+
+MONAI's own networks get weights under MONAI's names. UNETR of self-attention-cv, which MONAI lacks, comes as code: the
+files of this program that make it up, on the reference operations, so that they need PyTorch alone. A bundle does what
+`engine.inference` does: MONAI's Spacing and Orientation, sliding window with z-scored windows, the probabilities back
+on the scan's own grid, masks above one half, labels in the coding of the training data.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import monai
+import numpy as np
+import torch
+
+from engine import sliding_window
+from engine.archive import write_archive
+from engine.export import bundle_steps
+from engine.export.interchange import METADATA, describe, reference_class, reference_weights, widths
+from engine.inference import compose_labels
+from engine.network import Trained
+from engine.sliding_window import OVERLAP, SIGMA_SCALE, WINDOWS_AT_ONCE
+from kernels import attention, instance_norm
+from models import unetr, vit
+from models.convert import PACKAGES
+from pipelines.basics.atomic import own_folder, remove_left_over, temporary_name, write_text
+from pipelines.labels import REGIONS
+from pipelines.layouts.names import MODALITIES, SPELLINGS
+
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+VERSION = "0.1.0"
+SUBFOLDERS = ("configs", "models", "docs", "scripts")
+WEIGHTS = Path("models", "model.pt")
+FILE_NAMES = {modality: (*spellings, f"{modality}_subtrMeanDivStd") for modality, spellings in SPELLINGS.items()}
+"""How the file of a modality ends, of any release."""
+PROJECT = re.compile(r"^(?:from|import) (?:engine|kernels|models|pipelines)\b", re.MULTILINE)
+MOVED = {
+    "engine.sliding_window": "scripts.sliding_window",
+    "kernels.attention": "scripts.operations",
+    "kernels.instance_norm": "scripts.operations",
+    "models.vit": "scripts.vit",
+}
+OPERATIONS = '''"""Attention and instance norm in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+{parts}
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of (B, H, N, D)."""
+    return attention_reference(q, k, v, q.shape[-1] ** -0.5)
+
+
+instance_norm = instance_norm_reference
+'''
+README = """# {title}
+
+Segments brain tumours in {modalities} MRI. Made by glioforge from `{source}`, epoch {epoch}; its code in `scripts/` is
+under Apache-2.0. Not a medical device.
+
+In this folder (elsewhere give `bundle_root` too):
+
+```sh
+pip install "monai[nibabel]>={monai}"
+python -c '
+from monai.bundle import run
+run(config_file="configs/inference.json", dataset_dir="SCANS", output_dir="SEGMENTATIONS")'
+```
+
+or, with `pip install fire`, by `python -m monai.bundle run --config_file configs/inference.json --dataset_dir SCANS
+--output_dir SEGMENTATIONS`.
+
+`SCANS` holds a folder for each scan, with one NIfTI file for each modality ({files}), or 4D files with the modalities
+on the last axis; where on it each is, counted from 0, is `channels` in `configs/inference.json`: {channels}.
+
+Input: {spacing} mm, RAS, not normalised (the bundle does all of it). Windows of {crop} voxels are z-scored one by one,
+on the non-zero voxels of each channel. The network gives logits of {regions}; a probability above one half is the
+region. Labels written: {labels}.
+
+The configuration is code, as that of every MONAI bundle: run only bundles from people that you trust.
+"""
+
+
+def write_bundle(folder: Path, trained: Trained) -> None:
+    """Write a trained network as a MONAI bundle.
+
+    Args:
+        folder: a new one, or a bundle that this program wrote: once all new files are complete, they replace the old
+            ones, and whatever else is there stays.
+        trained: the network and what belongs to it, on the CPU.
+
+    Raises:
+        ValueError: another folder, or a subfolder that is a link out of it.
+        OSError: it can't be written.
+    """
+    is_there = os.path.lexists(folder)
+    if is_there:
+        _check_is_bundle(folder)
+    remove_left_over(folder.parent)
+    partial = temporary_name(folder)
+    try:
+        _write_files(partial, trained)
+        if not is_there:
+            partial.rename(folder)
+            return
+        for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+            name = file.relative_to(partial)
+            file.replace(own_folder(folder, *name.parent.parts) / name.name)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(folder)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_is_bundle(folder: Path) -> None:
+    """Refuse what `write_bundle` did not write."""
+    try:
+        metadata = json.loads((folder / "configs" / METADATA).read_text())
+    except (OSError, ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or "glioforge" not in metadata:
+        raise ValueError(f"{folder} is not a MONAI bundle that this program wrote: choose another --output")
+    for name in SUBFOLDERS:
+        own_folder(folder, name)
+
+
+def _write_files(folder: Path, trained: Trained) -> None:
+    for name in SUBFOLDERS:
+        (folder / name).mkdir(parents=True)
+    is_monais = PACKAGES[trained.config.model.name] == "monai"
+    weights = reference_weights(trained, "monai") if is_monais else trained.network.state_dict()
+    write_archive(weights, folder / WEIGHTS)
+    _write_json(folder / "configs" / METADATA, _metadata(trained))
+    _write_json(folder / "configs" / "inference.json", _inference(trained))
+    write_text(folder / "docs" / "README.md", _readme(trained))
+    for name, text in _scripts(with_network=not is_monais).items():
+        write_text(folder / "scripts" / f"{name}.py", text)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=4) + "\n")
+
+
+def _scripts(with_network: bool) -> dict[str, str]:
+    """Content of the Python files of `scripts` by module."""
+    files = {"__init__": '"""Code of this bundle that MONAI lacks."""\n'}
+    files["sliding_window"] = _moved(inspect.getsource(sliding_window))
+    files["steps"] = _moved(inspect.getsource(bundle_steps))
+    if with_network:
+        files["vit"], files["unetr"] = _moved(inspect.getsource(vit)), _moved(inspect.getsource(unetr))
+        sources = [
+            inspect.getsource(attention.attention_reference),
+            inspect.getsource(instance_norm._is_channels_last),
+            inspect.getsource(instance_norm._normalise),
+            inspect.getsource(instance_norm.instance_norm_reference),
+        ]
+        files["operations"] = OPERATIONS.format(parts="\n\n".join(sources).strip())
+    return files
+
+
+def _moved(source: str) -> str:
+    """A file of this program with its imports of others from the bundle's `scripts`."""
+    for ours, theirs in MOVED.items():
+        source = source.replace(f"\nfrom {ours} import ", f"\nfrom {theirs} import ")
+    assert not PROJECT.search(source), PROJECT.search(source)
+    return source
+
+
+def _network(trained: Trained) -> dict[str, Any]:
+    """The network as MONAI's configuration makes it."""
+    if PACKAGES[trained.config.model.name] == "monai":
+        target, arguments = reference_class(trained)
+        return {"_target_": target, **arguments}
+    return {
+        "_target_": "scripts.unetr.UNETR",
+        "variant": "$SELF_ATTENTION_CV",
+        "in_channels": len(trained.modalities),
+        "out_channels": len(REGIONS),
+        "img_size": list(trained.config.data.crop_size_voxels),
+        **widths(trained.network),
+    }
+
+
+def _label_values(trained: Trained) -> list[int]:
+    """Labels of core, oedema and enhancing tumour: of voxels that are in TC, WT or ET alone."""
+    return compose_labels(np.eye(len(REGIONS), dtype=bool), trained.coding).tolist()
+
+
+def _channels(trained: Trained) -> list[int]:
+    """Where Decathlon's 4D files have the modalities."""
+    return [MODALITIES.index(modality) for modality in trained.modalities]
+
+
+def _inference(trained: Trained) -> dict[str, Any]:
+    data = trained.config.data
+    turned = [{"_target_": "scripts.steps.AxesInOrderd"}] if data.spacing_axes == "patient" else []
+    imports = ["$import torch", "$from scripts.steps import find_scans"]
+    if PACKAGES[trained.config.model.name] != "monai":
+        imports.append("$from scripts.unetr import SELF_ATTENTION_CV")
+    return {
+        "imports": imports,
+        "bundle_root": ".",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "ckpt_path": "$@bundle_root + '/models/model.pt'",
+        "dataset_dir": "$@bundle_root + '/scans'",
+        "output_dir": "$@bundle_root + '/eval'",
+        "file_names": {modality: list(FILE_NAMES[modality]) for modality in trained.modalities},
+        "channels": _channels(trained),
+        "datalist": "$find_scans(@dataset_dir, @file_names, @channels)",
+        "network_def": _network(trained),
+        "network": {"_target_": "scripts.steps.ZScoredWindows", "network": "$@network_def.to(@device)"},
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {"_target_": "LoadImaged", "keys": "image"},
+                {"_target_": "EnsureChannelFirstd", "keys": "image"},
+                {"_target_": "scripts.steps.SelectChannelsd"},
+                *turned,
+                {"_target_": "Spacingd", "keys": "image", "pixdim": list(data.spacing_mm), "mode": "bilinear"},
+                {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": None},
+            ],
+        },
+        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
+        "inferer": {
+            "_target_": "SlidingWindowInferer",
+            "roi_size": list(data.crop_size_voxels),
+            "sw_batch_size": WINDOWS_AT_ONCE,
+            "overlap": OVERLAP,
+            "mode": "gaussian",
+            "sigma_scale": SIGMA_SCALE,
+        },
+        "postprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {"_target_": "Activationsd", "keys": "pred", "sigmoid": True},
+                {
+                    "_target_": "Invertd",
+                    "keys": "pred",
+                    "transform": "@preprocessing",
+                    "orig_keys": "image",
+                    "nearest_interp": False,
+                },
+                {"_target_": "scripts.steps.RegionsToLabelsd", "values": _label_values(trained)},
+                {
+                    "_target_": "SaveImaged",
+                    "keys": "pred",
+                    "output_dir": "@output_dir",
+                    "output_postfix": "seg",
+                    "output_dtype": "$torch.uint8",
+                    "resample": False,
+                    "separate_folder": False,
+                    "data_root_dir": "@dataset_dir",
+                },
+            ],
+        },
+        "evaluator": {
+            "_target_": "scripts.steps.Evaluator",
+            "dataset": "@dataset",
+            "network": "@network",
+            "inferer": "@inferer",
+            "postprocessing": "@postprocessing",
+            "device": "@device",
+        },
+        "run": [  # MONAI finds `scripts` from here on, in "initialize" not yet
+            "$@network_def.load_state_dict(torch.load(@ckpt_path, map_location='cpu', weights_only=True))",
+            "$@evaluator.run()",
+        ],
+    }
+
+
+def _metadata(trained: Trained) -> dict[str, Any]:
+    description = describe(trained)
+    image = {"type": "image", "modality": "MR", "dtype": "float32", "value_range": [], "is_patch_data": True}
+    image["spatial_shape"] = description["crop_size_voxels"]
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "changelog": {VERSION: f"weights of epoch {trained.epoch}"},
+        "monai_version": _plain(monai.__version__),
+        "pytorch_version": _plain(torch.__version__),
+        "numpy_version": _plain(np.__version__),
+        "required_packages_version": {"nibabel": "5.3"},
+        "name": _title(trained),
+        "task": "Brain tumour segmentation in MRI",
+        "description": (
+            f"{trained.config.model.name} that segments {', '.join(REGIONS)} (tumour core, whole tumour, enhancing "
+            f"tumour) in {', '.join(trained.modalities)}"
+        ),
+        "authors": "made by glioforge",
+        "copyright": "of whoever trained the network; code in scripts/: Apache-2.0",
+        "intended_use": "Research; not for diagnosis",
+        "eval_metrics": trained.validation,
+        "network_data_format": {
+            "inputs": {
+                "image": {
+                    **image,
+                    "format": "magnitude",
+                    "num_channels": len(trained.modalities),
+                    "channel_def": {str(i): modality for i, modality in enumerate(trained.modalities)},
+                }
+            },
+            "outputs": {
+                "pred": {
+                    **image,
+                    "format": "classes",
+                    "num_channels": len(REGIONS),
+                    "channel_def": {str(i): region for i, region in enumerate(REGIONS)},
+                }
+            },
+        },
+        "glioforge": description,
+    }
+
+
+def _title(trained: Trained) -> str:
+    return f"Brain tumour segmentation, {trained.config.model.name}"
+
+
+def _plain(version: str) -> str:
+    return version.split("+")[0]
+
+
+def _readme(trained: Trained) -> str:
+    data, (core, oedema, enhancing) = trained.config.data, _label_values(trained)
+    files = "; ".join(f"{modality}: ..._{' or _'.join(FILE_NAMES[modality])}" for modality in trained.modalities)
+    return README.format(
+        title=_title(trained),
+        modalities=", ".join(trained.modalities),
+        source=trained.path.name,
+        epoch=trained.epoch,
+        monai=_plain(monai.__version__),
+        files=files,
+        channels=_channels(trained),
+        spacing=" x ".join(f"{size:g}" for size in data.spacing_mm),
+        crop=" x ".join(map(str, data.crop_size_voxels)),
+        regions=", ".join(REGIONS),
+        labels=f"{core} core that does not enhance, {oedema} oedema, {enhancing} enhancing tumour",
+    )

@@ -1,0 +1,121 @@
+"""The memory that this process may take, and errors that say it ran out."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_GROUP_FILES = {  # of each version by its controllers: limit, use, statistics, and what the page cache is there
+    "": ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
+}
+MESSAGES = (
+    "can't allocate memory",  # DefaultCPUAllocator
+    "not enough memory",  # the same on Windows
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a primitive",  # oneDNN, which gives no reason; where there is memory it always can
+    "could not create a memory",
+    "std::bad_alloc",
+    "Cannot allocate memory",  # ENOMEM in words of PyTorch's, e.g. of a map of a file
+    "can't start new thread",
+    "Resource temporarily unavailable",  # the same of libraries, DALI's for one
+    "failed to map segment from shared object",  # of a library that is loaded late
+)
+
+
+class Limit(NamedTuple):
+    """What bounds the memory of this process: its name in a message, bytes in all, bytes of them that are left."""
+
+    name: str
+    most: int
+    left: int
+
+
+def limit_bytes(device: torch.device, ranks_on_node: int = 1) -> int:
+    """Memory that this process may take in all, what it has already included.
+
+    On a GPU: what is free, and what PyTorch holds there for this process. On a CPU: a rank's share of what is available
+    on the node or of what is left below the limit of its control group, or what `ulimit -v` leaves, whichever is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    shared = [psutil.virtual_memory().available, *(group.left for group in _control_groups())]
+    own = psutil.Process().memory_info().rss
+    return min([min(shared) // ranks_on_node, *(limit.left for limit in _address_space())]) + own
+
+
+def _address_space() -> list[Limit]:
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return []
+    return [Limit("`ulimit -v`", most, max(0, most - psutil.Process().memory_info().vms))]
+
+
+def _control_groups() -> list[Limit]:
+    """The limits of the control groups (version 1 or 2) that this process is in, page cache not counted as used."""
+    limits: list[Limit] = []
+    try:
+        lines = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
+    except OSError:
+        return []
+    for _, controllers, path in lines:
+        files = _GROUP_FILES.get(controllers)
+        if not files:
+            continue
+        top = CGROUP / controllers
+        within = [top.joinpath(*path.split("/")[:depth]) for depth in range(1, len(path.split("/")) + 1)]
+        for folder in {top, *within}:
+            try:
+                most, used, statistics = ((folder / name).read_text() for name in files[:3])
+                cached = int(dict(line.split() for line in statistics.splitlines()).get(files[3], 0))
+                limits.append(Limit("its control group", int(most), max(0, int(most) - int(used) + cached)))
+            except (OSError, ValueError):  # no such group here, or "max": no limit
+                continue
+    return limits
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError | ImportError) and any(message in str(error) for message in MESSAGES)
+
+
+def plain_message(error: BaseException) -> str:
+    """What happened and what to do, where nothing is known of what the work takes."""
+    machine = psutil.virtual_memory().total
+    limits = {limit.name: limit.most for limit in (*_address_space(), *_control_groups()) if limit.most < machine}
+    bounds = [f"{gb(machine)} of the machine", *(f"{gb(most)} of {name}" for name, most in limits.items())]
+    return (
+        f"out of memory ({first_line(error)}): this process took {gb(peak_bytes(torch.device('cpu')))} at the most, "
+        f"of {', '.join(bounds)}. End other programs, raise the limit, or take less at a time: fewer --data.workers, a "
+        "smaller crop or batch"
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def gb(size: int) -> str:
+    """GB of 10^9 bytes, or MB, with two digits that count or more: 3.9 MB, 0.20 GB, 15.1 GB, 139 GB."""
+    value, unit = (size / 1e9, "GB") if size >= 0.0995e9 else (size / 1e6, "MB")
+    digits = 0 if value >= 99.5 else 1 if value >= 0.995 else 2
+    return f"{value:.{digits}f} {unit}"

@@ -1,0 +1,119 @@
+"""Standard output and error, and log files: what can't be written never ends the work, and names stay mere text.
+
+A reader that goes away (`| head`), a terminal that is closed or a full disk behind `>` lose what is printed; the work
+goes on, for its results are files. File names and records of files may hold control characters, by which a terminal
+can be made to show what is not there, or bytes that are no text: they are shown as escapes, `\\x1b` and `\\udcff`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from pipelines.basics.atomic import open_own
+from pipelines.basics.text import as_text
+
+_STYLE = re.compile("\x1b\\[[0-9;]*m|\x1b\\[[0-9]*A|\x1b\\[2K|\x1b\\[\\?25[hl]|\r")
+"""Colours, and how a progress bar moves the cursor."""
+
+
+class Terminal(io.TextIOWrapper):
+    """A standard stream that takes all text and raises no OSError.
+
+    On a terminal colours and movements of the cursor pass, which progress bars and tables are made of.
+
+    Args:
+        stream: in whose place this one is put.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(
+            stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )  # fmt: skip
+        self._is_styled = self.isatty()
+        self.lost: OSError | None = None
+        """Why text was lost."""
+
+    def write(self, text: str) -> int:
+        """Write text; returns its length."""
+        if self._is_styled:
+            styles = [*_STYLE.findall(text), ""]
+            shown = "".join(map("".join, zip(map(as_text, _STYLE.split(text)), styles, strict=True)))
+        else:
+            shown = as_text(text)
+        try:
+            super().write(shown)
+        except OSError as error:
+            self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        try:
+            super().flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self.lost = self.lost or error
+        if not isinstance(error, BlockingIOError):  # what libraries and child processes write goes nowhere, too
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+
+
+class PlainFormatter(logging.Formatter):
+    """Records as text that a terminal only shows."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return as_text(super().format(record))
+
+
+class LogFile(logging.StreamHandler):
+    """A log file, from its end on; where it can't be written, that is said once, and the work goes on.
+
+    Raises:
+        ValueError, OSError: as `open_own`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(open_own(path))
+        self.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+        self._path, self._has_failed = path, False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name is logging's
+        """Called where a record could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            print(f"{self._path} can't be written ({error.strerror}) and will lack lines", file=sys.stderr)
+
+
+def set_up_terminal() -> None:
+    """Make standard output and error of this process `Terminal`s, where they are Python's own."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this process
+            setattr(sys, name, Path(os.devnull).open("w", errors="replace"))  # noqa: SIM115  # stays open
+        elif type(stream) is io.TextIOWrapper:  # neither one of ours nor what a test or a notebook put there
+            with contextlib.suppress(OSError):
+                stream.flush()
+            setattr(sys, name, Terminal(stream))
+            for handler in logging.getLogger().handlers:
+                _replace(handler, stream, getattr(sys, name))
+
+
+def _replace(handler: logging.Handler, stream: TextIO, terminal: Terminal) -> None:
+    if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+        handler.setStream(terminal)
+        handler.setFormatter(PlainFormatter(handler.formatter._fmt if handler.formatter else None))

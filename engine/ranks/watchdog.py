@@ -1,0 +1,323 @@
+"""Ranks that end together when one of them fails, and say once which and why.
+
+A rank that raises or is killed leaves the others in a collective that never returns. So a thread of each rank talks to
+a store once a second (PyTorch's TCPStore, by a connection of its own: the main thread may block the other one):
+
+    beat/<rank>   a counter. Rank 0 reads those of all ranks, the others that of rank 0, so a job of N ranks asks for
+                  3 N values a second. One that stands still for `LOST_AFTER_S` is that of a lost rank.
+    failure       the first one: compare_set lets nobody write a second. Whoever finds it ends its process by os._exit,
+                  for the main thread may never come back. The reporter, rank 0, waits for the others and prints it.
+
+Ranks of one node also hold a pidfd of each other, which tells of a killed process at once. The store lives in rank 0
+(under torchrun, in the agent of the first node). Where it is gone, rank 0 is lost, and its deputy reports: the first
+rank of another node, else rank 1.
+
+A peer's death also breaks collectives and makes launchers send SIGTERM. What a rank raises of that is told only if
+nobody has given a better reason after `WAIT_FOR_PEERS_S`, or, where a node may be lost, after `LOST_AFTER_S`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+from rich.console import Console
+from torch.distributed.rendezvous import rendezvous
+
+from engine.ranks.distributed import PeerFailed, Place, export, read_place
+from engine.ranks.launcher import Launcher
+from engine.ranks.signals import STOP_SIGNALS, Interrupted
+from pipelines.basics.text import as_text
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+BEAT_S = 1.0
+LOST_AFTER_S = 20.0  # deepspeed, torchrun and SLURM kill 30 s after they sent SIGTERM
+WAIT_FOR_PEERS_S = 5.0
+WAIT_TO_REPORT_S = 8.0
+MEETING_LIMIT = timedelta(minutes=5)  # from the first rank's start to the last's
+NAME_LIMIT_S = 30.0  # a cluster may give a host its name after it has started the others
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job ends.
+
+    Attributes:
+        rank: that failed. host: its node. message: for the user. status: exit status of all ranks.
+        is_lost: the rank is gone, and others speak for it.
+    """
+
+    rank: int
+    host: str
+    message: str
+    status: int = 1
+    is_lost: bool = False
+
+    def __str__(self) -> str:
+        """The line on standard error; a signal is no error."""
+        if self.status in (130, os.EX_TEMPFAIL):
+            return self.message
+        return f"error: rank {self.rank} on {self.host}: {self.message}"
+
+
+def join_watch(launcher: Launcher | None = None) -> Watch | None:
+    """Meet the other ranks and watch them from now on; None for one rank alone, which needs no port.
+
+    Args:
+        launcher: that the ranks of this node run under, watched too.
+
+    Raises:
+        ValueError: a launcher's variables are missing or contradict each other.
+        ConnectionError: the ranks did not meet.
+    """
+    place = read_place()
+    if place.world_size == 1:
+        return None
+    export(place)
+    address = _meeting_place()
+    try:
+        store, *_ = next(rendezvous("env://", place.rank, place.world_size, timeout=MEETING_LIMIT))
+        return Watch(place, dist.PrefixStore("watch", store), launcher)
+    except RuntimeError as error:
+        reason = next((text for word, text in _REASONS.items() if word in str(error)), str(error))
+        raise ConnectionError(
+            f"rank {place.rank} of {place.world_size} did not meet the others at {address}: {reason}"
+        ) from error
+
+
+_REASONS = {
+    "EADDRINUSE": "the port is in use, perhaps by another job; choose another (deepspeed and torchrun --master_port, "
+    "else MASTER_PORT)",
+    "EACCES": "this port is the system's; choose one above 1023 (deepspeed and torchrun --master_port, else "
+    "MASTER_PORT)",
+    "timed out": f"not all ranks came within {MEETING_LIMIT.seconds // 60} minutes: are all started, with the same "
+    "number of ranks? is MASTER_ADDR the first rank's host, and its port open to the others?",
+}
+"""Why ranks did not meet, by a word of PyTorch's."""
+
+
+def _meeting_place() -> str:
+    """Where the ranks meet, as their variables say it.
+
+    Raises:
+        ValueError: a variable is missing, or is no port, or a host that has no address.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ["MASTER_PORT"]
+    if not host:
+        raise ValueError("MASTER_ADDR is not set: deepspeed and torchrun set it; with srun, set it to the first node")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"MASTER_PORT is {port!r}, which is no port: give a number from 1024 to 65535")
+    limit = time.monotonic() + NAME_LIMIT_S
+    while True:
+        try:
+            socket.getaddrinfo(host, int(port))
+            return f"{host}:{port}"
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > limit:
+                raise ValueError(f"MASTER_ADDR is {host!r}, which has no address on this machine ({error})") from error
+            time.sleep(1)
+
+
+class Watch:
+    """The watching thread of one of several ranks; made by `join_watch`.
+
+    Args:
+        place: of this rank. store: shared by all ranks, over a connection that nobody else uses.
+        launcher: of this node.
+    """
+
+    def __init__(self, place: Place, store: dist.Store, launcher: Launcher | None = None) -> None:
+        self.rank, self.world_size, self.store, self.launcher = place.rank, place.world_size, store, launcher
+        self.host = socket.gethostname()
+        self.own: Failure | None = None
+        self.own_due, self.own_traceback = 0.0, ""
+        self.is_failing = self.is_leaving = self.has_said_done = self.is_over = False
+        self.watched = range(self.world_size) if self.rank == 0 else range(1)
+        self.beats = [b""] * len(self.watched)
+        self.rounds_still = [0] * len(self.watched)
+        self.rounds = 0
+        self.deaths = select.poll()
+        self.neighbours: dict[int, int] = {}  # rank of each pidfd
+        self._meet(place)
+        self.wake = threading.Event()
+        self.line = ThreadPoolExecutor(1, "watch-store")  # a store on a node without power never answers
+        self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self.thread.start()
+
+    def fail(self, error: BaseException, message: str, status: int) -> NoReturn:
+        """Tell all ranks that this one can't go on. The process ends here, with the status of the first failure.
+
+        Args:
+            error: why. message: for the user. status: exit status.
+        """
+        self.is_failing = True
+        if status == 1:  # neither a user's mistake nor a signal
+            self.own_traceback = "".join(traceback.format_exception(error))
+        self.own_due = time.monotonic() + _waiting_time(error)
+        self.own = Failure(self.rank, self.host, message, status)
+        self.wake.set()
+        try:
+            self.thread.join()
+        except KeyboardInterrupt:  # a second Ctrl-C waits for nobody
+            os._exit(130)
+        os._exit(status)
+
+    def close(self) -> None:
+        """At the end of a run: wait for all ranks to come here, while a failing one still ends them all; then stop.
+
+        From then on signals are ignored: a launcher sends SIGTERM to ranks that are a moment behind the first to end.
+        """
+        self.is_leaving = True
+        self.wake.set()
+        self.thread.join()
+        self.line.shutdown()
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    @property
+    def is_ending(self) -> bool:
+        """This rank has failed or is done: no signal may change how it ends."""
+        return self.is_failing or self.is_leaving
+
+    def _meet(self, place: Place) -> None:
+        """Say where this rank is, find the others of its node, learn who is rank 0's deputy."""
+        here = {"host": self.host, "pid": os.getpid(), "pid_namespace": os.readlink("/proc/self/ns/pid")}
+        self.store.set(f"place/{self.rank}", json.dumps(here))
+        self.store.set(f"beat/{self.rank}", "0")
+        if self.rank == 0:
+            hosts = [self._place_of(rank)["host"] for rank in range(self.world_size)]
+            self.store.set("deputy", str(next((rank for rank, host in enumerate(hosts) if host != self.host), 1)))
+        self.deputy = int(self.store.get("deputy"))
+        self.first_host = self._place_of(0)["host"]
+        first = place.rank - place.local_rank
+        for rank in set(range(first, first + place.ranks_on_node)) - {self.rank}:
+            there = self._place_of(rank)
+            if {**there, "pid": here["pid"]} == here:
+                with contextlib.suppress(OSError):  # a sandbox may forbid it: then the beats alone tell
+                    pidfd = os.pidfd_open(there["pid"])
+                    self.neighbours[pidfd] = rank
+                    self.deaths.register(pidfd, select.POLLIN)
+
+    def _place_of(self, rank: int) -> dict[str, Any]:
+        return json.loads(self.store.get(f"place/{rank}"))
+
+    def _watch(self) -> None:
+        while not self.is_over:
+            try:
+                failure = self._ask(self._round)
+            except (RuntimeError, TimeoutError) as error:
+                log.debug("no store: %s", error)
+                failure = self._without_store()
+            if failure:
+                self._end(failure)
+            self.wake.wait(0.1 if self.is_leaving else BEAT_S)
+            self.wake.clear()
+
+    def _ask(self, work: Callable[[], T]) -> T:
+        """What `work` gets from the store. Turns are counted here, not seconds: this process may stand still itself."""
+        answer = self.line.submit(work)
+        for _ in range(round(LOST_AFTER_S / BEAT_S)):
+            if wait([answer], BEAT_S).done:
+                return answer.result()
+        raise TimeoutError(f"no answer for {LOST_AFTER_S:.0f} s")
+
+    def _round(self) -> Failure | None:
+        """One second's talk with the store; returns the failure that ends the job."""
+        dead = [self.neighbours[pidfd] for pidfd, _ in self.deaths.poll(0)]  # asked before who has left in peace
+        self.rounds += 1
+        self.store.set(f"beat/{self.rank}", str(self.rounds))
+        if self.store.check(["failure"]):
+            return Failure(**json.loads(self.store.get("failure")))
+        if self.is_leaving and self._all_are_done():
+            self.is_over = True
+            return None
+        failure = self.own if self.own and time.monotonic() >= self.own_due else self._find_lost(dead)
+        if not failure:
+            return None
+        return Failure(**json.loads(self.store.compare_set("failure", "", json.dumps(asdict(failure)))))
+
+    def _without_store(self) -> Failure | None:
+        """What ends this rank when the store is gone: nothing where it went with torchrun, whose end stops training."""
+        if self.launcher and self.launcher.is_gone():
+            self.is_over = self.is_leaving
+            return self.own
+        return Failure(0, self.first_host, "lost: it was killed, or its node is out of reach", is_lost=True)
+
+    def _find_lost(self, dead: list[int]) -> Failure | None:
+        message = "ended without a message: it was killed (by the system, if memory ran out) or crashed"
+        if not dead:
+            message = f"lost: no sign of life for {LOST_AFTER_S:.0f} s"
+            beats = self.store.multi_get([f"beat/{rank}" for rank in self.watched])
+            for index, (before, now) in enumerate(zip(self.beats, beats)):
+                self.rounds_still[index] = self.rounds_still[index] + 1 if before == now else 0
+            self.beats = beats
+            limit = LOST_AFTER_S / BEAT_S
+            dead = [rank for rank, rounds in zip(self.watched, self.rounds_still) if rounds >= limit]
+        return Failure(dead[0], self._place_of(dead[0])["host"], message, is_lost=True) if dead else None
+
+    def _all_are_done(self) -> bool:
+        """Whether no rank has work left. Rank 0 goes last, as the store goes with it."""
+        if not self.has_said_done:
+            self.store.add("done", 1)
+            self.has_said_done = True
+        if self.store.add("done", 0) < self.world_size:
+            return False
+        if self.rank > 0:
+            self.store.add("left", 1)
+        else:
+            self._wait_for("left", self.world_size - 1)
+        return True
+
+    def _wait_for(self, name: str, count: int) -> None:
+        limit = time.monotonic() + WAIT_TO_REPORT_S
+        while self.store.add(name, 0) < count and time.monotonic() < limit:
+            time.sleep(0.05)
+
+    def _end(self, failure: Failure) -> NoReturn:
+        """End this process; the last one says why. Nothing here may need the main thread."""
+        try:
+            log.debug("ended: %s", failure)
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+            if failure == self.own:
+                os.write(2, as_text(self.own_traceback).encode())
+            is_reporter = self.rank == (self.deputy if failure.is_lost and failure.rank == 0 else 0)
+            with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be gone
+                if is_reporter:
+                    self._ask(lambda: self._wait_for("ended", self.world_size - 1 - failure.is_lost))
+                else:
+                    self._ask(lambda: self.store.add("ended", 1))
+            if is_reporter:
+                Console(stderr=True).show_cursor()  # a progress bar hides it
+                os.write(2, f"{as_text(str(failure))}\n".encode())
+        finally:
+            os._exit(failure.status)
+
+
+def _waiting_time(error: BaseException) -> float:
+    """Seconds for which peers may give a better reason: 0 where the error does not come from their end."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, PeerFailed | Interrupted):
+            return WAIT_FOR_PEERS_S
+        if isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and "gloo" in str(cause)):
+            return LOST_AFTER_S + 2 * BEAT_S
+        cause = cause.__cause__ or cause.__context__
+    return 0.0

@@ -1,0 +1,226 @@
+"""A task on each of many cases, in several processes, with a progress bar.
+
+Processes come from a fork server: a fork of a process that has used torch may hang. Each takes one case at a time and
+runs one thread. They start where they save time; a few small cases are done sooner here. A fault of one case is a
+result like any other and the rest go on, even if its process was killed; what concerns no single case, such as a full
+disk, ends the run. Server and workers ignore Ctrl-C: the parent cancels what has not begun, and cases in hand are
+finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
+from multiprocessing.synchronize import Semaphore
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipelines.cases import Case, DataError
+from pipelines.layouts.names import CaseError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+START_S = 3.0
+"""What the first worker takes to start, which imports torch; the others are forks of it."""
+_LESS_MEMORY = "Work on fewer cases at a time (--data.workers 1; about 0.4 GB each), or give it more memory"
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class CaseFailure(CaseError):
+    """What went wrong with a case, though maybe nothing is wrong with its scans: it may go well another time."""
+
+
+def run_on_cases(
+    task: Callable[[Case], T], cases: Sequence[Case], workers: int | None, title: str
+) -> Generator[tuple[Case, T | CaseError], None, None]:
+    """Run a task on each case and show a progress bar, on a terminal, or log one line elsewhere.
+
+    Args:
+        task: takes a case; a function of a module, not of the script that runs, or a `partial` of one: it is sent to
+            processes that import the module alone.
+        cases: what to run it on, at least one.
+        workers: processes, at most one per case; 1 runs in this process. None: this process, until the cases that are
+            done show that one per core would save more than the `START_S` that they take to start.
+        title: verb for the bar, as "Preparing".
+
+    Yields:
+        (case, what the task returned, or what went wrong), in the order in which they finish: the CaseError that it
+        raised; a CaseFailure for any other error, and where its process was killed. Closing the generator cancels the
+        cases that have not begun and waits for those that have.
+
+    Raises:
+        DataError: `workers` is below 1; or what the task raised that concerns no single case, which ends the run.
+    """
+    if workers is not None and workers < 1:
+        raise DataError(f"workers {workers} must be at least 1 (--data.workers); leave it out for one per core")
+    if workers is None:
+        finished = _where_it_is_faster(task, cases, cores())
+    else:
+        finished = _by_workers(task, cases, min(workers, len(cases)))
+    console = Console(stderr=True)
+    columns = (TextColumn(f"{title} {len(cases)} cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with contextlib.closing(finished), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        row = bar.add_task(title, total=len(cases))
+        if not console.is_terminal:
+            log.info("%s %d cases", title.lower(), len(cases))
+        for case, result in finished:
+            bar.advance(row)
+            yield case, result
+
+
+def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:
+    """What the task returns for a case, or what went wrong with it. Raises DataError where no one case is at fault."""
+    try:
+        return task(case)
+    except CaseError as error:
+        return error
+    except DataError:
+        raise
+    except OSError as error:
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else case.images[0]
+        return CaseFailure(
+            path, f"can't be processed ({error.strerror or error})", "Check the disk and its permissions"
+        )
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return CaseFailure(case.images[0], "not enough memory for it", _LESS_MEMORY)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        return CaseFailure(case.images[0], problem, "Report this line, and leave the case out until it is mended")
+
+
+def _where_it_is_faster(
+    task: Callable[[Case], T], cases: Sequence[Case], workers: int
+) -> Generator[tuple[Case, T | CaseError], None, None]:
+    seconds = 0.0
+    for done, case in enumerate(cases, 1):
+        started = time.perf_counter()
+        result = attempt(task, case)
+        seconds += time.perf_counter() - started
+        yield case, result
+        left = cases[done:]
+        used = min(workers, len(left))
+        if used > 1 and seconds / done * len(left) * (1 - 1 / used) > START_S:
+            yield from _by_workers(task, left, used)
+            return
+
+
+def _by_workers(
+    task: Callable[[Case], T], cases: Sequence[Case], workers: int
+) -> Generator[tuple[Case, T | CaseError], None, None]:
+    """In so many processes. Where one is killed, the cases that were in hand are tried one at a time."""
+    if workers == 1:
+        for case in cases:
+            yield case, attempt(task, case)
+        return
+    parts = [(list(cases), workers)]
+    while parts:
+        left, count = parts.pop()
+        try:
+            with contextlib.closing(_in_processes(task, list(left), count)) as finished:
+                for case, result in finished:
+                    left.remove(case)
+                    yield case, result
+        except BrokenProcessPool:
+            pass
+        if left and count == 1:
+            problem = "its process was killed, perhaps because memory ran out"
+            yield left[0], CaseFailure(left[0].images[0], problem, _LESS_MEMORY)
+            parts += [(left[1:], 1)] if left[1:] else []
+        elif left:
+            fewer = max(count // 2, 1)
+            log.warning("one of %d worker processes was killed: going on with %d (--data.workers)", count, fewer)
+            parts += [(part, n) for part, n in ((left[count:], fewer), (left[:count], 1)) if part]
+
+
+def _in_processes(
+    task: Callable[[Case], T], cases: Sequence[Case], workers: int
+) -> Generator[tuple[Case, T | CaseError], None, None]:
+    """Raises BrokenProcessPool where a process was killed, after the results that are there."""
+    workers = min(workers, len(cases))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.store"])  # torch is imported once, not once per worker
+    begin = context.Semaphore(0)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(begin,))
+    try:
+        try:
+            with _interrupt_held_back(), _without_main():  # server and workers start here
+                futures = {pool.submit(attempt, task, case): case for case in cases}
+        finally:
+            for _ in range(workers):
+                begin.release()
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that don't import the script that runs: `launch/train.py` takes seconds, and a script without
+    `if __name__ == "__main__"` would run again in each."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextlib.contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Deliver Ctrl-C at the end of the block, and never to processes that are started in it.
+
+    They inherit the blocked signal; the fork server would otherwise die of it while it imports torch. This process
+    needs a handler too, for any of its threads may take the signal; an interrupt between the start of a worker and its
+    registration would leave the worker behind.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone sets handlers, and is interrupted
+        yield
+        return
+    resource_tracker.ensure_running()  # its start unblocks the signal
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _end_with_parent() -> None:
+    """Where the parent is killed, a worker would do the cases that are queued and then wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _start_worker(begin: Semaphore) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which lets the cases in hand be finished
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin.acquire()  # once all are there: one that dies before breaks the pool while the next is being started

@@ -1,0 +1,298 @@
+"""Values of options: the bounds that a field of a dataclass declares, and what text stands for.
+
+An option's type is that of its field, one of
+
+    bool   int   float   str   Path   Literal[...]   list[X]   tuple[X, X, X]   each also as `X | None`
+
+and its bounds stand beside its default, `lr: float = number(1e-4, least=0, most=1000)`. What people type, what a YAML
+file holds and what a dataclass is made of in Python all pass through `convert`, so that every number is one, finite and
+within its bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+import os
+import re
+import reprlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pipelines.basics.text import printable, shortened
+
+_TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_BOUNDS = (
+    ("least", "at least", operator.ge),
+    ("above", "above", operator.gt),
+    ("most", "at most", operator.le),
+    ("below", "below", operator.lt),
+)
+_SHOWN = 80  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number, or each of several, must keep to; None is no bound.
+
+    Attributes:
+        least, most: the smallest and the largest that is right.
+        above, below: the same, themselves excluded.
+        rising: of several numbers, none may be smaller than the one before it.
+        example: several that are right, for messages.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    rising: bool = False
+    example: Any = None
+
+    def broken_by(self, value: float) -> str:
+        """The bound that a number breaks, in words; empty where it keeps to all."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "finite"
+        return next((words for words, bound, holds in self._each() if not holds(value, bound)), "")
+
+    def __str__(self) -> str:
+        """All bounds: `at least 0 and below 1`."""
+        return " and ".join(words for words, _, _ in self._each())
+
+    def _each(self) -> Iterator[tuple[str, float, Callable[[float, float], bool]]]:
+        for name, words, holds in _BOUNDS:
+            bound = getattr(self, name)
+            if bound is not None:
+                yield f"{words} {bound:.10g}", bound, holds
+
+
+NO_BOUNDS = Bounds()
+
+
+class Misfit(ValueError):
+    """A value that an option can't have; says what it must be, to be read after `must be`."""
+
+
+def number(default: Any, **bounds: Any) -> Any:
+    """A field of a dataclass that holds a number, or several, within `Bounds`."""
+    return dataclasses.field(default=default, metadata={"bounds": Bounds(example=default, **bounds)})
+
+
+def describe(kind: Any, bounds: Bounds) -> str:
+    """What a value of this type must be: `a whole number, at least 1`."""
+    kind, origin, inner = _taken_apart(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (list, tuple):
+        names = {int: "whole numbers", float: "numbers", Path: "paths"}
+        several = names.get(inner[0], "names")
+        count = f"{len(inner)} " if origin is tuple else ""
+        limits = f", each {bounds}" if str(bounds) else ""
+        order = ", none smaller than the one before" if bounds.rising else ""
+        example = ",".join(f"{each:g}" for each in bounds.example or ()) or ("a,b" if inner[0] is str else "")
+        return f"{count}{several}{limits}{order}{f', written as {example}' if example else ''}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}[kind]
+    return f"{words}, {bounds}" if str(bounds) else words
+
+
+def convert(raw: Any, kind: Any, bounds: Bounds = NO_BOUNDS) -> Any:
+    """The value of an option.
+
+    Args:
+        raw: text, several words of a command line in a list, or what YAML, JSON or Python has in its place.
+        kind: the option's type. bounds: of its numbers.
+
+    Raises:
+        Misfit: it can't be one.
+    """
+    given, (kind, origin, inner) = kind, _taken_apart(kind)
+    is_optional, is_path = kind is not given, Path in (kind, *inner)
+    if raw is None or (raw == "null" and is_optional and kind is not str and not is_path):
+        if is_optional:
+            return None
+        raise Misfit(describe(kind, bounds))
+    if origin in (list, tuple):
+        return _several(raw, kind, bounds)
+    if origin is Literal:
+        return _choice(raw, inner, describe(kind, bounds))
+    one: Any = {bool: _truth, int: _whole, float: _real, str: _text, Path: _path}[kind](raw)
+    if one is None:
+        raise Misfit(describe(kind, bounds))
+    broken = bounds.broken_by(one) if kind in (int, float) else ""
+    if broken:
+        raise Misfit(broken)
+    return one
+
+
+def faults(config: Any, prefix: str = "") -> Iterator[str]:
+    """What is wrong with the fields of a dataclass and of those in it: a sentence each, which begins with the name.
+
+    Args:
+        config: of option groups or values. prefix: of its options' names, `--data.`.
+    """
+    kinds = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            yield from faults(value, f"{name}.")
+            continue
+        try:
+            converted = convert(value, kinds[item.name], bounds_of(item))
+            if isinstance(value, str) is not isinstance(converted, str):
+                raise Misfit(f"{describe(kinds[item.name], bounds_of(item))}, not text")
+        except Misfit as error:
+            yield f"{name} {shown(value)} must be {error}"
+
+
+def refuse(found: Sequence[str]) -> None:
+    """Tell all faults of a command line or a configuration.
+
+    Raises:
+        ValueError: there are any; one is a line, several a list.
+    """
+    distinct = list(dict.fromkeys(found))
+    if len(distinct) == 1:
+        raise ValueError(distinct[0])
+    if distinct:
+        raise ValueError("\n  ".join([f"{len(distinct)} options can't be used:", *distinct]))
+
+
+def bounds_of(field: dataclasses.Field) -> Bounds:
+    """The bounds that `number` gave to a field."""
+    return field.metadata.get("bounds", NO_BOUNDS)
+
+
+def shown(raw: Any) -> str:
+    """A value in a message: as it is typed, on one line, not too long."""
+    if isinstance(raw, list) and all(isinstance(word, str) for word in raw):
+        raw = " ".join(raw)
+    if isinstance(raw, int) and abs(raw) >= 10**_SHOWN:
+        return f"(of more than {_SHOWN} digits)"
+    if isinstance(raw, dict | list | tuple):
+        raw = reprlib.repr(raw)  # shared parts may make it endless
+    text = "null" if raw is None else str(raw).lower() if isinstance(raw, bool) else str(raw)
+    return shortened(printable(text[: _SHOWN + 1]), _SHOWN) or "'' (nothing)"
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The name that was meant, where one is near enough; else empty."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), "")
+
+
+def plain(value: Any) -> Any:
+    """Values as JSON, YAML and `torch.load(weights_only=True)` take them; `convert` gives the same values back."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return path_text(value) if isinstance(value, Path) else value
+
+
+def is_several(kind: Any) -> bool:
+    """Whether an option of this type has several values."""
+    return _taken_apart(kind)[1] in (list, tuple)
+
+
+def path_text(path: Path) -> str:
+    """A path as text that `convert` takes for the same path: one that begins with `~` is no home folder."""
+    return f"./{path}" if str(path).startswith("~") else str(path)
+
+
+def _taken_apart(kind: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """A type without `| None`, its origin (list, tuple, Literal), and the types or choices in it."""
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    return kind, get_origin(kind), get_args(kind)
+
+
+def _several(raw: Any, kind: Any, bounds: Bounds) -> Any:
+    _, origin, inner = _taken_apart(kind)
+    rule = describe(kind, bounds)
+    if isinstance(raw, str):
+        raw = [raw]
+    if not isinstance(raw, list | tuple):
+        raise Misfit(rule)
+    items = list(raw)
+    if all(isinstance(word, str) for word in items):
+        items = _words(items, rule, commas=inner[0] is not Path)
+    if origin is tuple and len(items) != len(inner):
+        raise Misfit(rule)
+    try:
+        found = [convert(item, inner[0], bounds) for item in items]
+    except Misfit as error:
+        raise Misfit(rule) from error
+    if bounds.rising and sorted(found) != found:
+        raise Misfit(rule)
+    return origin(found)
+
+
+def _words(words: list[str], rule: str, commas: bool) -> list[str]:
+    """The items of a list of which one may be `[a, b]`, and several be separated by blanks or commas."""
+    line = " ".join(words).strip()
+    if commas and line.startswith("[") and line.endswith("]"):
+        try:
+            items = yaml.load(line, yaml.BaseLoader)  # every scalar as text: 00001 is a name, not a number
+        except yaml.YAMLError as error:
+            raise Misfit(f"{rule}; quote an item that holds one of []{{}},:#") from error
+        if not all(isinstance(item, str) for item in items):
+            raise Misfit(rule)
+        return items
+    if commas:
+        words = [part.strip() for word in words for part in word.strip().removesuffix(",").split(",")]
+    if not all(words):
+        raise Misfit(rule)
+    return words
+
+
+def _choice(raw: Any, choices: Sequence[Any], rule: str) -> Any:
+    for choice in choices:
+        if str(raw) == str(choice) and not isinstance(raw, bool):
+            return choice
+    meant = nearest(str(raw), list(map(str, choices)))
+    raise Misfit(f"{rule}{f'; did you mean {meant}?' if meant else ''}")
+
+
+def _truth(raw: Any) -> bool | None:
+    return raw if isinstance(raw, bool) else _TRUTHS.get(raw.lower()) if isinstance(raw, str) else None
+
+
+def _whole(raw: Any) -> int | None:
+    if isinstance(raw, str) and re.fullmatch(r"[+-]?[0-9](_?[0-9]){,39}", raw):
+        return int(raw)
+    return raw if isinstance(raw, int) and not isinstance(raw, bool) else None
+
+
+def _real(raw: Any) -> float | None:
+    if isinstance(raw, bool) or not isinstance(raw, str | int | float):
+        return None
+    try:
+        return float(re.sub(r"^([+-]?)\.(inf|nan)$", r"\1\2", raw.lower()) if isinstance(raw, str) else raw)
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        return None
+
+
+def _text(raw: Any) -> str | None:
+    return raw if isinstance(raw, str) and raw else None
+
+
+def _path(raw: Any) -> Path | None:
+    """Text exactly as it is, but for a leading `~/`, which a shell leaves where it is not a word's first character."""
+    if isinstance(raw, Path):
+        return raw
+    if not isinstance(raw, str) or not raw or "\0" in raw:
+        return None
+    if raw == "~" or raw.startswith("~/"):
+        home = os.path.expanduser("~")
+        if home == "~":
+            raise Misfit("a path without ~: no home folder is known here")
+        return Path(home + raw[1:])
+    return Path(raw)

@@ -1,0 +1,1 @@
+"""How data sets lie on disk: BraTS folders, lists, Decathlon and nnU-Net tasks, and what file names say."""

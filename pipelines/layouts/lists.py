@@ -1,0 +1,172 @@
+"""Lists of cases: a CSV file with a column "name", one per modality, and "label"; or JSON with the same records.
+
+JSON is [{...}, ...], or {"modalities": ["flair", ...], "cases": [{"name": ..., "image": 4D file, "label": ...}, ...]}.
+"patient" tells which cases are time points of one patient. Paths are relative to the list. What the labels mean, a list
+does not say: the release is always asked for. MONAI's datalists are read by `pipelines.layouts.tasks`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.basics.text import brief, shortened
+from pipelines.labels import CODINGS, Coding
+from pipelines.layouts.names import (
+    LABEL_SPELLINGS,
+    MODALITIES,
+    CaseError,
+    DataError,
+    Found,
+    canonical_modalities,
+    listed_faults,
+    modality_named,
+    patient_of,
+    read_json,
+    read_text,
+    text_of,
+)
+from pipelines.layouts.tasks import describes_task, from_task
+
+
+def from_list(
+    path: Path, asked: Coding | None, with_test: bool = False, unlabelled_as: Coding | None = None
+) -> tuple[Coding, list[Found]]:
+    """The cases of a .csv or .json list, in its order.
+
+    Raises:
+        DataError: no release asked where there are labels, a malformed or empty list, or an unknown column.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".json", ".csv"):
+        raise DataError(f"{path}: a list of cases must be .json or .csv; a data set is given by its folder")
+    order: Sequence[str] = ()
+    records: list[tuple[str, Any]]
+    if kind == ".csv":
+        records = list(_read_csv(path))
+    else:
+        content = read_json(path)
+        if describes_task(content):
+            return from_task(path, asked, with_test, unlabelled_as)
+        if isinstance(content, dict):
+            order = _order(path, content.get("modalities"))
+            content = content.get("cases")
+        listed = content if isinstance(content, list) else []
+        records = [(f"{path}: entry {number}", record) for number, record in enumerate(listed, 1)]
+    if not records:
+        raise DataError(f"{path} lists no cases: give records with name, {', '.join(MODALITIES)} and label")
+    found = [_record_case(where, record, order, path) for where, record in records]
+    coding = asked or unlabelled_as
+    if coding is None and any(f.label for f in found):
+        raise DataError(f"{path}: a list does not say what its labels mean: give --data.release ({', '.join(CODINGS)})")
+    return coding or CODINGS["decathlon"], found
+
+
+def _order(path: Path, modalities: Any) -> Sequence[str]:
+    if modalities is None:
+        return MODALITIES
+    named = [modalities] if isinstance(modalities, str) else modalities
+    if not isinstance(named, list):
+        raise DataError(f'{path}: modalities is {brief(modalities)} and must be a list of names, as ["flair", "t1"]')
+    try:
+        return canonical_modalities([text_of(name, "modalities") for name in named])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where each row stands, and the row by its columns.
+
+    Fields are separated by commas, or, as some spreadsheets do, by semicolons or tabs. Empty rows are passed over, and
+    so is a column without a name that numbers the rows, as pandas writes it.
+    """
+    text = read_text(path, "save it as CSV UTF-8")
+    first = text.lstrip().split("\n", 1)[0]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+    columns: list[str] | None = None
+    for line, row in _rows(path, reader):
+        if not any(field.strip() for field in row):
+            continue
+        where = f"{path}, line {line}"
+        if columns is None:
+            columns = [column.strip().lower() for column in row]
+            named = [column for column in columns if column and not column.startswith("unnamed: ")]
+            if len(set(named)) < len(named):
+                raise DataError(f"{where}: columns {', '.join(columns)}: name each once")
+            continue
+        if len(row) > len(columns) and any(field.strip() for field in row[len(columns) :]):
+            raise DataError(
+                f"{where}: {brief(', '.join(row))} has {len(row)} fields, and the first row {len(columns)} columns"
+            )
+        fields = list(zip(columns, row, strict=False))
+        for column, field in fields:
+            if column not in named and field.strip() and not field.strip().isdecimal():
+                raise DataError(f"{where}: {brief(field)} is in a column without a name: name it in the first row")
+        yield where, {column: field for column, field in fields if column in named}
+
+
+def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows, each with the number of the line that it begins on."""
+    line = 1
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {line}: {error}: a field with quotes or separators in it stands in quotes, its own "
+                'quotes doubled (""), and has at most 131072 characters'
+            ) from error
+        yield line, row
+        line = reader.line_num + 1
+
+
+def _record_case(where: str, record: Any, order: Sequence[str], listed_in: Path) -> Found:
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where} is {brief(record)} and must be a record, with name, {', '.join(MODALITIES)} and label"
+        )
+    values, twice = _values(where, record)
+    name = values.pop("name", None)
+    if name is None:
+        raise DataError(f"{where}: {brief(dict(record))} has no name: give each case a unique one")
+    patient = values.pop("patient", None) or patient_of(name)
+    unknown = [key for key in values if key not in ("label", "image", *MODALITIES)]
+    if unknown or ("image" in values and not order):
+        raise DataError(
+            f"{where}: case {name} has {shortened(', '.join(unknown), 200) or 'image'}; columns are name, "
+            f'{", ".join(MODALITIES)}, label and patient, or in JSON with "modalities" (the order of the last axis of '
+            "a 4D file) name, image and label"
+        )
+    paths = {key: listed_in.parent / value for key, value in values.items()}
+    faults = listed_faults(paths.values(), listed_in, name)
+    if twice or len(set(paths.values())) < len(paths):
+        listed = ", ".join(f"{key} {value}" for key, value in [*values.items(), *twice])
+        problem = f"{where}: case {name}: {listed}: a file is given twice, or two for one modality"
+        faults += (CaseError(listed_in, problem, "Correct the list: one file for each modality"),)
+    label = paths.pop("label", None)
+    if "image" in paths:
+        channels = {m: i for i, m in enumerate(order)}
+        return Found(name, listed_in, dict.fromkeys(order, paths["image"]), channels, label, (), faults, patient)
+    return Found(name, listed_in, paths, None, label, (), faults, patient)
+
+
+def _values(where: str, record: Mapping[Any, Any]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """What a record says, by canonical key, empty fields left out; and what it says more than once."""
+    values: dict[str, str] = {}
+    twice = []
+    for key, value in record.items():
+        word = str(key).strip().lower()
+        canonical = modality_named(word) or ("label" if word in LABEL_SPELLINGS else word)
+        if canonical in ("name", "patient") and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        text = "" if value is None else text_of(value, f"{where}: {brief(key)}")
+        if text and canonical in values:
+            twice.append((word, text))
+        elif text:
+            values[canonical] = text
+    return values, twice

@@ -1,0 +1,292 @@
+"""Data sets that one JSON file describes: a Decathlon task, MONAI's datalists, nnU-Net's raw folders.
+
+* A Medical Segmentation Decathlon task: a folder with `dataset.json`. One 4D image per case; "modality" names its last
+  axis, "labels" names the label values, "training" lists the cases. Order is the file's: the split depends on it.
+* MONAI's datalist: the same "training", "validation" and "testing" lists, of which "image" is a 4D file or a list of 3D
+  files, and the rest may be missing: which modality a file is then comes from its name, and what the labels mean from
+  the user. The cases under "validation" validate.
+* nnU-Net's raw folder: `dataset.json` with "channel_names", "labels" and "file_ending"; the files are
+  `imagesTr/CASE_0000.nii.gz`, one for each channel, `labelsTr/CASE.nii.gz` and `imagesTs/`, or are listed under
+  "dataset". Its first version has a Decathlon's `dataset.json` over such files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.basics.text import brief
+from pipelines.labels import CODINGS, Coding, coding_from_dataset_json
+from pipelines.layouts.names import (
+    CaseError,
+    DataError,
+    Found,
+    file_fault,
+    listed_faults,
+    modality_named,
+    modality_of,
+    patient_of,
+    read_json,
+    some,
+    stem_of,
+    text_of,
+)
+
+log = logging.getLogger(__name__)
+
+_LISTS = ("training", "validation", "test", "testing")
+
+
+def describes_task(content: Any) -> bool:
+    """Whether the content of a JSON file is that of a task or a datalist, and not a plain list of records."""
+    return isinstance(content, dict) and any(key in content for key in (*_LISTS, "channel_names", "modality"))
+
+
+def from_task(
+    path: Path, asked: Coding | None, with_test: bool, unlabelled_as: Coding | None = None
+) -> tuple[Coding, list[Found]]:
+    """The cases that a `dataset.json` or a datalist describes, in its order; those for testing where asked.
+
+    Raises:
+        DataError: the file is malformed, a modality or label name is unknown, or it does not say what labels mean.
+    """
+    info = read_json(path)
+    if not describes_task(info):
+        raise DataError(
+            f"{path}: a Decathlon task has modality {{number: name}}, labels {{value: name}} and training [cases], an "
+            "nnU-Net folder channel_names, labels and file_ending; here is neither. A data set of another kind is "
+            "given by a .json or .csv list"
+        )
+    channels = _channels(path, info)
+    if "channel_names" in info and not isinstance(info.get("training"), list):
+        found = _nnunet(path, info, channels, with_test)
+    else:
+        found = _listed(path, info, channels, with_test)
+    if not found:
+        raise DataError(f"{path} lists no case under 'training': a Decathlon task lists its images and labels there")
+    return asked or _coding(path, info, found, unlabelled_as), found
+
+
+def _channels(path: Path, info: Mapping[str, Any]) -> dict[str, int]:
+    """Which channel each modality is, in the order of channels; empty where the file does not say."""
+    key = next((key for key in ("modality", "channel_names", "modalities") if info.get(key) is not None), None)
+    names = info[key] if key else {}
+    if isinstance(names, list):
+        names = {str(index): name for index, name in enumerate(names)}
+    if not isinstance(names, dict):
+        raise DataError(f"{path}: {key} must be {{number: name}}, not {brief(names)}")
+    channels: dict[str, int] = {}
+    for index, name in names.items():
+        modality = modality_named(name) if isinstance(name, str) else None
+        number = int(index) if re.fullmatch(r"[0-9]{1,4}", index) else -1
+        if modality is None or modality in channels or number < 0 or number in channels.values():
+            raise DataError(
+                f"{path}: {key} {index[:20]} is {brief(name)}; each must be one of FLAIR, T1w, T1gd, T2w, once, under "
+                "the number of its channel"
+            )
+        channels[modality] = number
+    return dict(sorted(channels.items(), key=lambda item: item[1]))
+
+
+def _coding(path: Path, info: Mapping[str, Any], found: Sequence[Found], unlabelled_as: Coding | None) -> Coding:
+    labels = info.get("labels")
+    if labels is None and (unlabelled_as or not any(f.label for f in found)):
+        return unlabelled_as or CODINGS["decathlon"]
+    if labels is None:
+        raise DataError(
+            f"{path} does not say what its labels mean: give --data.release ({', '.join(CODINGS)}), or labels "
+            '{"1": "edema", ...} in the file'
+        )
+    if not isinstance(labels, dict):
+        raise DataError(f"{path}: labels must be {{value: name}}, not {brief(labels)}")
+    try:
+        return coding_from_dataset_json(labels)
+    except ValueError as error:
+        raise DataError(f"{path}: {error} (--data.release)") from error
+
+
+# Listed cases: Decathlon, MONAI's datalists
+
+
+def _listed(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], with_test: bool) -> list[Found]:
+    # Decathlon's cases are of one patient each, and its split is MONAI's whatever they are called.
+    is_decathlon = all(isinstance(info.get(key), dict) for key in ("modality", "labels"))
+    found = []
+    for key in _LISTS if with_test else _LISTS[:2]:
+        entries = [] if info.get(key) is None else info[key]
+        if not isinstance(entries, list):
+            raise DataError(f"{path}: {key} must be a list of cases, not {brief(entries)}")
+        for number, entry in enumerate(entries, 1):
+            case = _entry(path, f"{path}: entry {number} of {key}", entry, channels)
+            if case is not None:
+                patient = case.patient or (None if is_decathlon else patient_of(case.name))
+                found.append(replace(case, patient=patient, held_out=key == "validation"))
+    return _told_apart(found)
+
+
+def _entry(path: Path, where: str, entry: Any, channels: Mapping[str, int]) -> Found | None:
+    """A listed case; None for macOS's companions of the real ones."""
+    if isinstance(entry, str) or (isinstance(entry, list) and entry):
+        entry = {"image": entry}
+    image = entry.get("image") if isinstance(entry, dict) else None
+    images = [image] if isinstance(image, str) and image.strip() else image
+    if not isinstance(images, list) or not images:
+        raise DataError(f'{where} is {brief(entry)} and must be {{"image": file or files, "label": file}}')
+    label = _path_in(path, entry, "label", where)
+    paths = [path.parent / text_of(item, f"{where}: image") for item in images]
+    if paths[0].name.startswith("._"):
+        return None
+    strange = next((item for item in paths if stem_of(item) is None), None)
+    if strange:
+        raise DataError(f"{where}: image {strange.name} is no .nii or .nii.gz file: convert it, or leave the entry out")
+    name = _text_in(entry, "name", where) or _name_of(paths)
+    patient = _text_in(entry, "patient", where)
+    in_one = None  # the channels of a 4D file
+    files = _by_channel(paths[0], channels) if len(paths) == 1 else {}
+    if not files and len(paths) == 1 and len(channels) > 1:
+        files, in_one = dict.fromkeys(channels, paths[0]), channels
+    elif not files:
+        files = _by_modality(where, paths, channels)
+    faults = listed_faults([*dict.fromkeys(files.values()), label], path, name)
+    return Found(name, path, files, in_one, label, (), faults, patient)
+
+
+def _text_in(entry: Mapping[str, Any], key: str, where: str) -> str | None:
+    """What an entry has under a key, None where that is missing or null. Raises DataError where it is no text."""
+    value = entry.get(key)
+    return None if value is None else text_of(value, f"{where}: {key}")
+
+
+def _path_in(listed_in: Path, entry: Mapping[str, Any], key: str, where: str) -> Path | None:
+    text = _text_in(entry, key, where)
+    return listed_in.parent / text if text else None
+
+
+def _by_modality(where: str, paths: Sequence[Path], channels: Mapping[str, int]) -> dict[str, Path]:
+    """The files of a case by modality: as their names tell where each tells one, else in the order of the channels."""
+    names = [modality for path in paths if (modality := modality_of(path))]
+    in_order = list(channels) if list(channels.values()) == list(range(len(paths))) else []
+    if len(names) < len(paths) and not in_order:
+        raise DataError(
+            f"{where}: the names of its {len(paths)} images don't tell what they are: say which modalities they are, "
+            'or a 4D file has, in their order, by "modality": {"0": "FLAIR", "1": "T1w", ...}'
+        )
+    if len(names) == len(paths) and set(names) == set(in_order) and names != in_order:
+        raise DataError(
+            f"{where}: its images are {', '.join(names)} by their names, and {', '.join(in_order)} by the head of the "
+            "file: find out which is right, and correct the other"
+        )
+    names = names if len(names) == len(paths) else in_order
+    if len(set(names)) < len(names) or len(set(paths)) < len(paths):
+        listed = ", ".join(f"{name} {path.name}" for name, path in zip(names, paths, strict=True))
+        raise DataError(f"{where}: {listed}: a file is given twice, or two for one modality: correct the entry")
+    return dict(zip(names, paths, strict=True))
+
+
+def _by_channel(image: Path, channels: Mapping[str, int]) -> dict[str, Path]:
+    """The files that nnU-Net's first version means by a listed image: `CASE_0000.nii.gz` and so on; else none."""
+    if os.path.lexists(image):
+        return {}
+    stem = stem_of(image) or ""
+    end = image.name[len(stem) :]
+    files = {modality: image.with_name(f"{stem}_{i:04d}{end}") for modality, i in channels.items()}
+    return files if any(map(os.path.lexists, files.values())) else {}
+
+
+def _name_of(paths: Sequence[Path]) -> str:
+    """The name of a case: its files', without what tells the modality; their folder's where nothing is left."""
+    stems = [stem_of(path) or path.name for path in paths]
+    if len(paths) == 1:
+        return stems[0]
+    common = re.sub(r"(^|[-_. ]+)(t[12]?)?$", "", os.path.commonprefix(stems), flags=re.IGNORECASE)
+    return common or paths[0].resolve().parent.name
+
+
+def _told_apart(found: list[Found]) -> list[Found]:
+    """Cases whose files are called alike (`a/image.nii.gz`, `b/image.nii.gz`) get their folder's name before theirs."""
+    counts = Counter(f.name for f in found)
+    longer = [f"{next(iter(f.files.values())).parent.name}_{f.name}" if counts[f.name] > 1 else f.name for f in found]
+    if len(set(longer)) < len(longer):
+        return found
+    renamed = zip(found, longer, strict=True)
+    return [
+        replace(f, name=name, patient=f.patient or patient_of(name)) if name != f.name else f for f, name in renamed
+    ]
+
+
+# nnU-Net
+
+
+def _nnunet(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], with_test: bool) -> list[Found]:
+    ending = info.get("file_ending", ".nii.gz")
+    if ending not in (".nii", ".nii.gz"):
+        raise DataError(f"{path}: file_ending is {brief(ending)}, must be .nii.gz or .nii: convert the files")
+    if info.get("dataset") is not None:
+        found = list(_nnunet_listed(path, info["dataset"], channels))
+    else:
+        found = _nnunet_folder(path, "imagesTr", "labelsTr", ending, channels)
+    if with_test:
+        found += _nnunet_folder(path, "imagesTs", None, ending, channels)
+    return found
+
+
+def _nnunet_listed(path: Path, dataset: Any, channels: Mapping[str, int]) -> Iterator[Found]:
+    if not isinstance(dataset, dict):
+        raise DataError(f"{path}: dataset is {brief(dataset)} and must be {{case: {{images, label}}}}")
+    for name, entry in dataset.items():
+        where = f"{path}: case {brief(name)} of dataset"
+        images = entry.get("images") if isinstance(entry, dict) else None
+        if not isinstance(images, list) or len(images) != len(channels):
+            raise DataError(f"{where} is {brief(entry)} and must have images, {len(channels)} files, and label, a file")
+        paths = [path.parent / text_of(item, f"{where}: images") for item in images]
+        label = _path_in(path, entry, "label", where)
+        faults = listed_faults([*paths, label], path, name)
+        yield Found(name, path, dict(zip(channels, paths, strict=True)), None, label, (), faults, patient_of(name))
+
+
+def _nnunet_folder(
+    path: Path, images: str, labels: str | None, ending: str, channels: Mapping[str, int]
+) -> list[Found]:
+    """The cases of an nnU-Net folder, sorted by name."""
+    modality_in = {number: modality for modality, number in channels.items()}
+    files: dict[str, dict[str, Path]] = {}
+    unused = []
+    for image in _names_in(path.parent / images, ending):
+        match = re.fullmatch(r"(.+)_([0-9]{4})", image)
+        if match and int(match[2]) in modality_in:
+            files.setdefault(match[1], {})[modality_in[int(match[2])]] = path.parent / images / f"{image}{ending}"
+        else:
+            unused.append(image)
+    if unused:
+        log.warning(
+            "%s: %d files are not used, for no channel of %s has their number: %s", path.parent / images, len(unused),
+            path.name, some(unused),
+        )  # fmt: skip
+    found = []
+    labelled = set(_names_in(path.parent / labels, ending)) if labels else set()
+    for name in sorted({*files, *labelled}):
+        label = path.parent / str(labels) / f"{name}{ending}" if name in labelled else None
+        faults = [file_fault(file, "is gone", "Put it back") for file in (*files.get(name, {}).values(), label) if file]
+        if name not in files:
+            problem = f"case {name} has a label but no image in {images}/{name}_0000{ending} or the like"
+            faults.append(CaseError(path.parent / str(labels), problem, "Add its images, or move the label away"))
+        kept = tuple(fault for fault in faults if fault)
+        found.append(Found(name, path, files.get(name, {}), None, label, (), kept, patient_of(name)))
+    return found
+
+
+def _names_in(folder: Path, ending: str) -> list[str]:
+    """What the files of a folder are called before their ending, sorted; none where there is no folder."""
+    try:
+        listed = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{folder} can't be read ({error.strerror}): change its permissions") from error
+    return [name[: -len(ending)] for name in listed if name.endswith(ending) and not name.startswith(".")]

@@ -1,0 +1,1 @@
+"""The files of one case: bytes, NIfTI header, voxels."""

@@ -1,0 +1,63 @@
+"""The tables of a run, on disks that are full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from engine import run
+from engine.ranks import command
+from engine.reports.run_tables import EpochLog
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("method", ["add_scalar", "flush", "close"])
+def test_a_full_disk_ends_tensorboard_and_not_the_run(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = EpochLog(tmp_path, 0)
+    with mock.patch.object(records.writer, method, side_effect=FULL):
+        records.write([{"epoch": 1, "step": 4, "loss": 1.5}])
+        records.write([{"epoch": 1, "step": 4, "loss": 1.5}, {"epoch": 2, "step": 8, "loss": 1.25}])
+        records.close()
+    assert (tmp_path / "log.csv").read_text().splitlines()[-1] == "2,8,1.25"
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{tmp_path}/tensorboard can't be written (No space left on device): the run goes on without it; "
+                    "log.csv has the same numbers"]  # fmt: skip
+
+
+def test_an_error_of_the_system_in_a_thread_prints_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", command._log_thread_error)
+
+    def end(error: Exception) -> str:
+        def work() -> None:
+            raise error
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return capsys.readouterr().err
+
+    assert end(FULL) == ""
+    assert "KeyError: 'a mistake'" in end(KeyError("a mistake"))
+
+
+@pytest.mark.parametrize("missing", ["write_log", "write_validation", "pictures.draw_curves"])
+def test_there_is_no_page_beside_tables_and_pictures_that_could_not_be_written(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("write_log", "write_validation", "pictures.draw_curves", "report.Facts", "report.environment"):
+        monkeypatch.setattr(f"engine.run.{name}", mock.Mock(side_effect=FULL if name == missing else None))
+    page = mock.Mock()
+    monkeypatch.setattr("engine.run.report.write_html", page)
+    with pytest.raises(OSError, match="No space left"):
+        run.finish(mock.MagicMock(), tmp_path, "")
+    page.assert_not_called()
