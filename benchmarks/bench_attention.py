@@ -21,27 +21,30 @@ from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import DEVICE, DIRECTIONS, IS_GPU, Work, calls_of
+from benchmarks.common import DEVICE, DIRECTIONS, IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
 from kernels.attention import flash_attention
-from kernels.cases import ATTENTION, Attention
+from kernels.workloads import ATTENTION, AttentionWorkload
 from models.vit import SelfAttention
 
-GPU_CASES = ATTENTION
-CASES = GPU_CASES if IS_GPU else (Attention(2, 10, 256, 51, torch.float32),)
+GPU_WORKLOADS = ATTENTION
+WORKLOADS = GPU_WORKLOADS if IS_GPU else (AttentionWorkload(2, 10, 256, 51, torch.float32),)
 CHOICES = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 """What path "torch" can take."""
 
 
-def work(case: Attention, direction: str) -> Work:
+def work(workload: AttentionWorkload, direction: str) -> LeastWork:
     """The least bytes and operations."""
-    size = case.batch * case.heads * case.tokens * case.features
+    size = workload.batch * workload.heads * workload.tokens * workload.features
     flops, tensors = (4, 4) if direction == DIRECTIONS[0] else (14, 12)
-    rate = "tf32 x 3" if IS_GPU and case.dtype == torch.float32 else str(case.dtype).removeprefix("torch.")
+    rate = "tf32 x 3" if IS_GPU and workload.dtype == torch.float32 else str(workload.dtype).removeprefix("torch.")
     touched = 4 if direction == DIRECTIONS[0] else 8
-    return Work(
-        tensors * size * case.dtype.itemsize, touched * size * case.dtype.itemsize, flops * size * case.tokens, rate
+    return LeastWork(
+        tensors * size * workload.dtype.itemsize,
+        touched * size * workload.dtype.itemsize,
+        flops * size * workload.tokens,
+        rate,
     )
 
 
@@ -67,21 +70,21 @@ if IS_GPU:
     }
 
 
-def calls(case: Attention, variant: str, direction: str) -> list[Callable[[], object]]:
+def calls(workload: AttentionWorkload, variant: str, direction: str) -> list[Callable[[], object]]:
     """Calls to time; in a training step the inputs come from the cache too, being the projection's fresh output."""
-    return calls_of(VARIANTS[variant], case, direction, cached=True)
+    return calls_of(VARIANTS[variant], workload, direction, cached=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def bench_attention(case: Attention, direction: str, variant: str, measure: Measure) -> None:
-    labels = {"op": "attention", "case": str(case), "direction": direction, "variant": variant}
-    measure(partial(calls, case, variant, direction), work(case, direction), **labels)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def bench_attention(workload: AttentionWorkload, direction: str, variant: str, measure: Measure) -> None:
+    labels = {"op": "attention", "case": str(workload), "direction": direction, "variant": variant}
+    measure(partial(calls, workload, variant, direction), work(workload, direction), **labels)
 
 
 @dataclass(frozen=True)
-class ModuleCase:
+class ModuleWorkload:
     """Projections included: 12 heads of 64, as in MONAI's UNETR. Parameters are float32; products bf16 on a GPU."""
 
     batch: int
@@ -96,7 +99,7 @@ class ModuleCase:
         """Tokens (B, N, D)."""
         return [torch.randn(self.batch, self.tokens, self.dim, device=device).requires_grad_()]
 
-    def work(self, direction: str) -> Work:
+    def work(self, direction: str) -> LeastWork:
         """The four projections and the two products of attention; tokens in and out, and the weights.
 
         Backward, the projections take twice as much, for the gradients of tokens and of weights, and attention 2.5
@@ -108,27 +111,31 @@ class ModuleCase:
         forward = read + 4 * weights + written
         rate = "bfloat16" if IS_GPU else "float32"
         if direction == DIRECTIONS[0]:
-            return Work(forward, forward, projections + products, rate)
+            return LeastWork(forward, forward, projections + products, rate)
         backward = written + read + 4 * weights + read + 4 * weights
         touched = forward + written + read + 4 * weights
-        return Work(forward + backward, touched, 3 * projections + 7 * products // 2, rate)
+        return LeastWork(forward + backward, touched, 3 * projections + 7 * products // 2, rate)
 
 
-def module_calls(case: ModuleCase, variant: str, direction: str) -> list[Callable[[], object]]:
+def module_calls(workload: ModuleWorkload, variant: str, direction: str) -> list[Callable[[], object]]:
     """As `calls`; backward asks for the gradients of tokens and parameters."""
-    made = SelfAttention(case.dim, case.heads, out_bias=True) if variant == OURS else SABlock(case.dim, case.heads)
+    made = (
+        SelfAttention(workload.dim, workload.heads, out_bias=True)
+        if variant == OURS
+        else SABlock(workload.dim, workload.heads)
+    )
     module = made.to(DEVICE)
 
     def op(tokens: Tensor) -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=IS_GPU):
             return module(tokens)
 
-    return calls_of(op, case, direction, cached=True, parameters=list(module.parameters()))
+    return calls_of(op, workload, direction, cached=True, parameters=list(module.parameters()))
 
 
 @pytest.mark.parametrize("variant", [OURS, "MONAI"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("case", [ModuleCase(2, 512 if IS_GPU else 64)], ids=str)
-def bench_attention_module(case: ModuleCase, direction: str, variant: str, measure: Measure) -> None:
-    labels = {"op": "self-attention module", "case": str(case), "direction": direction, "variant": variant}
-    measure(partial(module_calls, case, variant, direction), case.work(direction), **labels)
+@pytest.mark.parametrize("workload", [ModuleWorkload(2, 512 if IS_GPU else 64)], ids=str)
+def bench_attention_module(workload: ModuleWorkload, direction: str, variant: str, measure: Measure) -> None:
+    labels = {"op": "self-attention module", "case": str(workload), "direction": direction, "variant": variant}
+    measure(partial(module_calls, workload, variant, direction), workload.work(direction), **labels)

@@ -16,49 +16,51 @@ import torch
 from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor
 
-from benchmarks.common import DIRECTIONS, IS_GPU, Work, calls_of
+from benchmarks.common import DIRECTIONS, IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
-from kernels.cases import DICE_CE, REGIONS, DiceCE
-from kernels.dice_ce import bytes_moved, dice_ce_loss, dice_ce_loss_reference, region_masks
+from kernels.dice_ce import dice_ce_loss, dice_ce_loss_reference, region_masks
+from kernels.workloads import DICE_CE, REGIONS, DiceCEWorkload
 
-GPU_CASES = DICE_CE
-CASES = GPU_CASES if IS_GPU else (DiceCE((2, 3, 32, 32, 32), torch.float32),)
+GPU_WORKLOADS = DICE_CE
+WORKLOADS = GPU_WORKLOADS if IS_GPU else (DiceCEWorkload((2, 3, 32, 32, 32), torch.float32),)
 CHOICES = ("torch.compile",)
 """What path "torch" can take."""
 MONAI_DICE = DiceLoss(sigmoid=True)
 MONAI_DICE_CE = DiceCELoss(sigmoid=True)
 
 
-def work(case: DiceCE, direction: str) -> Work:
-    """One read; backward one more and one write."""
-    forward, backward = bytes_moved(torch.empty(case.shape, dtype=case.dtype, device="meta"))
-    return Work(forward, forward) if direction == DIRECTIONS[0] else Work(forward + backward, backward)
+def work(workload: DiceCEWorkload, direction: str) -> LeastWork:
+    """Logits and labels read once; backward once more, and the gradient written."""
+    logits = torch.Size(workload.shape).numel() * workload.dtype.itemsize
+    forward = logits + torch.Size(workload.shape).numel() // workload.shape[1]
+    backward = forward + logits
+    return LeastWork(forward, forward) if direction == DIRECTIONS[0] else LeastWork(forward + backward, backward)
 
 
-def ours(case: DiceCE, logits: Tensor, labels: Tensor) -> Tensor:
+def ours(workload: DiceCEWorkload, logits: Tensor, labels: Tensor) -> Tensor:
     """From the label map."""
-    return dice_ce_loss(logits, labels, REGIONS, case.ce, check_labels=False).loss
+    return dice_ce_loss(logits, labels, REGIONS, workload.ce, check_labels=False).loss
 
 
-def eager(case: DiceCE, logits: Tensor, labels: Tensor) -> Tensor:
+def eager(workload: DiceCEWorkload, logits: Tensor, labels: Tensor) -> Tensor:
     """The same in plain PyTorch."""
-    return dice_ce_loss_reference(logits, labels, REGIONS, case.ce).loss
+    return dice_ce_loss_reference(logits, labels, REGIONS, workload.ce).loss
 
 
-def monai(case: DiceCE, logits: Tensor, target: Tensor) -> Tensor:
+def monai(workload: DiceCEWorkload, logits: Tensor, target: Tensor) -> Tensor:
     """From the multi-hot target; MONAI has no binary cross-entropy for several regions, so PyTorch's joins its Dice."""
-    if case.ce == "bce":
+    if workload.ce == "bce":
         bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
         return MONAI_DICE(logits, target) + bce
-    if case.ce == "argmax":
+    if workload.ce == "argmax":
         return MONAI_DICE(logits, target) + torch.nn.functional.cross_entropy(logits, target.argmax(dim=1))
     return MONAI_DICE_CE(logits, target)
 
 
 @dataclass(frozen=True)
-class MultiHot(DiceCE):
-    """The same case with MONAI's target in place of the labels."""
+class MultiHot(DiceCEWorkload):
+    """The same with MONAI's target in place of the labels."""
 
     def inputs(self, device: torch.device | str) -> list[Tensor]:
         logits, labels = super().inputs(device)
@@ -70,15 +72,15 @@ if IS_GPU:
     VARIANTS["torch.compile"] = torch.compile(eager, dynamic=False)
 
 
-def calls(case: DiceCE, variant: str, direction: str) -> list[Callable[[], object]]:
+def calls(workload: DiceCEWorkload, variant: str, direction: str) -> list[Callable[[], object]]:
     """Calls to time, on inputs that come from memory."""
-    given = MultiHot(**vars(case)) if variant == "MONAI" else case
-    return calls_of(partial(VARIANTS[variant], case), given, direction, cached=False)
+    given = MultiHot(**vars(workload)) if variant == "MONAI" else workload
+    return calls_of(partial(VARIANTS[variant], workload), given, direction, cached=False)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def bench_dice_ce(case: DiceCE, direction: str, variant: str, measure: Measure) -> None:
-    labels = {"op": "Dice + CE", "case": str(case), "direction": direction, "variant": variant}
-    measure(partial(calls, case, variant, direction), work(case, direction), **labels)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def bench_dice_ce(workload: DiceCEWorkload, direction: str, variant: str, measure: Measure) -> None:
+    labels = {"op": "Dice + CE", "case": str(workload), "direction": direction, "variant": variant}
+    measure(partial(calls, workload, variant, direction), work(workload, direction), **labels)

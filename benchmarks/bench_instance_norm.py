@@ -1,7 +1,17 @@
 """Instance norm with activation and residual: ours, eager PyTorch, torch.compile, MONAI's modules.
 
 Work: the passes over a feature map that our algorithm makes, for every variant, so that shares of the roofline compare
-times: those of one launch where a sample and channel fits a program, else of three (`kernels.instance_norm`).
+times. Reads and writes of one map, forward + backward, with an activation:
+
+    residual      eager     torch.compile   three launches   one launch (a sample and channel fits a program)
+    none          5 + 8         3 + 5           3 + 5            2 + 3
+    raw           8 + 8         4 + 8           4 + 7            3 + 5
+    normalised   11 + 13        5 + 8           5 + 8            3 + 5
+
+Eager: maps contiguous and in one dtype, batch_norm 2 reads 1 write (backward 4 + 1), add 2 + 1 (backward an alias),
+leaky_relu 1 + 1 (backward 2 + 1); `F.instance_norm` first copies a channels_last_3d map, 2 passes more. torch.compile:
+the least it can do with one kernel for each reduction and one for each pointwise end. Without an activation a raw
+residual's gradient is dy, and our backward takes 5.
 """
 
 from __future__ import annotations
@@ -15,50 +25,52 @@ import torch.nn.functional as F
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
-from benchmarks.common import DIRECTIONS, IS_GPU, Work, calls_of
+from benchmarks.common import DIRECTIONS, IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
-from kernels.cases import FIRST, INSTANCE_NORM, SLOPE, InstanceNorm, launches
-from kernels.instance_norm import PASSES, instance_norm
+from kernels.instance_norm import instance_norm
+from kernels.workloads import FIRST, INSTANCE_NORM, SLOPE, InstanceNormWorkload, launches
 
+PASSES = {"none": (3, 5), "raw": (4, 7), "normalised": (5, 8)}
+"""(forward, backward), by the residual."""
 ONE_LAUNCH_PASSES = {"none": (2, 3), "raw": (3, 5), "normalised": (3, 5)}
-CPU_CASES = (
-    InstanceNorm((1, 16, 32, 32, 32), torch.float32, FIRST),
-    InstanceNorm((1, 16, 32, 32, 32), torch.float32, FIRST, residual="normalised"),
+CPU_WORKLOADS = (
+    InstanceNormWorkload((1, 16, 32, 32, 32), torch.float32, FIRST),
+    InstanceNormWorkload((1, 16, 32, 32, 32), torch.float32, FIRST, residual="normalised"),
 )
-GPU_CASES = INSTANCE_NORM
-CASES = GPU_CASES if IS_GPU else CPU_CASES
+GPU_WORKLOADS = INSTANCE_NORM
+WORKLOADS = GPU_WORKLOADS if IS_GPU else CPU_WORKLOADS
 CHOICES = ("torch.compile",)
 """What path "torch" can take."""
 
 
-def work(case: InstanceNorm, direction: str) -> Work:
+def work(workload: InstanceNormWorkload, direction: str) -> LeastWork:
     """Passes over the feature map, and the maps that there are, in bytes."""
-    names = {launch.name for launch in launches(case)}
+    names = {launch.name for launch in launches(workload)}
     kernels = ("norm_forward_one_tile_kernel", "norm_backward_one_tile_kernel")
     forward, backward = (
-        (ONE_LAUNCH_PASSES if kernel in names else PASSES)[case.residual][i] for i, kernel in enumerate(kernels)
+        (ONE_LAUNCH_PASSES if kernel in names else PASSES)[workload.residual][i] for i, kernel in enumerate(kernels)
     )
-    nbytes = torch.Size(case.shape).numel() * case.dtype.itemsize
-    inputs = 1 if case.residual == "none" else 2
+    nbytes = torch.Size(workload.shape).numel() * workload.dtype.itemsize
+    inputs = 1 if workload.residual == "none" else 2
     if direction == DIRECTIONS[0]:
-        return Work(forward * nbytes, (inputs + 1) * nbytes)
-    return Work((forward + backward) * nbytes, 2 * (inputs + 1) * nbytes)
+        return LeastWork(forward * nbytes, (inputs + 1) * nbytes)
+    return LeastWork((forward + backward) * nbytes, 2 * (inputs + 1) * nbytes)
 
 
-def ours(case: InstanceNorm, *tensors: Tensor) -> Tensor:
+def ours(workload: InstanceNormWorkload, *tensors: Tensor) -> Tensor:
     """The one operation."""
-    x, residual, slope, weight, bias = case.split(tensors)
+    x, residual, slope, weight, bias = workload.split(tensors)
     negative_slope = SLOPE if slope is None else slope
-    return instance_norm(x, weight, bias, 1e-5, negative_slope, residual, case.residual == "normalised")
+    return instance_norm(x, weight, bias, 1e-5, negative_slope, residual, workload.residual == "normalised")
 
 
-def eager(case: InstanceNorm, *tensors: Tensor) -> Tensor:
+def eager(workload: InstanceNormWorkload, *tensors: Tensor) -> Tensor:
     """The chain of functions that it replaces."""
-    x, residual, slope, weight, bias = case.split(tensors)
+    x, residual, slope, weight, bias = workload.split(tensors)
     y = F.instance_norm(x, weight=weight, bias=bias)
     if residual is not None:
-        y = y + (F.instance_norm(residual) if case.residual == "normalised" else residual)
+        y = y + (F.instance_norm(residual) if workload.residual == "normalised" else residual)
     return F.leaky_relu(y, SLOPE) if slope is None else F.prelu(y, slope.to(y.dtype))
 
 
@@ -68,13 +80,13 @@ def _layers(channels: int) -> tuple[nn.Module, nn.Module]:
     return norm, get_act_layer(("leakyrelu", {"inplace": True, "negative_slope": SLOPE}))
 
 
-def monai(case: InstanceNorm, *tensors: Tensor) -> Tensor:
+def monai(workload: InstanceNormWorkload, *tensors: Tensor) -> Tensor:
     """The layers that MONAI's blocks call."""
-    x, residual, slope, _, _ = case.split(tensors)
-    norm, activation = _layers(case.shape[1])
+    x, residual, slope, _, _ = workload.split(tensors)
+    norm, activation = _layers(workload.shape[1])
     y = norm(x)
     if residual is not None:
-        y = y + (norm(residual) if case.residual == "normalised" else residual)
+        y = y + (norm(residual) if workload.residual == "normalised" else residual)
     return activation(y) if slope is None else F.prelu(y, slope.to(y.dtype))
 
 
@@ -83,14 +95,14 @@ if IS_GPU:
     VARIANTS["torch.compile"] = torch.compile(eager, dynamic=False)
 
 
-def calls(case: InstanceNorm, variant: str, direction: str) -> list[Callable[[], object]]:
+def calls(workload: InstanceNormWorkload, variant: str, direction: str) -> list[Callable[[], object]]:
     """Calls to time, on inputs that come from memory."""
-    return calls_of(partial(VARIANTS[variant], case), case, direction, cached=False)
+    return calls_of(partial(VARIANTS[variant], workload), workload, direction, cached=False)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def bench_instance_norm(case: InstanceNorm, direction: str, variant: str, measure: Measure) -> None:
-    labels = {"op": "instance norm", "case": str(case), "direction": direction, "variant": variant}
-    measure(partial(calls, case, variant, direction), work(case, direction), **labels)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def bench_instance_norm(workload: InstanceNormWorkload, direction: str, variant: str, measure: Measure) -> None:
+    labels = {"op": "instance norm", "case": str(workload), "direction": direction, "variant": variant}
+    measure(partial(calls, workload, variant, direction), work(workload, direction), **labels)

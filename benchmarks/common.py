@@ -51,7 +51,7 @@ if IS_GPU:
 
 
 @dataclass(frozen=True)
-class Work:
+class LeastWork:
     """The least that an operation must do.
 
     Fields:
@@ -82,7 +82,7 @@ class Roofline:
     rates: dict[str, float]
     cache: int
 
-    def floor(self, work: Work) -> float:
+    def floor(self, work: LeastWork) -> float:
         """Seconds that `work` takes at the ceilings."""
         return max(work.bytes / self.bandwidth, work.flops / self.rates[work.rate] if work.flops else 0.0)
 
@@ -112,8 +112,8 @@ def _matrix_rate(dtype: torch.dtype) -> float:
     return 2 * n**3 / seconds([lambda: a @ b])
 
 
-class Case(Protocol):
-    """What an operation is measured on. `str(case)` names it in the report."""
+class InputSource(Protocol):
+    """What an operation is measured on; its `str` names it in the report."""
 
     def inputs(self, device: torch.device | str) -> list[Tensor]:
         """A new set of inputs, random."""
@@ -121,20 +121,20 @@ class Case(Protocol):
 
 
 def calls_of(
-    op: Callable[..., Tensor], case: Case, direction: str, cached: bool, parameters: Sequence[Tensor] = ()
+    op: Callable[..., Tensor], source: InputSource, direction: str, cached: bool, parameters: Sequence[Tensor] = ()
 ) -> list[Callable[[], Any]]:
     """Calls of `op(*inputs)`, each on inputs of its own.
 
     Args:
         op: from inputs to a tensor.
-        case: where the inputs come from.
+        source: of the inputs.
         direction: of `DIRECTIONS`; backward takes the gradient of every input that wants one, and of `parameters`.
         cached: one set of inputs, which the cache may hold; else as many as outgrow it (on a CPU, one).
     """
-    sets = [case.inputs(DEVICE)]
+    sets = [source.inputs(DEVICE)]
     nbytes = sum(tensor.nbytes for tensor in sets[0])
     if IS_GPU and not cached:
-        sets += [case.inputs(DEVICE) for _ in range(math.ceil(CACHE_BYTES / nbytes))]
+        sets += [source.inputs(DEVICE) for _ in range(math.ceil(CACHE_BYTES / nbytes))]
     return [_call(op, inputs, direction, parameters) for inputs in sets]
 
 
@@ -207,7 +207,7 @@ def path_taken(call: Callable[[], Any]) -> tuple[str, str]:
     """Which path one of our operations takes in a call, and its name in `tuned.json`; empty where there is none."""
     taken = [("", "")]
 
-    def spy(op: str, x: Tensor, key: str) -> dispatch.Taken:
+    def spy(op: str, x: Tensor, key: str) -> dispatch.OpPath:
         chosen = choose(op, x, key)
         taken.append((chosen, f"{op} {key}"))
         return chosen
@@ -219,7 +219,7 @@ def path_taken(call: Callable[[], Any]) -> tuple[str, str]:
 
 
 @contextmanager
-def forced(path: dispatch.Taken, choice: str = "") -> Iterator[None]:
+def forced(path: dispatch.OpPath, choice: str = "") -> Iterator[None]:
     """Have every operation take a path, and on path "torch" attention one backend, by its name and no other."""
     backends = [SDPBackend.__members__[choice]] if choice in SDPBackend.__members__ else []
     with (

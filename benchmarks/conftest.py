@@ -18,8 +18,8 @@ from benchmarks import report
 from benchmarks.common import (
     DEVICE,
     IS_GPU,
+    LeastWork,
     Roofline,
-    Work,
     eager_seconds,
     graph_of,
     machine,
@@ -32,7 +32,7 @@ from kernels import dispatch
 Measure = Callable[..., None]
 ROUNDS = 10
 
-_rows: list[report.Row] = []
+_rows: list[report.Measurement] = []
 _rooflines: list[Roofline] = []
 
 
@@ -45,12 +45,12 @@ def roofline() -> Roofline:
 
 @pytest.fixture
 def measure(benchmark: BenchmarkFixture, roofline: Roofline) -> Measure:
-    """Time the calls that are made here, the same work on different inputs, and add a row to the report.
+    """Time calls, the same work on different inputs, and add a row to the report.
 
-    Another's that can't do it, be it an SDPA backend that does not take the dtype, is skipped.
+    A variant that is not ours and can't do it, such as an SDPA backend without the dtype, is skipped.
     """
 
-    def run(make_calls: Callable[[], Sequence[Callable[[], Any]]], work: Work, **labels: str) -> None:
+    def run(make_calls: Callable[[], Sequence[Callable[[], Any]]], work: LeastWork, **labels: str) -> None:
         try:
             calls = make_calls()
             replay, count, seconds = _graphed(calls) if IS_GPU else (partial(_call_all, calls), len(calls), None)
@@ -65,7 +65,7 @@ def measure(benchmark: BenchmarkFixture, roofline: Roofline) -> Measure:
             seconds = benchmark.stats.stats.median / count
         eager = eager_seconds(calls, rounds=5) if IS_GPU else seconds
         labels["path"] = path_taken(calls[0])[0]
-        row = report.Row.of(labels, seconds, eager, work, roofline)
+        row = report.Measurement.of(labels, seconds, eager, work, roofline)
         benchmark.extra_info.update(vars(row), calls_in_a_round=count)
         _rows.append(row)
         report.write_json(_rows, roofline, machine(), _folder() / f"{_name()}.json")  # a run may be cut short
@@ -74,7 +74,7 @@ def measure(benchmark: BenchmarkFixture, roofline: Roofline) -> Measure:
 
 
 def _graphed(calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int, float]:
-    """A replay to its end, for pytest-benchmark; how many calls it holds; the time of one by the GPU's own clock."""
+    """A replay to its end, for pytest-benchmark; its number of calls; the time of one by the GPU's own clock."""
     graph, count = graph_of(calls)
 
     def replay() -> None:
@@ -100,7 +100,7 @@ def _name() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Table, JSON and plot of what was measured."""
+    """Table, JSON and plot of the measurements."""
     if not _rows:
         return
     about, path = machine(), _folder() / _name()

@@ -17,7 +17,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import MARGIN, Roofline, Work
+from benchmarks.common import MARGIN, LeastWork, Roofline
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -28,7 +28,7 @@ OTHER_COLOURS = ("#56b4e9", "#cc79a7", "#e69f00", "#000000")
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One measurement.
 
     Fields:
@@ -52,7 +52,9 @@ class Row:
     in_cache: bool
 
     @classmethod
-    def of(cls, labels: dict[str, str], seconds: float, eager_seconds: float, work: Work, roofline: Roofline) -> Row:
+    def of(
+        cls, labels: dict[str, str], seconds: float, eager_seconds: float, work: LeastWork, roofline: Roofline
+    ) -> Measurement:
         """A row from a time and the least work."""
         return cls(
             **labels,
@@ -65,20 +67,20 @@ class Row:
         )
 
 
-def groups(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, str, str], list[Row]]]:
+def groups(rows: Sequence[Measurement]) -> Iterator[tuple[tuple[str, str, str], list[Measurement]]]:
     """Rows that computed the same, by (op, case, direction)."""
     for key, group in groupby(rows, key=lambda row: (row.op, row.case, row.direction)):
         yield key, list(group)
 
 
-def ours_and_best(group: Sequence[Row]) -> tuple[Row, Row] | None:
+def ours_and_best(group: Sequence[Measurement]) -> tuple[Measurement, Measurement] | None:
     """Our row of a group and the fastest of the others; None where one is missing."""
     ours = next((row for row in group if row.variant == OURS), None)
     others = [row for row in group if row.variant != OURS]
     return (ours, min(others, key=lambda row: row.seconds)) if ours is not None and others else None
 
 
-def lost(rows: Sequence[Row]) -> list[str]:
+def lost(rows: Sequence[Measurement]) -> list[str]:
     """Where another variant was faster than ours by more than `MARGIN`, in either direction, in words."""
     lines = []
     for (op, case, direction), group in groups(rows):
@@ -96,7 +98,7 @@ def ceilings(roofline: Roofline) -> str:
     return f"measured ceilings: copy {roofline.bandwidth / 1e9:.0f} GB/s; matrix products {rates} TFLOP/s"
 
 
-def summary(rows: Sequence[Row], roofline: Roofline) -> list[str]:
+def summary(rows: Sequence[Measurement], roofline: Roofline) -> list[str]:
     """Ceilings, a line for each case and direction, and what was lost."""
     lines = [ceilings(roofline), "us: ours (eager dispatch), share of the roofline, path; the best other, and x ours"]
     for (op, case, direction), group in groups(rows):
@@ -111,7 +113,7 @@ def summary(rows: Sequence[Row], roofline: Roofline) -> list[str]:
     return [*lines, *(f"lost: {line}" for line in lost(rows))]
 
 
-def print_table(rows: Sequence[Row], roofline: Roofline, about: dict[str, Any], console: Console) -> None:
+def print_table(rows: Sequence[Measurement], roofline: Roofline, about: dict[str, Any], console: Console) -> None:
     """One line for each measurement, grouped by what was computed."""
     console.print(
         f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}\n"
@@ -140,13 +142,13 @@ def print_table(rows: Sequence[Row], roofline: Roofline, about: dict[str, Any], 
         console.print(f"* all tensors of a call fit the cache, {roofline.cache / 2**20:.0f} MiB", highlight=False)
 
 
-def write_json(rows: Sequence[Row], roofline: Roofline, about: dict[str, Any], path: Path) -> None:
+def write_json(rows: Sequence[Measurement], roofline: Roofline, about: dict[str, Any], path: Path) -> None:
     """Machine, ceilings and rows."""
     content = {"machine": about, "roofline": asdict(roofline), "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
+def draw(rows: Sequence[Measurement], about: dict[str, Any], path: Path) -> None:
     """Share of the roofline by case and variant, a panel for each operation."""
     ops = list(dict.fromkeys(row.op for row in rows))
     per_op = {op: [group for group in groups(rows) if group[0][0] == op] for op in ops}
@@ -183,7 +185,7 @@ def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     content = json.loads(Path(sys.argv[1]).read_text())
-    rows = [Row(**row) for row in content["rows"]]
+    rows = [Measurement(**row) for row in content["rows"]]
     print(*summary(rows, Roofline(**content["roofline"])), sep="\n")
     return 0
 

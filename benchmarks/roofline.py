@@ -42,8 +42,8 @@ from engine.config import OptimConfig
 from engine.optim import GuardedAdamW
 from engine.step import LOW_PRECISION
 from kernels import attention, dice_ce, dispatch, instance_norm
-from kernels.cases import REGIONS
 from kernels.dice_ce import dice_ce_loss
+from kernels.workloads import REGIONS
 from models import MODELS, build_model
 from pipelines.basics.atomic import replacing, write_text
 
@@ -90,7 +90,7 @@ gradient has the rate of half as many channels."""
 
 
 @dataclass
-class Row:
+class Operation:
     """An operation of a step.
 
     Fields:
@@ -114,7 +114,7 @@ OURS: dict[Any, Callable[..., Any]] = {
     torch.ops.glioforge.instance_norm_backward.default: instance_norm.instance_norm_backward,
     torch.ops.glioforge.attention_forward.default: attention.attention_forward,
     torch.ops.glioforge.attention_backward.default: attention.attention_backward,
-    torch.ops.glioforge.dice_ce_forward.default: dice_ce.dice_ce_forward,
+    torch.ops.glioforge.dice_ce.default: dice_ce.dice_ce_forward,
     torch.ops.glioforge.dice_ce_backward.default: dice_ce.dice_ce_backward,
 }
 """What each registered operation runs, whose launches are counted."""
@@ -140,7 +140,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: list[Row] = []
+        self.rows: list[Operation] = []
         self.direction = "forward"
         self.layers: list[str] = []
         self._is_ours = ""
@@ -166,7 +166,7 @@ class Counter(TorchDispatchMode):
     def _add(self, kind: str, op: str, nbytes: int, flops: int = 0, launches: int = 1, width: int = 0) -> None:
         if self.direction == "optimizer":
             kind = "optimizer"
-        self.rows.append(Row(self._layer(), self.direction, kind, op, flops, nbytes, launches, width))
+        self.rows.append(Operation(self._layer(), self.direction, kind, op, flops, nbytes, launches, width))
 
     def _layer(self) -> str:
         if self.direction == "backward":
@@ -269,7 +269,7 @@ def multi_tensor_launches(sizes: Sequence[int], depth: int) -> int:
     return launches + (chunks > 0)
 
 
-def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) -> list[Row]:
+def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) -> list[Operation]:
     """The operations of one step.
 
     Args:
@@ -342,19 +342,19 @@ def _name_layers(network: nn.Module, counter: Counter) -> None:
         module.register_forward_hook(leave)
 
 
-def totals(rows: Iterable[Row]) -> dict[str, int]:
+def totals(rows: Iterable[Operation]) -> dict[str, int]:
     """Bytes, launches and FLOPs of all."""
     rows = list(rows)
     return {name: sum(getattr(row, name) for row in rows) for name in ("bytes", "launches", "flops")}
 
 
-def roofline_s(row: Row, gpu: Gpu, precision: str) -> float:
+def roofline_s(row: Operation, gpu: Gpu, precision: str) -> float:
     """Seconds of an operation at the measured ceilings of a GPU."""
     products = {"tf32": gpu.tf32, "float32": gpu.float32}.get(precision, gpu.half) * 1e12 * SHARE["products"]
     return max(row.bytes / (gpu.memory * 1e9 * SHARE["memory"]), row.flops / products)
 
 
-def predicted_s(row: Row, gpu: Gpu, precision: str) -> float:
+def predicted_s(row: Operation, gpu: Gpu, precision: str) -> float:
     """Seconds of an operation in a CUDA graph, by the assumptions at the head of this file."""
     memory = row.bytes / (gpu.memory * 1e9 * SHARE["memory"] * EFFICIENCY[row.kind])
     rate = conv_rate(row.width, gpu, precision) if row.width else math.inf
@@ -369,7 +369,7 @@ def conv_rate(width: int, gpu: Gpu, precision: str) -> float:
     return CONV_RATES[known] * peak / GPUS["H100"].half
 
 
-def grouped(rows: Iterable[Row], gpu: Gpu, precision: str) -> list[dict[str, Any]]:
+def grouped(rows: Iterable[Operation], gpu: Gpu, precision: str) -> list[dict[str, Any]]:
     """Sums by layer, direction and kind, the longest predicted time first."""
     groups: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(lambda: defaultdict(float))
     for row in rows:
@@ -382,7 +382,7 @@ def grouped(rows: Iterable[Row], gpu: Gpu, precision: str) -> list[dict[str, Any
     return sorted(named, key=lambda group: -group["predicted_s"])
 
 
-def report(rows: list[Row], precision: str, batch: int, gpu: str, most: int) -> None:
+def report(rows: list[Operation], precision: str, batch: int, gpu: str, most: int) -> None:
     """Print where the time goes on one GPU, and the totals on all."""
     console = Console(width=None if Console().is_terminal else 140)
     table = Table(title=f"counted; times on {gpu} at the roofline and predicted, not measured")
@@ -402,7 +402,7 @@ def report(rows: list[Row], precision: str, batch: int, gpu: str, most: int) -> 
         console.print(f"{name:9} {batch / floor:6.0f} samples/s at the roofline, {batch / guess:6.0f} predicted")
 
 
-def draw(rows: list[Row], precision: str, gpu: str, title: str, path: Path) -> None:
+def draw(rows: list[Operation], precision: str, gpu: str, title: str, path: Path) -> None:
     """Bars of the predicted time by kind and direction, the roofline's part of each dark."""
     import matplotlib
 

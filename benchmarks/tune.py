@@ -2,17 +2,17 @@
 
     python -m benchmarks.tune
 
-Every configuration is compiled beforehand, on all cores. Then, for each benchmark case, the operation runs forward and
-backward while its launches are observed; the candidates of each launch are timed on the launches' own arguments, and
-where one beats the default by more than `MARGIN` it is written down. With these, the operation is timed on our path and
-on PyTorch's, as a caller would run either, for attention with each backend of `scaled_dot_product_attention`.
+Every configuration is compiled first, on all cores. Then each workload of the benchmarks runs forward and backward
+while its launches are observed. The candidates of each launch are timed on the launch's own arguments, and one that
+beats the default by more than `MARGIN` is written. With these the operation is timed on our path and on PyTorch's, as a
+caller would run them, for attention with each backend of `scaled_dot_product_attention`.
 
-Where ours loses by more than `MARGIN`, the winner is written down and the dispatcher takes it: by forward + backward
-where a gradient is wanted, for training runs both, and a gain in the one must not cost more in the other; by the
-forward alone elsewhere.
+Where ours loses by more than `MARGIN`, the winner is written and the dispatcher takes it: by forward + backward where a
+gradient is needed, because training runs both and a gain in one must not cost more in the other; by the forward alone
+elsewhere.
 
-Results are written after each case, so that a run that is cut short leaves what it measured; what other GPUs are listed
-with stays, and so does, until the end, what this one was listed with.
+Results are written after each workload, so a run that is interrupted keeps what it measured. Entries of other GPUs
+stay, and so do this GPU's own until the end.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from benchmarks import bench_attention, bench_dice_ce, bench_instance_norm
 from benchmarks.common import DIRECTIONS, IS_GPU, MARGIN, forced, machine, path_taken, seconds
 from benchmarks.report import OURS
 from kernels import dispatch
-from kernels.aot import compile_cases
-from kernels.cases import MEASURED, Case
+from kernels.aot import compile_workloads
+from kernels.workloads import MEASURED, Workload
+from pipelines.basics.atomic import write_text
 
 BENCHES = (bench_attention, bench_instance_norm, bench_dice_ce)
 
 
 def launches_of(calls: Sequence[Callable[[], Any]]) -> list[tuple[dispatch.Launch, ...]]:
-    """The launches of one call, each as many times as there are calls: on the inputs of each."""
+    """The launches of a call, each once per call: on the inputs of each."""
     found: list[list[dispatch.Launch]] = []
 
     def observer(launch: dispatch.Launch) -> None:
@@ -78,9 +79,11 @@ def tune_launch(launches: Sequence[dispatch.Launch]) -> dispatch.Config | None:
     return first.candidates[best] if times[0] > MARGIN * times[best] else None
 
 
-def tune_case(bench: ModuleType, case: Case, configs: dict[str, dict[str, Any]], seen: set[tuple[str, str]]) -> None:
-    """Tune what a case launches and `seen` does not hold yet; note it in `configs`, by kernel and key."""
-    for launches in launches_of(bench.calls(case, OURS, DIRECTIONS[1])):
+def tune_workload(
+    bench: ModuleType, workload: Workload, configs: dict[str, dict[str, Any]], seen: set[tuple[str, str]]
+) -> None:
+    """Tune the launches of a workload that are not yet in `seen`, into `configs` by kernel and key."""
+    for launches in launches_of(bench.calls(workload, OURS, DIRECTIONS[1])):
         name, key = launches[0].name, launches[0].key
         if (name, key) in seen or len(launches[0].candidates) == 1:
             continue
@@ -91,37 +94,37 @@ def tune_case(bench: ModuleType, case: Case, configs: dict[str, dict[str, Any]],
             configs[name][key] = dict(best)
 
 
-def faster_of_pytorch(bench: ModuleType, case: Case, direction: str) -> str:
-    """What PyTorch has that beats our kernels in one direction, of the module's `CHOICES`; empty if nothing does."""
+def faster_of_pytorch(bench: ModuleType, workload: Workload, direction: str) -> str:
+    """Which of the module's `CHOICES` beats our kernels in one direction; empty if none does."""
     with forced("triton"):
-        ours = seconds(bench.calls(case, OURS, direction), rounds=5)
+        ours = seconds(bench.calls(workload, OURS, direction), rounds=5)
     times = {}
     for choice in bench.CHOICES:
         try:
             with forced("torch", choice):
-                times[choice] = seconds(bench.calls(case, OURS, direction), rounds=5)
+                times[choice] = seconds(bench.calls(workload, OURS, direction), rounds=5)
         except RuntimeError as error:
-            print(f"{case} {choice}: {_first_line(error)}")
-    print(f"{case!s:64} {direction:20} ours {1e6 * ours:.1f} us", *(f"{n} {1e6 * t:.1f}" for n, t in times.items()))
+            print(f"{workload} {choice}: {_first_line(error)}")
+    print(f"{workload!s:64} {direction:20} ours {1e6 * ours:.1f} us", *(f"{n} {1e6 * t:.1f}" for n, t in times.items()))
     best = min(times, key=times.__getitem__, default="")
     return best if best and ours > MARGIN * times[best] else ""
 
 
 def tune(measured: dict[str, Any], write: Callable[[], None]) -> None:
-    """Measure all benchmark cases into `measured`; `write` is called after each."""
+    """Measure all workloads of the benchmarks into `measured`; `write` is called after each."""
     configs, torch_wins = measured["configs"], measured["torch"]
     tuned: set[tuple[str, str]] = set()
     compared: set[str] = set()
     for bench in BENCHES:
-        for case in bench.CASES:
-            dispatch.use("triton")  # what was written down before must not keep a case from being measured
-            tune_case(bench, case, configs, tuned)
-            write()
-            op_key = path_taken(bench.calls(case, OURS, DIRECTIONS[0])[0])[1]
+        for workload in bench.WORKLOADS:
+            with dispatch.using("triton"):  # an earlier entry must not keep a workload from being measured
+                tune_workload(bench, workload, configs, tuned)
+                write()
+                op_key = path_taken(bench.calls(workload, OURS, DIRECTIONS[0])[0])[1]
             compared.add(op_key)
             for direction in DIRECTIONS:
                 torch_wins.setdefault(direction, {}).pop(op_key, None)
-                winner = faster_of_pytorch(bench, case, direction)
+                winner = faster_of_pytorch(bench, workload, direction)
                 if winner:
                     torch_wins[direction][op_key] = winner
             write()
@@ -141,11 +144,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _write(capability: str, measured: dict[str, Any]) -> None:
-    """Put what was measured into the table of all GPUs, and have the dispatcher read it again."""
+    """Add the measurements to the table of all GPUs, and have the dispatcher read it again."""
     table = dispatch.tuned_table() | {capability: measured}
-    unfinished = dispatch.TUNED_FILE.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(table, indent=1) + "\n")
-    unfinished.replace(dispatch.TUNED_FILE)  # a run that is killed leaves one whole file
+    write_text(dispatch.TUNED_FILE, json.dumps(table, indent=1) + "\n")
     dispatch.tuned_table.cache_clear()
 
 
@@ -153,22 +154,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     if not IS_GPU:
-        print("error: tuning measures kernels on a GPU, and PyTorch sees none here", file=sys.stderr)
+        print("error: tuning measures kernels on a GPU, and PyTorch finds none", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it for its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it for its children
     about, started, finished = machine(), time.perf_counter(), False
     listed = dispatch.tuned_table().get(about["capability"], {})
     measured = {"configs": {}, "torch": {}, **listed, "machine": about}
     try:
         major, minor = torch.cuda.get_device_capability()
-        compiled = compile_cases(dict.fromkeys(MEASURED, [10 * major + minor]), every=True)
+        compiled = compile_workloads(dict.fromkeys(MEASURED, [10 * major + minor]), every=True)
         print(f"{len(compiled)} configurations compiled in {time.perf_counter() - started:.0f} s", flush=True)
         tune(measured, lambda: _write(about["capability"], measured))
         finished = True
     except KeyboardInterrupt:
-        print("interrupted: what was measured is written", file=sys.stderr)
-    finally:
-        dispatch.use("auto")
+        print("interrupted: the measurements so far are written", file=sys.stderr)
     wins = [f"{op_key} ({direction})" for direction, won in measured["torch"].items() for op_key in won]
     print(f"wrote {dispatch.TUNED_FILE}; PyTorch's own is faster for: {', '.join(wins) or 'nothing'}")
     return 0 if finished else 1

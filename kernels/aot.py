@@ -1,22 +1,21 @@
-"""Compile every kernel for GPUs that are not here, and refuse what would not run well on them.
+"""Compile every kernel for GPUs that are not here, and refuse those that would not run well on them.
 
     python -m kernels.aot             default configurations, on the shapes that the models use
     python -m kernels.aot --every     every configuration that tuning may choose, and what other users bring
 
-Without `--arch` that is for all four GPUs, but what other users bring (`kernels.cases.OTHERS`) for sm_90 alone: a
-quarter of an hour of one core.
+Without `--arch` that is for all four GPUs, except for what other users bring (`kernels.workloads.OTHERS`), which is for
+sm_90 alone: a quarter of an hour on one core.
 
-The operations run on tensors without memory (`device="meta"`) while `dispatch.observed` collects their launches; each
-is compiled exactly as it would be at run time, argument specialisation included, with a stand-in for Triton's driver
-that knows nothing but the target, and so lies in Triton's cache for the launch itself. A kernel is refused on an
-architecture where it
+The operations run on tensors without storage (`device="meta"`) while `dispatch.observed` collects their launches. Each
+is compiled exactly as at run time, argument specialisation included, with a stand-in for Triton's driver that only
+knows the target; Triton's cache then serves the launch itself. A kernel is refused on an architecture where it
 
-    spills       a stack or local memory: registers did not suffice, and each use goes through memory
-    does not fit shared memory beyond what one block may have, or tensor memory beyond 512 columns
-    traps        ptxas turns an sm_100 kernel that does not fit into a bare `trap`, without a word
-    fails        an error of the compiler
+    spills       stack or local memory: registers run out, and each use goes through memory
+    does not fit more shared memory than a block may have, or more than 512 columns of tensor memory
+    traps        ptxas silently turns an sm_100 kernel that does not fit into a bare `trap`
+    fails        a compiler error
 
-A row of the table is one compiled kernel; a column holds registers per thread and KiB of shared memory.
+A row of the table is one compiled kernel; a column has registers per thread and KiB of shared memory.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from kernels import dispatch
-from kernels.cases import MEASURED, MODELS, OTHERS, Case, launches
+from . import dispatch
+from .workloads import MEASURED, MODELS, OTHERS, Workload, launches
 
 SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, in KiB, by compute capability (CUDA C++ Programming Guide, table of
@@ -54,15 +53,15 @@ class Compiled:
     """What a kernel needs on one architecture.
 
     Fields:
-        kernel, case, config: which kernel, in which use, with which block sizes.
+        kernel, workload, config: which kernel, on what, with which block sizes.
         arch: 80, 90, 100 or 120.
-        registers: per thread. stack: bytes per thread, stack and local memory. shared: bytes per block.
-        tensor_memory: columns. traps: whether the code holds a bare trap.
-        error: why it did not compile; then the rest is zero.
+        registers: per thread. stack: bytes of stack and local memory per thread. shared: bytes per block.
+        tensor_memory: columns. traps: whether the code has a bare trap.
+        error: why it did not compile; the rest is then zero.
     """
 
     kernel: str
-    case: str
+    workload: str
     config: str
     arch: int
     registers: int = 0
@@ -73,7 +72,7 @@ class Compiled:
     error: str = ""
 
     def faults(self) -> list[str]:
-        """Why this kernel must not be used there; empty where it may."""
+        """Why this kernel must not be used there; empty if it may."""
         limit = SHARED_KIB[self.arch]
         return [
             fault
@@ -89,7 +88,7 @@ class Compiled:
 
 
 class _Target:
-    """All of a driver that compiling needs: which GPU is meant. Its number stands for the device."""
+    """What compilation needs of a driver: the target GPU. Its number stands for the device."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -115,14 +114,14 @@ def compile_launch(launch: dispatch.Launch, config: dispatch.Config, arch: int) 
 
 
 def signature(launch: dispatch.Launch, config: dispatch.Config) -> tuple[Any, ...]:
-    """What Triton compiles a launch anew for: a kernel, its constants, and what it specialises arguments on."""
+    """What Triton compiles a launch for: a kernel, its constants, and what it specialises arguments on."""
     constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
     args = {**launch.args, **config}
     return launch.name, *((name, value if name in constants else _kind(value)) for name, value in sorted(args.items()))
 
 
 def _kind(value: Any) -> Any:
-    """What a kernel knows about an argument that is no constant."""
+    """What a kernel knows about an argument that is not a constant."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, tuple):
@@ -132,7 +131,7 @@ def _kind(value: Any) -> Any:
     return None if isinstance(value, float) else (value,)
 
 
-def resources(compiled: Any, launch: dispatch.Launch, case: str, config: dispatch.Config) -> Compiled:
+def resources(compiled: Any, launch: dispatch.Launch, workload: str, config: dispatch.Config) -> Compiled:
     """Registers, memory and traps of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -143,7 +142,7 @@ def resources(compiled: Any, launch: dispatch.Launch, case: str, config: dispatc
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Compiled(
         kernel=launch.name,
-        case=case,
+        workload=workload,
         config=_words(config),
         arch=compiled.metadata.target.arch,
         registers=used["REG"],
@@ -161,43 +160,43 @@ def _words(config: dispatch.Config) -> str:
 _launches = cache(launches)
 
 
-def _compile(case: Case, launch_index: int, config_index: int, arch: int) -> Compiled:
-    """One kernel; in a process of the pool, to which a launch itself can't be sent."""
-    launch = _launches(case)[launch_index]
+def _compile(workload: Workload, launch_index: int, config_index: int, arch: int) -> Compiled:
+    """One kernel, in a process of the pool: a launch can't be pickled."""
+    launch = _launches(workload)[launch_index]
     config = launch.candidates[config_index]
     try:
-        return resources(compile_launch(launch, config, arch), launch, str(case), config)
-    except Exception as error:  # whatever a compiler raises: a fault of this kernel, beside those of the others
+        return resources(compile_launch(launch, config, arch), launch, str(workload), config)
+    except Exception as error:  # whatever a compiler raises is a fault of this kernel, listed with the others
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        return Compiled(launch.name, str(case), _words(config), arch, error=reason[-1])
+        return Compiled(launch.name, str(workload), _words(config), arch, error=reason[-1])
 
 
-def compile_cases(archs: Mapping[Case, Sequence[int]], every: bool) -> list[Compiled]:
-    """The kernels of cases for some architectures, each distinct one once, on all cores.
+def compile_workloads(archs: Mapping[Workload, Sequence[int]], every: bool) -> list[Compiled]:
+    """Compile the kernels of workloads for some architectures, each distinct one once, on all cores.
 
     Args:
-        archs: of each case.
-        every: all configurations, not the default of each launch alone.
+        archs: of each workload.
+        every: all configurations instead of the default of each launch.
     """
-    tasks: dict[tuple[Any, ...], tuple[Case, int, int, int]] = {}
-    for case in archs:
-        for i, launch in enumerate(_launches(case)):
+    tasks: dict[tuple[Any, ...], tuple[Workload, int, int, int]] = {}
+    for workload in archs:
+        for i, launch in enumerate(_launches(workload)):
             for j, config in enumerate(launch.candidates if every else launch.candidates[:1]):
-                for arch in archs[case]:
-                    tasks.setdefault((arch, signature(launch, config)), (case, i, j, arch))
-    # Processes, not threads: Triton knows one target at a time. Spawned, for a caller may be using a GPU.
+                for arch in archs[workload]:
+                    tasks.setdefault((arch, signature(launch, config)), (workload, i, j, arch))
+    # Processes, not threads: Triton knows one target at a time. Spawned, because the caller may use a GPU.
     with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn")) as pool:
         return list(pool.map(_compile, *zip(*tasks.values(), strict=True), chunksize=4))
 
 
 def table(compiled: list[Compiled]) -> str:
-    """A line for each kernel, use and configuration; registers per thread / KiB of shared memory on each GPU."""
+    """A line per kernel, workload and configuration: registers per thread / KiB of shared memory on each GPU."""
     archs = sorted({item.arch for item in compiled})
     lines: dict[tuple[str, str, str], dict[int, str]] = {}
     for item in compiled:
         cell = f"{item.registers} / {item.shared / 1024:.0f}" + (" !" if item.faults() else "")
-        lines.setdefault((item.kernel, item.case, item.config), {})[item.arch] = cell
-    head = ["kernel", "use", "configuration", *(f"sm_{arch}" for arch in archs)]
+        lines.setdefault((item.kernel, item.workload, item.config), {})[item.arch] = cell
+    head = ["kernel", "workload", "configuration", *(f"sm_{arch}" for arch in archs)]
     rows = [head, *([*key, *(cells.get(arch, "") for arch in archs)] for key, cells in sorted(lines.items()))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
@@ -205,18 +204,18 @@ def table(compiled: list[Compiled]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", action="store_true", help="every configuration, not the defaults alone")
-    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, help="for these GPUs alone")
+    parser.add_argument("--every", action="store_true", help="every configuration, not only the defaults")
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, help="only for these GPUs")
     args = parser.parse_args()
     if dispatch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: unset it to compile")
     archs = dict.fromkeys((*MODELS, *MEASURED) if args.every else MODELS, args.arch or list(SHARED_KIB))
     if args.every:
         archs |= dict.fromkeys(OTHERS, args.arch or [90])
-    compiled = compile_cases(archs, args.every)
+    compiled = compile_workloads(archs, args.every)
     print(table(compiled))
     faults = [
-        f"{item.kernel} ({item.case}; {item.config}) on sm_{item.arch}: {fault}"
+        f"{item.kernel} ({item.workload}; {item.config}) on sm_{item.arch}: {fault}"
         for item in compiled
         for fault in item.faults()
     ]

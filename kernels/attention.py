@@ -6,31 +6,25 @@
 
     dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O))      dQ = scale * dS K      dK = scale * dS^T Q
 
-Legend: B batch, H heads, N tokens, D features of one head. D may be any number up to 128: self-attention-cv's UNETR has
-10 heads of int(512 / 10) = 51. Q, K and V may be strided views into one fused projection; they are never copied to be
-made contiguous. Scores, softmax and sums are float32 whatever the dtype of the inputs (float64 for float64 inputs, for
-checks of gradients), also inside a `torch.autocast` region, which would otherwise lower the two products again.
+Legend: B batch, H heads, N tokens, D features of a head, up to 128: self-attention-cv's UNETR has 10 heads of
+int(512 / 10) = 51. Q, K and V may be strided views into one projection; they are never copied. Scores, softmax and sums
+are float32 (float64 for float64 inputs, to check gradients), also under `torch.autocast`.
 
-`attention_reference` states the equation in plain PyTorch: the oracle that everything faster is compared with.
+The kernels keep S and P on the chip. A UNETR's grid is small (20 heads of 256 tokens), so latency counts most:
 
-The kernels keep S and P on the chip. A UNETR's grid is small (20 heads of 256 tokens), so what counts there is latency:
-
-- Forward, one launch: a program has a block of queries of one head and goes over blocks of keys with a running maximum
-  and sum. Where one block holds every key the loop is gone, and it is a plain softmax. It leaves the log-sum-exp of
-  each row, 4 bytes, from which the backward makes P again.
-- Backward, one launch, two kinds of program: one keeps a block of keys and goes over the queries, for dK and dV; the
-  other keeps a block of queries and goes over the keys, for dQ. That is seven products where five would do, for S and
-  dP are made twice; in return nothing is summed across programs: no atomics, no partial sums, the same bits each time,
-  and twice the programs to fill a GPU with.
-- delta = rowsum(dO * O) is made where it is used up to N = 512, from few rows of O, which each program reads again: a
-  second launch is thought to cost more, though where that ends was not measured. Beyond, a launch of its own makes it.
-- Products are tensor-core products with float32 sums. P and dS are rounded to the dtype of the inputs for theirs, as
-  in every fused attention. float32 inputs are split in three TF32 products each ("tf32x3"), which leaves an error near
-  float32's own where TF32 alone keeps three digits.
-- Sizes and strides are compile-time constants. With 51 features a row may start at any even byte, so loads are 2 bytes
-  wide; constant strides make their addresses immediate offsets, a quarter fewer instructions in the compiled code
-  (sm_90, forward).
-- O, dQ, dK and dV are (B, N, H, D) in memory, returned as (B, H, N, D) views: joining the heads is then free.
+- Forward, one launch: a program takes a block of queries of one head and loops over blocks of keys with a running
+  maximum and sum; where one block holds every key there is no loop. It stores the log-sum-exp of each row, 4 bytes,
+  from which the backward recomputes P.
+- Backward, one launch, two kinds of program: one keeps a block of keys and loops over the queries, for dK and dV, the
+  other keeps queries and loops over the keys, for dQ. Seven products instead of five, for S and dP are computed twice;
+  in return no atomics, no partial sums, the same bits each time, and twice the programs to fill a GPU.
+- delta = rowsum(dO * O) is recomputed where it is used up to N = 512, which saves a launch (the limit was not
+  measured); beyond that a launch of its own computes it.
+- Products run on tensor cores with float32 sums. P and dS are rounded to the inputs' dtype, as in every fused
+  attention; float32 inputs take three TF32 products ("tf32x3"), for an error near float32's own.
+- Sizes and strides are compile-time constants: rows of 51 features are loaded 2 bytes at a time, and constant strides
+  make their addresses immediate offsets, a quarter fewer instructions (sm_90, forward).
+- O, dQ, dK and dV are (B, N, H, D) in memory, returned as (B, H, N, D) views: joining the heads is free.
 
 Sources: Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762; Dao, FlashAttention-2,
 https://arxiv.org/abs/2307.08691.
@@ -50,29 +44,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from kernels import dispatch
+from . import dispatch
+from .checks import check_alike, check_floats
+from .dispatch import ceil_div, next_power_of_two
 
 MAX_HEAD_DIM = 128
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOG2_E = math.log2(math.e)
 DELTA_IN_KERNEL_MAX = 512
-"""Tokens up to which the backward makes delta where it uses it; not measured."""
+"""Tokens up to which the backward computes delta where it uses it; not measured."""
 ENOUGH_PROGRAMS = 128
 """Programs that fill a GPU: an A100 has 108 multiprocessors, an H100 132."""
-Row = tuple[int, int, int, int]
+Blocks = tuple[int, int, int, int]
 """BLOCK_M, BLOCK_N, num_warps, num_stages."""
 
 
 def attention_reference(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float) -> Tensor:
-    """Attention as the equation states it, in float32 (float64 for float64 inputs).
-
-    Args:
-        q_BHND, k_BHND, v_BHND: queries, keys, values, (B, H, N, D), any strides.
-        scale: factor on the scores.
-
-    Returns:
-        (B, H, N, D) in the dtype of `q_BHND`.
-    """
+    """The equation at the head of this file in plain PyTorch; arguments as `flash_attention`, unchecked."""
     compute = torch.promote_types(q_BHND.dtype, torch.float32)
     with torch.autocast(q_BHND.device.type, enabled=False):
         scores_BHNN = (q_BHND.to(compute) * scale) @ k_BHND.to(compute).transpose(-2, -1)
@@ -82,17 +69,18 @@ def attention_reference(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: f
 
 @triton.jit
 def _dot(a, b, acc=None):
-    return tl.dot(a, b, acc, input_precision="tf32x3")  # says something for float32 only
+    return tl.dot(a, b, acc, input_precision="tf32x3")  # matters for float32 only
 
 
 @triton.jit
 def _head_ptr(x_ptr, strides: tl.constexpr, head, H):
+    """Pointer to the first element of one head, of all heads of the batch."""
     return x_ptr + (head // H).to(tl.int64) * strides[0] + (head % H).to(tl.int64) * strides[1]
 
 
 @triton.jit
 def _tile_ptrs(x_ptr, strides: tl.constexpr, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    # In int64: the compiler can't prove that a 32-bit sum does not wrap, and so could not make offsets immediate.
+    # int64: the compiler can't prove that a 32-bit sum does not wrap, and would not make the offsets immediate.
     rows = tl.arange(0, BLOCK).to(tl.int64)
     columns = tl.arange(0, BLOCK_D).to(tl.int64)
     return x_ptr + tl.cast(start, tl.int64) * strides[2] + (rows[:, None] * strides[2] + columns[None, :] * strides[3])
@@ -128,23 +116,16 @@ def _store_tile(
 
 @triton.jit
 def attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    strides_q: tl.constexpr,
-    strides_k: tl.constexpr,
-    strides_v: tl.constexpr,
-    strides_out: tl.constexpr,
-    H,
-    scale_log2,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q_ptr,  # (B, H, N, D), strides_q
+    k_ptr,  # (B, H, N, D), strides_k
+    v_ptr,  # (B, H, N, D), strides_v
+    out_ptr,  # (B, H, N, D), strides_out
+    lse_ptr,  # (B, H, N) float32: log2 of the sum of exp(scores)
+    strides_q: tl.constexpr, strides_k: tl.constexpr, strides_v: tl.constexpr, strides_out: tl.constexpr,
+    H, scale_log2,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head against all keys; grid (B * H * ceil(N / BLOCK_M),)."""
     NUM_BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(0) // NUM_BLOCKS
     start_m = tl.program_id(0) % NUM_BLOCKS * BLOCK_M
@@ -164,7 +145,7 @@ def attention_forward_kernel(
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         p = tl.exp2(scores * scale_log2 - new_max[:, None])
         if N % BLOCK_N != 0:
-            p = tl.where(is_key, p, 0.0)  # a scale of zero makes NaN of -inf
+            p = tl.where(is_key, p, 0.0)  # -inf times a scale of zero is NaN
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
@@ -177,32 +158,23 @@ def attention_forward_kernel(
 
 @triton.jit
 def _row_sums(
-    out_ptr,
-    strides_out: tl.constexpr,
-    dout,
-    start,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    out_ptr, strides_out: tl.constexpr, dout, start,
+    N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     out = _load_tile(out_ptr, strides_out, start, N, D, BLOCK, BLOCK_D)
     return tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
 
 
 @triton.jit
 def attention_delta_kernel(
-    out_ptr,
-    dout_ptr,
-    delta_ptr,
-    strides_out: tl.constexpr,
-    strides_dout: tl.constexpr,
+    out_ptr,  # (B, H, N, D), strides_out
+    dout_ptr,  # (B, H, N, D), strides_dout
+    delta_ptr,  # (B, H, N) float32
+    strides_out: tl.constexpr, strides_dout: tl.constexpr,
     H,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """rowsum(dO * O) of BLOCK_M queries of one head; grid (B * H * ceil(N / BLOCK_M),)."""
     NUM_BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(0) // NUM_BLOCKS
     start = tl.program_id(0) % NUM_BLOCKS * BLOCK_M
@@ -214,24 +186,17 @@ def attention_delta_kernel(
 
 @triton.jit
 def _load_lse(lse_ptr, start, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Of queries from `start` on. Beyond N any finite number does: dO is zero there, and so is all that a row adds."""
+    """Of queries from `start` on. Beyond N any finite number will do: dO is zero there, and so is all that it adds."""
     rows = start + tl.arange(0, BLOCK)
     return tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
 
 
 @triton.jit
 def _load_delta(
-    delta_ptr,
-    out_ptr,
-    strides_out: tl.constexpr,
-    dout,
-    start,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Of queries from `start` on, made here where no launch before has made it."""
+    delta_ptr, out_ptr, strides_out: tl.constexpr, dout, start,
+    N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of queries from `start` on, computed here unless an earlier launch did."""
     if delta_ptr is None:
         delta = _row_sums(out_ptr, strides_out, dout, start, N, D, BLOCK, BLOCK_D)
     else:
@@ -242,32 +207,25 @@ def _load_delta(
 
 @triton.jit
 def attention_backward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,
-    dq_ptr,
+    q_ptr,  # (B, H, N, D), strides_q
+    k_ptr,  # (B, H, N, D), strides_k
+    v_ptr,  # (B, H, N, D), strides_v
+    out_ptr,  # (B, H, N, D), strides_out
+    dout_ptr,  # (B, H, N, D), strides_dout
+    lse_ptr,  # (B, H, N) float32, of the forward
+    delta_ptr,  # (B, H, N) float32, or None
+    dq_ptr,  # (B, H, N, D), strides_grad, as the next two
     dk_ptr,
     dv_ptr,
-    strides_q: tl.constexpr,
-    strides_k: tl.constexpr,
-    strides_v: tl.constexpr,
-    strides_out: tl.constexpr,
-    strides_dout: tl.constexpr,
-    strides_grad: tl.constexpr,
-    H,
-    scale,
-    scale_log2,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    # BLOCK_M rows are kept and BLOCK_N rows at a time gone over, whichever of the two are queries and which keys.
+    strides_q: tl.constexpr, strides_k: tl.constexpr, strides_v: tl.constexpr, strides_out: tl.constexpr,
+    strides_dout: tl.constexpr, strides_grad: tl.constexpr,
+    H, scale, scale_log2,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_M keys of one head, or dQ of BLOCK_M queries; grid (2 * B * H * ceil(N / BLOCK_M),).
+
+    The program keeps BLOCK_M rows of the one and loops over the other, BLOCK_N rows at a time.
+    """
     NUM_BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(0) // (2 * NUM_BLOCKS)
     block = tl.program_id(0) % (2 * NUM_BLOCKS)
@@ -286,7 +244,7 @@ def attention_backward_kernel(
         dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for other in range(0, N, BLOCK_N):
-            # All loads before the first product: narrow ones are not pipelined, and so they are waited for once.
+            # All loads before the first product: narrow ones are not pipelined, so this waits for them only once.
             q = _load_tile(q_ptr, strides_q, other, N, D, BLOCK_N, BLOCK_D)
             dout = _load_tile(dout_ptr, strides_dout, other, N, D, BLOCK_N, BLOCK_D)
             lse = _load_lse(lse_ptr, other, N, BLOCK_N)
@@ -308,22 +266,22 @@ def attention_backward_kernel(
             v = _load_tile(v_ptr, strides_v, other, N, D, BLOCK_N, BLOCK_D)
             p = tl.exp2(_dot(q, tl.trans(k)) * scale_log2 - lse[:, None])
             if N % BLOCK_N != 0:
-                # Scores of keys beyond N are 0, and exp2(-lse) may be infinite where all true scores are far below.
+                # Scores of keys beyond N are 0, and exp2(-lse) may be infinite where all true scores are far below 0.
                 p = tl.where((other + tl.arange(0, BLOCK_N) < N)[None, :], p, 0.0)
             ds = p * (_dot(dout, tl.trans(v)) - delta[:, None])
             dq = _dot(ds.to(k.dtype), k, dq)
         _store_tile(_head_ptr(dq_ptr, strides_grad, head, H), strides_grad, start, dq * scale, N, D, BLOCK_M, BLOCK_D)
 
 
-def _configs(shape: tuple[int, ...], rows: list[Row], roles: int) -> list[dispatch.Config]:
-    """Configurations from rows, preferred first, their blocks cut down to what N needs.
+def _configs(shape: tuple[int, ...], rows: list[Blocks], roles: int) -> list[dispatch.Config]:
+    """Configurations from rows, best first, with blocks no larger than N needs.
 
-    The default is the first that gives enough programs to fill a GPU, or else the one that gives most.
+    The default is the first that fills a GPU with programs, or else the one with the most programs.
     """
     batch, heads, tokens, _ = shape
-    whole = max(16, triton.next_power_of_2(tokens))
-    rows = list(dict.fromkeys((min(block_m, whole), min(block_n, whole), *rest) for block_m, block_n, *rest in rows))
-    programs = {row: roles * batch * heads * _ceil_div(tokens, row[0]) for row in rows}
+    whole = max(16, next_power_of_two(tokens))
+    rows = list(dict.fromkeys((min(m, whole), min(n, whole), warps, stages) for m, n, warps, stages in rows))
+    programs = {row: roles * batch * heads * ceil_div(tokens, row[0]) for row in rows}
     default = next((row for row in rows if programs[row] >= ENOUGH_PROGRAMS), max(rows, key=programs.__getitem__))
     rows.sort(key=lambda row: row is not default)
     return [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), row, strict=True)) for row in rows]
@@ -331,9 +289,9 @@ def _configs(shape: tuple[int, ...], rows: list[Row], roles: int) -> list[dispat
 
 @cache
 def _forward_configs(shape: tuple[int, ...], dtype: torch.dtype) -> list[dispatch.Config]:
-    """Configurations for q of (B, H, N, D), preferred first."""
+    """Configurations for q of (B, H, N, D), best first."""
     tokens, features = shape[2:]
-    rows: list[Row]
+    rows: list[Blocks]
     if dtype == torch.float32:
         rows = [(32, 128, 8, 1), (32, 64, 4, 1), (16, 64, 4, 1)]
         if features > 64:
@@ -355,9 +313,9 @@ def _forward_configs(shape: tuple[int, ...], dtype: torch.dtype) -> list[dispatc
 
 @cache
 def _backward_configs(shape: tuple[int, ...], dtype: torch.dtype) -> list[dispatch.Config]:
-    """Configurations for q of (B, H, N, D), preferred first."""
+    """Configurations for q of (B, H, N, D), best first."""
     tokens, features = shape[2:]
-    rows: list[Row]
+    rows: list[Blocks]
     if dtype == torch.float32:
         rows = [(16, 32, 8, 1)] if features > 64 else [(32, 32, 8, 1), (16, 32, 4, 1), (16, 64, 8, 1)]
     elif features > 64:
@@ -374,26 +332,20 @@ def _backward_configs(shape: tuple[int, ...], dtype: torch.dtype) -> list[dispat
 
 
 def _has_wide_loads(features: int, dtype: torch.dtype) -> bool:
-    """Whether rows are whole 16-byte pieces. Narrow loads, as of 51 features, and masks take the registers that the
-    larger blocks need.
-    """
+    """Whether rows are multiples of 16 bytes. Narrow loads, as of 51 features, need the registers of larger blocks."""
     return features * dtype.itemsize % 16 == 0
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)  # `triton.cdiv` takes some microseconds
-
-
-def _key(q: Tensor) -> str:
-    """What the choice of a path and of a configuration depends on; batch x heads rounded up to a power of two."""
-    batch, heads, tokens, features = q.shape
-    dtype = str(q.dtype).removeprefix("torch.")
-    return f"N{tokens} D{features} heads{1 << (batch * heads - 1).bit_length()} {dtype}"
+@dispatch.once_per_shape
+def _key(shape: torch.Size, dtype: torch.dtype) -> str:
+    """What the best path and configuration depend on; batch x heads rounded up to a power of two."""
+    batch, heads, tokens, features = shape
+    return f"N{tokens} D{features} heads{next_power_of_two(batch * heads)} {str(dtype).removeprefix('torch.')}"
 
 
 def _sizes(q: Tensor) -> dict[str, int]:
     _, heads, tokens, features = q.shape
-    return {"H": heads, "N": tokens, "D": features, "BLOCK_D": max(16, 1 << (features - 1).bit_length())}
+    return {"H": heads, "N": tokens, "D": features, "BLOCK_D": max(16, next_power_of_two(features))}
 
 
 def _empty_like(q: Tensor) -> Tensor:
@@ -408,7 +360,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _num_blocks(q: Tensor, config: dispatch.Config) -> int:
     batch, heads, tokens, _ = q.shape
-    return batch * heads * _ceil_div(tokens, config["BLOCK_M"])
+    return batch * heads * ceil_div(tokens, config["BLOCK_M"])
 
 
 def _pointers(**tensors: Tensor | None) -> dict[str, Any]:
@@ -420,15 +372,15 @@ def _strides(**tensors: Tensor) -> dict[str, Any]:
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention and the log-sum-exp of its scores.
+    """Launch the forward.
 
     Args:
         q, k, v: (B, H, N, D), any strides.
         scale: factor on the scores, not negative: the kernel takes the maximum of a row before it scales.
 
     Returns:
-        The output (B, H, N, D), dtype of `q`, (B, N, H, D) in memory; log2 of the sum of exp(scores) of each row,
-        (B, H, N), float32.
+        output (B, H, N, D), dtype of `q`, (B, N, H, D) in memory; log2 of the sum of exp(scores) of each row,
+        (B, H, N) float32.
     """
     out, lse = _empty_outputs(q)
     args = {
@@ -438,35 +390,34 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
         "scale_log2": scale * LOG2_E,
     }
     configs = _forward_configs(q.shape, q.dtype)
-    dispatch.launch(attention_forward_kernel, lambda config: (_num_blocks(q, config),), args, configs, _key(q))
+    key = _key(q.shape, q.dtype)
+    dispatch.launch(attention_forward_kernel, lambda config: (_num_blocks(q, config),), args, configs, key)
     return out, lse
 
 
-def _make_delta(out: Tensor, dout: Tensor) -> Tensor:
+def _make_delta(out: Tensor, dout: Tensor, key: str) -> Tensor:
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    args = {
-        **_pointers(out=out, dout=dout, delta=delta),
-        **_strides(out=out, dout=dout),
-        **_sizes(out),
-    }
+    args = {**_pointers(out=out, dout=dout, delta=delta), **_strides(out=out, dout=dout), **_sizes(out)}
     configs = [{"BLOCK_M": block, "num_warps": 4, "num_stages": 1} for block in (32, 64, 16)]
-    dispatch.launch(attention_delta_kernel, lambda config: (_num_blocks(out, config),), args, configs, _key(out))
+    dispatch.launch(attention_delta_kernel, lambda config: (_num_blocks(out, config),), args, configs, key)
     return delta
 
 
 def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of attention.
+    """Launch the backward.
 
     Args:
-        q, k, v, scale: as in the forward. out, lse: what it returned.
+        q, k, v, scale: as in the forward.
+        out, lse: what it returned.
         dout: gradient of `out`, (B, H, N, D), any strides.
 
     Returns:
         dq, dk, dv: (B, H, N, D), dtype of `q`, (B, N, H, D) in memory.
     """
-    delta = _make_delta(out, dout) if q.shape[2] > DELTA_IN_KERNEL_MAX else None
+    key = _key(q.shape, q.dtype)
+    delta = _make_delta(out, dout, key) if q.shape[2] > DELTA_IN_KERNEL_MAX else None
     dq, dk, dv = _empty_like(q), _empty_like(q), _empty_like(q)
     args = {
         **_pointers(q=q, k=k, v=v, out=out, dout=dout, lse=lse, delta=delta, dq=dq, dk=dk, dv=dv),
@@ -476,7 +427,7 @@ def attention_backward(
         "scale_log2": scale * LOG2_E,
     }
     configs = _backward_configs(q.shape, q.dtype)
-    dispatch.launch(attention_backward_kernel, lambda config: (2 * _num_blocks(q, config),), args, configs, _key(q))
+    dispatch.launch(attention_backward_kernel, lambda config: (2 * _num_blocks(q, config),), args, configs, key)
     return dq, dk, dv
 
 
@@ -503,9 +454,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], outpu
     ctx.save_for_backward(q, k, v, out, lse)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
+def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse = ctx.saved_tensors
-    return *_backward_op(q, k, v, out, lse, dout, ctx.scale), None
+    dq, dk, dv = _backward_op(q, k, v, out, lse, dout, ctx.scale)
+    return dispatch.gradients(attention_forward, q=dq, k=dk, v=dv)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -513,24 +465,12 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}; attention takes tensors: torch.as_tensor({name})")
-        if tensor.dim() != 4 or 0 in tensor.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; attention takes (batch, heads, tokens, "
-                "features), four axes, none of them empty"
-            )
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} is {tensor.dtype}; attention takes floating point: convert with {name}.float()")
-        if tensor.shape != q.shape or tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device} but q is "
-                f"{tuple(q.shape)} {q.dtype} on {q.device}; q, k and v must agree in all three"
-            )
+        check_floats(name, tensor, "batch, heads, tokens, features")
+        check_alike(name, tensor, "q", q)
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"{q.shape[-1]} features per head; the limit is {MAX_HEAD_DIM}: use more heads")
     if scale is not None and not (isinstance(scale, Real) and abs(scale) < math.inf):
-        raise ValueError(f"scale {scale!r} must be a finite number; leave it out for features ** -0.5")
+        raise ValueError(f"scale {scale!r} must be a finite number; omit it for features ** -0.5")
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -544,13 +484,13 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
         (B, H, N, D), dtype of `q`; accumulated in float32.
 
     Raises:
-        ValueError: wrong rank, shapes, dtypes or devices that differ, D over 128, a scale that is no finite number.
+        ValueError: a wrong rank; shapes, dtypes or devices that differ; D over 128; a scale that is not finite.
     """
     _check(q, k, v, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.compiler.is_exporting():  # a graph holds plain operations, and leaves open the batch size that a key needs
+    if torch.compiler.is_exporting():  # an exported graph has plain operations, and any batch size; a key needs one
         return attention_reference(q, k, v, scale)
-    key = _key(q)
+    key = _key(q.shape, q.dtype)
     path = dispatch.path("flash_attention", q, key)
     if path == "triton":
         if scale < 0:

@@ -4,19 +4,18 @@ Every operation of this package has up to three paths with one signature and one
 
     triton      our kernels: on an NVIDIA GPU of compute capability 8.0 or more, or in Triton's interpreter
                 (`TRITON_INTERPRET=1` before anything imports triton), which runs them on a CPU for tests
-    torch       the fastest thing that PyTorch itself has for the operation (`torch.compile` of the reference, or
-                `scaled_dot_product_attention`): taken where `tuned.json` says that our kernel lost to it, and for
-                instance norm on a CPU (`group_norm`)
-    reference   plain PyTorch, float32: everywhere else
+    torch       the fastest that PyTorch itself offers (the reference compiled, or `scaled_dot_product_attention`):
+                where `tuned.json` says that it beat our kernel, and for instance norm on a CPU (`group_norm`)
+    reference   plain PyTorch in float32: everywhere else
 
-The choice is made here, by the mode (`use`), the device, the dtype and what was measured (`path`), and a caller never
-asks. float64 always takes the reference, and so does bfloat16 in the interpreter, which computes it wrongly.
+`path` chooses, by the mode (`use`), the device, the dtype and what was measured; callers never ask. float64 always
+takes the reference, and so does bfloat16 in the interpreter, which computes it wrongly.
 
-A kernel comes with several configurations (block sizes, warps, pipeline stages): `candidates`, of which the first is
-the default, good on every GPU. `tuned.json` holds what `python -m benchmarks.tune` found fastest, by compute
-capability, kernel and key, the key being what the best choice depends on: sizes, dtype, memory layout. It also holds
-where PyTorch's own won, and which of its implementations: once for forward + backward, which decides where a gradient
-will be taken, for there the two are run together, and once for the forward alone, which decides elsewhere.
+A kernel has several configurations (block sizes, warps, pipeline stages), its `candidates`; the first is the default,
+good on every GPU. `python -m benchmarks.tune` writes `tuned.json`: for each compute capability the fastest
+configuration by kernel and key, and the operations and keys where PyTorch won, and with what. It compares forward +
+backward, which decides where a gradient will be taken, and the forward alone, which decides elsewhere. A key holds what
+the best choice depends on: sizes, dtype, memory layout.
 """
 
 from __future__ import annotations
@@ -25,9 +24,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import FunctionType
+from typing import Any, Literal, TypeVar, get_args
 from warnings import warn
 
 import torch
@@ -36,7 +37,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 Kernels = Literal["auto", "triton", "reference"]
-Taken = Literal["triton", "torch", "reference"]
+OpPath = Literal["triton", "torch", "reference"]
 Config = Mapping[str, int]
 """Values of a kernel's block-size arguments, and `num_warps`, `num_stages`."""
 
@@ -55,9 +56,62 @@ _SDPA_BACKENDS = (
 )
 
 _FASTER_ON_CPU = ("instance_norm",)
-"""Operations for which PyTorch has, on a CPU, something faster than the reference."""
+"""Operations for which PyTorch has something faster than the reference on a CPU."""
 
 _mode: Kernels = "auto"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` does the same in some microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Have `torch.compile` call a function while it traces and keep the result as a constant of the graph.
+
+    As `torch.compiler.assume_constant_result`, which imports `torch._dynamo`: a second of processor time.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def once_per_shape(make: _Function) -> _Function:
+    """Cache a function of shapes and dtypes; `torch.compile`, which warns of caches, traces the function itself."""
+    cached = cache(make)
+
+    @wraps(make)
+    def call(*args: Any) -> Any:
+        return make(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return call  # type: ignore[return-value]
+
+
+@cache
+def compiled(function: FunctionType, shape: torch.Size) -> Callable[..., Any]:
+    """A function compiled for inputs of one shape.
+
+    Each shape has a code object of its own, because Dynamo counts compilations by code object and goes back to eager
+    mode after eight (`torch._dynamo.config.recompile_limit`, which belongs to the user).
+    """
+    code, name = function.__code__.replace(), function.__name__
+    copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    return torch.compile(copy, dynamic=False)
+
+
+@cache
+def _argument_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(signature(function).parameters)
+
+
+def gradients(forward: Callable[..., Any], **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a backward returns: gradients by the name of the forward's argument, None for all others."""
+    return tuple(by_name.get(name) for name in _argument_names(forward))
 
 
 @dataclass(frozen=True)
@@ -66,8 +120,8 @@ class Launch:
 
     Fields:
         kernel: the `triton.jit` function.
-        grid: from a configuration, the number of programs on each axis.
-        args: every argument of the kernel by name but those of the configurations.
+        grid: number of programs on each axis, for a configuration.
+        args: the kernel's arguments by name, without those of the configuration.
         candidates: configurations to choose from, the default first.
         key: what the best configuration depends on.
     """
@@ -92,7 +146,7 @@ _observer: Callable[[Launch], None] | None = None
 
 
 def use(kernels: Kernels, device: torch.device | str = "cuda") -> str:
-    """Choose for this process, and say what was chosen.
+    """Choose for this process.
 
     Args:
         kernels: "auto" takes the fastest path that works on a tensor's device; "triton" insists on our kernels;
@@ -100,7 +154,7 @@ def use(kernels: Kernels, device: torch.device | str = "cuda") -> str:
         device: where the tensors will be.
 
     Returns:
-        A line for the log: the choice and its reason.
+        a line for the log: the choice and its reason.
 
     Raises:
         ValueError: an unknown name; "triton" on a device that can't run the kernels.
@@ -125,7 +179,18 @@ def use(kernels: Kernels, device: torch.device | str = "cuda") -> str:
     return f"{chosen}; PyTorch's own where it was measured faster: {', '.join(slower)}" if slower else chosen
 
 
-def path(op: str, x: Tensor, key: str) -> Taken:
+@contextmanager
+def using(kernels: Kernels, device: torch.device | str = "cuda") -> Iterator[str]:
+    """Within it, `use`; the choice from before returns at the end. Arguments, value and errors as `use`."""
+    global _mode
+    before = _mode
+    try:
+        yield use(kernels, device)
+    finally:
+        _mode = before
+
+
+def path(op: str, x: Tensor, key: str) -> OpPath:
     """The path of one call.
 
     Args:
@@ -134,7 +199,7 @@ def path(op: str, x: Tensor, key: str) -> Taken:
         key: what decides whether our kernel wins: sizes, dtype, layout.
 
     Raises:
-        ValueError: "triton" was asked for and `x` is on a device that can't run the kernels.
+        ValueError: the mode is "triton" and `x` is on a device that can't run the kernels.
     """
     if _mode == "reference" or x.dtype not in DTYPES or (INTERPRETED and x.dtype == torch.bfloat16):
         return "reference"
@@ -149,9 +214,9 @@ def path(op: str, x: Tensor, key: str) -> Taken:
 
 
 def sdpa_backends(op: str, x: Tensor, key: str) -> list[SDPBackend]:
-    """Backends of `scaled_dot_product_attention` for path "torch", that which was measured fastest first.
+    """Backends of `scaled_dot_product_attention` for path "torch", the fastest first.
 
-    The others follow for inputs that it does not take. Arguments as `path`.
+    The others follow, for inputs that it does not take. Arguments as `path`.
     """
     fastest = _faster_of_pytorch(f"{op} {key}", _direction(x), x.device)
     return sorted(_SDPA_BACKENDS, key=lambda backend: backend.name != fastest)
@@ -178,7 +243,7 @@ def launch(
     x = next(value for value in args.values() if isinstance(value, Tensor))
     config = _tuned(x.device).get("configs", {}).get(it.name, {}).get(key, candidates[0])
     if config not in candidates:
-        warn(f"{TUNED_FILE} holds {config} for {it.name} {key}, which is no candidate: tune again", stacklevel=2)
+        warn(f"{TUNED_FILE} has {config} for {it.name} {key}, which is not a candidate: tune again", stacklevel=2)
         config = candidates[0]
     with torch.cuda.device_of(x):
         it.run(config)
@@ -186,7 +251,7 @@ def launch(
 
 @contextmanager
 def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
-    """Hand every launch to `observer` instead of running it: for compilers ahead of time and for tuning."""
+    """Pass every launch to `observer` instead of running it, for ahead-of-time compilation and tuning."""
     global _observer
     before, _observer = _observer, observer
     try:
@@ -195,7 +260,7 @@ def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
         _observer = before
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _refusal(device: torch.device) -> str:
     """Why the kernels can't run on a device; empty where they can."""
     if INTERPRETED:
@@ -204,7 +269,7 @@ def _refusal(device: torch.device) -> str:
     if device.type != "cuda":
         return f"Triton kernels need an NVIDIA GPU, the tensors are on {device.type}"
     if not torch.cuda.is_available():
-        return "no NVIDIA GPU is to be seen"
+        return "no NVIDIA GPU found"
     name = torch.cuda.get_device_name(device)
     if torch.version.hip:
         return f"Triton kernels need an NVIDIA GPU, the tensors are on {name}"
@@ -223,18 +288,18 @@ def _direction(x: Tensor) -> Direction:
     return "forward + backward" if torch.is_grad_enabled() and x.requires_grad else "forward"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _faster_of_pytorch(op_key: str, direction: Direction, device: torch.device) -> str:
-    """What PyTorch has that was measured faster than our kernel on this GPU; empty where nothing was."""
+    """Name of what PyTorch has that beat our kernel on this GPU; empty where nothing did."""
     return _tuned(device).get("torch", {}).get(direction, {}).get(op_key, "")
 
 
 def _tuned(device: torch.device) -> dict[str, Any]:
-    """What was measured for a GPU: {"configs": {kernel: {key: config}}, "torch": {direction: {"op key": name}}}."""
+    """Measurements of a GPU: {"configs": {kernel: {key: config}}, "torch": {direction: {"op key": name}}}."""
     return {} if INTERPRETED else tuned_table().get(_capability(device), {})
 
 
 @cache
 def tuned_table() -> dict[str, Any]:
-    """What `tuned.json` holds, by compute capability; read once."""
+    """Content of `tuned.json`, by compute capability; read once."""
     return json.loads(TUNED_FILE.read_text()) if TUNED_FILE.is_file() else {}

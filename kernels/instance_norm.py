@@ -9,62 +9,33 @@
 With g = dL/dy * (1 where z > 0, slope elsewhere) and S voxels:
 
     dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat))       dweight = sum(g * xhat)      dbias = sum(g)
-    dresidual = g, or what dx is without weight, by the residual's statistics
-    dslope = sum of dL/dy * z where z <= 0
+    dresidual = g, or as dx without weight, by the residual's statistics         dslope = sum of dL/dy * z where z <= 0
 
-The three uses: conv + norm + activation (slope 0.01), the end of UNETR's residual block, whose skip branch has a
-convolution and a norm of its own (`residual_norm`), and the UNet's PReLU (`negative_slope` a parameter). Statistics are
-float32 whatever the input's dtype: a bf16 sum over 10^6 voxels keeps two digits (float64 inputs keep float64).
+Statistics are float32 whatever the dtype (float64 for float64): a bf16 sum over 10^6 voxels keeps two digits. A channel
+of one voxel, the deepest level of a 16^3 crop, is its own mean: xhat = 0, where `torch.nn.InstanceNorm3d` refuses.
 
-A channel of one single voxel is its own mean, so xhat = 0 and y = leaky_relu(bias + r). `torch.nn.InstanceNorm3d`
-refuses that case in training; here it is defined, because the deepest level of a 16 x 16 x 16 crop is one voxel.
+The kernels are bound by memory, so passes over the feature map count. A large map does not fit a multiprocessor: x is
+read once for its statistics and once more to be normalised, in three launches each way:
 
-`instance_norm_reference` states this with `torch.nn.functional`: the oracle that everything faster is compared with.
-
-The kernels are bound by memory, so what counts is how often a feature map passes over the bus. A large one does not fit
-a multiprocessor: x is read once for its statistics and once more to be normalised. Each direction is three launches
-(kernels, here without the `_kernel` of their names):
-
-    norm_statistics        a program walks one chunk of the voxels; each lane (element of its tile) keeps a Welford mean
-                           and M2 in registers, joined across lanes once, at the end
+    norm_statistics        a program walks a chunk of voxels; each lane keeps a Welford mean and M2, joined at the end
     norm_combine           joins the chunks of each sample and channel: mean, rstd
     norm_apply             reads x (and the residual), writes y
 
-    norm_gradient_sums     the same walk over x, dy (and the residual): sums of g, g * xhat, g * rhat, dy * z at z <= 0
+    norm_gradient_sums     walks x, dy (and the residual): sums of g, g * xhat, g * rhat, dy * z where z <= 0
     norm_gradient_combine  joins chunks and samples: means of g, g * xhat, g * rhat; dweight, dbias, dslope
     norm_gradient_apply    reads x, g (and the residual), writes dx (and dresidual)
 
-Where a whole sample and channel fits the registers of one program, one launch reads once and writes once:
-norm_forward_one_tile, and norm_backward_one_tile (plus norm_gradient_combine where a parameter has a gradient).
+Where a sample and channel fits the registers of one program, one launch reads once and writes once: the one_tile
+kernels (backward plus norm_gradient_combine where a parameter has a gradient). z is recomputed, not stored. A raw
+residual's gradient is g: norm_gradient_sums writes it and norm_gradient_apply reads it back, one pass fewer. The second
+walk goes backwards, to start with what is still in the L2 cache. Welford with exact joining (Chan et al.) holds where
+E[x^2] - E[x]^2 loses every digit (mean 10^4, std 1). No atomics, and chunks depend on the shape alone: the same bits on
+every run. `benchmarks/bench_instance_norm.py` compares the passes with eager PyTorch and torch.compile.
 
-z is recomputed rather than stored. A raw residual's gradient is g itself: norm_gradient_sums writes it as it goes, and
-norm_gradient_apply reads it instead of the residual and dy, one pass fewer. The second walk goes backwards, to start
-with what the first left in the L2 cache. Welford, and the exact joining of means and M2 (Chan et al.), hold where
-E[x^2] - E[x]^2 loses every digit (mean 10^4, std 1), and where a shift by the first voxel does (that voxel an outlier).
-No atomics, and the chunks depend on the shape alone: the same bits on every run.
+Legend: N samples, C channels, S voxels of a sample. A map is (N, C, S) of strides (C * S, S, 1) if contiguous and
+(S * C, 1, C) if channels_last_3d; a tile is BLOCK_S voxels of BLOCK_C channels (contiguous: of one channel).
 
-Reads and writes of one feature map, forward + backward, with an activation (`PASSES`):
-
-    residual      eager     torch.compile   these kernels
-    none          5 + 8         3 + 5           3 + 5
-    raw           8 + 8         4 + 8           4 + 7
-    normalised   11 + 13        5 + 8           5 + 8
-
-Eager: maps contiguous and in one dtype, batch_norm 2 reads 1 write (backward 4 + 1), add 2 + 1 (backward an alias),
-leaky_relu 1 + 1 (backward 2 + 1). Of a channels_last_3d map `F.instance_norm` first makes a contiguous copy, 2 passes
-more, and its output stays contiguous. torch.compile: the least it can do with one kernel for each reduction and one for
-each pointwise end. Without an activation a raw residual's gradient is dy, and these kernels' backward 5. One launch
-takes 2 + 3, 3 + 5 and 3 + 5.
-
-Memory layout: a map is (N, S, C) of strides (C * S, 1, S) if contiguous, (S * C, C, 1) if channels_last_3d; a tile is
-BLOCK_S voxels of BLOCK_C channels (contiguous: of one channel). Loads and stores are 16 bytes wide where S (contiguous)
-or C (channels_last_3d) is a multiple of 16.
-
-Legend: N samples, C channels, S voxels of one sample (B, X, Y, Z of `x_BCXYZ`: N = B, S = X * Y * Z).
-
-Sources: Ulyanov et al., Instance Normalization, https://arxiv.org/abs/1607.08022; Welford, Note on a Method for
-Calculating Corrected Sums of Squares and Products, 1962; Chan, Golub, LeVeque, Updating Formulae and a Pairwise
-Algorithm for Computing Sample Variances, 1979.
+Sources: Ulyanov et al., https://arxiv.org/abs/1607.08022; Welford 1962; Chan, Golub, LeVeque 1979.
 """
 
 from __future__ import annotations
@@ -81,25 +52,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import dispatch
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-PASSES = {"none": (3, 5), "raw": (4, 7), "normalised": (5, 8)}
-"""Reads and writes of one large feature map, (forward, backward), by kind of residual and with an activation."""
+from . import dispatch
+from .checks import DTYPES, check_alike, check_floats, check_is_tensor, check_same_device
+from .dispatch import ceil_div, next_power_of_two
 
 PROGRAMS = 1056
 """Programs that a walk over a large map is split into: 8 for each of an H100's 132 multiprocessors."""
 CHUNK_STEP = 4096
-"""Elements of which a program's chunk is a multiple: whole tiles, 16-byte steps, enough work for a program."""
+"""A program's chunk is a multiple of this many elements: whole tiles, 16-byte steps, enough work."""
 COMBINE_TILE = 1024
-"""Partial results that a program of the middle launch holds at once, where one channel has not more of them."""
+"""Partial results that a program of the middle launch holds at once, unless one channel has more."""
 LARGE_BLOCK_C = 64
 """Most channels of a tile in channels_last_3d: 128 bytes of bf16, one line of the cache."""
 ONE_TILE_BLOCK_C = 16
-"""The same where one tile is all: fewer, for more programs; 16 channels of bf16 are one sector of 32 bytes."""
+"""The same with one tile: fewer, for more programs; 16 channels of bf16 are one sector of 32 bytes."""
 ONE_TILE = 32 * 1024
-"""Most bytes that one program holds where one tile is all, of all maps that it reads: 64 a thread of 512."""
+"""Most bytes of all maps that a program reads as one tile: 64 for each of 512 threads."""
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -139,7 +107,7 @@ def instance_norm_reference(
         elif negative_slope is not None:
             y = F.leaky_relu(y, negative_slope)
     y = y.to(x_BCXYZ.dtype)
-    # F.instance_norm returns contiguous whatever it is given.
+    # F.instance_norm returns a contiguous map whatever its input.
     return y.contiguous(memory_format=torch.channels_last_3d) if _is_channels_last(x_BCXYZ) else y
 
 
@@ -164,7 +132,7 @@ def _tile(C, S, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.
 
 @triton.jit
 def _parameter(ptr, index, mask, default: tl.constexpr):
-    """Float32 values of a parameter of each channel; `default` where it is not given."""
+    """Float32 values of a parameter of each channel; `default` without one."""
     return default if ptr is None else tl.load(ptr + index, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -199,14 +167,23 @@ def _pre_activation(xhat, rhat, weight, bias):
 
 @triton.jit
 def _normalised_gradient(g, xhat, mean_g, mean_gxhat, rstd):
+    """Gradient of the input of xhat."""
     return rstd * (g - mean_g - xhat * mean_gxhat)
 
 
 @triton.jit
 def norm_forward_one_tile_kernel(
-    x_ptr, r_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride, eps, rows, C, S,
+    x_ptr,  # (N, C, S)
+    r_ptr,  # (N, C, S): residual, or None
+    y_ptr,  # (N, C, S)
+    stats_ptr,  # (2 or 4, N, C) float32: mean and rstd of x, of a normalised residual
+    weight_ptr,  # (C,), or None
+    bias_ptr,  # (C,), or None
+    slope_ptr,  # (C,) or (1,), or None
+    slope, slope_stride, eps, rows, C, S,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """Statistics and y of BLOCK_C channels of one sample; grid (N * ceil(C / BLOCK_C),)."""
     c, row, offset = _program(tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c, in_s = c < C, s < S
@@ -236,13 +213,17 @@ def norm_forward_one_tile_kernel(
 
 @triton.jit
 def norm_statistics_kernel(
-    x_ptr, r_ptr, partial_ptr, rows, C, S, chunk,
+    x_ptr,  # (N, C, S)
+    r_ptr,  # (N, C, S): residual to normalise, or None
+    partial_ptr,  # (1 or 2 maps, 2, N, C, splits) float32: mean and M2 of each chunk
+    rows, C, S, chunk,
     CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
+    """Mean and M2 of one chunk of BLOCK_C channels; grid (N * ceil(C / BLOCK_C), splits, maps)."""
     c, row, offset = _program(tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    if r_ptr is not None:  # noqa: SIM102, decided by the compiler, the other by the program
+    if r_ptr is not None:  # noqa: SIM102, the compiler decides this one, the program the next
         if tl.program_id(2) == 1:
             x_ptr = r_ptr
             partial_ptr += 2 * rows * splits
@@ -250,8 +231,8 @@ def norm_statistics_kernel(
     begin = split * chunk
     end = tl.minimum(begin + chunk, S)
     stride = C if CHANNELS_LAST else 1
-    # Whole tiles two by two: Welford on twice the mean of a pair costs 7 operations for two values instead of 10, and
-    # there are half as many lanes to join. All have seen equally many values, so the division is one scalar.
+    # Whole tiles in pairs: Welford on twice the mean of a pair takes 7 operations for two values instead of 10, with
+    # half as many lanes to join. All lanes have seen the same number of values, so the division is one scalar.
     twice_mean = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     twice_m2 = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     pairs = (end - begin) // (2 * BLOCK_S)
@@ -279,8 +260,12 @@ def norm_statistics_kernel(
 
 @triton.jit
 def norm_combine_kernel(
-    partial_ptr, stats_ptr, eps, rows, S, chunk, splits, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+    partial_ptr,  # (maps, 2, N, C, splits) float32, of norm_statistics
+    stats_ptr,  # (maps, 2, N, C) float32: mean and rstd
+    eps, rows, S, chunk, splits,
+    BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
+    """Mean and rstd of BLOCK_ROWS rows, samples and channels; grid (ceil(N * C / BLOCK_ROWS), maps)."""
     partial_ptr += 2 * rows * splits * tl.program_id(1)
     stats_ptr += 2 * rows * tl.program_id(1)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
@@ -296,10 +281,18 @@ def norm_combine_kernel(
 
 @triton.jit
 def norm_apply_kernel(
-    x_ptr, r_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride, rows, C, S, chunk,
+    x_ptr,  # (N, C, S)
+    r_ptr,  # (N, C, S): residual, or None
+    y_ptr,  # (N, C, S)
+    stats_ptr,  # (2 or 4, N, C) float32: mean and rstd of x, of a normalised residual
+    weight_ptr,  # (C,), or None
+    bias_ptr,  # (C,), or None
+    slope_ptr,  # (C,) or (1,), or None
+    slope, slope_stride, rows, C, S, chunk,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     num_stages: tl.constexpr,
 ):  # fmt: skip
+    """y of one chunk of BLOCK_C channels; grid (N * ceil(C / BLOCK_C), splits)."""
     c, row, offset = _program(tl.num_programs(0) - 1 - tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c = c < C
@@ -314,8 +307,8 @@ def norm_apply_kernel(
         start = begin + (tiles - 1 - i) * BLOCK_S
         inside = (start + s < end) & in_c
         at = offset + start.to(tl.int64) * (C if CHANNELS_LAST else 1)
-        # Read for the last time: let it leave the L2 cache before what is still to be read. Triton drops this hint from
-        # pipelined loads, and half of the traffic here are writes, so the default is one stage.
+        # The last read: evict it before data that is still to be read. Triton drops this hint from pipelined loads, and
+        # half of the traffic here is writes, so the default is one stage.
         x = tl.load(x_ptr + at + tile, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         rhat = None
         if r_ptr is not None:
@@ -329,10 +322,20 @@ def norm_apply_kernel(
 
 @triton.jit
 def norm_backward_one_tile_kernel(
-    x_ptr, dy_ptr, r_ptr, dx_ptr, dr_ptr, stats_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride, sums_ptr,
-    rows, C, S,
+    x_ptr,  # (N, C, S)
+    dy_ptr,  # (N, C, S)
+    r_ptr,  # (N, C, S): residual, or None
+    dx_ptr,  # (N, C, S)
+    dr_ptr,  # (N, C, S), or None
+    stats_ptr,  # (2 or 4, N, C) float32: mean and rstd of x, of a normalised residual
+    weight_ptr,  # (C,), or None
+    bias_ptr,  # (C,), or None
+    slope_ptr,  # (C,) or (1,), or None
+    sums_ptr,  # (4, N, C, splits) float32: sums of g, g * xhat, g * rhat, dy * z where z <= 0
+    slope, slope_stride, rows, C, S,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of BLOCK_C channels of one sample; grid (N * ceil(C / BLOCK_C),)."""
     c, row, offset = _program(tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c = c < C
@@ -369,11 +372,20 @@ def norm_backward_one_tile_kernel(
 
 @triton.jit
 def norm_gradient_sums_kernel(
-    x_ptr, dy_ptr, r_ptr, g_ptr, stats_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride, sums_ptr,
-    rows, C, S, chunk,
+    x_ptr,  # (N, C, S)
+    dy_ptr,  # (N, C, S)
+    r_ptr,  # (N, C, S): residual, or None
+    g_ptr,  # (N, C, S): gradient of a raw residual, or None
+    stats_ptr,  # (2 or 4, N, C) float32: mean and rstd of x, of a normalised residual
+    weight_ptr,  # (C,), or None
+    bias_ptr,  # (C,), or None
+    slope_ptr,  # (C,) or (1,), or None
+    sums_ptr,  # (4, N, C, splits) float32: sums of g, g * xhat, g * rhat, dy * z where z <= 0
+    slope, slope_stride, rows, C, S, chunk,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     num_stages: tl.constexpr,
 ):  # fmt: skip
+    """Sums over one chunk of BLOCK_C channels; grid (N * ceil(C / BLOCK_C), splits)."""
     c, row, offset = _program(tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -405,7 +417,7 @@ def norm_gradient_sums_kernel(
                 dslope_sum += tl.where(z > 0, 0.0, g * z)
             g = tl.where(z > 0, g, g * slope)
         if g_ptr is not None:
-            # norm_gradient_apply_kernel will read this rounded g: the sums must be those of what it reads.
+            # norm_gradient_apply_kernel will read this rounded g, so the sums must be of it too.
             g = g.to(g_ptr.dtype.element_ty)
             tl.store(g_ptr + at + tile, g, mask=inside)
             g = g.to(tl.float32)
@@ -426,9 +438,15 @@ def norm_gradient_sums_kernel(
 
 @triton.jit
 def norm_gradient_combine_kernel(
-    sums_ptr, means_ptr, dweight_ptr, dbias_ptr, dslope_ptr, N, C, S, splits,
+    sums_ptr,  # (4, N, C, splits) float32, of norm_gradient_sums
+    means_ptr,  # (4, N, C) float32: means of g, g * xhat, g * rhat; or None
+    dweight_ptr,  # (C,), or None
+    dbias_ptr,  # (C,), or None
+    dslope_ptr,  # (C,), or None
+    N, C, S, splits,
     NORMALISED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
+    """Means and parameter gradients of one channel; grid (C,)."""
     c = tl.program_id(0)
     rows = N * C
     split = tl.arange(0, BLOCK_SPLITS)[None, :]
@@ -462,11 +480,21 @@ def norm_gradient_combine_kernel(
 
 @triton.jit
 def norm_gradient_apply_kernel(
-    x_ptr, g_ptr, r_ptr, dx_ptr, dr_ptr, stats_ptr, means_ptr, weight_ptr, bias_ptr, slope_ptr, slope, slope_stride,
-    rows, C, S, chunk,
+    x_ptr,  # (N, C, S)
+    g_ptr,  # (N, C, S): g if slope is None, else dy
+    r_ptr,  # (N, C, S): residual, or None
+    dx_ptr,  # (N, C, S)
+    dr_ptr,  # (N, C, S), or None
+    stats_ptr,  # (2 or 4, N, C) float32: mean and rstd of x, of a normalised residual
+    means_ptr,  # (4, N, C) float32, of norm_gradient_combine
+    weight_ptr,  # (C,), or None
+    bias_ptr,  # (C,), or None
+    slope_ptr,  # (C,) or (1,), or None
+    slope, slope_stride, rows, C, S, chunk,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     num_stages: tl.constexpr,
 ):  # fmt: skip
+    """dx and a normalised residual's gradient, one chunk; grid (N * ceil(C / BLOCK_C), splits)."""
     c, row, offset = _program(tl.num_programs(0) - 1 - tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c = c < C
@@ -501,17 +529,8 @@ def norm_gradient_apply_kernel(
             tl.store(dr_ptr + at + tile, dr, mask=inside)
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)  # `triton.cdiv` takes some microseconds
-
-
-def _power_of_two(n: int) -> int:
-    """The least that is not below `n`."""
-    return 1 << (n - 1).bit_length()
-
-
 class _Plan(NamedTuple):
-    """How a feature map is divided among programs; by its shape, dtype and layout alone."""
+    """How a feature map is divided among programs, by its shape, dtype and layout alone."""
 
     samples: int
     channels: int
@@ -531,19 +550,19 @@ class _Plan(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        return self.samples * _ceil_div(self.channels, self.block_c)
+        return self.samples * ceil_div(self.channels, self.block_c)
 
     @property
     def splits(self) -> int:
-        return _ceil_div(self.voxels, self.chunk)
+        return ceil_div(self.voxels, self.chunk)
 
     def grid(self, config: dispatch.Config) -> tuple[int, int]:
         return self.blocks, self.splits
 
     def configs(self, *walks: tuple[int, int, int]) -> list[dispatch.Config]:
-        """Candidates: of a walk from (KiB of one map in a tile, warps, stages); of one tile by its elements."""
+        """Candidates for one tile, or for walks of (KiB of one map in a tile, warps, stages)."""
         if self.one_tile:
-            return _one_tile_configs(_power_of_two(self.voxels) * self.block_c)
+            return _one_tile_configs(next_power_of_two(self.voxels) * self.block_c)
         return _walk_configs(1024 // self.itemsize // self.block_c, walks)
 
 
@@ -560,21 +579,21 @@ def _walk_configs(voxels: int, walks: tuple[tuple[int, int, int], ...]) -> list[
 
 @cache
 def _plan(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, maps: int) -> _Plan:
-    """The division of a dense map; one tile holds a sample and channel block whole where all `maps` to be read fit."""
+    """The plan of a dense map; one tile if a sample and channel block of all `maps` to read fits."""
     samples, channels = shape[:2]
     voxels = math.prod(shape[2:])
-    most = _power_of_two(channels) if channels_last else 1
+    most = next_power_of_two(channels) if channels_last else 1
     block_c = min(most, ONE_TILE_BLOCK_C)
-    # Values that can't be loaded 16 bytes at a time take a register each.
+    # Values that can't be loaded 16 bytes at a time need a register each.
     size = dtype.itemsize if (channels if channels_last else voxels) % 16 == 0 else 4
-    one_tile = _power_of_two(voxels) * block_c * size * maps <= ONE_TILE
+    one_tile = next_power_of_two(voxels) * block_c * size * maps <= ONE_TILE
     if one_tile:
-        chunk, own = voxels, {"BLOCK_S": _power_of_two(voxels)}
+        chunk, own = voxels, {"BLOCK_S": next_power_of_two(voxels)}
     else:
         block_c = min(most, LARGE_BLOCK_C)
-        splits = max(1, PROGRAMS // (samples * _ceil_div(channels, block_c)))
-        step = _ceil_div(CHUNK_STEP, block_c)
-        chunk = _ceil_div(_ceil_div(voxels, splits), step) * step
+        splits = max(1, PROGRAMS // (samples * ceil_div(channels, block_c)))
+        step = ceil_div(CHUNK_STEP, block_c)
+        chunk = ceil_div(ceil_div(voxels, splits), step) * step
         own = {"chunk": chunk}
     sizes = {"rows": samples * channels, "C": channels, "S": voxels, "CHANNELS_LAST": channels_last, "BLOCK_C": block_c}
     return _Plan(samples, channels, voxels, dtype.itemsize, block_c, chunk, one_tile, sizes | own)
@@ -589,21 +608,26 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last_3d if _is_channels_last(x) else torch.contiguous_format)
 
 
-def _key(x: Tensor, residual: Tensor | None, residual_norm: bool) -> str:
-    """What the choice of a path and of a configuration depends on; samples and voxels rounded up to powers of two."""
-    samples, channels, *space = [int(size) for size in x.shape]
+@dispatch.once_per_shape
+def _key(shape: torch.Size, dtype: torch.dtype, channels_last: bool, residual: str) -> str:
+    """What the best path and configuration depend on; samples and voxels rounded up to powers of two."""
+    samples, channels, *space = [int(size) for size in shape]
     voxels = math.prod(space)
-    odd = " odd" if voxels % 16 else ""  # as `_plan` asks
-    layout = "channels_last" if _is_channels_last(x) else "contiguous"
+    odd = " odd" if voxels % 16 else ""  # as in `_plan`
+    layout = "channels_last" if channels_last else "contiguous"
+    sizes = f"N{next_power_of_two(samples)} C{channels} S{next_power_of_two(voxels)}{odd}"
+    return f"{sizes} {layout} {str(dtype).removeprefix('torch.')}{residual}"
+
+
+def _key_of(x: Tensor, residual: Tensor | None, residual_norm: bool) -> str:
     kind = "" if residual is None else " normalised" if residual_norm else " residual"
-    sizes = f"N{_power_of_two(samples)} C{channels} S{_power_of_two(voxels)}{odd}"
-    return f"{sizes} {layout} {str(x.dtype).removeprefix('torch.')}{kind}"
+    return _key(x.shape, x.dtype, _is_channels_last(x), kind)
 
 
 def _parameters(
     weight: Tensor | None, bias: Tensor | None, slope_tensor: Tensor | None, slope: float | None
 ) -> dict[str, Any]:
-    """Arguments that every kernel that meets z takes."""
+    """Arguments of every kernel that computes z."""
     slope_tensor = None if slope_tensor is None else slope_tensor.contiguous()
     return {
         "weight_ptr": None if weight is None else weight.contiguous(),
@@ -629,21 +653,21 @@ def instance_norm_forward(
     residual: Tensor | None,
     residual_norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernels: one where a sample and channel fits a program, else three.
+    """Launch the forward: one kernel where a sample and channel fits a program, else three.
 
     Args:
-        slope_tensor, slope: the negative slope as a tensor of 1 or C elements, or as a number; at most one of them.
+        slope_tensor, slope: the negative slope as a tensor of 1 or C elements or as a number; at most one of them.
         x, weight, bias, eps, residual, residual_norm: as `instance_norm`.
 
     Returns:
-        y, in the memory format of `x`, and the statistics, float32: (2, N, C) mean and rstd, and where `residual_norm`
-        (4, N, C) with those of the residual behind.
+        y, in the memory format of `x`; float32 statistics, (2, N, C): mean and rstd, or (4, N, C) with `residual_norm`:
+        the residual's after them.
     """
     x = _dense(x)
     residual = None if residual is None else _like(residual, x)
     y, stats = _forward_outputs(x, residual_norm)
     plan = _plan(x.shape, x.dtype, _is_channels_last(x), 1 if residual is None else 2)
-    key = _key(x, residual, residual_norm)
+    key = _key_of(x, residual, residual_norm)
     common = {"x_ptr": x, "r_ptr": residual, **plan.sizes}
     write = {"y_ptr": y, "stats_ptr": stats, "NORMALISED": residual_norm}
     write |= _parameters(weight, bias, slope_tensor, slope)
@@ -663,18 +687,18 @@ def instance_norm_forward(
 
 
 def _combine_statistics(partial: Tensor, stats: Tensor, eps: float, plan: _Plan, key: str) -> None:
-    block_splits = _power_of_two(plan.splits)
-    block_rows = min(_power_of_two(plan.rows), max(COMBINE_TILE // block_splits, 1))
+    block_splits = next_power_of_two(plan.splits)
+    block_rows = min(next_power_of_two(plan.rows), max(COMBINE_TILE // block_splits, 1))
     args = {"partial_ptr": partial, "stats_ptr": stats, "eps": eps, "rows": plan.rows, "S": plan.voxels}
     args |= {"chunk": plan.chunk, "splits": plan.splits, "BLOCK_ROWS": block_rows, "BLOCK_SPLITS": block_splits}
-    grid = _ceil_div(plan.rows, block_rows), stats.shape[0] // 2
+    grid = ceil_div(plan.rows, block_rows), stats.shape[0] // 2
     dispatch.launch(norm_combine_kernel, lambda config: grid, args, [{"num_warps": 4, "num_stages": 1}], key)
 
 
 def _backward_outputs(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, slope_tensor: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised dx, dweight, dbias, dslope and dresidual for a dense `x`; empty where there is no such input."""
+    """Uninitialised dx, dweight, dbias, dslope and dresidual for a dense `x`; of no elements without that input."""
 
     def gradient(given: Tensor | None) -> Tensor:
         return x.new_empty(0) if given is None else given.new_empty(given.shape)
@@ -694,23 +718,23 @@ def instance_norm_backward(
     residual: Tensor | None,
     residual_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward kernels: one or two where a sample and channel fits a program, else three.
+    """Launch the backward: one or two kernels where a sample and channel fits a program, else three.
 
     Args:
         dy: gradient of y, any strides.
-        stats: as `instance_norm_forward` returned them.
+        stats: from `instance_norm_forward`.
         others: as `instance_norm_forward`, but a raw residual only with an activation: without one its gradient is dy.
 
     Returns:
-        dx, dweight, dbias, dslope, dresidual: the maps in the memory format of `x`, the others in shape and dtype of
-        their parameters; of zero elements where the input is None.
+        dx, dweight, dbias, dslope, dresidual: the maps in the memory format of `x`, the others as their parameters; of
+        no elements where the input is None.
     """
     x = _dense(x)
     dy = _like(dy, x)
     residual = None if residual is None else _like(residual, x)
     dx, dweight, dbias, dslope, dresidual = _backward_outputs(x, weight, bias, slope_tensor, residual)
     plan = _plan(x.shape, x.dtype, _is_channels_last(x), 2 if residual is None else 3)
-    key = _key(x, residual, residual_norm)
+    key = _key_of(x, residual, residual_norm)
     sums = x.new_empty((4, *x.shape[:2], plan.splits), dtype=torch.float32)
     common = {"x_ptr": x, "r_ptr": residual, "stats_ptr": stats, "NORMALISED": residual_norm, **plan.sizes}
     common |= _parameters(weight, bias, slope_tensor, slope)
@@ -726,7 +750,7 @@ def instance_norm_backward(
         means = sums.new_empty(sums.shape[:3])
         writes_g = residual is not None and not residual_norm
         args = {**common, "dy_ptr": dy, "g_ptr": dresidual if writes_g else None, "sums_ptr": sums}
-        tile = 2 if residual_norm else 4  # a third map and one more sum, or the registers do not suffice
+        tile = 2 if residual_norm else 4  # registers for a third map and one more sum
         configs = plan.configs((tile, 4, 3), (tile, 4, 1), (tile, 8, 3), (2 * tile, 8, 2), (2, 4, 2))
         dispatch.launch(norm_gradient_sums_kernel, plan.grid, args, configs, key)
         _combine_gradients(sums, means, *of_channels, residual_norm, plan, key)
@@ -750,12 +774,12 @@ def _combine_gradients(
     plan: _Plan,
     key: str,
 ) -> None:
-    block_splits = _power_of_two(plan.splits)
+    block_splits = next_power_of_two(plan.splits)
     args = {"sums_ptr": sums, "means_ptr": means, "N": plan.samples, "C": plan.channels, "S": plan.voxels}
     for name, gradient in (("dweight_ptr", dweight), ("dbias_ptr", dbias), ("dslope_ptr", dslope)):
         args[name] = gradient if gradient.numel() else None
     args |= {"splits": plan.splits, "NORMALISED": residual_norm, "BLOCK_SPLITS": block_splits}
-    args |= {"BLOCK_N": min(_power_of_two(plan.samples), max(COMBINE_TILE // block_splits, 1))}
+    args |= {"BLOCK_N": min(next_power_of_two(plan.samples), max(COMBINE_TILE // block_splits, 1))}
     configs = [{"num_warps": 4, "num_stages": 1}]
     dispatch.launch(norm_gradient_combine_kernel, lambda config: (plan.channels,), args, configs, key)
 
@@ -779,7 +803,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     y, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.slope, ctx.residual_norm = slope, residual_norm
-    # g = dy without an activation: a raw residual is neither needed nor kept, and its gradient is dy.
+    # Without an activation g = dy: a raw residual is not needed, and its gradient is dy.
     ctx.passes_dy = residual is not None and not residual_norm and slope is None and slope_tensor is None
     kept = None if ctx.passes_dy else residual
     ctx.save_for_backward(x, stats, weight, bias, slope_tensor, kept)
@@ -790,15 +814,13 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
     dx, dweight, dbias, dslope, dresidual = _backward_op(
         dy, x, stats, weight, bias, slope_tensor, ctx.slope, residual, ctx.residual_norm
     )
-    return (
-        dx,
-        None if weight is None else dweight,
-        None if bias is None else dbias,
-        None,
-        None if slope_tensor is None else dslope,
-        None,
-        dy if ctx.passes_dy else None if residual is None else dresidual,
-        None,
+    return dispatch.gradients(
+        instance_norm_forward,
+        x=dx,
+        weight=None if weight is None else dweight,
+        bias=None if bias is None else dbias,
+        slope_tensor=None if slope_tensor is None else dslope,
+        residual=dy if ctx.passes_dy else None if residual is None else dresidual,
     )
 
 
@@ -814,15 +836,15 @@ def _on_cpu(
     residual: Tensor | None,
     residual_norm: bool,
 ) -> Tensor:
-    """What the reference is, by PyTorch's group norm of one channel a group; arguments as `instance_norm`, unchecked.
+    """The reference by PyTorch's group norm, one channel a group; arguments as `instance_norm`, unchecked.
 
-    Of contiguous maps its statistics take a CPU a half to a fifth of the time, and it reads half precision without a
-    copy. What is added to a map and slopes that are tensors are float32, as in the reference.
+    On a CPU the statistics of contiguous maps take half to a fifth of the time, and half precision is read without a
+    copy. Residuals and slope tensors are float32, as in the reference.
     """
     if not x.is_contiguous() or math.prod(x.shape[2:]) == 1:
         return instance_norm_reference(x, weight, bias, eps, negative_slope, residual, residual_norm)
     compute = x.dtype if residual is None and not isinstance(negative_slope, Tensor) else torch.float32
-    # Without a float32 weight PyTorch keeps the statistics of half precision in half, and fails where there is a bias.
+    # Without a float32 weight PyTorch keeps half-precision statistics in half, and fails with a bias.
     weight = torch.ones(x.shape[1]) if weight is None else weight.float()
     bias = None if bias is None else bias.float()
     with torch.autocast("cpu", enabled=False):
@@ -838,29 +860,20 @@ def _on_cpu(
 
 
 def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    # Flat: of what is channels_last_3d PyTorch takes the variance as E[x^2] - E[x]^2, in float32.
+    # Flat: for channels_last_3d PyTorch computes the variance as E[x^2] - E[x]^2, in float32.
     return torch.group_norm(x.flatten(2), x.shape[1], weight, bias, eps).view(x.shape)
-
-
-@cache
-def _compiled_reference() -> Callable[..., Tensor]:
-    # Made anew for every shape: what was measured faster was. Dynamo would go back to eager after 8 of them.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(instance_norm_reference, dynamic=False)
 
 
 def _check_channels(name: str, tensor: Tensor | None, x: Tensor, sizes: tuple[int, ...]) -> None:
     if tensor is None:
         return
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} {tensor!r} must be a tensor, on {x.device}: torch.tensor({name}, device=x.device)")
+    check_is_tensor(name, tensor)
     if tensor.dim() != 1 or tensor.shape[0] not in sizes or tensor.dtype not in DTYPES:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)} {tensor.dtype}; x has {x.shape[1]} channels, so it must be "
             f"floating point of shape {' or '.join(f'({size},)' for size in dict.fromkeys(sizes))}"
         )
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move both to one device")
+    check_same_device(name, tensor, "x", x)
 
 
 def _check(
@@ -872,15 +885,7 @@ def _check(
     residual: Tensor | None,
     residual_norm: bool,
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"x is a {type(x).__name__}; instance_norm takes tensors: torch.as_tensor(x)")
-    if x.dim() != 5 or 0 in x.shape:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; instance_norm takes (batch, channels, X, Y, Z), five axes, "
-            "none of them empty"
-        )
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}; instance_norm takes floating point: convert with x.float()")
+    check_floats("x", x, "batch, channels, X, Y, Z")
     if not isinstance(eps, Real) or not 0 < eps < math.inf:
         raise ValueError(
             f"eps {eps!r} must be a positive number: a constant channel has variance 0; the usual value is 1e-5"
@@ -892,21 +897,14 @@ def _check(
         _check_channels("negative_slope", negative_slope, x, (1, channels))
     elif negative_slope is not None and not (isinstance(negative_slope, Real) and abs(negative_slope) < math.inf):
         raise ValueError(
-            f"negative_slope {negative_slope!r} must be a finite number, or a tensor of 1 or {channels}; None leaves "
-            "the activation out"
+            f"negative_slope {negative_slope!r} must be a finite number, or a tensor of 1 or {channels}; None means "
+            "no activation"
         )
-    if residual is None:
-        if residual_norm:
-            raise ValueError("residual_norm is True but there is no residual: give one, or leave residual_norm out")
-    elif not isinstance(residual, Tensor):
-        raise ValueError(
-            f"residual is a {type(residual).__name__}; it must be a tensor as x is: torch.as_tensor(residual)"
-        )
-    elif (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
-        raise ValueError(
-            f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device} but x is "
-            f"{tuple(x.shape)} {x.dtype} on {x.device}; they must agree in all three"
-        )
+    if residual is not None:
+        check_is_tensor("residual", residual)
+        check_alike("residual", residual, "x", x)
+    elif residual_norm:
+        raise ValueError("residual_norm is True but there is no residual: give one, or omit residual_norm")
 
 
 def instance_norm(
@@ -925,26 +923,25 @@ def instance_norm(
         weight, bias: (C,), each optional.
         eps: added to the variance.
         negative_slope: None = no activation; a number = leaky ReLU; a tensor of 1 or C elements = PReLU.
-        residual: same shape and dtype as `x`, added before the activation; copied if its memory format is another
-            than that of `x`, and so is the incoming gradient.
+        residual: same shape and dtype as `x`, added before the activation; copied if its memory format differs from
+            that of `x`, and so is the incoming gradient.
         residual_norm: normalise the residual by its own statistics first (without affine).
 
     Returns:
         Shape, dtype and memory format of `x`; statistics in float32.
 
     Raises:
-        ValueError: wrong rank, dtype, shape or device of a tensor, eps not positive, a slope that is no finite number,
-            `residual_norm` without a residual.
+        ValueError: a wrong rank, dtype, shape or device of a tensor; an eps that is not positive; a slope that is not
+            finite; `residual_norm` without a residual.
     """
     _check(x, weight, bias, eps, negative_slope, residual, residual_norm)
-    if torch.compiler.is_exporting():  # a graph holds plain operations, and leaves open the batch size that a key needs
+    if torch.compiler.is_exporting():  # an exported graph has plain operations, and any batch size; a key needs one
         return instance_norm_reference(x, weight, bias, eps, negative_slope, residual, residual_norm)
-    chosen = dispatch.path("instance_norm", x, _key(x, residual, residual_norm))
+    chosen = dispatch.path("instance_norm", x, _key_of(x, residual, residual_norm))
     if chosen == "triton":
         slope_tensor, slope = (negative_slope, None) if isinstance(negative_slope, Tensor) else (None, negative_slope)
         return _forward_op(x, weight, bias, eps, slope_tensor, slope, residual, residual_norm)[0]
-    # Inside somebody's torch.compile the reference is traced and compiled with the rest.
     function: Callable[..., Tensor] = instance_norm_reference
-    if chosen == "torch" and not torch.compiler.is_compiling():
-        function = _on_cpu if x.is_cpu else _compiled_reference()
+    if chosen == "torch" and not torch.compiler.is_compiling():  # else it is compiled with what is around it
+        function = _on_cpu if x.is_cpu else dispatch.compiled(instance_norm_reference, x.shape)
     return function(x, weight, bias, eps, negative_slope, residual, residual_norm)

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation finds what would not run, or not run well, on a GPU that is not here."""
+"""Ahead-of-time compilation finds kernels that would not run, or not run well, on a GPU that is not here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import triton.language as tl
 
 from benchmarks import bench_attention, bench_dice_ce, bench_instance_norm, tune
 from benchmarks.report import OURS
-from kernels import aot, attention, cases, dice_ce, dispatch, instance_norm
+from kernels import aot, attention, dice_ce, dispatch, instance_norm, workloads
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="TRITON_INTERPRET is set: nothing compiles")
-FITS = aot.Compiled("kernel", "case", "", 90, registers=128, stack=0, shared=227 * 1024, tensor_memory=512, traps=False)
+FITS = aot.Compiled(
+    "kernel", "workload", "", 90, registers=128, stack=0, shared=227 * 1024, tensor_memory=512, traps=False
+)
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def test_a_kernel_that_fits_has_no_faults(arch: int) -> None:
     assert compiled.arch == arch and compiled.registers > 0 and not compiled.faults()
 
 
-def test_registers_that_do_not_suffice_are_found() -> None:
+def test_too_few_registers_are_found() -> None:
     compiled = compile_square(90, 64, torch.bfloat16, num_warps=1, maxnreg=64)
     assert any("spills" in fault for fault in compiled.faults())
 
@@ -71,70 +73,74 @@ def test_each_limit_is_a_fault_just_beyond(change: dict[str, Any], word: str) ->
     assert word in fault
 
 
-def test_the_driver_that_was_there_is_there_again() -> None:
+def test_compiling_restores_the_driver() -> None:
     before = triton.runtime.driver._active
     compile_square(80, 16, torch.float16, num_warps=1)
     assert triton.runtime.driver._active is before
 
 
 def test_a_kernel_that_does_not_compile_is_a_fault_beside_the_others() -> None:
-    (fault,) = aot.Compiled("kernel", "case", "", 90, error="out of registers").faults()
+    (fault,) = aot.Compiled("kernel", "workload", "", 90, error="out of registers").faults()
     assert fault == "does not compile: out of registers"
 
 
-def signatures(all_cases: Iterable[cases.Case], every: bool) -> set[tuple[Any, ...]]:
+def signatures(every_workload: Iterable[workloads.Workload], every: bool) -> set[tuple[Any, ...]]:
     return {
         aot.signature(launch, config)
-        for case in all_cases
-        for launch in cases.launches(case)
+        for workload in every_workload
+        for launch in workloads.launches(workload)
         for config in (launch.candidates if every else launch.candidates[:1])
     }
 
 
-def test_every_kernel_of_the_package_is_among_the_cases() -> None:
+def test_every_kernel_of_the_package_is_in_a_workload() -> None:
     kernels = {
         name
         for module in (attention, dice_ce, instance_norm)
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and (name.endswith("_kernel") or not name.startswith("_"))
     }
-    assert kernels and kernels == {signature[0] for signature in signatures(cases.MODELS, every=False)}
+    assert kernels and kernels == {signature[0] for signature in signatures(workloads.MODELS, every=False)}
 
 
-def test_continuous_integration_compiles_no_more_than_it_has_time_for() -> None:
-    assert len(signatures(cases.MODELS, every=False)) < 60
+def test_continuous_integration_has_few_enough_kernels_to_compile() -> None:
+    assert len(signatures(workloads.MODELS, every=False)) < 60
 
 
 SMALL = (
-    cases.Attention(2, 10, 24, 51),
-    cases.Attention(1, 2, 520, 16, torch.float32),
-    cases.InstanceNorm((2, 16, 32, 32, 16), residual="normalised", prelu=True, affine=True),
-    cases.InstanceNorm((2, 3, 32, 32, 33), torch.float32, cases.FIRST, residual="raw"),
-    cases.InstanceNorm((2, 5, 4, 4, 4), affine=True),
-    cases.DiceCE((2, 3, 16, 16, 16)),
-    cases.DiceCE((1, 3, 9, 7, 5), torch.float32, "argmax", cases.LAST),
+    workloads.AttentionWorkload(2, 10, 24, 51),
+    workloads.AttentionWorkload(1, 2, 520, 16, torch.float32),
+    workloads.InstanceNormWorkload((2, 16, 32, 32, 16), residual="normalised", prelu=True, affine=True),
+    workloads.InstanceNormWorkload((2, 3, 32, 32, 33), torch.float32, workloads.FIRST, residual="raw"),
+    workloads.InstanceNormWorkload((2, 5, 4, 4, 4), affine=True),
+    workloads.DiceCEWorkload((2, 3, 16, 16, 16)),
+    workloads.DiceCEWorkload((1, 3, 9, 7, 5), torch.float32, "argmax", workloads.LAST),
 )
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_what_is_compiled_ahead_is_what_a_training_step_launches(
-    case: cases.Case, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("workload", SMALL, ids=str)
+def test_ahead_of_time_compilation_covers_what_a_training_step_launches(
+    workload: workloads.Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Triton's own key, so that its cache serves the launch; and by the key of the tuned configurations."""
-    bench = {cases.Attention: bench_attention, cases.InstanceNorm: bench_instance_norm, cases.DiceCE: bench_dice_ce}
+    bench = {
+        workloads.AttentionWorkload: bench_attention,
+        workloads.InstanceNormWorkload: bench_instance_norm,
+        workloads.DiceCEWorkload: bench_dice_ce,
+    }
     monkeypatch.setattr(dispatch, "path", lambda *args: "triton")
     launched: list[dispatch.Launch] = []
     with dispatch.observed(launched.append):
-        (call, *_) = bench[type(case)].calls(case, OURS, "forward + backward")
+        (call, *_) = bench[type(workload)].calls(workload, OURS, "forward + backward")
         launched.clear()
         call()
 
     def described(launches: Iterable[dispatch.Launch]) -> list[Any]:
         return [(it.key, aot.signature(it, it.candidates[0]), list(it.candidates)) for it in launches]
 
-    assert described(launched) == described(cases.launches(case))
+    assert described(launched) == described(workloads.launches(workload))
 
 
-def test_what_the_benchmarks_launch_is_compiled_before() -> None:
-    measured = [case for bench in tune.BENCHES for case in bench.GPU_CASES]
-    assert signatures(measured, every=True) <= signatures((*cases.MODELS, *cases.MEASURED), every=True)
+def test_the_benchmarks_launch_nothing_that_was_not_compiled() -> None:
+    measured = [workload for bench in tune.BENCHES for workload in bench.GPU_WORKLOADS]
+    assert signatures(measured, every=True) <= signatures((*workloads.MODELS, *workloads.MEASURED), every=True)

@@ -1,7 +1,7 @@
 """Attention against torch's own in float64, on the head sizes and layouts that the models use.
 
-Plainly run, this tests the reference. With `TRITON_INTERPRET=1` the kernels run on the CPU, and natively on a GPU;
-float64, and bfloat16 in the interpreter, take the reference all the same.
+A plain run tests the reference, other runs the kernels (see `kernel_paths`), except for float64 and in the interpreter
+bfloat16, which take the reference.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_paths import DEVICES, ON_GPU, needs_kernels, runs_kernels
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from kernels import attention, dispatch
 from kernels.attention import attention_backward, attention_forward, flash_attention
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# Largest error over the largest true value: float32 sums and, in half precision, P, dS and the results rounded.
-TOLERANCES = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-DTYPES = list(TOLERANCES)
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Largest error over the largest true value: float32 sums and, in half precision, P, dS and the results rounded."""
+DTYPES = [dtype for dtype in TOLERANCES if not dispatch.INTERPRETED or dtype in (torch.float16, torch.float32)]
+"""In the interpreter others take the reference, as in a plain run."""
 # (B, H, N, D). Up to 256 tokens one block holds every key, beyond 512 delta has a launch of its own.
 SHAPES = [
     (1, 2, 1, 1),
@@ -35,7 +36,6 @@ SHAPES = [
     (1, 1, 300, 51),
     (1, 1, 515, 51),
     (1, 1, 640, 64),
-    (1, 1, 1024, 16),
 ]
 # The two UNETRs at their crops, a crop of 96 voxels a side, and a long sequence.
 MODELS = [(2, 10, 256, 51), (2, 12, 512, 64), (2, 10, 216, 51), (1, 4, 4096, 64)]
@@ -43,26 +43,16 @@ MODELS = [(2, 10, 256, 51), (2, 12, 512, 64), (2, 10, 216, 51), (1, 4, 4096, 64)
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A device, with the kernels insisted on where they run on it; in large blocks in the interpreter, to be fast."""
-    if runs_kernels(request.param):
-        dispatch.use("triton", request.param)
-    with dispatch.observed(run_in_few_programs) if request.param == "cpu" else nullcontext():
+    """A device; kernels are required where they can run, and the interpreter takes large blocks, to be fast."""
+    mode: dispatch.Kernels = "triton" if runs_kernels(request.param) else "auto"
+    observed = dispatch.observed(run_in_few_programs) if request.param == "cpu" else nullcontext()
+    with dispatch.using(mode, request.param), observed:
         yield request.param
-    dispatch.use("auto")
-
-
-def runs_kernels(device: str) -> bool:
-    return device == ("cpu" if dispatch.INTERPRETED else "cuda")
 
 
 def run_in_few_programs(launch: dispatch.Launch) -> None:
     config = {**launch.candidates[0]}
     launch.run(config | {name: max(256, config[name]) for name in ("BLOCK_M", "BLOCK_N") if name in config})
-
-
-def needs_kernels(device: str) -> None:
-    if not runs_kernels(device):
-        pytest.skip("the kernels run on a GPU, and on a CPU with TRITON_INTERPRET=1")
 
 
 def random_qkv(
@@ -88,7 +78,7 @@ def in_float64(inputs: list[Tensor], dout: Tensor, scale: float | None = None) -
 def assert_attention_is_right(
     inputs: list[Tensor], scale: float | None = None, dout: Tensor | None = None, autocast: bool = False
 ) -> None:
-    """Output and gradients against float64: gradients by the largest of all three, for a true one may be zero."""
+    """Output and gradients against float64; gradients by the largest of all three, as a true one may be zero."""
     q, k, v = inputs
     tolerance = TOLERANCES[q.dtype]
     with torch.autocast(q.device.type, torch.bfloat16, enabled=autocast):
@@ -100,23 +90,7 @@ def assert_attention_is_right(
     for name, x, y, unit in zip(("out", "dq", "dk", "dv"), actual, expected, largest, strict=True):
         assert x.dtype == q.dtype
         error = ((x.double() - y).abs().max() / unit).item()
-        assert error <= tolerance, f"{name} is off by {error:.1e} of the largest, {tolerance:.1e} is allowed"
-
-
-@pytest.mark.parametrize("shape", [(2, 10, 33, 51), (1, 3, 64, 64), (2, 1, 1, 1), (1, 2, 7, 128)])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_output_and_gradients_equal_torch_attention(shape: tuple[int, ...], scale: float | None) -> None:
-    ours, torchs = random_qkv(shape), random_qkv(shape)
-    q, k, v = ours
-    out = flash_attention(q, k, v, scale=scale)
-    q, k, v = torchs
-    expected = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    weights = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for mine, theirs in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+        assert error <= tolerance, f"{name} is off by {error:.1e} of the largest, more than {tolerance:.1e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,8 +99,8 @@ def test_every_size_equals_float64(shape: tuple[int, ...], dtype: torch.dtype, d
     assert_attention_is_right(random_qkv(shape, dtype, device))
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", [ON_GPU], indirect=True)
+@pytest.mark.parametrize("dtype", dispatch.DTYPES)
 @pytest.mark.parametrize("shape", MODELS, ids=str)
 def test_views_of_the_models_sizes_equal_float64_and_themselves(
     shape: tuple[int, ...], dtype: torch.dtype, device: str
@@ -147,8 +121,9 @@ def assert_the_same_bits(inputs: list[Tensor]) -> None:
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (128, 32), (64, 128)], ids=str)
-@pytest.mark.parametrize("delta_in_kernel", [True, False])
+@pytest.mark.parametrize(
+    ("blocks", "delta_in_kernel"), [((16, 16), True), ((16, 64), False), ((128, 32), False), ((64, 128), True)], ids=str
+)
 def test_blocks_of_any_size_are_right(
     blocks: tuple[int, int], delta_in_kernel: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +140,7 @@ def test_blocks_of_any_size_are_right(
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])
-def test_any_finite_scale_is_taken(scale: float, device: str) -> None:
+def test_any_finite_scale_is_right(scale: float, device: str) -> None:
     assert_attention_is_right(random_qkv((1, 2, 33, 51), torch.float32, device), scale)
 
 
@@ -223,7 +198,7 @@ def test_any_strides_are_read_as_they_are(layout: str, device: str) -> None:
     assert_attention_is_right(inputs, dout=dout)
 
 
-def test_a_gradient_that_is_one_number_everywhere_is_right(device: str) -> None:
+def test_an_expanded_gradient_is_right(device: str) -> None:
     inputs = random_qkv((1, 2, 33, 51), torch.float32, device)
     assert_attention_is_right(inputs, dout=torch.ones((), device=device).expand(1, 2, 33, 51))
 
@@ -270,7 +245,7 @@ def test_torchs_own_attention_has_the_same_meaning(
     assert_attention_is_right(random_qkv((2, 2, 33, 51), torch.float32, device), scale)
 
 
-def test_torchs_own_attention_takes_the_backend_that_was_measured_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_own_attention_takes_the_fastest_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "path", lambda *_: "torch")
     q, k, v = random_qkv((1, 2, 33, 51), torch.float32)
     for backend, is_flash in ((SDPBackend.FLASH_ATTENTION, True), (SDPBackend.MATH, False)):
@@ -288,7 +263,7 @@ def test_scores_beyond_the_range_of_float16_do_not_overflow(dtype: torch.dtype, 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("tokens", [33, pytest.param(300, marks=pytest.mark.gpu)])
 def test_scores_of_thousands_keep_exact_gradients(sign: int, tokens: int, device: str) -> None:
-    """Far below zero, where the exponential of a key that is not there would be infinite, and far above."""
+    """Far below zero, where the exponential of a missing key would be infinite, and far above."""
     q, k, v = random_qkv((1, 1, tokens, 51), torch.float16, device)
     with torch.no_grad():
         q, k = sign * (20 + q / 8), 20 + k / 8
@@ -358,9 +333,9 @@ def test_launches_can_be_collected_without_memory(tokens: int) -> None:
         assert len({tuple(sorted(config.items())) for config in launch.candidates}) == len(launch.candidates)
 
 
-def test_what_is_tuned_apart_has_a_key_of_its_own() -> None:
+def test_shapes_that_are_tuned_separately_have_different_keys() -> None:
     def key(*shape: int, dtype: torch.dtype = torch.bfloat16) -> str:
-        return attention._key(torch.empty(shape, dtype=dtype, device="meta"))
+        return attention._key(torch.Size(shape), dtype)
 
     assert key(2, 10, 216, 51) == "N216 D51 heads32 bfloat16"
     others = [(2, 10, 256, 51), (2, 10, 216, 64), (4, 10, 216, 51)]
@@ -368,7 +343,7 @@ def test_what_is_tuned_apart_has_a_key_of_its_own() -> None:
     assert key(2, 10, 216, 51) != key(2, 10, 216, 51, dtype=torch.float16)
 
 
-def test_a_models_grid_fills_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_grid_fills_a_gpu() -> None:
     launches: list[dispatch.Launch] = []
     q = torch.empty(2, 10, 256, 51, dtype=torch.bfloat16, device="meta")
     with dispatch.observed(launches.append):
@@ -378,7 +353,7 @@ def test_a_models_grid_fills_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 17, 51), (1, 1, 1, 8)])
-def test_the_operators_are_registered_rightly(shape: tuple[int, ...], device: str) -> None:
+def test_the_operators_pass_opcheck(shape: tuple[int, ...], device: str) -> None:
     needs_kernels(device)
     qkv = torch.randn(shape[0], shape[2], 3, shape[1], shape[3], generator=torch.Generator().manual_seed(0)).to(device)
     q, k, v = (x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
@@ -419,16 +394,19 @@ def test_a_second_derivative_is_refused(device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(2, 3, 4)}, r"q has shape \(2, 3, 4\).*four axes"),
-        ({"v": torch.zeros(1, 2, 0, 8)}, r"v has shape \(1, 2, 0, 8\)"),
-        ({"q": torch.zeros(0, 2, 4, 8)}, r"q has shape \(0, 2, 4, 8\).*none of them empty"),
+        ({"q": torch.zeros(2, 3, 4)}, r"q of shape \(2, 3, 4\) .* axes \(batch, heads, tokens, features\)"),
+        ({"v": torch.zeros(1, 2, 0, 8)}, r"v of shape \(1, 2, 0, 8\)"),
+        ({"q": torch.zeros(0, 2, 4, 8)}, r"q of shape \(0, 2, 4, 8\).*none of them empty"),
         ({"k": torch.zeros(1, 2, 5, 8)}, r"k is \(1, 2, 5, 8\).*q is \(1, 2, 4, 8\)"),
         ({"v": torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)}, "v is .*bfloat16.*must agree"),
-        ({"q": torch.zeros(1, 2, 4, 8, dtype=torch.int32)}, "q is torch.int32.*floating point"),
+        (
+            {"q": torch.zeros(1, 2, 4, 8, dtype=torch.int32)},
+            "q of torch.int32 must be .*: convert with q.float",
+        ),
         (dict.fromkeys("qkv", torch.zeros(1, 2, 4, 129)), "129 features per head; the limit is 128"),
-        ({"q": [[0.0]]}, "q is a list.*tensors"),
+        ({"q": [[0.0]]}, "q must be a tensor, not list: torch.as_tensor"),
         ({"scale": float("nan")}, "scale nan must be a finite number"),
-        ({"scale": "x"}, "scale 'x' must be a finite number; leave it out"),
+        ({"scale": "x"}, "scale 'x' must be a finite number; omit it"),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict, message: str) -> None:

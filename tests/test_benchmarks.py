@@ -12,7 +12,7 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks import (
     bench_attention,
+    bench_dice_ce,
     bench_instance_norm,
     bench_train,
     common,
@@ -33,28 +34,27 @@ from benchmarks import (
 from benchmarks.common import MARGIN, Roofline
 from engine.config import DataConfig, PhantomConfig
 from engine.ranks.distributed import Ranks
-from kernels import cases, dispatch
+from kernels import dispatch, workloads
 from kernels.dice_ce import region_masks
 from models.convert import to_reference
 from pipelines.phantom import make_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = (cases.Attention(1, 2, 32, 16, torch.float32), cases.Attention(1, 2, 64, 16, torch.float32))
+SMALL = tuple(workloads.AttentionWorkload(1, 2, tokens, 16, torch.float32) for tokens in (32, 64))
 
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], dict[str, Any]]]:
-    """What tuning has written for two small cases of attention, on a GPU that runs no kernels."""
+    """What tuning wrote for two small attention workloads, on a GPU that runs no kernels."""
     monkeypatch.setattr(dispatch, "TUNED_FILE", tmp_path / "tuned.json")
     monkeypatch.setattr(dispatch, "_refusal", lambda device: "")
     monkeypatch.setattr(dispatch, "_capability", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
     monkeypatch.setattr(dispatch.Launch, "run", lambda launch, config: None)
-    monkeypatch.setattr(bench_attention, "CASES", CASES)
+    monkeypatch.setattr(bench_attention, "WORKLOADS", SMALL)
     monkeypatch.setattr(tune, "BENCHES", (bench_attention,))
     dispatch.tuned_table.cache_clear()
     yield lambda: json.loads((tmp_path / "tuned.json").read_text())["sm_90"]
-    dispatch.use("auto")
     dispatch.tuned_table.cache_clear()
 
 
@@ -75,8 +75,8 @@ def tune_by(clock: Clock, monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any
     tune.tune(measured, lambda: tune._write("sm_90", measured))
 
 
-KEYS = [launches[0].key for launches in map(cases.launches, CASES)]
-FIRST = cases.launches(CASES[0])[0]
+KEYS = [launches[0].key for launches in map(workloads.launches, SMALL)]
+FIRST = workloads.launches(SMALL[0])[0]
 
 
 def test_tuning_lists_the_fastest_backend_where_ours_loses_in_one_direction(
@@ -148,9 +148,9 @@ def test_tuning_that_is_cut_short_leaves_what_it_measured_and_what_was_listed(
     assert table()["torch"] == {"forward": {}, "forward + backward": {}}
 
 
-def row(variant: str, seconds: float, direction: str = "forward", in_cache: bool = False) -> report.Row:
+def row(variant: str, seconds: float, direction: str = "forward", in_cache: bool = False) -> report.Measurement:
     path = "triton" if variant == report.OURS else ""
-    return report.Row("op", "case", direction, variant, path, seconds, 1.0, 8, 0, 0.5, in_cache)
+    return report.Measurement("op", "case", direction, variant, path, seconds, 1.0, 8, 0, 0.5, in_cache)
 
 
 def test_a_row_is_lost_in_either_direction_beyond_the_margin() -> None:
@@ -173,10 +173,29 @@ def test_the_summary_holds_ceilings_each_case_and_what_was_lost(
     assert " 50 %*" in said and "0.50 x SDPA cuDNN" in said and "lost: op case forward: SDPA cuDNN" in said
 
 
+@pytest.mark.parametrize("residual", ["none", "raw", "normalised"])
+def test_passes_are_the_maps_that_the_kernels_take(residual: Literal["none", "raw", "normalised"]) -> None:
+    workload = workloads.InstanceNormWorkload((2, 16, 64, 64, 64), residual=residual)
+    counts = [0, 0]
+    for launch in workloads.launches(workload):
+        maps = [arg for arg in launch.args.values() if isinstance(arg, torch.Tensor) and arg.shape == workload.shape]
+        counts["gradient" in launch.name] += len(maps)
+    assert tuple(counts) == bench_instance_norm.PASSES[residual]
+
+
+def test_the_loss_reads_every_voxel_once_each_way() -> None:
+    voxels = 16 * 128 * 128 * 64
+    work = [
+        bench_dice_ce.work(workloads.DiceCEWorkload((16, 3, 128, 128, 64)), direction)
+        for direction in common.DIRECTIONS
+    ]
+    assert [each.bytes for each in work] == [7 * voxels, (7 + 13) * voxels]
+
+
 def test_passes_are_those_of_one_launch_where_a_sample_and_channel_fits_a_program() -> None:
-    both = cases.InstanceNorm((2, 256, 8, 8, 4)), cases.InstanceNorm(cases.LARGE)
+    both = workloads.InstanceNormWorkload((2, 256, 8, 8, 4)), workloads.InstanceNormWorkload(workloads.LARGE)
     passes = [
-        [bench_instance_norm.work(case, direction).bytes // (2 * torch.Size(case.shape).numel()) for case in both]
+        [bench_instance_norm.work(each, direction).bytes // (2 * torch.Size(each.shape).numel()) for each in both]
         for direction in common.DIRECTIONS
     ]
     assert passes == [[2, 3], [5, 8]]

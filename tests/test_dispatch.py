@@ -1,11 +1,14 @@
-"""Which path an operation takes, who says so, and how a kernel gets its configuration."""
+"""Which path an operation takes, who decides, and how a kernel gets its configuration."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,22 +16,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_paths import not_interpreted
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import cases, dispatch
-
-needs_compiled_kernels = pytest.mark.skipif(dispatch.INTERPRETED, reason="TRITON_INTERPRET is set")
+from kernels import dispatch, workloads
 
 
 @pytest.fixture(autouse=True)
-def auto_afterwards() -> Iterator[None]:
-    yield
-    dispatch.use("auto")
+def auto_before_and_after() -> Iterator[None]:
+    with dispatch.using("auto"):
+        yield
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """As on an H100 on which three things were measured."""
+    """As on an H100 with three measurements."""
     measured = {
         "configs": {"a_kernel": {"N256": {"BLOCK": 64, "num_warps": 8}}},
         "torch": {
@@ -48,7 +50,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     dispatch.tuned_table.cache_clear()
 
 
-@needs_compiled_kernels
+@not_interpreted
 def test_a_cpu_takes_pytorch_and_says_why() -> None:
     why = "Triton kernels need an NVIDIA GPU, the tensors are on cpu"
     assert dispatch.use("auto", "cpu") == f"kernels: PyTorch's own ({why})"
@@ -59,7 +61,7 @@ def test_a_cpu_takes_pytorch_and_says_why() -> None:
     assert dispatch.path("instance_norm", torch.zeros(1), "float32") == "reference"
 
 
-@needs_compiled_kernels
+@not_interpreted
 def test_triton_on_a_cpu_is_refused_at_once_and_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="kernels 'triton': Triton kernels need an NVIDIA GPU.*'auto'"):
         dispatch.use("triton", "cpu")
@@ -68,19 +70,35 @@ def test_triton_on_a_cpu_is_refused_at_once_and_at_each_call(monkeypatch: pytest
         dispatch.path("attention", torch.zeros(1), "N256")
 
 
+def test_using_restores_the_mode_from_before_also_after_an_error() -> None:
+    x = torch.zeros(1, dtype=torch.float16)
+    paths = [dispatch.path("instance_norm", x, "")]
+    with dispatch.using("reference", "cpu") as line:
+        assert line == "kernels: reference (asked for)"
+        with pytest.raises(ValueError, match="kernels 'cuda'"), dispatch.using("cuda", "cpu"):  # type: ignore[arg-type]
+            raise AssertionError
+        assert dispatch.path("instance_norm", x, "") == "reference"
+        with pytest.raises(KeyError), dispatch.using("auto", "cpu"):
+            paths.append(dispatch.path("instance_norm", x, ""))
+            raise KeyError
+        assert dispatch.path("instance_norm", x, "") == "reference"
+    paths.append(dispatch.path("instance_norm", x, ""))
+    assert paths == 3 * ["triton" if dispatch.INTERPRETED else "torch"]
+
+
 def test_an_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match="kernels 'cuda' must be one of auto, triton, reference"):
         dispatch.use("cuda")  # type: ignore[arg-type]
 
 
-def test_float64_and_the_asked_for_reference_never_run_a_kernel(on_a_gpu: None) -> None:
+def test_float64_and_the_reference_mode_never_run_a_kernel(on_a_gpu: None) -> None:
     assert dispatch.path("attention", torch.zeros(1, dtype=torch.float64), "N256") == "reference"
     assert dispatch.path("attention", torch.zeros(1, dtype=torch.bfloat16), "N256") == "triton"
     assert dispatch.use("reference", "cuda") == "kernels: reference (asked for)"
     assert dispatch.path("attention", torch.zeros(1), "N256") == "reference"
 
 
-def test_pytorch_takes_over_where_it_was_measured_faster_and_the_log_says_where(on_a_gpu: None) -> None:
+def test_pytorch_is_taken_where_it_was_faster_and_the_log_says_where(on_a_gpu: None) -> None:
     said = dispatch.use("auto", "cuda")
     assert said == (
         "kernels: triton (NVIDIA H100, sm_90); PyTorch's own where it was measured faster: "
@@ -101,7 +119,7 @@ def test_training_goes_by_forward_and_backward_and_inference_by_the_forward(on_a
         assert [dispatch.path("attention", q, key) for key in ("N512", "N4096")] == ["torch", "triton"]
 
 
-def test_the_backend_measured_fastest_goes_before_the_others_also_when_compiled(on_a_gpu: None) -> None:
+def test_the_fastest_backend_comes_first_also_when_compiled(on_a_gpu: None) -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(dispatch.sdpa_backends("attention", q, "N4096"), set_priority=True):
             return F.scaled_dot_product_attention(q, k, v)
@@ -113,7 +131,7 @@ def test_the_backend_measured_fastest_goes_before_the_others_also_when_compiled(
     torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
 
 
-def test_each_device_is_asked_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_device_has_its_own_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     capabilities = {0: (9, 0), 1: (7, 5)}
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -128,7 +146,7 @@ def test_each_device_is_asked_what_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Kernel:
-    """Stands in for a compiled kernel: notes its grid and arguments."""
+    """A fake kernel that records its grids and arguments."""
 
     def __init__(self) -> None:
         self.fn = SimpleNamespace(__name__="a_kernel")
@@ -138,7 +156,7 @@ class Kernel:
         return lambda **args: self.launched.append((grid, args))
 
 
-def test_a_measured_configuration_goes_before_the_default(on_a_gpu: None) -> None:
+def test_a_tuned_configuration_replaces_the_default(on_a_gpu: None) -> None:
     kernel, x = Kernel(), torch.zeros(1)
     candidates = [{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 64, "num_warps": 8}]
     for key in ("N256", "N512"):
@@ -149,9 +167,9 @@ def test_a_measured_configuration_goes_before_the_default(on_a_gpu: None) -> Non
     ]
 
 
-def test_a_configuration_measured_for_an_older_kernel_is_not_used_and_said_to_be_stale(on_a_gpu: None) -> None:
+def test_a_configuration_tuned_for_an_older_kernel_is_ignored_with_a_warning(on_a_gpu: None) -> None:
     kernel, candidates = Kernel(), [{"BLOCK_S": 128, "num_warps": 4}]
-    with pytest.warns(UserWarning, match="'BLOCK': 64.* for a_kernel N256, which is no candidate: tune again"):
+    with pytest.warns(UserWarning, match="'BLOCK': 64.* for a_kernel N256, which is not a candidate: tune again"):
         dispatch.launch(kernel, lambda c: (1,), {"x_ptr": torch.zeros(1)}, candidates, "N256")
     assert kernel.launched[0][1]["BLOCK_S"] == 128
 
@@ -165,10 +183,10 @@ def test_an_observed_launch_does_not_run() -> None:
 
 
 def stale(measured: dict[str, Any]) -> list[str]:
-    """What a table holds that no benchmark case would take: kernels and keys, configurations, operations and keys."""
+    """Entries of a table that no workload would use: kernels and keys, configurations, operations and keys."""
     candidates: dict[tuple[str, str], list[Any]] = {}
-    for case in cases.MEASURED:
-        for launch in cases.launches(case):
+    for workload in workloads.MEASURED:
+        for launch in workloads.launches(workload):
             candidates.setdefault((launch.name, launch.key), []).extend(launch.candidates)
     keys = {key for _, key in candidates}
     configs = [
@@ -182,8 +200,8 @@ def stale(measured: dict[str, Any]) -> list[str]:
     return configs + [op_key for op_key in won if op_key not in {f"{op} {key}" for op in ops for key in keys}]
 
 
-def test_what_was_measured_names_kernels_and_configurations_that_there_are() -> None:
-    launch = cases.launches(cases.ATTENTION[0])[0]
+def test_the_tuned_table_names_existing_kernels_and_configurations() -> None:
+    launch = workloads.launches(workloads.ATTENTION[0])[0]
     key, last = launch.key, dict(launch.candidates[-1])
     ours = {"configs": {launch.name: {key: last}}, "torch": {"forward": {f"flash_attention {key}": "MATH"}}}
     assert not stale(ours)
@@ -195,7 +213,7 @@ def test_what_was_measured_names_kernels_and_configurations_that_there_are() -> 
         assert not stale(measured)
 
 
-@needs_compiled_kernels
+@not_interpreted
 def test_the_interpreter_runs_kernels_on_a_cpu_but_not_in_bfloat16() -> None:
     code = (
         "import torch; from kernels import dispatch; print(dispatch.use('auto', 'cpu'));"
@@ -204,3 +222,88 @@ def test_the_interpreter_runs_kernels_on_a_cpu_but_not_in_bfloat16() -> None:
     env = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert "interpreted on the CPU" in done.stdout and done.stdout.split("\n")[1] == "triton reference", done.stderr
+
+
+MODULES = ("attention", "dice_ce", "instance_norm", "dispatch", "checks", "workloads", "aot")
+
+
+def run_python(code: str, **env: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@not_interpreted
+def test_importing_kernels_and_models_imports_no_compiler() -> None:
+    """`torch._dynamo` takes a second of processor time and brings sympy and inductor."""
+    code = """if True:
+        import sys
+        import kernels.attention, kernels.dice_ce, kernels.instance_norm, models
+        print(sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
+    """
+    assert run_python(code) == "[]\n"
+
+
+@not_interpreted
+def test_the_folder_works_under_any_name(tmp_path: Path) -> None:
+    shutil.copytree(Path(dispatch.__file__).parent, tmp_path / "glioforge_kernels")
+    code = f"""if True:
+        import sys
+        from importlib import import_module
+        for name in {MODULES}:
+            import_module("glioforge_kernels." + name)
+        import torch
+        from glioforge_kernels.instance_norm import instance_norm
+        assert instance_norm(torch.randn(1, 2, 4, 4, 4)).shape == (1, 2, 4, 4, 4)
+        print([name for name in sys.modules if name.split(".")[0] == "kernels"])
+    """
+    assert run_python(code, PYTHONPATH=str(tmp_path)) == "[]\n"
+
+
+@not_interpreted
+def test_a_function_is_compiled_for_each_shape_and_the_users_limit_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    limit, compiled = torch._dynamo.config.recompile_limit, []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    sizes = range(2, limit + 6)
+    for _ in range(2):
+        for size in sizes:
+            x = torch.ones(size)
+            assert dispatch.compiled(double, x.shape)(x).sum() == 2 * size
+    assert len(compiled) == len(sizes) and torch._dynamo.config.recompile_limit == limit
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_constants_of_compilation_are_marked_as_torch_marks_them() -> None:
+    def ours() -> None: ...
+
+    def torchs() -> None: ...
+
+    assert vars(dispatch.constant_when_compiled(ours)) == vars(torch.compiler.assume_constant_result(torchs)) != {}
+
+
+def test_a_key_is_made_once_for_a_shape() -> None:
+    made = []
+
+    @dispatch.once_per_shape
+    def key(shape: torch.Size, dtype: torch.dtype) -> str:
+        made.append(shape)
+        return f"{tuple(shape)} {dtype}"
+
+    keys = [key(torch.zeros(size).shape, torch.float32) for size in (2, 3, 2)]
+    assert keys[0] == keys[2] == "(2,) torch.float32" and len(made) == 2
+
+
+def test_gradients_are_ordered_by_the_arguments_of_the_forward() -> None:
+    def forward(x: Any, y: Any, option: int) -> None: ...
+
+    dy = torch.ones(1)
+    assert dispatch.gradients(forward, y=dy) == (None, dy, None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernel_paths import DEVICES, needs_kernels
 from torch import Tensor
 
 from kernels import dispatch
@@ -20,26 +21,20 @@ WIDTHS: dict[str, dict[str, int]] = {
     "unet": {"feature_size": 2},
 }
 REGIONS = ((2, 3), (1, 2, 3), (3,))
-TOLERANCE = 1e-3
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not dispatch.INTERPRETED, reason="on a CPU with TRITON_INTERPRET=1")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
+TOLERANCES = {"loss": 1e-5, "gradient": 1e-3, "bfloat16 loss": 2e-2}
+"""Relative; of a gradient by its norm."""
 
 
 @pytest.fixture(autouse=True)
-def auto_afterwards() -> Iterator[None]:
-    precise = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with precise:
+def precise_convolutions() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield
-    dispatch.use("auto")
 
 
 def loss_and_gradients(
     name: str, device: str, kernels: dispatch.Kernels, bfloat16: bool = False
 ) -> tuple[Tensor, list[Tensor], list[str]]:
-    """One step without an update, and the names of the launched kernels."""
-    dispatch.use(kernels, device)
+    """Loss and gradients of a step, and the names of the launched kernels."""
     torch.manual_seed(0)
     model = build_model(name, in_channels=4, img_size=IMG_SIZE, **WIDTHS[name]).to(device)
     generator = torch.Generator().manual_seed(1)
@@ -51,7 +46,7 @@ def loss_and_gradients(
         launched.append(launch.name)
         launch.run(launch.candidates[0])
 
-    with dispatch.observed(run):
+    with dispatch.using(kernels, device), dispatch.observed(run):
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             loss = dice_ce_loss(model(image), labels, REGIONS).loss
         loss.backward()
@@ -65,14 +60,15 @@ def joined(gradients: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_through_the_kernels_equals_a_step_through_pytorch(name: str, device: str) -> None:
+    needs_kernels(device)
     loss, gradients, launched = loss_and_gradients(name, device, "triton")
     expected, expected_gradients, none = loss_and_gradients(name, device, "reference")
     assert not none
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    # A parameter by its own gradient: that of a PReLU's slope is small. But a bias before a norm has none at all.
+    torch.testing.assert_close(loss, expected, rtol=TOLERANCES["loss"], atol=0)
+    # Each parameter by its own gradient, as that of a PReLU's slope is small; but a bias before a norm has none at all.
     floor = 1e-3 * joined(expected_gradients).norm()
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
-        assert (mine - theirs).norm() <= TOLERANCE * max(theirs.norm(), floor)
+        assert (mine - theirs).norm() <= TOLERANCES["gradient"] * max(theirs.norm(), floor)
     ops = {"attention", "dice_ce", "norm"} - ({"attention"} if name == "unet" else set())
     assert all(any(op in kernel for kernel in launched) for op in ops), set(launched)
 
@@ -86,6 +82,6 @@ def test_in_bfloat16_a_step_through_the_kernels_loses_no_more_than_one_through_p
     for kernels in ("triton", "reference"):
         loss, gradients, launched = loss_and_gradients(name, "cuda", kernels, bfloat16=True)
         assert bool(launched) == (kernels == "triton")
-        torch.testing.assert_close(loss, true_loss, rtol=2e-2, atol=0)
+        torch.testing.assert_close(loss, true_loss, rtol=TOLERANCES["bfloat16 loss"], atol=0)
         errors[kernels] = ((joined(gradients) - truth).norm() / truth.norm()).item()
     assert errors["triton"] <= 1.5 * errors["reference"] + 1e-3, errors

@@ -452,6 +452,14 @@ def test_a_step_on_a_gpu_waits_for_nothing(gpu_ranks: Ranks) -> None:
     assert step.values[4].item() == 0
 
 
+def test_a_step_does_not_check_labels_again(ranks: Ranks) -> None:
+    """They were checked when they were read; on a GPU the check would wait for the device."""
+    step, (image, labels) = make_step(ranks), batch(0)
+    labels[0, 0, 0, 0] = 200
+    step(image, labels)
+    assert step.values.isfinite().all()
+
+
 class Replay:
     """What a CUDA graph does, on a CPU: the same pass again, into the memory of the first."""
 

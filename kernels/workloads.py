@@ -1,7 +1,7 @@
 """What the kernels are compiled, tuned and measured on.
 
-    MODELS    what the models launch: compiled for every GPU by continuous integration, in default configurations
-    MEASURED  the sizes that tuning decides and the benchmarks report; compiled in every configuration before either
+    MODELS    what the models launch: continuous integration compiles it for every GPU, in default configurations
+    MEASURED  the sizes that are tuned and that the benchmarks report; compiled in every configuration before either
     OTHERS    what other users bring, and the options that change a kernel
 
 `python -m kernels.aot --every` compiles all three in every configuration.
@@ -15,16 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import attention, dice_ce, dispatch, instance_norm
+from . import attention, dice_ce, dispatch, instance_norm
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last_3d
 REGIONS = ((2, 3), (1, 2, 3), (3,))
 """TC, WT and ET in the coding of the Medical Segmentation Decathlon."""
 WEIGHT = (1.0, 2.0, 4.0)
-"""One for each region, where a case has weights."""
+"""One for each region of a weighted loss."""
 SLOPE = 0.01
-
-
 _Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -37,8 +35,8 @@ def _layout(memory_format: torch.memory_format) -> str:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Queries, keys and values as the model hands them over: views into one projection (B, N, 3, H, D)."""
+class AttentionWorkload:
+    """Queries, keys and values as the model passes them: views into one projection (B, N, 3, H, D)."""
 
     batch: int
     heads: int
@@ -50,20 +48,20 @@ class Attention:
         return f"{(self.batch, self.heads, self.tokens, self.features)} {_short(self.dtype)}"
 
     def inputs(self, device: torch.device | str) -> list[Tensor]:
-        """q, k, v (B, H, N, D), random, wanting gradients."""
+        """q, k, v (B, H, N, D), random, with gradients."""
         shape = (self.batch, self.tokens, 3, self.heads, self.features)
         qkv = torch.randn(shape, device=device).to(self.dtype)
         return [view.requires_grad_() for view in qkv.permute(2, 0, 3, 1, 4).unbind(0)]
 
     def run(self) -> None:
-        """Forward and backward on tensors without memory, for `dispatch.observed`."""
+        """Forward and backward on tensors without storage, for `dispatch.observed`."""
         q, k, v = self.inputs("meta")
         out, lse = attention.attention_forward(q, k, v, self.features**-0.5)
         attention.attention_backward(q, k, v, out, lse, torch.empty_like(out), self.features**-0.5)
 
 
 @dataclass(frozen=True)
-class InstanceNorm:
+class InstanceNormWorkload:
     """A feature map, its residual, and whether the activation is a PReLU instead of a leaky ReLU."""
 
     shape: tuple[int, int, int, int, int]
@@ -79,7 +77,7 @@ class InstanceNorm:
         return " ".join([str(self.shape), _short(self.dtype), _layout(self.memory_format), *uses])
 
     def inputs(self, device: torch.device | str) -> list[Tensor]:
-        """x, then the residual, the slope, and weight and bias, where there are any; random, wanting gradients."""
+        """x, then residual, slope, weight and bias where there are any; random, with gradients."""
         maps = [torch.randn(self.shape, device=device, dtype=self.dtype) for _ in range(1 + (self.residual != "none"))]
         tensors = [tensor.to(memory_format=self.memory_format) for tensor in maps]
         if self.prelu:
@@ -89,7 +87,7 @@ class InstanceNorm:
         return [tensor.requires_grad_() for tensor in tensors]
 
     def split(self, tensors: tuple[Tensor, ...]) -> _Operands:
-        """x, and residual, slope, weight and bias or None each, of a set of inputs."""
+        """x, residual, slope, weight and bias of a set of inputs; None for those that it lacks."""
         x, *rest = tensors
         residual = rest.pop(0) if self.residual != "none" else None
         slope = rest.pop(0) if self.prelu else None
@@ -97,7 +95,7 @@ class InstanceNorm:
         return x, residual, slope, weight, bias
 
     def run(self) -> None:
-        """As `Attention.run`."""
+        """As `AttentionWorkload.run`."""
         x, residual, slopes, weight, bias = self.split(tuple(self.inputs("meta")))
         slope = None if self.prelu else SLOPE
         normalised = self.residual == "normalised"
@@ -107,8 +105,8 @@ class InstanceNorm:
 
 
 @dataclass(frozen=True)
-class DiceCE:
-    """Logits and their label map, the kind of cross-entropy, and what else changes the kernels."""
+class DiceCEWorkload:
+    """Logits and their label map, the kind of cross-entropy, and the options that change the kernels."""
 
     shape: tuple[int, int, int, int, int]
     dtype: torch.dtype = torch.bfloat16
@@ -123,13 +121,13 @@ class DiceCE:
         return " ".join([str(self.shape), _short(self.dtype), self.ce, _layout(self.memory_format), *uses])
 
     def inputs(self, device: torch.device | str) -> list[Tensor]:
-        """Logits, wanting a gradient, and labels; random."""
+        """Logits, with a gradient, and labels; random."""
         logits = torch.randn(self.shape, device=device, dtype=self.dtype).to(memory_format=self.memory_format)
         labels = torch.randint(0, 4, (self.shape[0], *self.shape[2:]), device=device, dtype=torch.uint8)
         return [logits.requires_grad_(), labels]
 
     def run(self) -> None:
-        """As `Attention.run`."""
+        """As `AttentionWorkload.run`."""
         logits, labels = self.inputs("meta")
         table = torch.empty(256, dtype=torch.int64, device="meta")
         options = (list(WEIGHT) if self.weighted else None, self.ce, [1.0, 1.0, 1e-5, 1e-5])
@@ -138,90 +136,94 @@ class DiceCE:
         dice_ce.dice_ce_backward(loss, None, None, logits, labels, table, saved, *options, *flags)
 
 
-Case = Attention | InstanceNorm | DiceCE
+Workload = AttentionWorkload | InstanceNormWorkload | DiceCEWorkload
 LARGE, CROP = (2, 16, 128, 128, 64), (2, 3, 128, 128, 64)
 
-MODELS: tuple[Case, ...] = (
-    Attention(2, 10, 256, 51),
-    Attention(2, 10, 256, 51, torch.float32),
-    Attention(2, 12, 512, 64),
-    Attention(2, 12, 4096, 64),
-    Attention(1, 8, 4096, 128, torch.float32),
-    InstanceNorm(LARGE),
-    InstanceNorm(LARGE, residual="normalised"),
-    InstanceNorm(LARGE, residual="raw"),
-    InstanceNorm(LARGE, torch.float32, FIRST, residual="normalised", affine=True),
-    InstanceNorm(CROP, prelu=True),
-    InstanceNorm((2, 16, 16, 16, 16), memory_format=FIRST, residual="normalised"),
-    InstanceNorm((2, 256, 8, 8, 4), torch.float32, prelu=True),
-    DiceCE(CROP),
-    DiceCE(CROP, torch.float32, memory_format=LAST),
-    DiceCE(CROP, ce="multihot"),
-    DiceCE(CROP, torch.float32, ce="argmax"),
+MODELS: tuple[Workload, ...] = (
+    AttentionWorkload(2, 10, 256, 51),
+    AttentionWorkload(2, 10, 256, 51, torch.float32),
+    AttentionWorkload(2, 12, 512, 64),
+    AttentionWorkload(2, 12, 4096, 64),
+    AttentionWorkload(1, 8, 4096, 128, torch.float32),
+    InstanceNormWorkload(LARGE),
+    InstanceNormWorkload(LARGE, residual="normalised"),
+    InstanceNormWorkload(LARGE, residual="raw"),
+    InstanceNormWorkload(LARGE, torch.float32, FIRST, residual="normalised", affine=True),
+    InstanceNormWorkload(CROP, prelu=True),
+    InstanceNormWorkload((2, 16, 16, 16, 16), memory_format=FIRST, residual="normalised"),
+    InstanceNormWorkload((2, 256, 8, 8, 4), torch.float32, prelu=True),
+    DiceCEWorkload(CROP),
+    DiceCEWorkload(CROP, torch.float32, memory_format=LAST),
+    DiceCEWorkload(CROP, ce="multihot"),
+    DiceCEWorkload(CROP, torch.float32, ce="argmax"),
 )
 
 ATTENTION = (
-    Attention(2, 10, 256, 51),  # UNETR of self-attention-cv, 128 x 128 x 64
-    Attention(16, 10, 256, 51),
-    Attention(2, 10, 216, 51),  # 96 x 96 x 96
-    Attention(2, 12, 512, 64),  # UNETR of MONAI, 128 x 128 x 128
-    Attention(2, 12, 512, 64, torch.float16),
-    Attention(2, 12, 4096, 64),  # 256 x 256 x 256
-    Attention(2, 8, 512, 128),
-    Attention(2, 10, 256, 51, torch.float32),
+    AttentionWorkload(2, 10, 256, 51),  # UNETR of self-attention-cv, 128 x 128 x 64
+    AttentionWorkload(16, 10, 256, 51),
+    AttentionWorkload(2, 10, 216, 51),  # 96 x 96 x 96
+    AttentionWorkload(2, 12, 512, 64),  # UNETR of MONAI, 128 x 128 x 128
+    AttentionWorkload(2, 12, 512, 64, torch.float16),
+    AttentionWorkload(2, 12, 4096, 64),  # 256 x 256 x 256
+    AttentionWorkload(2, 8, 512, 128),
+    AttentionWorkload(2, 10, 256, 51, torch.float32),
 )
 INSTANCE_NORM = (
-    InstanceNorm(LARGE),
-    InstanceNorm((8, 32, 128, 128, 64)),
-    InstanceNorm(LARGE, memory_format=FIRST),
-    InstanceNorm(LARGE, residual="normalised"),
-    InstanceNorm(LARGE, residual="raw"),
-    InstanceNorm(LARGE, torch.float32, FIRST, residual="normalised"),
-    InstanceNorm((2, 16, 64, 64, 32), prelu=True),
-    InstanceNorm(CROP, prelu=True),
-    InstanceNorm((2, 64, 32, 32, 16)),
-    InstanceNorm((2, 128, 16, 16, 8), residual="normalised"),
-    InstanceNorm((2, 256, 8, 8, 4), prelu=True),
+    InstanceNormWorkload(LARGE),
+    InstanceNormWorkload((8, 32, 128, 128, 64)),
+    InstanceNormWorkload(LARGE, memory_format=FIRST),
+    InstanceNormWorkload(LARGE, residual="normalised"),
+    InstanceNormWorkload(LARGE, residual="raw"),
+    InstanceNormWorkload(LARGE, torch.float32, FIRST, residual="normalised"),
+    InstanceNormWorkload((2, 16, 64, 64, 32), prelu=True),
+    InstanceNormWorkload(CROP, prelu=True),
+    InstanceNormWorkload((2, 64, 32, 32, 16)),
+    InstanceNormWorkload((2, 128, 16, 16, 8), residual="normalised"),
+    InstanceNormWorkload((2, 256, 8, 8, 4), prelu=True),
 )
 DICE_CE = (
-    DiceCE(CROP),
-    DiceCE(CROP, ce="multihot"),
-    DiceCE(CROP, memory_format=LAST),
-    DiceCE(CROP, torch.float32),
-    DiceCE((16, *CROP[1:])),
-    DiceCE((16, *CROP[1:]), ce="multihot"),
-    DiceCE((16, *CROP[1:]), torch.float32, ce="argmax"),
+    DiceCEWorkload(CROP),
+    DiceCEWorkload(CROP, ce="multihot"),
+    DiceCEWorkload(CROP, memory_format=LAST),
+    DiceCEWorkload(CROP, torch.float32),
+    DiceCEWorkload((16, *CROP[1:])),
+    DiceCEWorkload((16, *CROP[1:]), ce="multihot"),
+    DiceCEWorkload((16, *CROP[1:]), torch.float32, ce="argmax"),
 )
-MEASURED: tuple[Case, ...] = ATTENTION + INSTANCE_NORM + DICE_CE
+MEASURED: tuple[Workload, ...] = ATTENTION + INSTANCE_NORM + DICE_CE
 
-OTHERS: tuple[Case, ...] = (
-    Attention(1, 12, 216, 64),
-    Attention(2, 10, 216, 51, torch.float32),
-    Attention(2, 10, 1000, 51),
-    Attention(2, 8, 512, 96, torch.float16),
-    Attention(2, 8, 216, 128, torch.float16),
-    Attention(2, 8, 4096, 128),
-    InstanceNorm(LARGE, torch.float16, FIRST, prelu=True, affine=True),
-    InstanceNorm(LARGE, torch.float32, residual="raw", prelu=True, affine=True),
-    InstanceNorm(LARGE, residual="normalised", prelu=True, affine=True),
-    InstanceNorm((1, 48, 33, 31, 17), residual="raw"),
-    InstanceNorm((1, 48, 33, 31, 17), torch.float32, FIRST, residual="normalised"),
-    InstanceNorm((2, 32, 16, 16, 8), residual="raw", prelu=True, affine=True),
-    InstanceNorm((2, 320, 4, 4, 4), torch.float16, FIRST, affine=True),
+OTHERS: tuple[Workload, ...] = (
+    AttentionWorkload(1, 12, 216, 64),
+    AttentionWorkload(2, 10, 216, 51, torch.float32),
+    AttentionWorkload(2, 10, 1000, 51),
+    AttentionWorkload(2, 8, 512, 96, torch.float16),
+    AttentionWorkload(2, 8, 216, 128, torch.float16),
+    AttentionWorkload(2, 8, 4096, 128),
+    InstanceNormWorkload(LARGE, torch.float16, FIRST, prelu=True, affine=True),
+    InstanceNormWorkload(LARGE, torch.float32, residual="raw", prelu=True, affine=True),
+    InstanceNormWorkload(LARGE, residual="normalised", prelu=True, affine=True),
+    InstanceNormWorkload((1, 48, 33, 31, 17), residual="raw"),
+    InstanceNormWorkload((1, 48, 33, 31, 17), torch.float32, FIRST, residual="normalised"),
+    InstanceNormWorkload((2, 32, 16, 16, 8), residual="raw", prelu=True, affine=True),
+    InstanceNormWorkload((2, 320, 4, 4, 4), torch.float16, FIRST, affine=True),
     *(
-        replace(case, weighted=weighted, squared_pred=squared)
-        for case in (DiceCE(CROP), DiceCE(CROP, ce="multihot"), DiceCE(CROP, torch.float32, ce="argmax"))
+        replace(workload, weighted=weighted, squared_pred=squared)
+        for workload in (
+            DiceCEWorkload(CROP),
+            DiceCEWorkload(CROP, ce="multihot"),
+            DiceCEWorkload(CROP, torch.float32, ce="argmax"),
+        )
         for weighted, squared in ((True, False), (False, True))
     ),
-    DiceCE((16, *CROP[1:]), torch.float16, ce="multihot", batch=True),
-    DiceCE(CROP, ce="argmax", memory_format=LAST, weighted=True),
-    DiceCE((1, 3, 33, 31, 17), ce="multihot"),
+    DiceCEWorkload((16, *CROP[1:]), torch.float16, ce="multihot", batch=True),
+    DiceCEWorkload(CROP, ce="argmax", memory_format=LAST, weighted=True),
+    DiceCEWorkload((1, 3, 33, 31, 17), ce="multihot"),
 )
 
 
-def launches(case: Case) -> list[dispatch.Launch]:
-    """Every launch of a case, forward and backward, not run."""
+def launches(workload: Workload) -> list[dispatch.Launch]:
+    """Every launch of a workload, forward and backward, not run."""
     found: list[dispatch.Launch] = []
     with dispatch.observed(found.append):
-        case.run()
+        workload.run()
     return found
