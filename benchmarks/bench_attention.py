@@ -1,9 +1,9 @@
 """Attention: our kernels, eager PyTorch, torch.compile, and each backend of PyTorch's scaled_dot_product_attention.
 
-Queries, keys and values are views into one projection (B, N, 3, H, D), as the model hands them over. Work: 4 B H N^2 D
-floating-point operations forward and 10 backward (five products of which one repeats the forward's); q, k, v read and
-out written, and backward q, k, v, out and its gradient read, three gradients written. float32 has for a ceiling what
-keeps its accuracy on tensor cores: three TF32 products for one.
+Queries, keys and values are views into one projection (B, N, 3, H, D), as the model passes them. Work: 4 B H N^2 D
+floating-point operations forward and 10 backward (five products, one of them the forward's again); q, k, v read and out
+written, and backward q, k, v, out and its gradient read, three gradients written. The ceiling of float32 is three TF32
+products for one, which keep its accuracy on tensor cores.
 
 MONAI has no attention apart from its projections: its whole `SABlock` stands against our `SelfAttention`.
 """
@@ -71,7 +71,7 @@ if IS_GPU:
 
 
 def calls(workload: AttentionWorkload, variant: str, direction: str) -> list[Callable[[], object]]:
-    """Calls to time; in a training step the inputs come from the cache too, being the projection's fresh output."""
+    """Calls to time; in a training step, too, the inputs come from the cache: the projection has just written them."""
     return calls_of(VARIANTS[variant], workload, direction, cached=True)
 
 

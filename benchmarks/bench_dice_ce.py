@@ -1,8 +1,8 @@
 """Dice + cross-entropy: ours, eager PyTorch, torch.compile, MONAI's loss.
 
-Ours, eager and torch.compile start from the uint8 label map. MONAI's loss is given its multi-hot float32 target ready
-made, which costs it a larger read and saves it the making. Work: logits and labels read once forward, once more
-backward, and the gradient written.
+Ours, eager and torch.compile start from the uint8 label map. MONAI's loss gets a ready multi-hot float32 target: a
+larger read, but no time to make it. Work: logits and labels read once forward, once more backward, and the gradient
+written.
 """
 
 from __future__ import annotations

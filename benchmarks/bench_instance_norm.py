@@ -45,7 +45,7 @@ CHOICES = ("torch.compile",)
 
 
 def work(workload: InstanceNormWorkload, direction: str) -> LeastWork:
-    """Passes over the feature map, and the maps that there are, in bytes."""
+    """Passes over the feature map, and the maps of one call, in bytes."""
     names = {launch.name for launch in launches(workload)}
     kernels = ("norm_forward_one_tile_kernel", "norm_backward_one_tile_kernel")
     forward, backward = (

@@ -1,9 +1,9 @@
-"""How an operation is timed, and what its time is compared with.
+"""How an operation is timed, and how its time compares with the machine's limits.
 
-On a GPU a time is a median of replays of a CUDA graph that holds many calls, so that neither Python nor the launches
-are in it; the same calls dispatched eagerly are timed beside it. Calls take turns over several sets of inputs where
-the second-level cache must not serve them, and each writes to memory of its own. On a CPU the calls are timed as they
-are. "forward" is without a gradient, as in inference; "forward + backward" is what training does.
+On a GPU a time is the median of replays of a CUDA graph of many calls, which excludes Python and launches; the same
+calls dispatched eagerly are timed too. Calls take turns over several sets of inputs where the second-level cache must
+not serve them, and each writes to memory of its own. On a CPU the calls are timed as they are. "forward" is without a
+gradient, as in inference; "forward + backward" is as in training.
 
 The floor of an operation is the longer of two times: the bytes that it must move over the measured bandwidth of a
 large copy, and its arithmetic over the measured rate of a large matrix product. Its share of the roofline is the floor
@@ -39,11 +39,11 @@ IS_GPU = DEVICE.type == "cuda"
 MARGIN = 1.03
 """A smaller difference between two times is noise."""
 CACHE_BYTES = 200_000_000
-"""Sets of inputs that together are larger than this come from memory: four times the cache of an H100."""
+"""Sets of inputs larger than this in all come from memory: four times the cache of an H100."""
 GRAPH_SECONDS = 2e-3
-"""Work in one replay: the next is queued meanwhile, and what is between two does not count."""
+"""Length of one replay: long enough to queue the next, so that gaps between replays do not count."""
 GRAPH_CALLS = 400
-"""Most calls in one replay, for each is recorded from Python; of 2.5 us they last a millisecond."""
+"""Most calls in one replay, because Python records each; at 2.5 us they last a millisecond."""
 
 
 if IS_GPU:
@@ -56,8 +56,8 @@ class LeastWork:
 
     Fields:
         bytes: to read and write, each tensor once for every pass that the algorithm needs.
-        tensors: bytes of all tensors that one call reads or writes: where the cache holds them, a second pass over one
-            need not come from memory.
+        tensors: bytes of all tensors that one call reads or writes: if they fit the cache, a second pass over one need
+            not come from memory.
         flops: floating-point operations of its matrix products; 0 where memory is the bound.
         rate: of those products, a key of `Roofline.rates`.
     """
@@ -128,8 +128,8 @@ def calls_of(
     Args:
         op: from inputs to a tensor.
         source: of the inputs.
-        direction: of `DIRECTIONS`; backward takes the gradient of every input that wants one, and of `parameters`.
-        cached: one set of inputs, which the cache may hold; else as many as outgrow it (on a CPU, one).
+        direction: of `DIRECTIONS`; backward computes the gradients of the inputs that require one and of `parameters`.
+        cached: one set of inputs, which may stay in the cache; else enough sets to outgrow it (on a CPU, one).
     """
     sets = [source.inputs(DEVICE)]
     nbytes = sum(tensor.nbytes for tensor in sets[0])
@@ -153,7 +153,7 @@ def seconds(calls: Sequence[Callable[[], Any]], rounds: int = 10) -> float:
 
     Args:
         calls: the same work on different sets of inputs.
-        rounds: repetitions, of which the median is taken.
+        rounds: repetitions for the median.
     """
     if IS_GPU:
         graph, count = graph_of(calls)
@@ -186,7 +186,7 @@ def _captured(calls: Sequence[Callable[[], Any]], repeats: int) -> torch.cuda.CU
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
-            # What the calls return lives until the next round is done, so that they don't write to the same memory.
+            # Results live until the next round is done, so that calls don't write to the same memory.
             results = [call() for call in calls]  # noqa: F841
     return graph
 
@@ -204,7 +204,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, rounds: int) -> float:
 
 
 def path_taken(call: Callable[[], Any]) -> tuple[str, str]:
-    """Which path one of our operations takes in a call, and its name in `tuned.json`; empty where there is none."""
+    """The path of our operation in a call, and its name in `tuned.json`; empty without one."""
     taken = [("", "")]
 
     def spy(op: str, x: Tensor, key: str) -> dispatch.OpPath:
@@ -220,7 +220,7 @@ def path_taken(call: Callable[[], Any]) -> tuple[str, str]:
 
 @contextmanager
 def forced(path: dispatch.OpPath, choice: str = "") -> Iterator[None]:
-    """Have every operation take a path, and on path "torch" attention one backend, by its name and no other."""
+    """Force a path on every operation, and on path "torch" one backend on attention, by its name."""
     backends = [SDPBackend.__members__[choice]] if choice in SDPBackend.__members__ else []
     with (
         mock.patch.object(dispatch, "path", lambda op, x, key: path),
@@ -241,10 +241,7 @@ def _timed(run: Callable[[], Any]) -> float:
 
 @cache
 def machine() -> dict[str, Any]:
-    """What a result must name to mean anything: GPU, versions, commit.
-
-    The commit is git's; where there is no git, or no repository, that in `GLIOFORGE_COMMIT`.
-    """
+    """What a result must state to mean anything: GPU, versions, commit (without git that of `GLIOFORGE_COMMIT`)."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()

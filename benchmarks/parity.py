@@ -149,9 +149,8 @@ def train_all(scene: Scene, config: DataConfig, steps: int, seed: int, with_bf16
     curves[OTHER_SEED] = train_plain(scene, make_trainer(scene, config, "float32", seed + 1), steps)
     free()
     if with_bf16:
-        if IS_GPU:
-            dispatch.use("triton", scene.ranks.device)
-        curves[BF16] = train_ours(make_trainer(scene, config, "bf16", seed), steps)
+        with dispatch.using("triton" if IS_GPU else "auto", scene.ranks.device):
+            curves[BF16] = train_ours(make_trainer(scene, config, "bf16", seed), steps)
     return {name: curves[name] for name in COLOURS if name in curves}
 
 

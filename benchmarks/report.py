@@ -1,4 +1,4 @@
-"""What `pytest --benchmark` leaves behind: a table on the terminal, a JSON file and a plot.
+"""The report of `pytest --benchmark`: a table on the terminal, a JSON file and a plot.
 
 `python -m benchmarks.report FILE.json` prints a line for each case of a JSON file: ours beside the best of the others.
 """
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import MARGIN, LeastWork, Roofline
+from pipelines.atomic import write_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -32,11 +33,11 @@ class Measurement:
     """One measurement.
 
     Fields:
-        op, case, direction: what was computed, on what, "forward" or "forward + backward".
-        variant: by whom; `path` which path that was, for ours.
+        op, case, direction: operation, workload, "forward" or "forward + backward".
+        variant: whose implementation; `path` is the path of ours.
         seconds: median of one call in a CUDA graph (on a CPU: of one call). eager_seconds: dispatched from Python.
-        bytes, flops: the least that must be moved and done. roofline_share: of the time at the measured ceilings.
-        in_cache: whether the cache holds all tensors of one call, so that a share counts passes that memory never saw.
+        bytes, flops: the least that must be moved and computed. roofline_share: of the time at the measured ceilings.
+        in_cache: whether all tensors of a call fit the cache, so that the share counts passes that memory never saw.
     """
 
     op: str
@@ -55,7 +56,7 @@ class Measurement:
     def of(
         cls, labels: dict[str, str], seconds: float, eager_seconds: float, work: LeastWork, roofline: Roofline
     ) -> Measurement:
-        """A row from a time and the least work."""
+        """From a time and the least work."""
         return cls(
             **labels,
             seconds=seconds,
@@ -68,20 +69,20 @@ class Measurement:
 
 
 def groups(rows: Sequence[Measurement]) -> Iterator[tuple[tuple[str, str, str], list[Measurement]]]:
-    """Rows that computed the same, by (op, case, direction)."""
+    """Rows of the same computation, by (op, case, direction)."""
     for key, group in groupby(rows, key=lambda row: (row.op, row.case, row.direction)):
         yield key, list(group)
 
 
 def ours_and_best(group: Sequence[Measurement]) -> tuple[Measurement, Measurement] | None:
-    """Our row of a group and the fastest of the others; None where one is missing."""
+    """Our row of a group and the fastest other one; None if either is missing."""
     ours = next((row for row in group if row.variant == OURS), None)
     others = [row for row in group if row.variant != OURS]
     return (ours, min(others, key=lambda row: row.seconds)) if ours is not None and others else None
 
 
 def lost(rows: Sequence[Measurement]) -> list[str]:
-    """Where another variant was faster than ours by more than `MARGIN`, in either direction, in words."""
+    """A line for each group in which another variant beat ours by more than `MARGIN`."""
     lines = []
     for (op, case, direction), group in groups(rows):
         pair = ours_and_best(group)
@@ -99,7 +100,7 @@ def ceilings(roofline: Roofline) -> str:
 
 
 def summary(rows: Sequence[Measurement], roofline: Roofline) -> list[str]:
-    """Ceilings, a line for each case and direction, and what was lost."""
+    """Ceilings, a line for each case and direction, and the cases where another variant won."""
     lines = [ceilings(roofline), "us: ours (eager dispatch), share of the roofline, path; the best other, and x ours"]
     for (op, case, direction), group in groups(rows):
         pair = ours_and_best(group)
@@ -114,7 +115,7 @@ def summary(rows: Sequence[Measurement], roofline: Roofline) -> list[str]:
 
 
 def print_table(rows: Sequence[Measurement], roofline: Roofline, about: dict[str, Any], console: Console) -> None:
-    """One line for each measurement, grouped by what was computed."""
+    """One line for each measurement, grouped by computation."""
     console.print(
         f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}\n"
         f"{ceilings(roofline)}",
@@ -145,7 +146,7 @@ def print_table(rows: Sequence[Measurement], roofline: Roofline, about: dict[str
 def write_json(rows: Sequence[Measurement], roofline: Roofline, about: dict[str, Any], path: Path) -> None:
     """Machine, ceilings and rows."""
     content = {"machine": about, "roofline": asdict(roofline), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def draw(rows: Sequence[Measurement], about: dict[str, Any], path: Path) -> None:

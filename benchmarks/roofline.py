@@ -1,21 +1,21 @@
-"""What one training step moves and computes, counted without a GPU, and the time that this takes at a GPU's limits.
+"""Bytes, launches and FLOPs of one training step, counted without a GPU, and its time at a GPU's limits.
 
     python -m benchmarks.roofline                                    the published UNETR, batch 2, bf16
     python -m benchmarks.roofline --model unet --batch 8 --precision tf32 --json unet.json --plot unet.png
 
-Forward, loss, backward and the optimizer's step of the engine's own code run on fake tensors, which have sizes and no
-memory. Every operation that reaches PyTorch, and every launch of our kernels, is a row: FLOPs of its products, bytes
-that its launches read and write, and how many launches there are. So a change of the code changes these numbers.
+Forward, loss, backward and optimizer step of the engine's own code run on fake tensors, which have sizes and no memory.
+Every operation that reaches PyTorch, and every launch of our kernels, is a row: FLOPs of its products, bytes that its
+launches read and write, and their number. So a change of the code changes these numbers.
 
 Counted. An operation reads each input once and writes each output once; views are free. A kernel of ours reads or
 writes each tensor that it is given once (`kernels.dispatch.observed` shows its launches). A convolution's bias is an
-operation of its own, and so is its gradient, as PyTorch has it around cuDNN; an operand that is not dense in
-channels_last_3d is copied first. Multi-tensor operations count their launches by PyTorch's chunks. What one GPU does
-is counted; what DeepSpeed adds over several ranks is not.
+operation of its own, and so is its gradient, as in PyTorch's calls of cuDNN; an operand that is not dense in
+channels_last_3d is copied first. Multi-tensor operations count their launches by PyTorch's chunks. The count is of one
+GPU, without what DeepSpeed adds over several ranks.
 
-At the roofline an operation takes the longer of its bytes over the memory's bandwidth and its FLOPs over the rate of
-products, both as measured ceilings (`SHARE` of the data sheet's). The predicted time takes `EFFICIENCY` of that
-bandwidth, `conv_rate` for convolutions and `LAUNCH_S` as the least for a launch: assumptions, not measurements.
+At the roofline an operation takes the longer of bytes over memory bandwidth and FLOPs over the rate of products, both
+as measured ceilings (`SHARE` of the data sheet's). The predicted time assumes `EFFICIENCY` of that bandwidth,
+`conv_rate` for convolutions and at least `LAUNCH_S` per launch: assumptions, not measurements.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MODALITIES = 4
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: dense products in TFLOP/s by precision, with float32 sums, and memory in GB/s."""
+    """A GPU's data sheet: dense products with float32 sums in TFLOP/s by precision, memory in GB/s."""
 
     half: float
     tf32: float
@@ -74,15 +74,15 @@ GPUS = {
     "RTX 5090": Gpu(210, 105, 105, 1792),
 }
 SHARE = {"products": 0.8, "memory": 0.9}
-"""Of the data sheet that a large product and a large copy reach: 790 TFLOP/s and 3.0 TB/s on an H100."""
+"""Share of the data sheet that a large product and a large copy reach: 790 TFLOP/s and 3.0 TB/s on an H100."""
 
 EFFICIENCY = {
     "norm": 0.8, "bias": 0.7, "copy": 0.55, "cast": 0.75, "pointwise": 0.75, "layer norm": 0.6, "loss": 0.7,
     "reduction": 0.3, "optimizer": 0.85, "product": 0.6, "attention": 0.4, "convolution": 0.6,
 }  # fmt: skip
-"""Share of the measured bandwidth that operations of a kind reach."""
+"""Share of the measured bandwidth that each kind of operation reaches."""
 LAUNCH_S = 2.2e-6
-"""The least that a launch takes on the GPU, in a CUDA graph."""
+"""The least time of a launch on the GPU, in a CUDA graph."""
 CONV_RATES = {8: 55e12, 16: 110e12, 32: 205e12, 64: 320e12, 128: 420e12}
 """FLOP/s of cuDNN's 3 x 3 x 3 convolutions in half precision on an H100 by output channels, fitted to MLPerf's 3D UNet
 (mlcommons/training_results_v3.1, NVIDIA, 8 x H100: 71 samples/s each) for 32 and more, guessed below that; a weight
@@ -117,7 +117,7 @@ OURS: dict[Any, Callable[..., Any]] = {
     torch.ops.glioforge.dice_ce.default: dice_ce.dice_ce_forward,
     torch.ops.glioforge.dice_ce_backward.default: dice_ce.dice_ce_backward,
 }
-"""What each registered operation runs, whose launches are counted."""
+"""The function of each registered operation, for its launches."""
 KINDS = {
     "cat": "copy", "clone": "copy", "copy_": "copy", "stack": "copy", "_to_copy": "cast", "mm": "product",
     "addmm": "product", "bmm": "product", "native_layer_norm": "layer norm", "native_layer_norm_backward": "layer norm",
@@ -136,7 +136,7 @@ FREE = {
 
 
 class Counter(TorchDispatchMode):
-    """Makes a row of every operation below it."""
+    """Records every operation below it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Counter(TorchDispatchMode):
 
     def _layer(self) -> str:
         if self.direction == "backward":
-            node: Any = torch._C._current_autograd_node()  # of the loss where no module made it, or none
+            node: Any = torch._C._current_autograd_node()  # None, or without a layer in the loss
             return node.metadata.get("layer", "loss") if node is not None else "loss"
         return self.layers[-1] if self.layers else self.direction
 
@@ -218,7 +218,7 @@ class Counter(TorchDispatchMode):
         )
 
     def _launch(self, func: Any, args: Any) -> Any:
-        """One of our operations: its launches by what each is given, and its other operations as they come."""
+        """One of our operations: its launches by their arguments, and its other operations as usual."""
         name = func._schema.name.split("::")[1]
         kind = "attention" if "attention" in name else "loss" if "dice" in name else "norm"
 
@@ -247,14 +247,14 @@ def _is_view(func: Any) -> bool:
 
 
 def _as_cudnn(x: Any) -> Any:
-    """What cuDNN gives: channels last. (A fake tensor of the CPU has that backend's layout.)"""
+    """In cuDNN's layout, channels last; a fake tensor of the CPU has that of its own backend."""
     return x if x is None or x.dim() != 5 else torch.empty_like(x, memory_format=LAST)
 
 
 def multi_tensor_launches(sizes: Sequence[int], depth: int) -> int:
     """Launches of a multi-tensor operation over tensors of these sizes (ATen/native/cuda/MultiTensorApply.cuh).
 
-    A launch takes at most 320 chunks of 65,536 elements, and of `depth` lists at most so many tensors.
+    A launch takes at most 320 chunks of 65,536 elements, and a number of tensors that depends on `depth`, the lists.
     """
     most_tensors = (110, 64, 48, 36, 30)[min(depth, 5) - 1]
     launches = chunks = tensors = 0
@@ -291,7 +291,7 @@ def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) ->
         counter = Counter()
         _name_layers(network, counter)
         with counter:
-            # On fake tensors of the CPU, whose autocast lowers what that of CUDA lowers in these networks.
+            # The tensors are on the CPU, whose autocast lowers the same operations as CUDA's in these networks.
             with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
                 logits = network(image.contiguous(memory_format=LAST))
             counter.direction = "loss"
@@ -306,7 +306,7 @@ def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) ->
 
 
 def _channels_last(network: nn.Module) -> None:
-    """As `Module.to(memory_format=...)`, which fake parameters do not take."""
+    """As `Module.to(memory_format=...)`, which fake parameters do not support."""
     for module in network.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.dim() == 5:
@@ -314,7 +314,7 @@ def _channels_last(network: nn.Module) -> None:
 
 
 def _name_layers(network: nn.Module, counter: Counter) -> None:
-    """Have the counter know in which module an operation is, and the nodes of the backward too."""
+    """Tell the counter the module of each operation, in the backward too."""
     seen: set[Any] = set()
 
     def tag(output: Any, name: str) -> None:
@@ -331,7 +331,7 @@ def _name_layers(network: nn.Module, counter: Counter) -> None:
         name = name or "network"
 
         def enter(_: Any, inputs: Any, name: str = name) -> None:
-            tag(inputs, counter.layers[-1] if counter.layers else name)  # what its caller did before
+            tag(inputs, counter.layers[-1] if counter.layers else name)  # operations of its caller
             counter.layers.append(name)
 
         def leave(_: Any, inputs: Any, output: Any, name: str = name) -> None:
@@ -343,7 +343,7 @@ def _name_layers(network: nn.Module, counter: Counter) -> None:
 
 
 def totals(rows: Iterable[Operation]) -> dict[str, int]:
-    """Bytes, launches and FLOPs of all."""
+    """Sums of bytes, launches and FLOPs."""
     rows = list(rows)
     return {name: sum(getattr(row, name) for row in rows) for name in ("bytes", "launches", "flops")}
 
@@ -363,7 +363,7 @@ def predicted_s(row: Operation, gpu: Gpu, precision: str) -> float:
 
 
 def conv_rate(width: int, gpu: Gpu, precision: str) -> float:
-    """FLOP/s of a convolution with so many output channels: the H100's in half precision, scaled by the data sheets."""
+    """FLOP/s of a convolution by output channels: the H100's in half precision, scaled by the data sheets."""
     known = max((size for size in CONV_RATES if size <= width), default=min(CONV_RATES))
     peak = {"tf32": gpu.tf32, "float32": gpu.float32}.get(precision, gpu.half)
     return CONV_RATES[known] * peak / GPUS["H100"].half
@@ -395,7 +395,7 @@ def report(rows: list[Operation], precision: str, batch: int, gpu: str, most: in
     console.print(table)
     total = totals(rows)
     console.print(
-        f"in all: {total['flops'] / 1e9:,.0f} GFLOP, {total['bytes'] / 1e9:.2f} GB, {total['launches']} launches"
+        f"total: {total['flops'] / 1e9:,.0f} GFLOP, {total['bytes'] / 1e9:.2f} GB, {total['launches']} launches"
     )
     for name, sheet in GPUS.items():
         floor, guess = (sum(each(row, sheet, precision) for row in rows) for each in (roofline_s, predicted_s))
@@ -403,7 +403,7 @@ def report(rows: list[Operation], precision: str, batch: int, gpu: str, most: in
 
 
 def draw(rows: list[Operation], precision: str, gpu: str, title: str, path: Path) -> None:
-    """Bars of the predicted time by kind and direction, the roofline's part of each dark."""
+    """Bars of the predicted time by kind and direction, with the roofline's part dark."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -428,13 +428,13 @@ def draw(rows: list[Operation], precision: str, gpu: str, title: str, path: Path
 
 
 def main() -> None:
-    """Count, print, and write what is asked for."""
+    """Count, print, and write the files asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="unetr")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="bf16")
-    parser.add_argument("--gpu", choices=list(GPUS), default="H100", help="whose times the table and the plot show")
-    parser.add_argument("--rows", type=int, default=30, help="of the table")
+    parser.add_argument("--gpu", choices=list(GPUS), default="H100", help="GPU of the times in table and plot")
+    parser.add_argument("--rows", type=int, default=30, help="rows of the table")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()

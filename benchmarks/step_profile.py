@@ -18,24 +18,24 @@ from benchmarks.common import IS_GPU
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 READS = "aten::_local_scalar_dense"
-"""Every `item()` ends in it; on a GPU it waits by one of `WAITS`."""
+"""Every `item()` ends in this; on a GPU it waits in one of `WAITS`."""
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if IS_GPU:
         torch.cuda.synchronize()
 
 
 class Marks:
-    """A clock on the device's own time line: on a GPU events, so that no step is waited for."""
+    """A clock on the device's own time line: events on a GPU, so that nothing waits for a step."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.times: list[Any] = []
 
     def __call__(self, name: str) -> None:
-        """What ends here."""
+        """Mark the end of a part."""
         self.names.append(name)
         if IS_GPU:
             self.times.append(torch.cuda.Event(enable_timing=True))
@@ -54,7 +54,7 @@ class Marks:
 
 
 def count_in(step: Callable[[], Any], steps: int, trace: Path | None) -> dict[str, Any]:
-    """Launches, waits, seconds of collectives and the share of the time in which the GPU is idle."""
+    """Launches, waits, seconds of collectives and the GPU's idle share, per step."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if IS_GPU else [])]
     with profile(activities=activities) as recorded:
         for _ in range(steps):
@@ -68,7 +68,7 @@ def count_in(step: Callable[[], Any], steps: int, trace: Path | None) -> dict[st
 
 
 def count_events(events: Sequence[Any], steps: int) -> dict[str, Any]:
-    """From a profile of `steps` steps, each in a range "step": what `count_in` returns.
+    """The result of `count_in`, from a profile of `steps` steps, each in a range "step".
 
     Args:
         events: with name, device_type, time_range (start, end in us), is_user_annotation.
@@ -105,9 +105,9 @@ def busy(kernels: Sequence[Any]) -> float:
 
 
 def allocated_peak(step: Callable[[], Any]) -> int:
-    """Largest sum of CPU tensors that a step holds beyond those at its start, in bytes."""
+    """Peak of a step's CPU memory above that at its start, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()  # what the next step frees must have been seen when it was allocated
+        step()  # the profile must see the allocation of what the next step frees
         with record_function("watched"):
             step()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None

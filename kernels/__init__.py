@@ -1,1 +1,1 @@
-"""The operations that dominate a training step, one file each: equation, plain PyTorch reference, public function."""
+"""The operations that dominate a training step, a file each: equation, PyTorch reference, kernels, public function."""

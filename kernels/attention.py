@@ -410,7 +410,7 @@ def attention_backward(
 
     Args:
         q, k, v, scale: as in the forward.
-        out, lse: what it returned.
+        out, lse: its results.
         dout: gradient of `out`, (B, H, N, D), any strides.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What every operation refuses in its tensors."""
+"""Checks of tensors that the operations share. All raise ValueError."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ Every operation of this package has up to three paths with one signature and one
                 where `tuned.json` says that it beat our kernel, and for instance norm on a CPU (`group_norm`)
     reference   plain PyTorch in float32: everywhere else
 
-`path` chooses, by the mode (`use`), the device, the dtype and what was measured; callers never ask. float64 always
-takes the reference, and so does bfloat16 in the interpreter, which computes it wrongly.
+`path` chooses by mode (`use`), device, dtype and measurements; callers never ask. float64 always takes the reference,
+and so does bfloat16 in the interpreter, which computes it wrongly.
 
 A kernel has several configurations (block sizes, warps, pipeline stages), its `candidates`; the first is the default,
 good on every GPU. `python -m benchmarks.tune` writes `tuned.json`: for each compute capability the fastest
@@ -195,7 +195,7 @@ def path(op: str, x: Tensor, key: str) -> OpPath:
 
     Args:
         op: name of the operation, as in `tuned.json`.
-        x: a tensor of the call, for its device and dtype, and for whether a gradient will be taken.
+        x: a tensor of the call, for its device, its dtype and whether it needs a gradient.
         key: what decides whether our kernel wins: sizes, dtype, layout.
 
     Raises:

@@ -214,7 +214,7 @@ def test_joining_the_heads_of_the_output_copies_nothing(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_loses_no_more_than_the_last_roundings(dtype: torch.dtype, autocast: bool, device: str) -> None:
-    """A weight is rounded before it meets its value, an output before it is stored: half an eps each."""
+    """A weight is rounded before the product, an output before it is stored: half an eps each."""
     q, k, v = (tensor.detach() for tensor in random_qkv((1, 4, 200, 51), dtype, device))
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         out = flash_attention(q, k, v)

@@ -42,10 +42,8 @@ def test_monais_program_gives_our_segmentations(name: Any, seed: int, tmp_path: 
     save_weights(tmp_path / "net.pt", content_of(CODINGS["decathlon"], weights=network.state_dict(), **about))
     Predictor(tmp_path / "net.pt", "cpu").segment(scan).save(tmp_path / "ours.nii.gz")
     command = ["--run", str(tmp_path / "net.pt"), "--input", str(scan), "--output", str(tmp_path), "--workers", "0"]
-    try:
+    with dispatch.using("auto"):
         assert monai_predict.main(command) == 0
-    finally:
-        dispatch.use("auto")
     differing, labelled = bench_predict.compare([tmp_path / "ours.nii.gz"], [tmp_path / scan.name])
     assert differing <= 1e-3 and 0.02 < labelled < 0.98
     assert bench_predict.Work.of(tmp_path / "net.pt", [scan]).windows == 3 * 3 * 2

@@ -1,4 +1,4 @@
-"""The benchmarks on a machine without a GPU: what is decided, written and said, from given times; scaling's limits."""
+"""The benchmarks without a GPU: decisions, files and messages from given times; limits of scaling."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_tuning_lists_the_fastest_backend_where_ours_loses_in_one_direction(
     assert table()["torch"]["forward + backward"] == {}
 
 
-def test_tuning_writes_down_what_beats_the_default_by_more_than_noise(
+def test_tuning_writes_configurations_that_beat_the_default_by_more_than_noise(
     table: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = dict(FIRST.candidates[-1])
@@ -103,7 +103,7 @@ def test_tuning_writes_down_what_beats_the_default_by_more_than_noise(
         assert table()["configs"][FIRST.name].get(KEYS[0]) == listed
 
 
-def test_a_candidate_that_does_not_run_is_passed_over_but_not_the_default(
+def test_a_candidate_that_fails_is_skipped_but_not_the_default(
     table: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def clock(config: Any, who: str, direction: str) -> float:
@@ -119,13 +119,13 @@ def test_a_candidate_that_does_not_run_is_passed_over_but_not_the_default(
         tune_by(clock, monkeypatch)
 
 
-def test_tuning_that_is_cut_short_leaves_what_it_measured_and_what_was_listed(
+def test_interrupted_tuning_keeps_new_measurements_and_old_entries(
     table: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = dict(FIRST.candidates[-1])
 
     def until(comparisons: int, then_config: bool) -> Clock:
-        """Interrupted after so many comparisons, by the next configuration or by the last comparison itself."""
+        """Interrupted after that many comparisons, by the next configuration or by the last comparison itself."""
         compared = 0
 
         def clock(config: Any, who: str, direction: str) -> float:
@@ -153,14 +153,14 @@ def row(variant: str, seconds: float, direction: str = "forward", in_cache: bool
     return report.Measurement("op", "case", direction, variant, path, seconds, 1.0, 8, 0, 0.5, in_cache)
 
 
-def test_a_row_is_lost_in_either_direction_beyond_the_margin() -> None:
+def test_a_case_is_lost_in_either_direction_beyond_the_margin() -> None:
     both = [row(report.OURS, 1.0, "forward + backward"), row("eager", 1.0, "forward + backward")]
     assert report.lost([row(report.OURS, 0.99 * MARGIN), row("eager", 1.0), *both]) == []
     (line,) = report.lost([row(report.OURS, 1.06), row("eager", 2.0), row("torch.compile", 1.0), *both])
     assert line == "op case forward: torch.compile is 1.06 x as fast as ours (triton path)"
 
 
-def test_the_summary_holds_ceilings_each_case_and_what_was_lost(
+def test_the_summary_has_ceilings_cases_and_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     roofline = Roofline(4e12, {"bfloat16": 8e14, "tf32 x 3": 1.2e14}, 50 * 2**20)
@@ -209,7 +209,7 @@ def test_a_machine_without_git_takes_the_commit_from_the_environment(monkeypatch
     assert common.machine.__wrapped__()["commit"] == "abc1234"
 
 
-def test_without_pytest_benchmark_the_tests_run_and_the_benchmarks_say_what_they_need() -> None:
+def test_without_pytest_benchmark_tests_run_and_benchmarks_name_it() -> None:
     spec = importlib.util.spec_from_file_location("root_conftest", ROOT / "conftest.py")
     assert spec is not None and spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)
@@ -286,7 +286,7 @@ def test_a_breakdown_has_every_part_of_the_step(scene: training.Scene, quick: No
 
 
 class FakeTimed:
-    """Takes as many seconds as its variant's name says; what is built and timed goes to `calls`."""
+    """Takes the seconds in its variant's name; records what is timed in `calls`."""
 
     calls: list[str] = []
     peak_bytes = 8
@@ -304,7 +304,7 @@ class FakeTimed:
         return 2 * self.step_seconds()
 
 
-def test_variants_take_turns_and_one_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_take_turns_and_a_failure_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train, "Timed", FakeTimed)
     FakeTimed.calls.clear()
     which = [training.Variant("glioforge 1"), training.Variant("bad 2", compiled=True), training.Variant("plain 3")]
@@ -510,7 +510,7 @@ def test_differences_stand_beside_those_of_two_seeds(curves: dict[str, parity.Cu
     assert (tmp_path / "parity.png").stat().st_size > 0
 
 
-def test_a_difference_as_large_as_between_seeds_is_told() -> None:
+def test_a_difference_as_large_as_between_seeds_is_reported() -> None:
     dice = {"mean": 0.5, "TC": 0.4, "WT": 0.6, "ET": None}
     curves = {
         parity.PLAIN: parity.Curve([1.0, 0.8], dice),

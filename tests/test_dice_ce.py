@@ -405,7 +405,7 @@ def test_empty_regions_equal_float64(ce: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_region_that_is_there_needs_no_smoothing(device: str) -> None:
+def test_a_region_with_voxels_needs_no_smoothing(device: str) -> None:
     logits, labels, regions = make_case(SHAPE, torch.float32, device)
     assert_equals_float64(logits, labels, regions, smooth_nr=0.0, smooth_dr=0.0)
 
@@ -443,7 +443,7 @@ def test_under_autocast_the_loss_is_float32_of_the_logits_as_they_come(device: s
         assert_equals_float64(logits.bfloat16(), labels, regions)
 
 
-def test_more_than_31_regions_take_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_31_regions_take_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "launch", None)
     logits, labels, regions = make_case((1, 32, 3, 2, 2))
     assert_equals_float64(logits, labels, regions)
@@ -482,7 +482,7 @@ def test_the_loss_traces_as_one_graph(ce: CrossEntropy, weight: tuple[float, ...
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_graph_holds_the_table_as_a_constant_made_once(
+def test_a_compiled_graph_has_the_table_as_a_constant_made_once(
     dynamic: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "path", lambda *_: "triton")

@@ -62,8 +62,8 @@ def joined(gradients: list[Tensor]) -> Tensor:
 def test_a_step_through_the_kernels_equals_a_step_through_pytorch(name: str, device: str) -> None:
     needs_kernels(device)
     loss, gradients, launched = loss_and_gradients(name, device, "triton")
-    expected, expected_gradients, none = loss_and_gradients(name, device, "reference")
-    assert not none
+    expected, expected_gradients, launched_by_reference = loss_and_gradients(name, device, "reference")
+    assert not launched_by_reference
     torch.testing.assert_close(loss, expected, rtol=TOLERANCES["loss"], atol=0)
     # Each parameter by its own gradient, as that of a PReLU's slope is small; but a bias before a norm has none at all.
     floor = 1e-3 * joined(expected_gradients).norm()

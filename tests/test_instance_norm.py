@@ -629,8 +629,8 @@ def test_a_cpu_takes_group_norm_and_loses_nothing_by_it(
 
 
 @pytest.mark.parametrize(("channels", "memory_format"), [(1, FORMATS[1]), (2, FORMATS[0])])
-def test_statistics_hold_whatever_layouts_meet(channels: int, memory_format: torch.memory_format) -> None:
-    """A map of one channel is contiguous and channels_last_3d at once, and a residual may be what its map is not."""
+def test_statistics_are_right_in_mixed_layouts(channels: int, memory_format: torch.memory_format) -> None:
+    """A map of one channel is both contiguous and channels_last_3d; a residual may have another layout than its map."""
     x = (randn(1, channels, 12, 9, 10, seed=0) + 1e3).float().to(memory_format=memory_format)
     residual = x.flip(4).contiguous(memory_format=torch.channels_last_3d)
     out = instance_norm(x, residual=residual, residual_norm=True)

@@ -1,4 +1,4 @@
-"""What a step moves, launches and computes is what was counted before: a change that adds a pass is seen here."""
+"""A step's bytes, launches and FLOPs are pinned: a change that adds a pass fails here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks import roofline
 from benchmarks.roofline import GPUS, count, multi_tensor_launches, predicted_s, roofline_s, totals
 
-# Batch 2 of 4 x 128 x 128 x 64 in bf16: GB, launches, GFLOP. Less is better, and then these numbers change.
+# Batch 2 of 4 x 128 x 128 x 64 in bf16: GB, launches, GFLOP. Less is better: then change these numbers.
 PUBLISHED = {
     "unetr": (12.98, 914, 770),
     "unetr_monai": (15.47, 974, 1074),
@@ -24,8 +24,8 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_a_step_has_no_more_passes_than_were_counted(model: str, tmp_path: Path) -> None:
-    # In a process of its own: DeepSpeed's ZeRO 3 puts another `linear` in the place of PyTorch's for good.
+def test_a_step_has_no_more_passes_than_published(model: str, tmp_path: Path) -> None:
+    # In a process of its own: DeepSpeed's ZeRO 3 replaces PyTorch's `linear` for good.
     command = [sys.executable, "-m", "benchmarks.roofline", "--model", model, "--json", str(tmp_path / "counted.json")]
     subprocess.run(command, cwd=Path(roofline.__file__).parent.parent, check=True, capture_output=True)
     found = json.loads((tmp_path / "counted.json").read_text())["total"]
@@ -35,7 +35,7 @@ def test_a_step_has_no_more_passes_than_were_counted(model: str, tmp_path: Path)
     assert round(found["flops"] / 1e9) == gflop
 
 
-def test_a_pass_more_is_counted_in_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_added_pass_is_counted_in_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     before = count("unet", 1, "bf16", (32, 32, 32))
     build = roofline.build_model
 
