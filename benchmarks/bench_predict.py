@@ -43,8 +43,8 @@ from rich.table import Table
 from benchmarks.bench_pipeline import CORES, held_bytes, scans
 from benchmarks.common import IS_GPU, machine
 from benchmarks.report import OURS
-from engine.network import load_trained
 from engine.sliding_window import OVERLAP, window_starts
+from engine.trained import load_trained
 from pipelines.basics.home import cache_dir
 from pipelines.geometry import target_grid
 from pipelines.scans.nifti import read_grid, read_nifti

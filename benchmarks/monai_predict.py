@@ -39,9 +39,9 @@ from monai.transforms import (
 from engine.export.bundle_steps import RegionsToLabelsd
 from engine.export.interchange import reference_class, reference_weights
 from engine.inference import compose_labels
-from engine.network import Trained, load_trained
+from engine.precision import LOW_PRECISION
 from engine.sliding_window import OVERLAP, WINDOWS_AT_ONCE
-from engine.step import LOW_PRECISION
+from engine.trained import Trained, load_trained
 from kernels import dispatch
 from models.convert import PACKAGES
 from pipelines.labels import REGIONS

@@ -39,12 +39,14 @@ from rich.table import Table
 from benchmarks.common import DEVICE, IS_GPU, machine
 from benchmarks.report import OURS
 from benchmarks.training import BATCH, FULL, SMALL, Plain, Scene, Size, Variant, free
-from engine.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
-from engine.data import list_cases, load_data, obtain_root
+from engine.config import Config
+from engine.data import DataConfig, list_cases, load_data, obtain_root
 from engine.metrics import case_dice, summarise
-from engine.network import make_model
+from engine.network import ModelConfig, make_model
+from engine.precision import set_up_torch
 from engine.progress import percent
 from engine.ranks.distributed import Ranks, init_ranks
+from engine.step import LossConfig, TrainConfig
 from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
@@ -90,7 +92,9 @@ def make_trainer(scene: Scene, config: DataConfig, precision: str, seed: int) ->
         run_dir=cache_dir() / "benchmark",  # nothing is saved
     )
     torch.manual_seed(seed)
-    return Trainer(full, scene.ranks, scene.data, make_model(full, len(scene.data.store.modalities)))
+    model = make_model(full.model, full.data.crop_size_voxels, len(scene.data.store.modalities))
+    set_up_torch(full.train.precision, full.train.deterministic)
+    return Trainer(full, scene.ranks, scene.data, model)
 
 
 def batches_of(trainer: Trainer, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -38,9 +38,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.config import OptimConfig
-from engine.optim import GuardedAdamW
-from engine.step import LOW_PRECISION
+from engine.optim import GuardedAdamW, OptimConfig
+from engine.precision import LOW_PRECISION
 from kernels import attention, dice_ce, dispatch, instance_norm
 from kernels.dice_ce import dice_ce_loss
 from kernels.workloads import REGIONS

@@ -32,10 +32,12 @@ from torch import Tensor, nn
 from benchmarks.common import DEVICE, IS_GPU
 from benchmarks.report import OURS
 from benchmarks.step_profile import allocated_peak, synchronize
-from engine.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
-from engine.data import Data
-from engine.network import make_model
+from engine.config import Config
+from engine.data import Data, DataConfig
+from engine.network import ModelConfig, make_model
+from engine.precision import set_up_torch
 from engine.ranks.distributed import Ranks
+from engine.step import LossConfig, TrainConfig
 from engine.trainer import Trainer
 from pipelines.basics.home import cache_dir
 from pipelines.cases import CaseSet, find_cases
@@ -160,7 +162,9 @@ class Ours:
             train=TrainConfig(batch_size=batch, **options),
             run_dir=cache_dir() / "benchmark",  # nothing is saved
         )
-        self.trainer = Trainer(config, scene.ranks, scene.data, make_model(config, len(scene.data.store.modalities)))
+        network = make_model(config.model, config.data.crop_size_voxels, len(scene.data.store.modalities))
+        set_up_torch(config.train.precision, config.train.deterministic)
+        self.trainer = Trainer(config, scene.ranks, scene.data, network)
         self.step = self.trainer.step
         self.network: nn.Module = self.step.model
         self.batches = (batch for epoch in count() for batch in self.trainer.train_loader.epoch(epoch))

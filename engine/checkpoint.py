@@ -31,7 +31,6 @@ from safetensors import safe_open
 
 from engine import archive
 from engine.archive import Unreadable, content_hash, read_archive, sealed, write_archive
-from engine.config import STATES
 from engine.ranks.memory_limits import is_out_of_memory
 from pipelines.basics.atomic import remove_left_over, replacing, temporary_name
 from pipelines.basics.text import printable
@@ -49,6 +48,8 @@ SAFETENSORS_KEY = "glioforge"
 """Metadata of a `.safetensors` file: everything of a weights file but the weights, as JSON."""
 HASH = "blake2b"
 VALIDATED = "-validated"
+STATES = "step-*/about.json"
+"""Below `checkpoints`: one for each state that a run can go on from."""
 _STATE = re.compile(rf"step-\d{{8,}}({VALIDATED})?")
 
 

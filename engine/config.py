@@ -1,9 +1,10 @@
 """The one configuration of a run, and how it is read.
 
-Every group of options is a dataclass; every field carries its help, and every number its bounds. Precedence: the
-defaults here, then the YAML files of `--config`, then the command line. The defaults are the right recipe for BraTS (as
-`launch/configs/brats.yaml`); with neither `--config` nor `--data.root` the demo (`launch/configs/demo.yaml`) is meant,
-so that `launch/train.py` alone does something to look at. Units stand in the names (`spacing_mm`, `crop_size_voxels`).
+Each group of options is a dataclass beside the code that uses it; every field carries its help, and every number its
+bounds. A later source overrides an earlier one: the defaults, the YAML files of `--config`, the command line. The
+defaults are the right recipe for BraTS (as in `launch/configs/brats.yaml`); with neither `--config` nor `--data.root`
+the demo runs (`launch/configs/demo.yaml`), so that `launch/train.py` alone does something to look at. Names carry
+their units (`spacing_mm`, `crop_size_voxels`).
 """
 
 from __future__ import annotations
@@ -13,198 +14,22 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import Namespace
 
+from engine.checkpoint import STATES
+from engine.data import DataConfig
+from engine.network import ModelConfig
+from engine.optim import OptimConfig
 from engine.parser import Parser, build
+from engine.step import LossConfig, TrainConfig
 from kernels.dispatch import Kernels
-from pipelines.augment import Augment
 from pipelines.basics.text import encodable
-from pipelines.basics.values import Misfit, convert, faults, number, plain, refuse, shown
+from pipelines.basics.values import Misfit, convert, faults, plain, refuse, shown
 from pipelines.cases import check_folds
-from pipelines.geometry import Spacing, SpacingAxes
-from pipelines.labels import Release
-from pipelines.prepared import StoreDtype
-from pipelines.volumes import Residence
 
-MANY = 1_000_000
-MOST_SEED = 2**63 - 1
-STATES = "step-*/about.json"
-"""Below `checkpoints`: one for each state that a run can go on from."""
 CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
-
-
-@dataclass
-class PhantomConfig:
-    """Synthetic scans, made where no `--data.root` is given."""
-
-    cases: int = number(20, least=2, most=10_000)
-    """Number of synthetic cases."""
-    size_voxels: tuple[int, int, int] = number((240, 240, 155), least=16, most=512)
-    """Voxels along each axis; the head always fills the field of view."""
-    seed: int = number(0, least=0, most=MOST_SEED)
-    """Seed of anatomy, tumours, contrast and noise."""
-
-
-@dataclass
-class DataConfig:
-    """Which scans, which regions, and how they are cropped."""
-
-    root: Path | None = None
-    """A Decathlon task folder, a folder of BraTS cases, nnU-Net's raw folder, or a JSON or CSV list. None: synthetic
-    scans."""
-    download: bool = False
-    """Fetch Decathlon Task01_BrainTumour (7.1 GB) into `root` first; resumable, checked."""
-    release: Release | None = None
-    """Label coding of the scans, where file names leave it open."""
-    regions: Literal["release", "tutorial"] = "release"
-    """TC, WT, ET from the release's coding, or with the published tutorial's swapped one (Decathlon only)."""
-    modalities: list[str] | None = None
-    """Channels of the network, of flair, t1, t1c, t2, in the order given: flair,t1c. None: all that there are."""
-    val_fraction: float = number(0.2, least=0, below=1)
-    """Share of the cases held out, by the rule of MONAI's DecathlonDataset."""
-    split_seed: int = number(0, least=0, most=MOST_SEED)
-    """Seed of that split."""
-    train_cases: list[str] | None = None
-    """Names of the training cases, in place of the split."""
-    val_cases: list[str] | None = None
-    """Names of the validation cases, in place of the split."""
-    folds: int = number(0, least=0, most=MANY)
-    """Split into so many folds instead, by `split_seed`: each case validates in one of them. 0: by `val_fraction`."""
-    fold: int | None = number(None, least=0, most=MANY)
-    """The fold that validates, from 0; the others train."""
-    spacing_mm: tuple[float, float, float] = number((1.5, 1.5, 2.0), least=0.1, most=100)
-    """Voxel size of the prepared volumes in mm, along the patient's axes R, A and S."""
-    spacing_axes: SpacingAxes = "patient"
-    """patient: `spacing_mm` is R, A, S however a file stores its axes; file: its first, second and third axis, as in
-    MONAI and the published tutorial. No difference for files whose axes are in this order, as those of BraTS."""
-    crop_size_voxels: tuple[int, int, int] = number((128, 128, 64), least=1, most=2048)
-    """Training crop; also the network's input size."""
-    crops_per_case: int = number(1, least=1, most=MANY)
-    """Crops drawn from each case in an epoch."""
-    foreground_prob: float = number(0.0, least=0, most=1)
-    """Share of the crops centred on a tumour voxel; 0 is the uniform cropping of the tutorial."""
-    pad: bool = False
-    """Pad volumes smaller than the crop with zeros, instead of refusing them."""
-    store_dir: Path | None = None
-    """Folder of the prepared volumes. None: below `$GLIOFORGE_CACHE`, else `~/.cache/glioforge`."""
-    store_dtype: StoreDtype = "float32"
-    """Images on disk and in memory; float16 takes half the bytes, and no voxel is off by more than 0.05 % of itself."""
-    residence: Residence = "auto"
-    """Where volumes are during training: gpu, pinned (page-locked memory) or mapped (the store's files, by way of the
-    page cache); auto: the first of these that fits, on a CPU mapped."""
-    skip_faulty: bool = False
-    """Leave out cases that can't be read, with a warning that names each, instead of stopping."""
-    workers: int | None = number(None, least=1, most=1024)
-    """Processes that prepare volumes. None: one for each core, where that is faster than none."""
-    augment: Augment = field(default_factory=Augment)
-    """Extra augmentations beside flip, scale and shift; all off."""
-    prepare_on: Literal["cpu", "gpu"] = "cpu"
-    """gpu: resample scans by DALI on the GPU when they are prepared."""
-    unprepared: bool = False
-    """Make training crops from the scans at each step, and prepare the validation cases alone: nothing to store, but
-    every step pays for decoding."""
-    phantom: PhantomConfig = field(default_factory=PhantomConfig)
-    """Synthetic scans."""
-
-    @property
-    def spacing(self) -> Spacing:
-        """`spacing_mm` along `spacing_axes`."""
-        return Spacing(self.spacing_mm, self.spacing_axes)
-
-
-@dataclass
-class ModelConfig:
-    """The network; a width of None is that of the reference, and the UNet has no transformer to set widths of."""
-
-    name: Literal["unetr", "unetr_monai", "unet"] = "unetr"
-    """UNETR as in self-attention-cv, UNETR as in MONAI, or MONAI's residual UNet."""
-    feature_size: int | None = number(None, least=1, most=1024)
-    """Channels at full resolution (16)."""
-    hidden_size: int | None = number(None, least=1, most=65_536)
-    """Width of the transformer (512; MONAI 768)."""
-    mlp_dim: int | None = number(None, least=1, most=262_144)
-    """Hidden width of the transformer's MLP (2048; MONAI 3072)."""
-    num_heads: int | None = number(None, least=1, most=1024)
-    """Attention heads (10; MONAI 12)."""
-
-
-@dataclass
-class LossConfig:
-    """Sigmoid Dice over the regions plus cross-entropy."""
-
-    ce: Literal["multihot", "argmax", "bce"] = "bce"
-    """multihot: softmax against the multi-hot target (MONAI today); argmax: against its argmax (MONAI before October
-    2022, and so the tutorial); bce: binary, which is what overlapping regions call for."""
-    dice_weight: float = number(1.0, least=0, most=MANY)
-    """Weight of the Dice term."""
-    ce_weight: float = number(1.0, least=0, most=MANY)
-    """Weight of the cross-entropy term."""
-    squared_pred: bool = False
-    """Squared predictions and targets in the Dice denominator."""
-
-
-@dataclass
-class OptimConfig:
-    """AdamW and its learning rate."""
-
-    lr: float = number(1e-4, least=0, most=1000)
-    """Learning rate."""
-    weight_decay: float = number(1e-5, least=0, most=1000)
-    """Decoupled weight decay."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or a cosine to zero at the last step."""
-    warmup_steps: int = number(0, least=0, most=1000 * MANY)
-    """Steps of linear warm-up."""
-    grad_clip: float = number(0.0, least=0, most=1000 * MANY)
-    """Largest norm of all gradients together; a step with more is scaled down. 0: no limit."""
-    ema_decay: float = number(0.0, least=0, below=1)
-    """Validate and keep an exponential moving average of the weights, e.g. 0.999; 0: the weights themselves."""
-
-
-@dataclass
-class TrainConfig:
-    """Length, batch, precision and validation."""
-
-    epochs: int = number(180, least=1, most=MANY)
-    """Passes over the training cases."""
-    batch_size: int = number(2, least=1, most=65_536)
-    """Crops per rank and pass."""
-    accumulate_steps: int = number(1, least=1, most=MANY)
-    """Passes whose gradients are averaged in one optimizer step."""
-    save_every_steps: int = number(0, least=0, most=1000 * MANY)
-    """Write a checkpoint after so many optimizer steps too; 0: after validations alone."""
-    keep_checkpoints: int = number(2, least=1, most=MANY)
-    """Checkpoints to resume from that are kept, the newest; the one before steps in where the newest is damaged."""
-    val_every_epochs: int = number(5, least=1, most=MANY)
-    """Validate after this many epochs, and after the last."""
-    validation: Literal["center_crop", "full_volume"] = "center_crop"
-    """Dice on the centre crop of the tutorial, or by sliding window on the full prepared volume."""
-    score: Literal["label_map", "masks"] = "label_map"
-    """What validations score and choose the best weights by: the regions of the label map that is written (ET within TC
-    within WT), or the network's overlapping masks, as the published tutorial."""
-    patience: int = number(0, least=0, most=MANY)
-    """Stop after so many validations without a better mean Dice; 0: never."""
-    precision: Literal["float32", "tf32", "bf16", "fp16"] = "float32"
-    """tf32: float32 with products in TF32 on a GPU; bf16, fp16: torch autocast, fp16 with loss scaling. Weights,
-    gradients, losses and Dice are float32 in each."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO: 1 shards the optimizer's states over ranks, 2 the gradients too, 3 the weights too."""
-    deepspeed: Path | None = None
-    """A DeepSpeed JSON file; what it sets goes before the options here."""
-    compile: bool = False
-    """Compile the network with torch.compile; validation runs it as it is."""
-    cuda_graph: bool = False
-    """Replay forward and backward as one CUDA graph: for small batches, where launches take longer than the work."""
-    deterministic: bool = False
-    """The same bits at each run on a GPU too, from slower algorithms; a CPU's are the same in any case."""
-    max_skipped_steps: int = number(10, least=1, most=MANY)
-    """Give up, with a diagnosis, after so many steps in a row whose gradients are not finite."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
-    seed: int = number(0, least=0, most=MOST_SEED)
-    """Seed of the weights and of every random draw of the pipelines."""
 
 
 @dataclass

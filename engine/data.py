@@ -4,24 +4,109 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from engine.config import Config, DataConfig
 from engine.ranks.distributed import Ranks
+from engine.step import TrainConfig
+from pipelines.augment import Augment
 from pipelines.basics.home import cache_dir
+from pipelines.basics.values import MANY, MOST_SEED, number
 from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
+from pipelines.geometry import Spacing, SpacingAxes
+from pipelines.labels import Release
 from pipelines.layouts.names import some
 from pipelines.loaders import CropLoader, TrainLoader, ValLoader
 from pipelines.phantom import FORMAT, make_phantoms
+from pipelines.prepared import StoreDtype
 from pipelines.raw_loader import RawLoader
 from pipelines.store import Store, prepare
+from pipelines.volumes import Residence
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class PhantomConfig:
+    """Synthetic scans, made where no `--data.root` is given."""
+
+    cases: int = number(20, least=2, most=10_000)
+    """Number of synthetic cases."""
+    size_voxels: tuple[int, int, int] = number((240, 240, 155), least=16, most=512)
+    """Voxels along each axis; the head always fills the field of view."""
+    seed: int = number(0, least=0, most=MOST_SEED)
+    """Seed of anatomy, tumours, contrast and noise."""
+
+
+@dataclass
+class DataConfig:
+    """Which scans, which regions, and how they are cropped."""
+
+    root: Path | None = None
+    """A Decathlon task folder, a folder of BraTS cases, nnU-Net's raw folder, or a JSON or CSV list. None: synthetic
+    scans."""
+    download: bool = False
+    """Fetch Decathlon Task01_BrainTumour (7.1 GB) into `root` first; resumable, checked."""
+    release: Release | None = None
+    """Label coding of the scans, where file names leave it open."""
+    regions: Literal["release", "tutorial"] = "release"
+    """TC, WT, ET from the release's coding, or with the published tutorial's swapped one (Decathlon only)."""
+    modalities: list[str] | None = None
+    """Channels of the network, of flair, t1, t1c, t2, in the order given: flair,t1c. None: all that there are."""
+    val_fraction: float = number(0.2, least=0, below=1)
+    """Share of the cases held out, by the rule of MONAI's DecathlonDataset."""
+    split_seed: int = number(0, least=0, most=MOST_SEED)
+    """Seed of that split."""
+    train_cases: list[str] | None = None
+    """Names of the training cases, in place of the split."""
+    val_cases: list[str] | None = None
+    """Names of the validation cases, in place of the split."""
+    folds: int = number(0, least=0, most=MANY)
+    """Split into so many folds instead, by `split_seed`: each case validates in one of them. 0: by `val_fraction`."""
+    fold: int | None = number(None, least=0, most=MANY)
+    """The fold that validates, from 0; the others train."""
+    spacing_mm: tuple[float, float, float] = number((1.5, 1.5, 2.0), least=0.1, most=100)
+    """Voxel size of the prepared volumes in mm, along the patient's axes R, A and S."""
+    spacing_axes: SpacingAxes = "patient"
+    """patient: `spacing_mm` is R, A, S however a file stores its axes; file: its first, second and third axis, as in
+    MONAI and the published tutorial. No difference for files whose axes are in this order, as those of BraTS."""
+    crop_size_voxels: tuple[int, int, int] = number((128, 128, 64), least=1, most=2048)
+    """Training crop; also the network's input size."""
+    crops_per_case: int = number(1, least=1, most=MANY)
+    """Crops drawn from each case in an epoch."""
+    foreground_prob: float = number(0.0, least=0, most=1)
+    """Share of the crops centred on a tumour voxel; 0 is the uniform cropping of the tutorial."""
+    pad: bool = False
+    """Pad volumes smaller than the crop with zeros, instead of refusing them."""
+    store_dir: Path | None = None
+    """Folder of the prepared volumes. None: below `$GLIOFORGE_CACHE`, else `~/.cache/glioforge`."""
+    store_dtype: StoreDtype = "float32"
+    """Images on disk and in memory; float16 takes half the bytes, and no voxel is off by more than 0.05 % of itself."""
+    residence: Residence = "auto"
+    """Where volumes are during training: gpu, pinned (page-locked memory) or mapped (the store's files, by way of the
+    page cache); auto: the first of these that fits, on a CPU mapped."""
+    skip_faulty: bool = False
+    """Leave out cases that can't be read, with a warning that names each, instead of stopping."""
+    workers: int | None = number(None, least=1, most=1024)
+    """Processes that prepare volumes. None: one for each core, where that is faster than none."""
+    augment: Augment = field(default_factory=Augment)
+    """Extra augmentations beside flip, scale and shift; all off."""
+    prepare_on: Literal["cpu", "gpu"] = "cpu"
+    """gpu: resample scans by DALI on the GPU when they are prepared."""
+    unprepared: bool = False
+    """Make training crops from the scans at each step, and prepare the validation cases alone: nothing to store, but
+    every step pays for decoding."""
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    """Synthetic scans."""
+
+    @property
+    def spacing(self) -> Spacing:
+        """`spacing_mm` along `spacing_axes`."""
+        return Spacing(self.spacing_mm, self.spacing_axes)
 
 
 @dataclass(frozen=True)
@@ -137,53 +222,57 @@ def _say_tumours(store: Store, names: Sequence[str], use: str) -> None:
         log.warning("%d of %d cases to %s have no tumour in their label: %s", len(empty), len(names), use, some(empty))
 
 
-def make_loaders(config: Config, ranks: Ranks, data: Data) -> tuple[CropLoader, ValLoader | None]:
+def make_loaders(
+    config: DataConfig, train: TrainConfig, ranks: Ranks, data: Data
+) -> tuple[CropLoader, ValLoader | None]:
     """This rank's training crops, and its validation cases where there are any.
 
     Raises:
         ValueError: as the loaders say.
     """
-    settings = config.data
     crops: dict[str, Any] = {
         "names": data.train,
-        "crop_size": settings.crop_size_voxels,
-        "batch_size": config.train.batch_size,
-        "accumulate_steps": config.train.accumulate_steps,
-        "seed": config.train.seed,
-        "crops_per_case": settings.crops_per_case,
-        "foreground_prob": settings.foreground_prob,
-        "extras": settings.augment,
+        "crop_size": config.crop_size_voxels,
+        "batch_size": train.batch_size,
+        "accumulate_steps": train.accumulate_steps,
+        "seed": train.seed,
+        "crops_per_case": config.crops_per_case,
+        "foreground_prob": config.foreground_prob,
+        "extras": config.augment,
         # Autocast rounds the input of the first convolutions in any case; so half the bytes come.
-        "dtype": torch.bfloat16 if ranks.device.type == "cuda" and config.train.precision == "bf16" else torch.float32,
+        "dtype": torch.bfloat16 if ranks.device.type == "cuda" and train.precision == "bf16" else torch.float32,
         "rank": ranks.rank,
         "world_size": ranks.world_size,
-        **_placed(settings, ranks.device),
+        **_placed(config, ranks.device),
     }
-    train: CropLoader
+    train_loader: CropLoader
     if data.scans is None:
-        crops |= {"residence": settings.residence, "ranks_on_node": ranks.ranks_on_node}
-        train = TrainLoader(data.store, **crops)
+        crops |= {"residence": config.residence, "ranks_on_node": ranks.ranks_on_node}
+        train_loader = TrainLoader(data.store, **crops)
     else:
-        train = RawLoader(data.scans, spacing=settings.spacing, **crops)
+        train_loader = RawLoader(data.scans, spacing=config.spacing, **crops)
     if not data.val:
-        return train, None
+        return train_loader, None
     shard = {"rank": ranks.rank, "world_size": ranks.world_size, "ranks_on_node": ranks.ranks_on_node}
-    return train, make_val_loader(config, data.store, data.val, ranks.device, residence=settings.residence, **shard)
+    val_loader = make_val_loader(
+        config, train.validation, data.store, data.val, ranks.device, residence=config.residence, **shard
+    )
+    return train_loader, val_loader
 
 
 def make_val_loader(
-    config: Config, store: Store, names: Sequence[str], device: torch.device, **options: Any
+    config: DataConfig, validation: str, store: Store, names: Sequence[str], device: torch.device, **options: Any
 ) -> ValLoader:
-    """Named cases as the configuration validates them: the centre crop, z-scored, or the full volume as it is.
+    """Named cases as `--train.validation` says: the centre crop, z-scored, or the full volume as it is.
 
     `options` are a rank's place, and where its volumes are, as `ValLoader` takes them.
 
     Raises:
         ValueError: as the loader says.
     """
-    full = config.train.validation == "full_volume"
-    size = None if full else config.data.crop_size_voxels
-    placed = _placed(config.data, device)
+    full = validation == "full_volume"
+    size = None if full else config.crop_size_voxels
+    placed = _placed(config, device)
     return ValLoader(store, names, size, normalise=not full, **placed, **options)
 
 

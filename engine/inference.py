@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.network import Trained, load_trained
+from engine.precision import prepare_network, set_tf32
 from engine.sliding_window import sliding_window_logits
-from engine.step import prepare_network, set_tf32
+from engine.trained import Trained, load_trained
 from kernels import dispatch
 from pipelines.cases import Case, DataError
 from pipelines.domain_shift import looks_of, same_image, unlike

@@ -34,10 +34,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config import LossConfig
+from engine.precision import LOW_PRECISION
 from engine.ranks.memory_limits import first_line, gb, peak_bytes
 from engine.sharding import BUCKET_ELEMENTS
-from engine.step import LOW_PRECISION
+from engine.step import LossConfig
 from kernels.dice_ce import dice_ce_loss
 
 FLOAT32 = 4

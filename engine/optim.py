@@ -13,15 +13,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from engine.config import OptimConfig
+from pipelines.basics.values import MANY, number
 
 FIRST_SCALE = 2.0**16  # of the loss in fp16
 GROWTH_INTERVAL = 2000  # steps with finite gradients before the scale is doubled, as in torch.amp.GradScaler
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = number(1e-4, least=0, most=1000)
+    """Learning rate."""
+    weight_decay: float = number(1e-5, least=0, most=1000)
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or a cosine to zero at the last step."""
+    warmup_steps: int = number(0, least=0, most=1000 * MANY)
+    """Steps of linear warm-up."""
+    grad_clip: float = number(0.0, least=0, most=1000 * MANY)
+    """Largest norm of all gradients together; a step with more is scaled down. 0: no limit."""
+    ema_decay: float = number(0.0, least=0, below=1)
+    """Validate and keep an exponential moving average of the weights, e.g. 0.999; 0: the weights themselves."""
 
 
 class GuardedAdamW(torch.optim.AdamW):

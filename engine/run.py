@@ -20,7 +20,9 @@ from rich.table import Table
 from engine import checkpoint, metrics
 from engine.config import Config, to_portable_dict
 from engine.data import Data, load_data, make_val_loader
-from engine.network import load_trained, make_model
+from engine.deepspeed_json import apply_deepspeed_json
+from engine.network import make_model
+from engine.precision import set_up_torch
 from engine.progress import percent
 from engine.ranks.command import run_command
 from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
@@ -28,6 +30,7 @@ from engine.ranks.terminal import LogFile, PlainFormatter
 from engine.reports import pictures, report
 from engine.reports.run_tables import write_log, write_validation
 from engine.resume import refuse_links, tell_what_resuming_does
+from engine.trained import load_trained
 from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
@@ -59,7 +62,8 @@ def run(config: Config) -> None:
             known by then.
     """
     with torch.device("meta"):
-        make_model(config, channels=1)  # refuses sizes that do not fit before any data are prepared
+        # Refuses sizes that do not fit before any data are prepared.
+        make_model(config.model, config.data.crop_size_voxels, channels=1)
     to_portable_dict(config)  # refuses paths that `config.yaml` can't hold
     ranks = init_ranks(config.train.device)
     paths_taken = dispatch.use(config.kernels, ranks.device)
@@ -88,18 +92,20 @@ def run(config: Config) -> None:
 def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Trainer:
     """Everything before the first step: log, data, network, `config.yaml`, a picture of a crop."""
     _start_log(run_dir, ranks)
+    config, settings = apply_deepspeed_json(config, ranks.world_size)
     if config.resume and ranks.is_first:
         tell_what_resuming_does(config)
     data = first_on_node(lambda: load_data(config.data), ranks)
     torch.manual_seed(config.train.seed)
-    model = make_model(config, channels=len(data.store.modalities))
+    model = make_model(config.model, config.data.crop_size_voxels, len(data.store.modalities))
     log.info(
         "%s, %s parameters; %d training and %d validation cases of %s; %d rank(s) on %s",
         config.model.name, f"{parameter_count(model):,}", len(data.train), len(data.val),
         ", ".join(data.store.modalities), ranks.world_size, ranks.device.type,
     )  # fmt: skip
     log.info(paths_taken)
-    trainer = Trainer(config, ranks, data, model)
+    set_up_torch(config.train.precision, config.train.deterministic)
+    trainer = Trainer(config, ranks, data, model, settings)
     if ranks.is_first:
         _write_config(config, run_dir)
         _draw_sample(trainer, data, run_dir / "samples.png")
@@ -142,7 +148,7 @@ def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
 
 def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
     """Predict and draw the first validation case, and the best and the worst of the last validation."""
-    data, device = trainer.data, trainer.ranks.device
+    config, data, device = trainer.config, trainer.data, trainer.ranks.device
     if not data.val:
         return []
     best, worst = report.best_and_worst(case for case in trainer.cases if case.name in data.val)
@@ -155,7 +161,7 @@ def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
     modality = pictures.SCAN_TITLES.get(trained.modalities[0], trained.modalities[0])
     drawn = {}
     names = list(dict.fromkeys([data.val[0], *places]))  # on this rank, whichever validated them
-    for name, image, labels in make_val_loader(trainer.config, data.store, names, device):
+    for name, image, labels in make_val_loader(config.data, config.train.validation, data.store, names, device):
         prediction, truth = trainer.masks(trained.network, image), region_masks(labels, trainer.regions)[0]
         scored = metrics.case_dice(name, prediction, truth)
         scan, truth_masks, predicted = (pictures.as_numpy(array) for array in (image[0, 0], truth, prediction))
@@ -163,7 +169,7 @@ def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
             pictures.draw_prediction(name, scan, truth_masks, predicted, scored.dice(), run_dir / "prediction.png")
         if name in places:
             file, kind = places[name]
-            spacing_mm = trainer.config.data.spacing_mm
+            spacing_mm = config.data.spacing_mm
             pictures.draw_case(name, scan, truth_masks, predicted, scored.dice(), spacing_mm, run_dir / file)
             drawn[file] = f"{kind.capitalize()}: {name}, mean Dice {percent(report.mean_dice(scored))}"
     extremes = report.Section(

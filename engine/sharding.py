@@ -17,46 +17,45 @@ backward, or where its JSON file sets how gradients travel.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.config import Config
 from engine.optim import GuardedAdamW
 from engine.ranks.distributed import Ranks
-
-log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET_ELEMENTS = 10_000_000
 """Gradients that are reduced together: the 50 million of a UNETR in one bucket would leave no backward to overlap."""
 OWN_REDUCTION = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"}
 """Settings of DeepSpeed's file that are about its own way to reduce gradients."""
-DATA_TYPES = {"communication_data_type", "seq_parallel_communication_data_type"}
-SECTIONS = {"zero_optimization", "activation_checkpointing", "aio"}
-"""Sections of DeepSpeed's file that it gets, where they hold numbers and switches alone."""
 
 
 def deepspeed_engine(
-    model: torch.nn.Module, optimizer: GuardedAdamW, config: Config, settings: dict[str, Any], ranks: Ranks
+    model: torch.nn.Module,
+    optimizer: GuardedAdamW,
+    settings: Mapping[str, Any],
+    ranks: Ranks,
+    *,
+    zero_stage: int,
+    batch_size: int,
+    accumulate_steps: int,
+    cuda_graph: bool,
 ) -> Any:
     """The model under DeepSpeed.
 
     Args:
         model: float32 weights, on the device already.
         optimizer: of its parameters.
-        config: of the run, as `read_deepspeed_json` left it.
-        settings: the rest of that file.
+        settings: what DeepSpeed gets of its JSON file, see `engine.deepspeed_json`.
         ranks: who this process is.
+        zero_stage, batch_size, accumulate_steps, cuda_graph: as in `TrainConfig`.
 
     Returns:
         `deepspeed.DeepSpeedEngine`.
@@ -70,12 +69,9 @@ def deepspeed_engine(
         # Left to itself, DeepSpeed probes all its ops at start and compiles this one, for which it wants ninja and a
         # C++ compiler on PATH.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    train = config.train
-    zero = _zero_settings(config, settings, ranks)
+    zero = _zero_settings(zero_stage, settings, ranks)
     bucket = zero.get("reduce_bucket_size", BUCKET_ELEMENTS)
-    overlaps = (
-        ranks.world_size > 1 and not train.zero_stage and not train.cuda_graph and not OWN_REDUCTION & settings.keys()
-    )
+    overlaps = ranks.world_size > 1 and not zero_stage and not cuda_graph and not OWN_REDUCTION & settings.keys()
     wrapped = reduced_during_backward(model, bucket, ranks) if overlaps else model
     # DeepSpeed sends weights to the other ranks as bytes, and fails where their channels are last in memory.
     given = [(parameter, parameter.data) for parameter in model.parameters()]
@@ -87,33 +83,32 @@ def deepspeed_engine(
         config={
             "steps_per_print": 1_000_000_000,  # the trainer logs
             **settings,
-            "train_micro_batch_size_per_gpu": train.batch_size,
-            "gradient_accumulation_steps": train.accumulate_steps,
+            "train_micro_batch_size_per_gpu": batch_size,
+            "gradient_accumulation_steps": accumulate_steps,
             "zero_optimization": zero,
             "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
             "zero_allow_untested_optimizer": True,  # the guarded AdamW is a subclass, and they ask for torch's own
             "gradient_clipping": 0.0,  # DeepSpeed 0.19 clips at norm 1.0 unless told otherwise
         },
     )
-    if not train.zero_stage:  # else they lie in flat buffers now
+    if not zero_stage:  # else they lie in flat buffers now
         for parameter, data in given:
             parameter.data = data.copy_(parameter.data)
-    if overlaps or (not train.zero_stage and ranks.world_size == 1):  # one rank would copy its gradients to and fro
+    if overlaps or (not zero_stage and ranks.world_size == 1):  # one rank would copy its gradients to and fro
         engine.enable_backward_allreduce = False
     return engine
 
 
-def _zero_settings(config: Config, settings: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+def _zero_settings(zero_stage: int, settings: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """DeepSpeed's `zero_optimization`."""
-    train = config.train
-    zero: dict[str, Any] = {"stage": train.zero_stage}
-    if train.zero_stage:
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if zero_stage:
         zero |= {"overlap_comm": ranks.device.type == "cuda" and ranks.world_size > 1, "contiguous_gradients": True,
                  "reduce_bucket_size": BUCKET_ELEMENTS}  # fmt: skip
-    if train.zero_stage in (1, 2):
+    if zero_stage in (1, 2):
         zero["compute_grad_norm"] = False  # the optimizer does, and nobody waits for it
     zero |= settings.get("zero_optimization", {})
-    if train.zero_stage == 3:
+    if zero_stage == 3:
         # Weights kept whole would not be in the shards that the moving average and the checkpoints take, and a group
         # of parameters that is stepped by itself would have a norm, and be left out, by itself.
         zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12}
@@ -156,159 +151,6 @@ def network_of(engine: Any) -> torch.nn.Module:
     """The network in a DeepSpeed engine, which calls its parameters by their names."""
     module = engine.module
     return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-def read_deepspeed_json(config: Config, world_size: int) -> dict[str, Any]:
-    """Take over what `--train.deepspeed` sets.
-
-    Options that this program has too are changed in `config`: batch size, accumulation, precision, ZeRO stage,
-    clipping, AdamW's rate and decay, a warm-up. "auto" leaves them as they are.
-
-    Args:
-        config: of the run; changed. world_size: number of ranks.
-
-    Returns:
-        the rest, for DeepSpeed itself; empty without a file.
-
-    Raises:
-        ValueError: a file that can't be read, or settings that this engine can't do.
-    """
-    path = config.train.deepspeed
-    if path is None:
-        return {}
-    try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--train.deepspeed {path} can't be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"--train.deepspeed {path} must hold a JSON object, as DeepSpeed's documentation shows")
-    settings = _without_auto(found)
-    before = dataclasses.replace(config.train), dataclasses.replace(config.optim)
-    try:
-        _take_over(config, settings, world_size)
-        settings = _harmless(settings)
-        config.__post_init__()
-    except ValueError as error:
-        raise ValueError(f"--train.deepspeed {path}: {error}") from error
-    except (AttributeError, TypeError, ArithmeticError) as error:
-        raise ValueError(
-            f"--train.deepspeed {path}: a value is of another kind than in DeepSpeed's documentation, where sections "
-            f'are objects and sizes numbers above 0, without quotes; what is not meant is left out or "auto" ({error})'
-        ) from error
-    for group, old in zip(("train", "optim"), before, strict=True):
-        new = getattr(config, group)
-        for item in dataclasses.fields(new):
-            was, now = getattr(old, item.name), getattr(new, item.name)
-            if was != now:
-                log.info("%s sets --%s.%s %s (was %s)", path, group, item.name, now, was)
-    return settings
-
-
-def _without_auto(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
-    return value
-
-
-def _take_over(config: Config, settings: dict[str, Any], world_size: int) -> None:
-    """Move from `settings` to `config` what both can say."""
-    train, optim = config.train, config.optim
-    train.accumulate_steps = settings.pop("gradient_accumulation_steps", train.accumulate_steps)
-    total, micro = settings.pop("train_batch_size", None), settings.pop("train_micro_batch_size_per_gpu", None)
-    if total is not None:
-        passes = world_size * train.accumulate_steps
-        if total % passes or (micro is not None and micro * passes != total):
-            raise ValueError(
-                f"train_batch_size {total} must be train_micro_batch_size_per_gpu {micro or '(any)'} x "
-                f"gradient_accumulation_steps {train.accumulate_steps} x {world_size} rank(s)"
-            )
-        micro = total // passes
-    train.batch_size = train.batch_size if micro is None else micro
-    optim.grad_clip = settings.pop("gradient_clipping", optim.grad_clip)
-    if settings.get("fp16", {}).get("enabled"):
-        _name_unheeded("fp16", settings["fp16"], {"enabled"})
-    autocast = settings.pop("torch_autocast", {})
-    half = [name for name, key in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16"))
-            if settings.pop(key, {}).get("enabled")]  # fmt: skip
-    if autocast.get("enabled"):
-        half.append("fp16" if autocast.get("dtype") in ("fp16", "half", "float16", "torch.float16") else "bf16")
-    if len(half) > 1:
-        raise ValueError("bf16 and fp16 must not both be enabled")
-    train.precision = half[0] if half else train.precision  # type: ignore[assignment]
-    zero = settings.get("zero_optimization", {})
-    train.zero_stage = zero.pop("stage", train.zero_stage)
-    if train.zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_optimization.stage {train.zero_stage} must be 0, 1, 2 or 3")
-    for name in ("offload_optimizer", "offload_param", "cpu_offload"):
-        wanted = zero.pop(name, None)
-        if wanted not in (None, False) and (wanted is True or wanted.get("device", "none") != "none"):
-            raise ValueError(f"{name} must be left out: these networks fit a GPU whole, and the optimizer runs there")
-    _take_optimizer(config, settings.pop("optimizer", None))
-    _take_schedule(config, settings.pop("scheduler", None))
-
-
-def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that DeepSpeed gets: none that names a file, a folder or code, as the file may be somebody else's.
-
-    Raises:
-        ValueError: another section that is not switched off, or text where a number belongs.
-    """
-    kept = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and name not in SECTIONS:
-            if value.get("enabled") is not False and value:
-                raise ValueError(
-                    f"{name} must be left out: DeepSpeed only reduces and shards here, and gets no settings that "
-                    "write files, measure or change the network (docs/training.md)"
-                )
-            continue
-        inner = value.items() if isinstance(value, dict) else [(name, value)]
-        words = [key for key, item in inner if not isinstance(item, int | float | None) and key not in DATA_TYPES]
-        if words:
-            raise ValueError(f"{name}: {', '.join(words)} must be a number, true or false; or leave it out")
-        kept[name] = value
-    return kept
-
-
-def _take_optimizer(config: Config, optimizer: dict[str, Any] | None) -> None:
-    if optimizer is None:
-        return
-    kind, params = optimizer.get("type"), optimizer.get("params", {})
-    if kind not in ("Adam", "AdamW") or not params.get("adam_w_mode", True):
-        raise ValueError(f"optimizer {kind} must be AdamW (or Adam with adam_w_mode): this engine has no other")
-    default = {"betas": (0.9, 0.999), "eps": 1e-8}
-    other = [f"{name} {params[name]}" for name, value in default.items() if name in params
-             and params[name] != value and tuple(_as_list(params[name])) != tuple(_as_list(value))]  # fmt: skip
-    if other:
-        raise ValueError(f"optimizer {', '.join(other)}: must be AdamW's defaults, betas [0.9, 0.999] and eps 1e-8")
-    _name_unheeded("optimizer", params, {"lr", "weight_decay", "adam_w_mode", "torch_adam", *default})
-    config.optim.lr = params.get("lr", config.optim.lr)
-    config.optim.weight_decay = params.get("weight_decay", config.optim.weight_decay)
-
-
-def _name_unheeded(section: str, given: dict[str, Any], heeded: set[str]) -> None:
-    """Say which settings of a section change nothing, so that nobody believes that they do."""
-    others = [f"{name} {value}" for name, value in given.items() if name not in heeded]
-    if others:
-        log.warning("%s: %s: not heeded, this engine has a way of its own (docs/training.md)", section,
-                    ", ".join(others))  # fmt: skip
-
-
-def _as_list(value: Any) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _take_schedule(config: Config, schedule: dict[str, Any] | None) -> None:
-    if schedule is None:
-        return
-    kinds = {"WarmupLR": "constant", "WarmupCosineLR": "cosine"}
-    if schedule.get("type") not in kinds:
-        raise ValueError(f"scheduler {schedule.get('type')} must be one of {', '.join(kinds)}; or leave it out")
-    params = schedule.get("params", {})
-    _name_unheeded("scheduler", params, {"warmup_num_steps", "warmup_max_lr"})
-    config.optim.schedule = kinds[schedule["type"]]  # type: ignore[assignment]
-    config.optim.warmup_steps = params.get("warmup_num_steps", config.optim.warmup_steps)
-    config.optim.lr = params.get("warmup_max_lr", config.optim.lr)
 
 
 # States, whole

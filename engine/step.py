@@ -1,10 +1,5 @@
 """One optimizer step: forward, loss, backward, AdamW.
 
-Precision. Weights, gradients, moments, losses are float32; `precision` is what the network computes in:
-
-    float32   IEEE products everywhere          bf16   autocast
-    tf32      TF32 products on a GPU            fp16   autocast, the loss scaled so that no gradient underflows
-
 Nothing here waits for the device, but for what DeepSpeed and, at ZeRO 0, PyTorch do on several GPUs (docs/training.md).
 The values of a pass stay on it as one tensor, which the trainer reads a step later. The order of wrapping: autocast
 inside, torch.compile around it, DeepSpeed around that. Validation runs the network without the compiled code, so that
@@ -14,49 +9,95 @@ no compilation can fail there.
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.config import Config, TrainConfig
-from engine.optim import GuardedAdamW, learning_rate
+from engine.optim import GuardedAdamW, OptimConfig, learning_rate
+from engine.precision import Precision, prepare_network
 from engine.ranks.distributed import Ranks
 from engine.sharding import copy_weights, deepspeed_engine, held_by_rank, shard_of
 from kernels.dice_ce import DiceCE, dice_ce_loss
+from pipelines.basics.values import MANY, MOST_SEED, number
 
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_PASSES = 3  # compilation, cuDNN's search, lazy initialisations: none of them may be recorded
 
 
-def set_up_torch(train: TrainConfig) -> None:
-    """Process-wide switches: TF32, and bits that do not depend on the run."""
-    set_tf32(train.precision == "tf32")
-    torch.backends.cudnn.benchmark = not train.deterministic  # crops have one size: the search pays
-    if train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(train.deterministic)
+@dataclass
+class LossConfig:
+    """Sigmoid Dice over the regions plus cross-entropy."""
+
+    ce: Literal["multihot", "argmax", "bce"] = "bce"
+    """multihot: softmax against the multi-hot target (MONAI today); argmax: against its argmax (MONAI before October
+    2022, and so the tutorial); bce: binary, which is what overlapping regions call for."""
+    dice_weight: float = number(1.0, least=0, most=MANY)
+    """Weight of the Dice term."""
+    ce_weight: float = number(1.0, least=0, most=MANY)
+    """Weight of the cross-entropy term."""
+    squared_pred: bool = False
+    """Squared predictions and targets in the Dice denominator."""
 
 
-def set_tf32(is_on: bool) -> None:
-    """Products of float32 in TF32 on a GPU, or as IEEE has them, in the whole process. PyTorch mixes the two."""
-    torch.set_float32_matmul_precision("high" if is_on else "highest")
-    torch.backends.cudnn.allow_tf32 = is_on
+@dataclass
+class TrainConfig:
+    """Length, batch, precision and validation."""
+
+    epochs: int = number(180, least=1, most=MANY)
+    """Passes over the training cases."""
+    batch_size: int = number(2, least=1, most=65_536)
+    """Crops per rank and pass."""
+    accumulate_steps: int = number(1, least=1, most=MANY)
+    """Passes whose gradients are averaged in one optimizer step."""
+    save_every_steps: int = number(0, least=0, most=1000 * MANY)
+    """Write a checkpoint after so many optimizer steps too; 0: after validations alone."""
+    keep_checkpoints: int = number(2, least=1, most=MANY)
+    """Checkpoints to resume from that are kept, the newest; the one before steps in where the newest is damaged."""
+    val_every_epochs: int = number(5, least=1, most=MANY)
+    """Validate after this many epochs, and after the last."""
+    validation: Literal["center_crop", "full_volume"] = "center_crop"
+    """Dice on the centre crop of the tutorial, or by sliding window on the full prepared volume."""
+    score: Literal["label_map", "masks"] = "label_map"
+    """What validations score and choose the best weights by: the regions of the label map that is written (ET within TC
+    within WT), or the network's overlapping masks, as the published tutorial."""
+    patience: int = number(0, least=0, most=MANY)
+    """Stop after so many validations without a better mean Dice; 0: never."""
+    precision: Precision = "float32"
+    """tf32: float32 with products in TF32 on a GPU; bf16, fp16: torch autocast, fp16 with loss scaling. Weights,
+    gradients, losses and Dice are float32 in each."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: 1 shards the optimizer's states over ranks, 2 the gradients too, 3 the weights too."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON file; what it sets goes before the options here."""
+    compile: bool = False
+    """Compile the network with torch.compile; validation runs it as it is."""
+    cuda_graph: bool = False
+    """Replay forward and backward as one CUDA graph: for small batches, where launches take longer than the work."""
+    deterministic: bool = False
+    """The same bits at each run on a GPU too, from slower algorithms; a CPU's are the same in any case."""
+    max_skipped_steps: int = number(10, least=1, most=MANY)
+    """Give up, with a diagnosis, after so many steps in a row whose gradients are not finite."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    seed: int = number(0, least=0, most=MOST_SEED)
+    """Seed of the weights and of every random draw of the pipelines."""
 
 
 class TrainingStep:
     """The network under training; called with a batch, it makes a pass, and a step where one is due.
 
     Args:
-        config: of the run, as `read_deepspeed_json` left it. settings: what that returned.
-        ranks: who this process is.
         model: float32 weights; moved to the device.
+        train, optim, loss: of the run.
+        ranks: who this process is.
         regions: labels of each region, as `dice_ce_loss` takes them.
         total_steps: optimizer steps of the whole run, for the learning rate.
+        settings: DeepSpeed's own, see `engine.deepspeed_json`.
 
     Attributes:
         done: optimizer steps so far of the `total_steps`; a run that goes on with another number of ranks counts in
@@ -70,15 +111,17 @@ class TrainingStep:
 
     def __init__(
         self,
-        config: Config,
-        settings: dict[str, Any],
-        ranks: Ranks,
         model: torch.nn.Module,
+        train: TrainConfig,
+        optim: OptimConfig,
+        loss: LossConfig,
+        ranks: Ranks,
         regions: Sequence[Sequence[int]],
         total_steps: int,
+        settings: Mapping[str, Any],
     ) -> None:
-        _check_options(config.train, ranks)
-        train, self.config = config.train, config
+        _check_options(train, ranks)
+        self.train, self.optim, self.loss_config = train, optim, loss
         self.regions, self.total_steps = regions, total_steps
         self.done = self.taken = 0
         # Under ZeRO 3 a forward gathers weights, which all ranks must do as often.
@@ -88,12 +131,15 @@ class TrainingStep:
             self.model.forward = torch.compile(self.model.forward, dynamic=False)
         self.optimizer = GuardedAdamW(
             self.model.parameters(),
-            config.optim,
+            optim,
             scales_loss=train.precision == "fp16",
             is_sharded=train.zero_stage > 0 and ranks.world_size > 1,
         )
-        self.engine = deepspeed_engine(self.model, self.optimizer, config, settings, ranks)
-        self.average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.engine = deepspeed_engine(
+            self.model, self.optimizer, settings, ranks, zero_stage=train.zero_stage, batch_size=train.batch_size,
+            accumulate_steps=train.accumulate_steps, cuda_graph=train.cuda_graph,
+        )  # fmt: skip
+        self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
         self.graph = GraphedPass(self._plain_pass, self.model) if train.cuda_graph else None
         self.values = torch.zeros(6, device=ranks.device)
         module = self.engine.module
@@ -150,7 +196,7 @@ class TrainingStep:
     @property
     def rate(self) -> float:
         """Learning rate of the step that comes next."""
-        return learning_rate(self.config.optim, self.done, self.total_steps)
+        return learning_rate(self.optim, self.done, self.total_steps)
 
     @contextmanager
     def evaluating(self) -> Iterator[torch.nn.Module]:
@@ -178,7 +224,7 @@ class TrainingStep:
         self._knows_order = True
 
     def _uncompiled(self) -> Any:
-        return torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext()
+        return torch.compiler.set_stance("force_eager") if self.train.compile else nullcontext()
 
     def _whole(self) -> torch.nn.Module:
         """The network with its weights whole, for ranks that do not run it equally often; all make it together."""
@@ -186,7 +232,7 @@ class TrainingStep:
         network = copy.deepcopy(self.spare)
         weights = {name: value.to(self.values.device) for name, value in copy_weights(self.model).items()}
         network.load_state_dict(weights, assign=True)
-        return prepare_network(network, self.config.train.precision)
+        return prepare_network(network, self.train.precision)
 
     def averaged(self) -> Any:
         """Within it the weights are the averaged ones, where an average is kept."""
@@ -199,7 +245,7 @@ class TrainingStep:
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> DiceCE:
         """The loss of logits (B, R, X, Y, Z)."""
-        loss = self.config.loss
+        loss = self.loss_config
         return dice_ce_loss(logits, labels, self.regions, ce=loss.ce, dice_weight=loss.dice_weight,
                             ce_weight=loss.ce_weight, squared_pred=loss.squared_pred, check_labels=False)  # fmt: skip
 
@@ -307,18 +353,6 @@ class WeightAverage:
 
     def _weights(self) -> list[torch.Tensor]:
         return [held_by_rank(parameter) for parameter in self.model.parameters()]
-
-
-def prepare_network(network: torch.nn.Module, precision: str) -> torch.nn.Module:
-    """A network in the memory format of its device, and with a forward in a precision of `--train.precision`."""
-    device = next(network.parameters()).device.type
-    if device == "cuda":  # whose convolutions want the channels last in memory
-        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    if precision in LOW_PRECISION:
-        # Inside the module: DeepSpeed turns off an autocast that it finds around its own forward.
-        lowered = torch.autocast(device, LOW_PRECISION[precision])
-        network.forward = lowered(network.forward)
-    return network
 
 
 def _check_options(train: TrainConfig, ranks: Ranks) -> None:

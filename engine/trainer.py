@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from engine.ranks.distributed import Ranks, gather
 from engine.ranks.memory_limits import is_out_of_memory, limit_bytes
 from engine.ranks.signals import Preempted, StopSignal
 from engine.reports.run_tables import EpochLog, write_validation
-from engine.sharding import copy_moments, copy_weights, load_moments, read_deepspeed_json
+from engine.sharding import copy_moments, copy_weights, load_moments
 from engine.sliding_window import sliding_window_logits
-from engine.step import TrainingStep, set_up_torch
+from engine.step import TrainingStep
 from kernels.dice_ce import region_masks
 from models import parameter_count
 from pipelines.domain_shift import filled, looks_of_store
@@ -46,29 +46,38 @@ class Trainer:
     """One run, from loaders to checkpoints.
 
     Args:
-        config: of the run; what `--train.deepspeed` sets is changed in it.
+        config: of the run, with a `run_dir`.
         ranks: who this process is.
         data: prepared volumes and the split.
         model: float32, on the CPU.
+        settings: DeepSpeed's own, see `engine.deepspeed_json`.
 
     Raises:
         ValueError: options that do not fit together, or a run that can't be resumed.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, data: Data, model: torch.nn.Module) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        data: Data,
+        model: torch.nn.Module,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config, self.ranks, self.data = config, ranks, data
         assert config.run_dir is not None
         self.run_dir = config.run_dir
         self.regions = data.store.coding.regions
-        settings = read_deepspeed_json(config, ranks.world_size)
-        set_up_torch(config.train)
-        self.train_loader, self.val_loader = make_loaders(config, ranks, data)
+        self.train_loader, self.val_loader = make_loaders(config.data, config.train, ranks, data)
         self.steps = len(self.train_loader) // config.train.accumulate_steps  # optimizer steps of an epoch
         state = self._read_state() if config.resume else None
         if state:
             with checkpoint.putting_back(self.run_dir):
                 _load_weights(model, state["weights"])
-        self.step = TrainingStep(config, settings, ranks, model, self.regions, config.train.epochs * self.steps)
+        self.step = TrainingStep(
+            model, config.train, config.optim, config.loss, ranks, self.regions, config.train.epochs * self.steps,
+            settings or {},
+        )  # fmt: skip
         self.writer = checkpoint.CheckpointWriter(self.run_dir / "checkpoints", config.train.keep_checkpoints)
         self.epoch, self.first_batch = 0, 0
         self.rate = self.step.rate  # of the epoch's first step

@@ -39,9 +39,9 @@ from engine.export.interchange import (
     save_torch_export,
     trace,
 )
-from engine.network import Trained, load_trained
 from engine.parser import build
 from engine.ranks.command import run_command
+from engine.trained import Trained, load_trained
 from models.convert import PACKAGES
 from pipelines.labels import coding_for_release, tutorial_coding
 from pipelines.layouts.names import canonical_modalities

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine.config import DataConfig, make_parser, parse_config
-from engine.data import list_cases, obtain_root, prepared
+from engine.config import make_parser, parse_config
+from engine.data import DataConfig, list_cases, obtain_root, prepared
 from engine.ranks.command import run_command
 from pipelines.cases import survey_cases
 from pipelines.layouts.names import CaseError

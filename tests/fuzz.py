@@ -40,13 +40,14 @@ import torch
 import yaml
 from commands import SMALL
 from test_comparison import write_run
-from test_network import CONFIG, content_of
+from test_trained import CONFIG, content_of
 
 from engine.checkpoint import save_weights
 from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.export.interchange import save_safetensors
-from engine.network import load_trained, make_model
+from engine.network import make_model
 from engine.reports.comparison import Run
+from engine.trained import load_trained
 from launch.predict import Row, write_rows
 from pipelines.cases import survey_cases
 from pipelines.scans.nifti import read_grid, read_nifti
@@ -269,7 +270,7 @@ def fuzz_weights(rng: random.Random, folder: Path) -> str:
         return REFUSED
     if is_damaged:
         torch.manual_seed(0)
-        expected = make_model(CONFIG, 2).state_dict()
+        expected = make_model(CONFIG.model, CONFIG.data.crop_size_voxels, 2).state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in trained.network.state_dict().items())
         assert trained.modalities == ("t1c", "flair") and trained.coding.release == "brats2018"
         assert to_dict(trained.config)["data"]["spacing_mm"] == to_dict(CONFIG)["data"]["spacing_mm"]

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_network import CONFIG, content_of
+from test_trained import CONFIG, content_of
 
 from engine.archive import HASH, Unreadable, content_hash, read_archive, sealed
 from engine.checkpoint import load_weights, save_weights
 from engine.config import to_dict
 from engine.export.interchange import read_state_dict, save_safetensors
-from engine.network import load_trained
+from engine.trained import load_trained
 
 FLIPS = 400  # of some 32,000 and 18,000 bits; the names of entries in a zip file, say, mean nothing
 MIB = 2**20

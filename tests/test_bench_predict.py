@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from test_network import content_of
+from test_trained import content_of
 
 from benchmarks import bench_predict, monai_predict
 from engine.checkpoint import save_weights
-from engine.config import Config, DataConfig, ModelConfig, to_dict
+from engine.config import Config, to_dict
+from engine.data import DataConfig
 from engine.inference import Predictor
-from engine.network import make_model
+from engine.network import ModelConfig, make_model
 from engine.ranks.distributed import Ranks
 from kernels import dispatch
 from launch import predict
@@ -35,7 +36,7 @@ def test_monais_program_gives_our_segmentations(name: Any, seed: int, tmp_path: 
     data = DataConfig(crop_size_voxels=(16, 16, 16), spacing_mm=(8.0, 8.0, 8.0))
     config = Config(data=data, model=ModelConfig(name=name, feature_size=2, hidden_size=8, mlp_dim=8, num_heads=2))
     torch.manual_seed(seed)
-    network = make_model(config, 4)
+    network = make_model(config.model, config.data.crop_size_voxels, 4)
     with torch.no_grad():
         network.get_parameter("head.weight").mul_(20)
     about = {"config": to_dict(config), "modalities": ["flair", "t1", "t1c", "t2"]}

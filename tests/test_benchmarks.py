@@ -32,7 +32,7 @@ from benchmarks import (
     tune,
 )
 from benchmarks.common import MARGIN, Roofline
-from engine.config import DataConfig, PhantomConfig
+from engine.data import DataConfig, PhantomConfig
 from engine.ranks.distributed import Ranks
 from kernels import dispatch, workloads
 from kernels.dice_ce import region_masks

@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from commands import SMALL
-from test_network import content_of
+from test_trained import content_of
 
 from engine.checkpoint import save_weights
 from engine.config import CONFIGS, Config, config_from_dict, make_parser, parse_config, to_dict
@@ -316,7 +316,10 @@ def test_models_predict_the_same_case_and_a_picture_shows_them(
         config = config_from_dict(small)
         data = load_data(config.data)
         run_dir = write_run(tmp_path / name, config)
-        trained = {"weights": make_model(config, 4).state_dict(), "modalities": list(data.store.modalities)}
+        trained = {
+            "weights": make_model(config.model, config.data.crop_size_voxels, 4).state_dict(),
+            "modalities": list(data.store.modalities),
+        }
         content = content_of(data.store.coding, **trained, config=to_dict(config))
         save_weights(run_dir / "checkpoints" / "best.pt", content)
         runs.append(replace(Run.read(run_dir), cases=data.val, example=data.val[1]))

@@ -12,19 +12,10 @@ from unittest import mock
 import pytest
 import yaml
 
-from engine.config import (
-    CONFIGS,
-    Config,
-    DataConfig,
-    TrainConfig,
-    config_from_dict,
-    make_parser,
-    parse_config,
-    to_dict,
-    to_portable_dict,
-)
-from engine.data import Data, load_data, make_loaders, prepared
+from engine.config import CONFIGS, Config, config_from_dict, make_parser, parse_config, to_dict, to_portable_dict
+from engine.data import Data, DataConfig, load_data, make_loaders, prepared
 from engine.ranks.distributed import Ranks
+from engine.step import TrainConfig
 from pipelines.geometry import Spacing
 
 
@@ -64,7 +55,7 @@ def test_the_axes_of_the_spacing_reach_the_store_and_unprepared_crops(
     monkeypatch.setattr("engine.data.prepare", prepare)
     monkeypatch.setattr("engine.data.RawLoader", crops)
     prepared(config.data, mock.Mock())
-    make_loaders(config, ranks, Data(mock.Mock(), ("a",), (), mock.Mock()))
+    make_loaders(config.data, config.train, ranks, Data(mock.Mock(), ("a",), (), mock.Mock()))
     assert prepare.call_args.args[2] == crops.call_args.kwargs["spacing"] == Spacing((1.0, 2.0, 3.0), axes)
 
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 from test_predict import CROP, SPACING, labels_of, make_run, run_predict
 
-from engine.config import Config, DataConfig, ModelConfig, TrainConfig
-from engine.data import Data, load_data
-from engine.network import make_model
+from engine.config import Config
+from engine.data import Data, DataConfig, load_data
+from engine.network import ModelConfig, make_model
 from engine.ranks.distributed import Ranks
+from engine.step import TrainConfig
 from engine.trainer import Trainer
 from launch import prepare
 from pipelines.basics.tables import read_table
@@ -169,7 +170,7 @@ def test_each_layout_is_checked_trained_on_and_predicted_as_a_decathlon_task(
     config = Config(
         settings, ModelConfig("unet", feature_size=2), train=TrainConfig(epochs=1), run_dir=tmp_path / "run"
     )
-    trainer = Trainer(config, ranks, data, make_model(config, 4))
+    trainer = Trainer(config, ranks, data, make_model(config.model, config.data.crop_size_voxels, 4))
     image, labels = next(iter(trainer.train_loader.epoch(0)))
     assert torch.isfinite(trainer.step(image, labels).loss)
 

@@ -16,13 +16,13 @@ from monai.data import MetaTensor
 from monai.inferers.utils import sliding_window_inference
 from monai.transforms import Compose, Orientation, Spacing
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from test_network import CONFIG, content_of
+from test_trained import CONFIG, content_of
 
 from engine import inference
 from engine.checkpoint import save_weights
-from engine.config import ModelConfig, to_dict
+from engine.config import to_dict
 from engine.inference import Predictor, Segmentation, compose_labels, describe
-from engine.network import make_model
+from engine.network import ModelConfig, make_model
 from engine.sliding_window import zscore_nonzero
 from pipelines.domain_shift import looks_of, ranges
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
@@ -35,7 +35,7 @@ AFFINE = np.array([[-1.25, 0, 0, 20.0], [0, -1.0, 0, 31.0], [0, 0, 2.0, -4.0], [
 def write_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A run's weights whose logits are far enough from one another to be worth comparing."""
     torch.manual_seed(seed)
-    network = make_model(CONFIG, 2)
+    network = make_model(CONFIG.model, CONFIG.data.crop_size_voxels, 2)
     with torch.no_grad():
         network.get_parameter("head.weight").mul_(20)
     save_weights(folder / "checkpoints" / "best.pt", content_of(weights=network.state_dict()) | changes)
@@ -280,7 +280,10 @@ def test_weights_that_overflow_give_an_error_and_no_segmentation(
     """Every voxel was background, for NaN is not above one half."""
     model = ModelConfig(name=name, feature_size=2, hidden_size=8, mlp_dim=8, num_heads=2)
     config = dataclasses.replace(CONFIG, model=model)
-    weights = {key: value * scale for key, value in make_model(config, 2).state_dict().items()}
+    weights = {
+        key: value * scale
+        for key, value in make_model(config.model, config.data.crop_size_voxels, 2).state_dict().items()
+    }
     weights = {key: value.clamp(-3e38, 3e38) for key, value in weights.items()}
     predictor = Predictor(write_run(tmp_path, weights=weights, config=to_dict(config)), "cpu")
     with pytest.raises(ValueError, match="logits of this scan are NaN or infinite, .*best.pt overflows on it"):

@@ -27,10 +27,11 @@ from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from safetensors.torch import save_file
 from test_models import reference_unetr
-from test_network import content_of
+from test_trained import content_of
 
 from engine.checkpoint import load_weights, save_weights
-from engine.config import Config, DataConfig, ModelConfig, to_dict
+from engine.config import Config, to_dict
+from engine.data import DataConfig
 from engine.export import interchange
 from engine.export.bundle import FILE_NAMES, WEIGHTS, write_bundle
 from engine.export.bundle_steps import SelectChannelsd, find_scans
@@ -42,7 +43,8 @@ from engine.export.interchange import (
     trace,
 )
 from engine.inference import Predictor
-from engine.network import Trained, load_trained, make_model
+from engine.network import ModelConfig, make_model
+from engine.trained import Trained, load_trained
 from launch.convert import ENDINGS, main
 from models import MODELS
 from models.convert import PACKAGES
@@ -70,7 +72,7 @@ def saved_run(folder: Path, name: str) -> Path:
     """A run's folder with the weights of a network that nobody trained, on (t1c, flair)."""
     config = config_of(name)
     torch.manual_seed(0)
-    weights = make_model(config, 2).state_dict()
+    weights = make_model(config.model, config.data.crop_size_voxels, 2).state_dict()
     save_weights(folder / name / "checkpoints" / "best.pt", content_of(weights=weights, config=to_dict(config)))
     return folder / name
 
@@ -84,7 +86,7 @@ def shallow(name: str) -> tuple[Trained, torch.export.ExportedProgram]:
     """A network and its graph, of four transformer blocks in place of twelve, for the time that they take."""
     torch.manual_seed(0)
     config = config_of(name)
-    network: torch.nn.Module = make_model(config, 2)
+    network: torch.nn.Module = make_model(config.model, config.data.crop_size_voxels, 2)
     if name != "unet":
         variant = replace(SELF_ATTENTION_CV if name == "unetr" else MONAI, layers=(1, 2, 3, 4))
         with mock.patch("models.vit.NUM_LAYERS", 4):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engine.config import LossConfig
 from engine.memory import HEADROOM, MemoryEstimate, SavedBytes, estimate, out_of_memory_message, run_forward
+from engine.step import LossConfig
 from kernels import dispatch
 from models import MODELS, build_model
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.config import OptimConfig
-from engine.optim import FIRST_SCALE, GuardedAdamW, learning_rate
+from engine.optim import FIRST_SCALE, GuardedAdamW, OptimConfig, learning_rate
 
 
 def rates(config: OptimConfig, steps: int) -> list[float]:

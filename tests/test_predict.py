@@ -23,13 +23,14 @@ import numpy as np
 import pytest
 import torch
 from commands import free_port
-from test_network import content_of
+from test_trained import content_of
 
 from engine import evaluation, inference, metrics
 from engine.checkpoint import save_weights
-from engine.config import Config, DataConfig, ModelConfig, to_dict
+from engine.config import Config, to_dict
+from engine.data import DataConfig
 from engine.inference import Predictor, Prepared
-from engine.network import make_model
+from engine.network import ModelConfig, make_model
 from engine.ranks.distributed import Ranks
 from engine.sliding_window import sliding_window_logits
 from launch import evaluate, predict
@@ -64,7 +65,7 @@ def make_run(scans: Path, folder: Path, modalities: tuple[str, ...], seed: int =
     data = DataConfig(root=scans, crop_size_voxels=CROP, spacing_mm=SPACING, val_cases=["BRATS_002"], pad=True)
     config = Config(data=data, model=ModelConfig(name="unet", feature_size=2))
     torch.manual_seed(seed)
-    weights = make_model(config, len(modalities)).state_dict()
+    weights = make_model(config.model, config.data.crop_size_voxels, len(modalities)).state_dict()
     content = content_of(CODINGS["decathlon"], weights=weights, config=to_dict(config), modalities=list(modalities))
     content["scans"] = scans_known or {}
     save_weights(folder / "checkpoints" / "best.pt", content)

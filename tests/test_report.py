@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import Config, DataConfig, TrainConfig
+from engine.config import Config
+from engine.data import DataConfig
 from engine.metrics import CaseDice
 from engine.ranks.distributed import Ranks
 from engine.reports import report
 from engine.reports.pictures import draw_curves
 from engine.reports.report import Facts, Section, best_and_worst, environment, is_whole, mean_dice, timing, write_html
+from engine.step import TrainConfig
 from pipelines.labels import CODINGS
 
 ROW: dict[str, Any] = {"epoch": 1, "step": 2, "loss": 1.5, "dice_loss": 1.0, "ce_loss": 0.5, "skipped_steps": 0,

@@ -10,9 +10,11 @@ from unittest import mock
 import pytest
 from test_checkpoint import write
 
-from engine.config import Config, DataConfig, PhantomConfig, TrainConfig, to_portable_dict
+from engine.config import Config, to_portable_dict
+from engine.data import DataConfig, PhantomConfig
 from engine.resume import changed_options, refuse_links, tell_what_resuming_does, written_elsewhere
 from engine.run import run
+from engine.step import TrainConfig
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "logs", "tensorboard", "run.log", ".lock", "logs/rank-0001.log"])

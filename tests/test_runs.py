@@ -16,10 +16,11 @@ import torch
 from commands import rows_of, start, train, write_small
 
 from engine.checkpoint import states
-from engine.config import Config, TrainConfig
+from engine.config import Config
 from engine.reports.comparison import Run, is_finished
 from engine.resume import refuse_links
 from engine.run import _claim, run
+from engine.step import TrainConfig
 from pipelines.cases import find_cases
 from pipelines.phantom import make_phantoms
 from pipelines.scans.nifti import read_nifti, write_nifti

@@ -14,11 +14,12 @@ import pytest
 import torch
 from commands import free_port
 
-from engine.config import Config, OptimConfig, TrainConfig
 from engine.diagnosis import first_nonfinite
+from engine.optim import OptimConfig
+from engine.precision import LOW_PRECISION
 from engine.ranks.distributed import Ranks
 from engine.sharding import copy_moments, copy_weights
-from engine.step import LOW_PRECISION, GraphedPass, TrainingStep, set_up_torch
+from engine.step import GraphedPass, LossConfig, TrainConfig, TrainingStep
 from kernels.dice_ce import dice_ce_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +48,8 @@ def make_step(
 ) -> TrainingStep:
     optim = {"lr": RATE, "weight_decay": 0.1, "grad_clip": options.pop("grad_clip", 0.0)}
     optim["ema_decay"] = options.pop("ema_decay", 0.0)
-    config = Config(optim=OptimConfig(**optim), train=TrainConfig(**options))
-    return TrainingStep(config, settings or {}, ranks, model or network(), REGIONS, total_steps=100)
+    train, model = TrainConfig(**options), model or network()
+    return TrainingStep(model, train, OptimConfig(**optim), LossConfig(), ranks, REGIONS, 100, settings or {})
 
 
 def plain_step(
@@ -232,7 +233,7 @@ def test_accumulated_passes_are_one_step_over_all_their_crops(ranks: Ranks) -> N
     """BCE alone is a mean over crops, so two passes of two crops are one of four."""
     whole, parts = make_step(ranks, batch_size=4), make_step(ranks, batch_size=2, accumulate_steps=2)
     for step in (whole, parts):
-        step.config.loss.dice_weight = 0
+        step.loss_config.dice_weight = 0
     image, labels = batch(0, size=4)
     whole(image, labels)
     parts(image[:2], labels[:2])
@@ -284,17 +285,6 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], me
         make_step(ranks, **options)
 
 
-def test_float32_means_ieee_products_and_deterministic_means_all() -> None:
-    try:
-        set_up_torch(TrainConfig(precision="tf32", deterministic=True))
-        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
-    finally:
-        set_up_torch(TrainConfig())
-    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
 TWO_RANKS = """
 import json, sys
 import torch, torch.distributed as dist
@@ -344,10 +334,10 @@ for stage in range(4):  # each goes on from the state of the one before it
 
 def first_updates(**options):  # weights after two steps of eight crops each
     step = make_step(ranks, batch_size=4, grad_clip=CLIP, **options)
-    step.config.loss.dice_weight = 0  # what is left is a mean over crops
+    step.loss_config.dice_weight = 0  # what is left is a mean over crops
     for number in range(2):
         image, labels = (tensor[ranks.rank::2] for tensor in batch(number, size=8))
-        passes = step.config.train.accumulate_steps
+        passes = step.train.accumulate_steps
         for part in range(passes):
             step(image[part::passes], labels[part::passes])
     return step, sum(float(value.double().abs().sum()) for value in copy_weights(step.model).values())

@@ -22,15 +22,16 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR, UNet
 
 from engine.checkpoint import load_weights, state_name, states
-from engine.config import Config, DataConfig, LossConfig, OptimConfig, PhantomConfig, TrainConfig
-from engine.data import Data, load_data, make_val_loader
+from engine.config import Config
+from engine.data import Data, DataConfig, PhantomConfig, load_data, make_val_loader
 from engine.diagnosis import Diverged
 from engine.inference import compose_labels
 from engine.metrics import SCORED, case_dice, summarise
+from engine.optim import OptimConfig
 from engine.progress import DataWait
 from engine.ranks.distributed import Ranks
 from engine.ranks.signals import Preempted
-from engine.step import TrainingStep
+from engine.step import LossConfig, TrainConfig, TrainingStep
 from engine.trainer import Trainer
 from kernels.dice_ce import region_masks
 from models import build_model
@@ -54,11 +55,11 @@ def test_a_case_comes_as_the_configuration_validates_it(data: Data) -> None:
     """The centre crop, z-scored; or the full volume as it is stored, for sliding windows to do that."""
     name, cpu = data.train[1], torch.device("cpu")
     config = Config(data=DataConfig(crop_size_voxels=CROP), train=TrainConfig(validation="center_crop"))
-    ((found, image, labels),) = make_val_loader(config, data.store, [name], cpu)
+    ((found, image, labels),) = make_val_loader(config.data, config.train.validation, data.store, [name], cpu)
     assert (found, image.shape, labels.shape) == (name, (1, 4, *CROP), (1, *CROP))
     assert image[image != 0].mean().abs() < 0.01
     config = replace(config, train=TrainConfig(validation="full_volume"))
-    ((_, image, _),) = make_val_loader(config, data.store, [name], cpu)
+    ((_, image, _),) = make_val_loader(config.data, config.train.validation, data.store, [name], cpu)
     stored = torch.tensor(data.store.image(data.store.index(name))).permute(3, 0, 1, 2)
     assert torch.equal(image[0], stored) and image.is_contiguous()
 

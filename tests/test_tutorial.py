@@ -20,8 +20,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from engine.checkpoint import save_weights
-from engine.config import Config, ModelConfig, make_parser, parse_config, to_dict
-from engine.network import make_model
+from engine.config import Config, make_parser, parse_config, to_dict
+from engine.network import ModelConfig, make_model
 from engine.reports import comparison, comparison_pictures
 from engine.reports.pictures import COLOURS
 from launch import compare
@@ -72,7 +72,8 @@ def _save_untrained(config: Config) -> None:
     assert config.run_dir is not None
     small = replace(config, model=ModelConfig("unet", feature_size=2), run_dir=None)
     coding = CODINGS["decathlon"]
-    content = {"weights": make_model(small, len(MODALITIES)).state_dict(), "config": to_dict(small), "epoch": 1,
+    network = make_model(small.model, small.data.crop_size_voxels, len(MODALITIES))
+    content = {"weights": network.state_dict(), "config": to_dict(small), "epoch": 1,
                "validation": {"mean": 0.0}, "modalities": list(MODALITIES), "release": coding.release,
                "tissues": dict(coding.tissues), "regions": [list(v) for v in coding.regions], "scans": {}}  # fmt: skip
     save_weights(config.run_dir / "checkpoints" / "best.pt", content)

@@ -31,8 +31,8 @@ from engine.archive import write_archive
 from engine.export import bundle_steps
 from engine.export.interchange import METADATA, describe, reference_class, reference_weights, widths
 from engine.inference import compose_labels
-from engine.network import Trained
 from engine.sliding_window import OVERLAP, SIGMA_SCALE, WINDOWS_AT_ONCE
+from engine.trained import Trained
 from kernels import attention, instance_norm
 from models import unetr, vit
 from models.convert import PACKAGES

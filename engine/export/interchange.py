@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from engine.archive import Unreadable, read_archive, sealed
 from engine.checkpoint import FORMAT, SAFETENSORS_KEY
 from engine.config import Config, to_dict
-from engine.network import Trained, make_model, misfit
+from engine.network import make_model
+from engine.trained import Trained, misfit
 from models.convert import PACKAGES, StateDict, from_reference, to_reference
 from pipelines.basics.atomic import replacing
 from pipelines.labels import REGIONS, Coding
@@ -172,7 +173,7 @@ def import_weights(
     """
     name = config.model.name
     check_package(name, package)
-    network = make_model(config, len(modalities))
+    network = make_model(config.model, config.data.crop_size_voxels, len(modalities))
     weights = from_reference(name, state_dict, widths(network).get("num_heads", 0))
     fault = misfit(network, weights)
     if fault:

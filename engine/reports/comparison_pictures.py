@@ -19,11 +19,11 @@ from matplotlib.ticker import MaxNLocator
 from engine.config import Config
 from engine.data import existing_root, list_cases, make_val_loader, prepared
 from engine.metrics import CaseDice, case_dice, scored_regions
-from engine.network import describing, load_trained
 from engine.progress import percent
 from engine.reports.comparison import PUBLISHED, VALIDATION_CASES, Row, Run, differences
 from engine.reports.pictures import as_numpy, caption, legend, plt, save, show_slice
 from engine.sliding_window import sliding_window_logits
+from engine.trained import describing, load_trained
 from kernels.dice_ce import region_masks
 from pipelines.labels import REGIONS
 
@@ -93,7 +93,7 @@ def predict_example(rows: Sequence[Row], device: torch.device, store_dir: Path |
     config = replace(config, data=replace(config.data, store_dir=store_dir))
     cases = list_cases(config.data, existing_root(config.data)).select([first.example])
     store = prepared(config.data, cases)
-    ((name, image, labels),) = make_val_loader(config, store, [first.example], device)
+    ((name, image, labels),) = make_val_loader(config.data, config.train.validation, store, [first.example], device)
     found, truth = {}, None
     for row in rows:
         trained = load_trained(row.runs[0].path, device)

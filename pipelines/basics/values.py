@@ -35,6 +35,9 @@ _BOUNDS = (
     ("most", "at most", operator.le),
     ("below", "below", operator.lt),
 )
+MANY = 1_000_000
+"""An upper bound for counts: more is a slip of the finger."""
+MOST_SEED = 2**63 - 1
 _SHOWN = 80  # characters of a value in a message
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from engine.checkpoint import save_weights
-from engine.config import Config, DataConfig, ModelConfig, to_dict
-from engine.network import NOT_DESCRIBING, load_trained, make_model
+from engine.config import Config, to_dict
+from engine.data import DataConfig
+from engine.network import ModelConfig, make_model
+from engine.trained import NOT_DESCRIBING, load_trained
 from pipelines.decathlon import TASK
 from pipelines.labels import CODINGS, Coding, tutorial_coding
 
@@ -24,7 +26,7 @@ CONFIG = Config(
 def content_of(coding: Coding = CODINGS["brats2018"], **changes: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     content = {
-        "weights": make_model(CONFIG, 2).state_dict(),
+        "weights": make_model(CONFIG.model, CONFIG.data.crop_size_voxels, 2).state_dict(),
         "config": to_dict(CONFIG),
         "epoch": 7,
         "validation": {"mean": 0.5},
@@ -46,7 +48,7 @@ def test_a_network_comes_back_with_all_that_belongs_to_it(tutorial: bool, tmp_pa
     assert trained.config == CONFIG and trained.coding == coding
     assert (trained.modalities, trained.epoch, trained.validation) == (("t1c", "flair"), 7, {"mean": 0.5})
     torch.manual_seed(0)
-    network, image = make_model(CONFIG, 2).eval(), torch.randn(1, 2, 16, 16, 16)
+    network, image = make_model(CONFIG.model, CONFIG.data.crop_size_voxels, 2).eval(), torch.randn(1, 2, 16, 16, 16)
     assert torch.equal(trained.network(image), network(image))
 
 

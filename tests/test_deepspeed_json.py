@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON file: taken as it is, or refused with what to change. States and stages: tests/test_step.py."""
+"""DeepSpeed's JSON file: used as it is, or refused with what to change."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from engine.config import Config, OptimConfig, TrainConfig
-from engine.diagnosis import first_nonfinite
-from engine.sharding import read_deepspeed_json
+from engine.config import Config
+from engine.deepspeed_json import apply_deepspeed_json
+from engine.optim import OptimConfig
+from engine.step import TrainConfig
 
 
 def read(tmp_path: Path, content: Any, world_size: int = 2, **train: Any) -> tuple[Config, dict[str, Any]]:
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     config = Config(train=TrainConfig(deepspeed=path, **train), optim=OptimConfig(lr=1e-4))
-    return config, read_deepspeed_json(config, world_size)
+    return apply_deepspeed_json(config, world_size)
 
 
 def test_a_usual_file_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -73,13 +73,22 @@ def test_settings_that_change_nothing_are_named(tmp_path: Path, caplog: pytest.L
         "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 5, "total_num_steps": 1000}},
     }
     read(tmp_path, content)
-    told = [record.getMessage() for record in caplog.records if "not heeded" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if " ignored: " in record.getMessage()]
     expected = ["fp16: loss_scale 128", "optimizer: amsgrad True", "scheduler: total_num_steps 1000"]
-    assert [line.split(": not heeded")[0] for line in told] == expected
+    assert [line.split(" ignored: ")[0] for line in told] == expected
 
 
 def test_without_a_file_nothing_is_set() -> None:
-    assert read_deepspeed_json(Config(), 1) == {}
+    assert apply_deepspeed_json(Config(), 1) == (Config(), {})
+
+
+def test_the_configuration_that_was_read_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_micro_batch_size_per_gpu": 7, "gradient_clipping": 3}')
+    config = Config(train=TrainConfig(deepspeed=path))
+    changed, _ = apply_deepspeed_json(config, 1)
+    assert (changed.train.batch_size, changed.optim.grad_clip) == (7, 3)
+    assert config == Config(train=TrainConfig(deepspeed=path))
 
 
 @pytest.mark.parametrize(
@@ -115,38 +124,3 @@ def test_what_this_engine_cannot_do_is_refused(content: Any, message: str, tmp_p
     with pytest.raises(ValueError, match=message) as raised:
         read(tmp_path, content)
     assert "ds.json" in str(raised.value)
-
-
-class Layers(torch.nn.Module):
-    """`second` gives what `weight` makes of it; its square root has no finite gradient at zero."""
-
-    def __init__(self, factor: float, takes_root: bool = False) -> None:
-        super().__init__()
-        self.first, self.second, self.third = (torch.nn.Linear(2, 2) for _ in range(3))
-        self.takes_root = takes_root
-        torch.nn.init.constant_(self.second.weight, factor)
-        torch.nn.init.zeros_(self.second.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.second(self.first(x))
-        return self.third(x.square().sqrt() if self.takes_root else x)
-
-
-@pytest.mark.parametrize(
-    ("model", "image", "found"),
-    [
-        (Layers(1.0), torch.ones(1, 2), None),
-        (Layers(1.0), torch.full((1, 2), float("nan")), "the images themselves"),
-        (Layers(float("inf")), torch.ones(1, 2), "the output of second"),
-        (Layers(0.0, takes_root=True), torch.ones(1, 2), "the gradient of the output of second"),
-    ],
-)
-def test_the_first_layer_that_is_not_finite_is_found(model: Layers, image: torch.Tensor, found: str | None) -> None:
-    assert first_nonfinite(model, lambda logits, labels: logits.sum(), image, torch.zeros(1)) == found
-
-
-def test_a_loss_that_is_not_finite_by_itself_is_told_from_its_logits() -> None:
-    loss_of = lambda logits, labels: logits.sum() * float("nan")  # noqa: E731
-    model = Layers(1.0)
-    found = first_nonfinite(model, loss_of, torch.ones(1, 2), torch.zeros(1))
-    assert found == "the loss, from finite logits"

@@ -1,0 +1,65 @@
+"""What a network computes in: `--train.precision`. Weights, gradients, moments and losses are float32 in each.
+
+float32   IEEE products everywhere          bf16   autocast
+tf32      TF32 products on a GPU            fp16   autocast, the loss scaled so that no gradient underflows
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Precision = Literal["float32", "tf32", "bf16", "fp16"]
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def prepare_network(network: torch.nn.Module, precision: str) -> torch.nn.Module:
+    """A network in the memory format of its device, and with a forward in a precision of `--train.precision`."""
+    device = next(network.parameters()).device.type
+    if device == "cuda":  # whose convolutions want the channels last in memory
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if precision in LOW_PRECISION:
+        # Inside the module: DeepSpeed turns off an autocast that it finds around its own forward.
+        lowered = torch.autocast(device, LOW_PRECISION[precision])
+        network.forward = lowered(network.forward)
+    return network
+
+
+def set_up_torch(precision: Precision, deterministic: bool) -> None:
+    """Set the process-wide switches of training: TF32, cuDNN's search, and reproducible bits.
+
+    For a command that owns its process; a library uses `tf32`.
+    """
+    set_tf32(precision == "tf32")
+    torch.backends.cudnn.benchmark = not deterministic  # crops have one size: the search pays
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def tf32(is_on: bool) -> Iterator[None]:
+    """Within it, float32 products on a GPU are TF32, or IEEE; afterwards whatever they were before."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # a process that set only the backends can't be asked
+        older = "highest"
+    set_tf32(is_on)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def set_tf32(is_on: bool) -> None:
+    """Switch the whole process; see `tf32`."""
+    torch.set_float32_matmul_precision("high" if is_on else "highest")
+    torch.backends.cudnn.allow_tf32 = is_on
