@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import MARGIN, LeastWork, Roofline
-from pipelines.atomic import write_text
+from pipelines.basics.atomic import write_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
