@@ -33,7 +33,7 @@ from engine import archive
 from engine.archive import Unreadable, content_hash, read_archive, sealed, write_archive
 from engine.ranks.memory_limits import is_out_of_memory
 from pipelines.basics.atomic import remove_left_over, replacing, temporary_name
-from pipelines.basics.text import printable
+from pipelines.basics.text import one_line
 from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)
@@ -233,10 +233,9 @@ def putting_back(folder: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         raise ValueError(
             f"--resume: the checkpoint in {folder} does not fit this run, or another version of this program wrote it: "
-            f"{reason[:300]}"
+            f"{one_line(f'{type(error).__name__}: {error}', 300)}"
         ) from error
 
 

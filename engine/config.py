@@ -25,8 +25,8 @@ from engine.optim import OptimConfig
 from engine.parser import Parser, build
 from engine.step import LossConfig, TrainConfig
 from kernels.dispatch import Kernels
+from pipelines.basics.option_values import Misfit, convert, faults, plain, refuse, shown
 from pipelines.basics.text import encodable
-from pipelines.basics.values import Misfit, convert, faults, plain, refuse, shown
 from pipelines.cases import check_folds
 
 CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"

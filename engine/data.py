@@ -14,12 +14,12 @@ from engine.ranks.distributed import Ranks
 from engine.step import TrainConfig
 from pipelines.augment import Augment
 from pipelines.basics.home import cache_dir
-from pipelines.basics.values import MANY, MOST_SEED, number
+from pipelines.basics.option_values import MANY, MOST_SEED, number
+from pipelines.basics.text import first_few
 from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
 from pipelines.geometry import Spacing, SpacingAxes
 from pipelines.labels import Release
-from pipelines.layouts.names import some
 from pipelines.loaders import CropLoader, TrainLoader, ValLoader
 from pipelines.phantom import FORMAT, make_phantoms
 from pipelines.prepared import StoreDtype
@@ -219,7 +219,9 @@ def _say_tumours(store: Store, names: Sequence[str], use: str) -> None:
     if empty and len(empty) == len(names):
         log.warning("none of the %d cases to %s has a tumour in its label: check the labels", len(names), use)
     elif empty:
-        log.warning("%d of %d cases to %s have no tumour in their label: %s", len(empty), len(names), use, some(empty))
+        log.warning(
+            "%d of %d cases to %s have no tumour in their label: %s", len(empty), len(names), use, first_few(empty)
+        )
 
 
 def make_loaders(

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from models import build_model, check_img_size
-from pipelines.basics.values import number
+from pipelines.basics.option_values import number
 from pipelines.labels import REGIONS
 
 

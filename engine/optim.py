@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from pipelines.basics.values import MANY, number
+from pipelines.basics.option_values import MANY, number
 
 FIRST_SCALE = 2.0**16  # of the loss in fp16
 GROWTH_INTERVAL = 2000  # steps with finite gradients before the scale is doubled, as in torch.amp.GradScaler

@@ -2,7 +2,7 @@
 
 jsonargparse declares and explains the options. It does not read them, because it takes each value for YAML: a folder
 `null` would be none, and one called `# x` a comment. Here a value means what its option's type says: see
-`pipelines.basics.values`. Whatever is wrong is told at once, and misspelt names with those that were meant.
+`pipelines.basics.option_values`. Whatever is wrong is told at once, and misspelt names with those that were meant.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.yaml_file import parse_yaml, read_yaml
-from pipelines.basics.values import (
+from pipelines.basics.option_values import (
     NO_BOUNDS,
     Bounds,
     Misfit,
@@ -47,7 +47,7 @@ class Option:
     """An option of a command.
 
     Attributes:
-        kind: its type, as `pipelines.basics.values` knows them. bounds: of its numbers. default: where it is not given.
+        kind: its type, as `pipelines.basics.option_values` knows them. bounds: of its numbers. default: if not given.
         bare: its value where it is named alone; None where it needs one.
         is_flag: it takes no value on the command line. is_required, is_positional: as in argparse.
     """

@@ -35,7 +35,7 @@ from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import parameter_count
-from pipelines.basics.atomic import open_own, own_folder, replacing
+from pipelines.basics.atomic import cannot_write, open_own, own_folder, replacing
 from pipelines.basics.text import printable
 from pipelines.labels import REGIONS
 
@@ -218,9 +218,7 @@ def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open_own(run_dir / ".lock")
     except OSError as error:
-        raise ValueError(
-            f"--run_dir {run_dir} can't be written ({error.strerror}): change its permissions, or give another folder"
-        ) from error
+        raise cannot_write(f"--run_dir {run_dir}", error, "give another folder") from error
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of those that it starts
     except (BlockingIOError, PermissionError) as error:

@@ -13,7 +13,8 @@ import torch
 
 from engine.ranks.command import explain
 from engine.ranks.memory_limits import is_out_of_memory
-from pipelines.layouts.names import DataError
+from pipelines.basics.errors import DataError
+from pipelines.basics.text import one_line
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")
@@ -94,7 +95,7 @@ def _fault(error: Exception) -> Exception:
 
 def in_words(error: Exception) -> str:
     """What kept a case from being done, on a line for the user; of a fault in this program also its place."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if is_out_of_memory(error):
         return (
             f"out of memory ({text[:200] or type(error).__name__}): end other programs, or take a machine or a device "

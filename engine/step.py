@@ -24,7 +24,7 @@ from engine.precision import Precision, prepare_network
 from engine.ranks.distributed import Ranks
 from engine.sharding import copy_weights, deepspeed_engine, held_by_rank, shard_of
 from kernels.dice_ce import DiceCE, dice_ce_loss
-from pipelines.basics.values import MANY, MOST_SEED, number
+from pipelines.basics.option_values import MANY, MOST_SEED, number
 
 WARM_UP_PASSES = 3  # compilation, cuDNN's search, lazy initialisations: none of them may be recorded
 

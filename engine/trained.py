@@ -24,11 +24,11 @@ from engine.config import Config, config_from_dict
 from engine.data import DataConfig
 from engine.network import make_model
 from engine.step import TrainConfig
-from pipelines.basics.text import printable
-from pipelines.basics.values import shown
+from pipelines.basics.option_values import shown
+from pipelines.basics.text import first_few, one_line
 from pipelines.decathlon import TASK
 from pipelines.labels import CODINGS, ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
-from pipelines.layouts.names import canonical_modalities, some
+from pipelines.layouts.names import canonical_modalities
 
 NOT_DESCRIBING = ("download", "store_dir", "store_dtype", "residence", "workers", "prepare_on", "unprepared", "augment")
 """Options of `--data` that say how volumes are made and kept, not what the scans are."""
@@ -100,9 +100,9 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
         scans = _ranges(content["scans"], len(modalities))
         fault = misfit(network, content["weights"])
     except _ODD as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else printable(" ".join(str(error).split()))
+        reason = one_line(f"it has no {error}" if isinstance(error, KeyError) else error, 300)
         raise ValueError(
-            f"{path} was written by another version of this program: {reason[:300]}; update this one, or use that one"
+            f"{path} was written by another version of this program: {reason}; update this one, or use that one"
         ) from error
     if fault:
         raise ValueError(
@@ -114,7 +114,7 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
     broken = [name for name, value in network.state_dict().items() if not value.isfinite().all()]
     if broken:
         raise ValueError(
-            f"{path}: {len(broken)} of its tensors hold NaN or Inf ({some(broken, 1)}), and so would its "
+            f"{path}: {len(broken)} of its tensors hold NaN or Inf ({first_few(broken, 1)}), and so would its "
             "segmentations: take weights of an earlier epoch, or train again"
         )
     network.to(device).eval()
@@ -207,5 +207,5 @@ def misfit(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> str
     ]
     found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
     return "; ".join(
-        f"{len(names)} tensors are {what} ({some(list(map(shown, names)), 1)})" for what, names in found if names
+        f"{len(names)} tensors are {what} ({first_few(list(map(shown, names)), 1)})" for what, names in found if names
     )

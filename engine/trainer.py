@@ -31,9 +31,9 @@ from engine.sliding_window import sliding_window_logits
 from engine.step import TrainingStep
 from kernels.dice_ce import region_masks
 from models import parameter_count
+from pipelines.basics.text import first_few
 from pipelines.domain_shift import filled, looks_of_store
 from pipelines.labels import REGIONS
-from pipelines.layouts.names import some
 
 log = logging.getLogger(__name__)
 
@@ -410,7 +410,7 @@ def _warn_of_overflow(names: Sequence[str]) -> None:
             "the logits of %d validation cases are NaN or infinite (%s) and count as background: lower --optim.lr, or "
             "take --train.precision bf16 instead of fp16",
             len(names),
-            some(names),
+            first_few(names),
         )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.basics.values import shown
+from pipelines.basics.option_values import shown
+from pipelines.basics.text import one_line
 
 _LIMIT = 2**20  # bytes; a file of options has some hundred
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "seq", "map")}
@@ -88,7 +89,7 @@ def parse_yaml(content: bytes, name: str) -> Any:
         hint = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
         raise ValueError(f"{name} is no YAML: {_place(error)}: {error.problem}{hint}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} is no YAML: {one_line(error)}") from error
 
 
 def _place(error: yaml.MarkedYAMLError) -> str:

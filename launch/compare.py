@@ -44,8 +44,8 @@ from engine.reports.comparison import PUBLISHED, Row, Run
 from engine.yaml_file import read_yaml
 from kernels import dispatch
 from pipelines.basics.atomic import below, replacing
+from pipelines.basics.option_values import Bounds, path_text
 from pipelines.basics.text import printable
-from pipelines.basics.values import Bounds, path_text
 
 STOP_LIMIT_S = 60.0  # for a run's processes to save and end
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit

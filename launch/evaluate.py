@@ -33,16 +33,16 @@ from engine.inference import Predictor, Prepared, Segmentation
 from engine.metrics import SCORED, Score, scored_regions
 from engine.parser import Parser
 from engine.progress import CaseBar
-from engine.ranks.command import make_writable, run_command
+from engine.ranks.command import run_command
 from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.stages import in_stages
 from launch.options import add_network_options, in_own_options, naming_own_options
-from pipelines.basics.atomic import own_folder
-from pipelines.basics.text import printable
+from pipelines.basics.atomic import cannot_write, make_writable, own_folder
+from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.text import first_few, printable
 from pipelines.cases import Case, CaseSet, survey_cases
 from pipelines.geometry import label_grid, resample_label
 from pipelines.labels import CODINGS, regions_from_labels
-from pipelines.layouts.names import CaseError, DataError
 from pipelines.scans.nifti import RawCase, read_case
 
 NAMED = 3  # cases of a warning that has more
@@ -129,11 +129,7 @@ def warnings_of(cases: Iterable[CaseScores]) -> list[str]:
     for case in cases:
         for warning in case.warnings:
             names.setdefault(warning, []).append(case.name)
-    lines = []
-    for warning, of in names.items():
-        more = f" and {len(of) - NAMED} more" if len(of) > NAMED else ""
-        lines.append(f"{', '.join(of[:NAMED])}{more}: {warning}")
-    return lines
+    return [f"{first_few(of, NAMED)}: {warning}" for warning, of in names.items()]
 
 
 def default_folder(options: Namespace, predictor: Predictor) -> Path:
@@ -157,10 +153,7 @@ def check_folder(folder: Path, run_dir: Path | None) -> None:
             own_folder(run_dir, folder.name)
         make_writable(folder)
     except OSError as error:
-        raise ValueError(
-            f"the folder of the tables, {folder}, can't be written ({error.strerror}): free space or change its "
-            "permissions, or choose another by --output"
-        ) from error
+        raise cannot_write(f"the folder of the tables, {folder},", error, "choose another with --output") from error
 
 
 def run_of(path: Path) -> Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.inference import Predictor
+from pipelines.basics.errors import CaseError, DataError
 from pipelines.cases import Case, CaseSet, survey_cases
-from pipelines.layouts.names import CaseError, DataError, canonical_modalities
+from pipelines.layouts.names import canonical_modalities, case_name_of
 from pipelines.layouts.order import in_order
 from pipelines.scans.nifti import read_grid
 
@@ -69,7 +68,7 @@ def files_as_cases(
     dimensions = {path: len([n for n in shape[3:] if n > 1]) + 3 for path, shape in shapes.items()}
     alone = len(order) == 1  # the network has one modality
     if alone and set(dimensions.values()) == {3}:
-        return [Case(stem(path), in_order([path], order, modalities), None, None) for path in shapes], faults
+        return [Case(case_name_of([path]), in_order([path], order, modalities), None, None) for path in shapes], faults
     if not alone and set(dimensions.values()) == {4}:
         return [_stacked(path, shape, order, predictor.modalities) for path, shape in shapes.items()], faults
     if faults:
@@ -78,9 +77,7 @@ def files_as_cases(
         given = ", ".join(f"{path.name} ({count}D)" for path, count in dimensions.items())
         wanted = "3D files, each a case" if alone else f"4D files with {', '.join(order)}, or the 3D files of one case"
         raise ValueError(f"--input {given}: give {wanted}")
-    prefix = os.path.commonprefix([stem(path) for path in files])
-    name = re.sub(r"(^|[-_. ]+)(t1?)?$", "", prefix, flags=re.IGNORECASE) or files[0].resolve().parent.name
-    return [Case(name, in_order(files, predictor.modalities, modalities), None, None)], []
+    return [Case(case_name_of(files), in_order(files, predictor.modalities, modalities), None, None)], []
 
 
 def _stacked(path: Path, shape: Sequence[int], order: Sequence[str], needed: Sequence[str]) -> Case:
@@ -89,9 +86,4 @@ def _stacked(path: Path, shape: Sequence[int], order: Sequence[str], needed: Seq
             f"--input {path.name} has {shape[3]} images on its last axis, and {len(order)} are expected "
             f"({' '.join(order)}): name what is on it, in order, with --modalities"
         )
-    return Case(stem(path), (path,), tuple(order.index(name) for name in needed), None)
-
-
-def stem(path: Path) -> str:
-    """A file's name without `.nii` or `.nii.gz`."""
-    return path.name[: path.name.lower().rindex(".nii")]
+    return Case(case_name_of([path]), (path,), tuple(order.index(name) for name in needed), None)

@@ -32,21 +32,23 @@ from jsonargparse import Namespace
 from engine.inference import Predictor, Prepared, describe
 from engine.parser import Parser
 from engine.progress import CaseBar
-from engine.ranks.command import make_writable, run_command
+from engine.ranks.command import run_command
 from engine.ranks.distributed import Ranks, gather, init_ranks
 from engine.stages import BatchEnds, in_stages, in_words
 from launch.inputs import find
 from launch.options import add_network_options, in_own_options, naming_own_options
+from pipelines.basics.atomic import cannot_write, make_writable
+from pipelines.basics.errors import CaseError, DataError
 from pipelines.basics.tables import append_row, read_table, write_table
-from pipelines.basics.text import printable
+from pipelines.basics.text import first_few, printable
 from pipelines.cases import Case
 from pipelines.labels import CODINGS, Coding
-from pipelines.layouts.names import CaseError, DataError, some
 from pipelines.scans.nifti import read_description, read_grid, read_nifti
 
 log = logging.getLogger("launch.predict")
 
 TABLE = "predictions.csv"
+OR_ELSE = "choose another folder; what is there is whole, and the same command goes on"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -148,7 +150,7 @@ def predict(options: Namespace) -> int:
     try:
         make_writable(output.folder)
     except OSError as error:
-        raise cannot_write(output.folder, error) from error
+        raise cannot_write(f"--output {output.folder}", error, OR_ELSE) from error
     waiting = left_to_do(found.cases, output, options.overwrite, ranks)
     kept = len(found.cases) - len(waiting)
     if kept:
@@ -212,7 +214,7 @@ def left_to_do(cases: Sequence[Case], output: Output, overwrite: bool, ranks: Ra
     if others:
         raise ValueError(
             f"--output {output.folder} holds {len(others)} files that are not what is asked for now: "
-            f"{some(others, 3)}. Choose another --output, ask for what is there (--runs, --release, --flips), or "
+            f"{first_few(others, 3)}. Choose another --output, ask for what is there (--runs, --release, --flips), or "
             "replace them with --overwrite"
         )
     write_rows(output.folder / TABLE, [])  # for all ranks to add to, which wait for it here
@@ -261,7 +263,7 @@ def predict_cases(predictor: Predictor, waiting: Sequence[Case], output: Output,
             append_row(output.folder / TABLE, COLUMNS, asdict(row))  # at once, in case the command is stopped
         except OSError as error:
             if is_lost(output.folder, error):
-                raise BatchEnds(str(cannot_write(output.folder, error))) from error
+                raise BatchEnds(str(cannot_write(f"--output {output.folder}", error, OR_ELSE))) from error
             raise
         return row
 
@@ -274,14 +276,6 @@ def predict_cases(predictor: Predictor, waiting: Sequence[Case], output: Output,
             rows.append(outcome)
             bar.advance()
     return rows
-
-
-def cannot_write(folder: Path, error: OSError) -> ValueError:
-    """The error for the user where the folder can't be written to."""
-    return ValueError(
-        f"--output {folder} can't be written ({error.strerror}): free space or change its permissions, or choose "
-        "another folder; what is there is whole, and the same command goes on"
-    )
 
 
 def is_lost(folder: Path, error: OSError) -> bool:

@@ -27,8 +27,8 @@ from rich.table import Table
 from engine.config import make_parser, parse_config
 from engine.data import DataConfig, list_cases, obtain_root, prepared
 from engine.ranks.command import run_command
+from pipelines.basics.errors import CaseError
 from pipelines.cases import survey_cases
-from pipelines.layouts.names import CaseError
 from pipelines.store import Store, check_cases
 
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pipelines.basics.home import give_home
+from pipelines.basics.text import one_line
 
 _OURS = ("engine", "kernels", "launch", "models", "pipelines")
 
@@ -17,7 +18,7 @@ def as_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning as a line: ours as any other message, another package's with its place."""
-    text = " ".join(str(message).split())
+    text = one_line(message)
     path, root = Path(filename), Path(__file__).resolve().parent.parent
     is_ours = path.is_relative_to(root) and path.relative_to(root).parts[0] in _OURS
     return text if is_ours else f"{filename}:{lineno}: {category.__name__}: {text}"

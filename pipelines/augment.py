@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from nvidia.dali import math as dali_math
 from nvidia.dali import types
 
-from pipelines.basics.values import faults, number, refuse
+from pipelines.basics.option_values import faults, number, refuse
 
 # Each augmentation and its inputs to the graph, in the order of the graph and of the draws.
 INPUTS = {

@@ -1,14 +1,15 @@
 """Find the cases of a data set, and split them.
 
-`find_cases` reads a data set of any layout (`pipelines.layouts`), settles the
-label coding and the modalities, and returns a `CaseSet`: names and paths alone, for no image is opened. `survey_cases`
-does the same with faulty cases set aside and not refused. `split_cases` divides the set as MONAI does, in two parts as
-its `DecathlonDataset` or in folds as its `partition_dataset`, so that the same seed gives the same cases in both. It
-divides patients: of several time points of one, all are on the same side.
+`find_cases` reads a data set of any layout (`pipelines.layouts`), settles the label coding and the modalities, and
+returns a `CaseSet` of names and paths: no image is opened. `survey_cases` does the same, but sets faulty cases aside
+instead of refusing them. `split_cases` divides the set as MONAI does, in two parts as its `DecathlonDataset` or in
+folds as its `partition_dataset`, so that the same seed gives the same cases in both. It divides patients: all time
+points of a patient are on the same side.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,22 +19,14 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.basics.text import printable
-from pipelines.basics.values import nearest
+from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.option_values import nearest
+from pipelines.basics.text import first_few, printable
 from pipelines.labels import Coding, coding_for_release, tutorial_coding
 from pipelines.layouts.folders import from_folders
+from pipelines.layouts.found import FoundCase
 from pipelines.layouts.lists import from_list
-from pipelines.layouts.names import (
-    MODALITIES,
-    CaseError,
-    DataError,
-    Found,
-    canonical_modalities,
-    case_name_fault,
-    modality_of,
-    name_fault,
-    some,
-)
+from pipelines.layouts.names import CASE_NAME_BYTES, MODALITIES, canonical_modalities, modality_of, name_fault
 from pipelines.layouts.tasks import from_task
 
 __all__ = [
@@ -60,7 +53,7 @@ class Case:
         images: one 3D file per modality, in the order of `CaseSet.modalities`; or one 4D file.
         channels: for a 4D file, the index on its last axis of each modality; None for 3D files.
         label: the label map, None where there is none.
-        patient: whose cases are not told apart in a split; None where neither name nor list says.
+        patient: whose cases stay together in a split; None where neither name nor list says.
     """
 
     name: str
@@ -99,7 +92,7 @@ class CaseSet:
         return {patient: tuple(names) for patient, names in found.items()}
 
     def select(self, names: Sequence[str]) -> CaseSet:
-        """The named cases alone, in the order of `names`.
+        """Only the named cases, in the order of `names`.
 
         Raises:
             DataError: a name is not in the set, or is there twice.
@@ -139,17 +132,17 @@ def find_cases(
             of several releases, it selects those whose names fit; where all say another release, it overrides them.
         modalities: which to use, in this order; None takes all that the data set has, in the order of `MODALITIES`.
         regions: "tutorial" swaps Decathlon's labels 2 and 3, as the published tutorial does (`labels.tutorial_coding`).
-        labelled: leave out cases without a label, which can't be trained on. False keeps them, and adds those that a
+        labelled: skip cases without a label, which can't be trained on. False keeps them, and adds those that a
             `dataset.json` or nnU-Net's `imagesTs` has for testing.
 
     Raises:
-        DataError: one that lists every fault of every case (a listed file or a modality is missing, two files of one
-            kind, a name that occurs twice). Also: no cases, or the release is open or mixed.
+        DataError: it lists every fault of every case (a listed file or a modality is missing, two files of one kind, a
+            name that occurs twice). Also: no cases, or the release is open or mixed.
         ValueError: unknown release, or regions.
     """
     survey = survey_cases(root, release, modalities, regions, labelled)
     if survey.faults:
-        raise DataError(_listing(root, survey))
+        raise DataError(_describe_faults(root, survey))
     return survey.usable
 
 
@@ -161,12 +154,12 @@ def survey_cases(
     labelled: bool = True,
     unlabelled_as: Coding | None = None,
 ) -> Survey:
-    """Find cases as `find_cases` does, and return the faults of single cases beside the cases that have none.
+    """Find cases as `find_cases` does, and return the faults of single cases beside the sound ones.
 
     Args:
         root, release, modalities, regions, labelled: as in `find_cases`.
-        unlabelled_as: coding where names leave the release open or mix several, in place of an error; for uses that
-            read no label.
+        unlabelled_as: coding to use instead of an error where names leave the release open or mix several; for uses
+            that read no label.
 
     Raises:
         DataError: what is wrong with the set as a whole: no cases, the release is open or mixed, a modality that no
@@ -189,8 +182,8 @@ def survey_cases(
         coding, found = from_folders(root, asked, unlabelled_as)
     if labelled:
         found = _with_label(found, root)
-    # The union, so that one case without its T2 is an error and does not silently take T2 from all the others.
-    present = tuple(m for m in MODALITIES if any(m in f.files for f in found))
+    # The union, so that one case without its T2 is an error, and does not silently drop T2 from all the others.
+    present = tuple(m for m in MODALITIES if any(m in case.files for case in found))
     wanted = wanted or present
     absent = [m for m in wanted if m not in present]
     if absent or not present:
@@ -198,45 +191,38 @@ def survey_cases(
             f"{root}: no case has {', '.join(absent) or 'an image'}; they have {', '.join(present) or 'none'}: add "
             "the files, or train on what is there with --data.modalities"
         )
-    faults = _faults(found, wanted)
-    sound = [f for f, its_faults in zip(found, faults, strict=True) if not its_faults]
-    usable = tuple(_case(f, wanted) for f in sound)
+    first: dict[str, FoundCase] = {}
+    faults = [_faults_of(case, wanted, first.setdefault(case.name, case)) for case in found]
+    sound = [case for case, its_faults in zip(found, faults, strict=True) if not its_faults]
+    usable = tuple(_case(case, wanted) for case in sound)
     coding = tutorial_coding(coding) if regions == "tutorial" else coding
-    held_out = tuple(f.name for f in sound if f.held_out)
-    return Survey(
-        CaseSet(usable, wanted, coding, held_out), tuple(fault for each in faults for fault in each), len(found)
-    )
+    held_out = tuple(case.name for case in sound if case.held_out)
+    return Survey(CaseSet(usable, wanted, coding, held_out), tuple(itertools.chain(*faults)), len(found))
 
 
-def _faults(found: Sequence[Found], modalities: Sequence[str]) -> list[list[CaseError]]:
-    """The faults of each case."""
-    first: dict[str, Found] = {}
-    return [_faults_of(f, modalities, first.setdefault(f.name, f)) for f in found]
-
-
-def _faults_of(found: Found, modalities: Sequence[str], first: Found) -> list[CaseError]:
-    """The faults of a case; `first` is the first of its name."""
+def _faults_of(found: FoundCase, modalities: Sequence[str], first: FoundCase) -> list[CaseError]:
+    """The faults of a case; `first` is the first case of its name."""
     faults = [*found.faults]
-    at_fault = {modality_of(fault.path) for fault in found.faults}  # is there, and told of already
+    at_fault = {modality_of(fault.path) for fault in found.faults}  # not missing, and reported already
     missing = [m for m in modalities if m not in found.files and m not in at_fault]
     if missing and (found.files or not faults):
         have = [m for m in MODALITIES if m in found.files]
         problem = f"case {found.name}: modality {', '.join(missing)} is missing; it has {', '.join(have) or 'none'}"
         if found.unused:
-            problem += f", and {some([path.name for path in found.unused])}, named like none"
+            problem += f", and {first_few([path.name for path in found.unused])}, whose names match no modality"
         remedy = "Add the file, move the case away, or train on what all cases have with --data.modalities"
         faults.append(CaseError(found.source, problem, remedy))
     if first is not found:
         problem = f"case {found.name}: another case has this name ({first.source}); names must be unique"
         faults.append(CaseError(found.source, problem, "Rename one of them"))
     names = (str(path) for path in (*found.files.values(), found.label) if path)
-    wrong = case_name_fault(found.name) or next(filter(None, map(name_fault, names)), "")
-    if wrong:
-        faults.append(CaseError(found.source, wrong, "Rename it"))
+    bad_name = name_fault(found.name, CASE_NAME_BYTES) or next(filter(None, map(name_fault, names)), "")
+    if bad_name:
+        faults.append(CaseError(found.source, bad_name, "Rename it"))
     return faults
 
 
-def _listing(root: Path, survey: Survey) -> str:
+def _describe_faults(root: Path, survey: Survey) -> str:
     """All faults, a line each, by remedy."""
     lines = [f"{root}: {survey.total - len(survey.usable.cases)} of {survey.total} cases are faulty"]
     for remedy in dict.fromkeys(fault.remedy for fault in survey.faults):
@@ -245,20 +231,21 @@ def _listing(root: Path, survey: Survey) -> str:
     return "\n".join(lines)
 
 
-def _case(found: Found, modalities: Sequence[str]) -> Case:
+def _case(found: FoundCase, modalities: Sequence[str]) -> Case:
     if found.channels is None:
         return Case(found.name, tuple(found.files[m] for m in modalities), None, found.label, found.patient)
     channels = tuple(found.channels[m] for m in modalities)
     return Case(found.name, (found.files[modalities[0]],), channels, found.label, found.patient)
 
 
-def _with_label(found: Sequence[Found], root: Path) -> list[Found]:
-    kept = [f for f in found if f.label is not None or f.faults]
+def _with_label(found: Sequence[FoundCase], root: Path) -> list[FoundCase]:
+    kept = [case for case in found if case.label is not None or case.faults]
     if not kept:
         raise DataError(f"{root}: none of its {len(found)} cases has a label map: training and evaluation need one")
     if len(kept) < len(found):
-        names = [f.name for f in found if f.label is None and not f.faults]
-        log.warning("%d of %d cases have no label and are left out: %s", len(names), len(found), printable(some(names)))
+        names = [case.name for case in found if case.label is None and not case.faults]
+        skipped = printable(first_few(names))
+        log.warning("%d of %d cases have no label and are skipped: %s", len(names), len(found), skipped)
     return kept
 
 
@@ -280,17 +267,17 @@ def split_cases(
     set lists for validation (`CaseSet.held_out`) validate, unless names or folds are given.
 
     Args:
-        val_fraction: from 0 to less than 1. Not used for a side that is given by name, nor with folds.
+        val_fraction: from 0 to less than 1. Ignored for a side that is given by name, and with folds.
         seed: of the shuffle.
         train_cases, val_cases: names, which override the rule. With one of the two, the other side is all other cases.
-            A case in both is allowed (to overfit on it) and warned of, and so is a patient on both sides.
+            A case in both, or a patient on both sides, is allowed (to overfit on it) with a warning.
         folds: 0, or the number of folds. fold: the one that validates, from 0.
 
     Returns:
         names of the training cases, names of the validation cases.
 
     Raises:
-        DataError: an unknown or repeated name, a fraction out of range, a fold that there is not, names beside folds,
+        DataError: an unknown or repeated name, a fraction out of range, a fold that does not exist, names beside folds,
             more folds than patients, or nothing left to train on.
     """
     names, patients = case_set.names, case_set.patients
@@ -325,28 +312,28 @@ def split_cases(
             "validation. Add cases, set --data.val_fraction to 0, or name a case in both --data.train_cases and "
             "--data.val_cases to overfit on it"
         )
-    _warn_of_both_sides(patients, set(train), set(val))
+    _warn_if_shared(patients, set(train), set(val))
     return train, val
 
 
-def _warn_of_both_sides(patients: Mapping[str, Sequence[str]], train: set[str], val: set[str]) -> None:
+def _warn_if_shared(patients: Mapping[str, Sequence[str]], train: set[str], val: set[str]) -> None:
     both = [name for names in patients.values() for name in names if name in train & val]
     if both:
-        log.warning("%s: both trained on and validated, so this Dice is no estimate", some(both))
+        log.warning("%s: both trained on and validated, so this Dice is no estimate", first_few(both))
     shared = [p for p, names in patients.items() if not train.isdisjoint(names) and not val.isdisjoint(names)]
     apart = [patient for patient in shared if not set(patients[patient]) <= train & val and len(patients[patient]) > 1]
     if apart:
         log.warning(
             "patient %s: some time points are trained on and others validated, so this Dice is too high: name all "
             "cases of a patient on one side",
-            some(apart),
+            first_few(apart),
         )
 
 
 def check_folds(
     folds: int, fold: int | None, train_cases: Sequence[str] | None = None, val_cases: Sequence[str] | None = None
 ) -> None:
-    """Refuse folds that no set of cases has. Arguments and errors as in `split_cases`."""
+    """Refuse folds that no data set could have. Arguments and errors as in `split_cases`."""
     if folds == 0 and fold is None:
         return
     if folds == 0:
@@ -358,7 +345,7 @@ def check_folds(
         raise DataError(f"--data.folds {folds} {given}: give the fold that validates, 0 to {folds - 1}")
     for option, names in (("--data.train_cases", train_cases), ("--data.val_cases", val_cases)):
         if names is not None:
-            raise DataError(f"--data.folds {folds} and {option} are two ways to split: leave one of them out")
+            raise DataError(f"--data.folds {folds} and {option} are two ways to split: give only one of them")
 
 
 def _others(names: Sequence[str], given: Sequence[str] | None) -> tuple[str, ...]:
@@ -371,6 +358,6 @@ def _check_names(given: Sequence[str], names: Sequence[str], option: str) -> Non
         if name not in names:
             near = nearest(name, names)
             hint = f" Did you mean {near}?" if near else ""
-            raise DataError(f"{option}: there is no case {name!r} among {len(names)} ({some(names)}).{hint}")
+            raise DataError(f"{option}: there is no case {name!r} among {len(names)} ({first_few(names)}).{hint}")
         if count > 1:
             raise DataError(f"{option}: case {name!r} is named {count} times: name it once")

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from isal import isal_zlib
 
+from pipelines.basics.errors import CaseError
 from pipelines.cases import Case
 from pipelines.geometry import Spacing, label_grid, resample_image, resample_label, target_grid
 from pipelines.labels import Coding
-from pipelines.layouts.names import CaseError
 from pipelines.scans.nifti import read_case
 from pipelines.store_files import FileHash, hash_file, is_unchanged, write_array, write_whole
 

@@ -36,11 +36,11 @@ from typing import Any, Literal
 import numpy as np
 
 from pipelines.basics.atomic import remove_left_over
-from pipelines.basics.processes import CaseFailure, run_on_cases
+from pipelines.basics.errors import CaseError, CaseFailure, StoreError
+from pipelines.basics.processes import run_on_cases
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.geometry import USUAL, Spacing, patient_spacing, target_grid
 from pipelines.labels import Coding
-from pipelines.layouts.names import CaseError
 from pipelines.prepared import (
     StoreDtype,
     Task,
@@ -53,7 +53,7 @@ from pipelines.prepared import (
     stem_of,
 )
 from pipelines.scans.nifti import read_case
-from pipelines.store_files import FileHash, StoreError, checksum, is_unchanged, make_folder, read_index, remember
+from pipelines.store_files import FileHash, checksum, is_unchanged, make_folder, read_index, remember
 
 log = logging.getLogger(__name__)
 

@@ -23,28 +23,11 @@ import numpy as np
 from isal import isal_zlib
 
 from pipelines.basics.atomic import replacing
-from pipelines.cases import DataError
-from pipelines.scans.file_bytes import open_regular
+from pipelines.basics.errors import StoreError
+from pipelines.basics.regular_files import open_regular
 
 T = TypeVar("T")
 _PIECE = 1 << 22
-
-
-class StoreError(DataError):
-    """The store's folder can't be written; `needed` is the size in bytes of the case that was being written."""
-
-    def __init__(self, folder: Path, problem: str, needed: int) -> None:
-        super().__init__(folder, problem, needed)
-        self.folder = folder
-        self.problem = problem
-        self.needed = needed
-
-    def __str__(self) -> str:
-        size = f" It needs about {self.needed / 1e6:.1f} MB more." if self.needed else ""
-        return (
-            f"store {self.folder}: {self.problem}.{size} Free space there or change its permissions, or choose another "
-            "folder with --data.store_dir. Cases that are done stay done."
-        )
 
 
 @dataclass(frozen=True)

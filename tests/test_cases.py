@@ -17,7 +17,6 @@ from monai.data.utils import partition_dataset
 
 from pipelines.cases import Case, CaseSet, DataError, find_cases, split_cases
 from pipelines.labels import CODINGS
-from pipelines.layouts.names import patient_of
 
 
 def some_cases(count: int) -> CaseSet:
@@ -171,35 +170,6 @@ def test_decathlons_split_is_monais_whatever_its_cases_are_called(tmp_path: Path
     touch(tmp_path, *(path for entry in entries for path in entry.values()))
     plain = CaseSet(tuple(Case(name, (Path("x"),), None, None) for name in names), ("t1",), CODINGS["decathlon"])
     assert split_cases(find_cases(decathlon(tmp_path, [], training=entries))) == split_cases(plain)
-
-
-@pytest.mark.parametrize(
-    ("name", "patient"),
-    [
-        ("BraTS-GLI-02062-101", "BraTS-GLI-02062"),
-        ("BraTS-MEN-RT-0012-1", "BraTS-MEN-RT-0012"),
-        ("BraTS-GoAT-00012", None),
-        ("brats_tcia_pat153_0109", "brats_tcia_pat153"),
-        ("brats_2013_pat0001_1", "brats_2013_pat0001"),
-        ("Brats18_TCIA01_190_1", "Brats18_TCIA01_190"),
-        ("Brats17_CBICA_AAB_1", "Brats17_CBICA_AAB"),
-        ("BraTS20_Training_001", None),
-        ("BraTS2021_00000", None),
-        ("UPENN-GBM-00001_21", "UPENN-GBM-00001"),
-        ("UCSF-PDGM-0289_FU003d_nifti", "UCSF-PDGM-0289"),
-        ("UCSF-PDGM-0289_nifti", "UCSF-PDGM-0289"),
-        ("sub-control_ses-1", "sub-control"),
-        ("PatientID_0003_Timepoint_1", "PatientID_0003"),
-        ("Patient-001_week-000-1", "Patient-001"),
-        ("100002_time2", "100002"),
-        ("PGBM-001_2011-03-19", "PGBM-001"),
-        ("PGBM-001_20110319", "PGBM-001"),
-        ("cohort_tp_001", None),
-        ("case7", None),
-    ],
-)
-def test_a_name_tells_the_patient_beside_the_time_point(name: str, patient: str | None) -> None:
-    assert patient_of(name) == patient
 
 
 def test_select_keeps_the_order_asked_for() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
-import socket
 import struct
 import time
 import tracemalloc
@@ -17,10 +15,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from pipelines.basics.errors import CaseError
 from pipelines.basics.text import as_text
-from pipelines.layouts.names import CaseError
 from pipelines.scans.nifti import read_grid, read_nifti
-from pipelines.store_files import hash_file
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 
@@ -36,37 +33,6 @@ def refused(path: Path, match: str) -> CaseError:
         read_nifti(path)
     assert caught.value.path == Path(as_text(str(path)))
     return caught.value
-
-
-@pytest.mark.parametrize("reader", [read_nifti, read_grid, hash_file])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, reader: object) -> None:
-    assert callable(reader)
-    pipe, folder, plug = tmp_path / "pipe.nii.gz", tmp_path / "folder.nii", tmp_path / "socket.nii"
-    os.mkfifo(pipe)
-    folder.mkdir()
-    server = socket.socket(socket.AF_UNIX)
-    os.chdir(tmp_path)
-    server.bind(plug.name)  # a whole path may be too long
-    endless = tmp_path / "endless.nii"
-    endless.symlink_to("/dev/zero")
-    kinds = {pipe: "but a pipe", folder: "is a folder, must be a file", plug: "but a socket", endless: "but a device"}
-    for path, kind in kinds.items():
-        with pytest.raises(CaseError, match=kind):
-            reader(path)
-    server.close()
-
-
-def test_a_link_to_nothing_says_where_it_points(tmp_path: Path) -> None:
-    (tmp_path / "a.nii").symlink_to("gone.nii")
-    assert "correct the link" in refused(tmp_path / "a.nii", "is a link to gone.nii, which is not there").remedy
-    (tmp_path / "b.nii").symlink_to("../.git/annex/objects/Xx/Yy/SHA256E-s9--0.nii/SHA256E-s9--0.nii")
-    assert "git annex get" in refused(tmp_path / "b.nii", "is a git-annex link to a file that is not here").remedy
-    (tmp_path / "c.nii").symlink_to("c.nii")
-    refused(tmp_path / "c.nii", "is a link to c.nii, which is not there")
-
-
-def test_a_name_that_no_file_can_have_is_refused() -> None:
-    refused(Path("a\0.nii"), "no file can be named so")
 
 
 OTHER = {
@@ -182,15 +148,3 @@ def test_a_gzip_file_may_end_anywhere_and_is_refused_by_name(tmp_path: Path, cut
     data = gzip.compress(content())
     (tmp_path / "a.nii.gz").write_bytes(data[: len(data) * cut // 60])
     refused(tmp_path / "a.nii.gz", r"empty file|truncated|damaged gzip|not a NIfTI")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads what it likes")
-def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "closed"
-    folder.mkdir()
-    (folder / "a.nii").write_bytes(content())
-    folder.chmod(0)
-    try:
-        assert "permissions" in refused(folder / "a.nii", "can't be read .Permission denied").remedy
-    finally:
-        folder.chmod(0o700)

@@ -215,7 +215,7 @@ def test_an_explicit_release_overrides_what_all_names_say(tmp_path: Path, caplog
     brats_2023(tmp_path, "renamed")
     with caplog.at_level(logging.WARNING):
         assert find_cases(tmp_path, release="brats2018").coding == CODINGS["brats2018"]
-    assert "read as brats2018" in caplog.text
+    assert "read as brats2018, as requested" in caplog.text
 
 
 def test_two_files_of_one_kind_are_refused_by_name(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_folder_without_cases_says_what_was_looked_for(tmp_path: Path) -> None
     decathlon(tmp_path / "Task01_BrainTumour", [1])
     with pytest.raises(DataError, match="Did you mean .*Task01_BrainTumour"):
         find_cases(tmp_path)
-    with pytest.raises(DataError, match="nowhere is not there"):
+    with pytest.raises(DataError, match="nowhere does not exist"):
         find_cases(tmp_path / "nowhere")
 
 
@@ -264,7 +264,7 @@ def test_scans_that_no_rule_knows_are_named(tmp_path: Path, caplog: pytest.LogCa
     with pytest.raises(DataError, match="t1c"):
         find_cases(tmp_path, modalities=["t1c"])
     touch(tmp_path / "BraTS20_2", "BraTS20_2_t1ce.nii.gz")
-    message = "BraTS20_1: modality t1c is missing; it has flair, t1, t2, and BraTS20_1_DWI.nii.gz, .*named like none"
+    message = "BraTS20_1: modality t1c is missing; it has flair, t1, t2, and BraTS20_1_DWI.nii.gz, .*names match no"
     with pytest.raises(DataError, match=message):
         find_cases(tmp_path)
 
@@ -290,9 +290,9 @@ def test_folders_named_like_the_file_in_them_stand_for_it(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("inside", "message"),
     [
-        ((), "_t1.nii: is a folder named like a scan, and holds 0"),
-        (("a.nii", "b.nii"), "_t1.nii: is a folder named like a scan, and holds 2"),
-        (("brain_t2.nii",), "brain_t2.nii: is t2 by its name, and its folder says t1"),
+        ((), "_t1.nii: is a folder named like a scan and holds 0"),
+        (("a.nii", "b.nii"), "_t1.nii: is a folder named like a scan and holds 2"),
+        (("brain_t2.nii",), "brain_t2.nii: is t2 by name, but its folder says t1"),
     ],
 )
 def test_a_folder_named_like_a_file_that_cannot_stand_for_one_is_a_fault(
@@ -360,7 +360,7 @@ def test_a_broken_link_is_named_as_such(tmp_path: Path) -> None:
         find_cases(tmp_path)
     text = str(caught.value)
     assert "2 of 2 cases are faulty" in text and "BraTS2021_00001: is a link to /gone/BraTS2021_00001, which" in text
-    assert "_t1.nii.gz: is a link to /gone/t1.nii.gz, which is not there" in text
+    assert "_t1.nii.gz: is a link to /gone/t1.nii.gz, which does not exist" in text
     assert "_t2.nii.gz: is a git-annex link to a file that is not here" in text and "git annex get" in text
     assert "is missing" not in text.split("t2.nii.gz")[0] and "no cases" not in text
 
@@ -376,7 +376,7 @@ def test_links_to_scans_and_to_folders_are_followed_and_never_round_in_circles(t
     survey = survey_cases(root)
     assert survey.usable.names == ("BraTS2021_00000",)
     assert [str(fault) for fault in survey.faults] == [
-        f"{root / 'self'}: is a link to self, which is not there. Put the file there, or correct the link."
+        f"{root / 'self'}: is a link to self, which does not exist. Put the file there, or correct the link."
     ]
 
 
@@ -387,7 +387,7 @@ def test_folders_named_like_scans_that_lead_into_themselves_are_looked_into_once
         (folder / f"BraTS2021_00000_{part}.nii.gz").unlink()
         (folder / f"BraTS2021_00000_{part}.nii.gz").symlink_to(".")
     (fault, other) = survey_cases(tmp_path).faults
-    assert "_t1.nii.gz: is a folder named like a scan, and holds 3" in str(fault) and "_t2.nii.gz" in str(other)
+    assert "_t1.nii.gz: is a folder named like a scan and holds 3" in str(fault) and "_t2.nii.gz" in str(other)
 
 
 def test_a_scan_that_is_no_file_is_a_fault(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_scan_that_is_no_file_is_a_fault(tmp_path: Path) -> None:
     (folder / "BraTS2021_00000_t1.nii.gz").unlink()
     os.mkfifo(folder / "BraTS2021_00000_t1.nii.gz")
     (fault,) = survey_cases(tmp_path, "brats2018").faults  # and not that t1 is missing
-    assert "_t1.nii.gz: is no regular file" in str(fault)
+    assert "_t1.nii.gz: is a pipe, not a regular file" in str(fault)
 
 
 def test_a_folder_that_cannot_be_read_is_a_fault_and_the_others_are_used(
@@ -429,7 +429,7 @@ def test_a_folder_that_cannot_be_read_is_a_fault_and_the_others_are_used(
         (os.fsdecode(b"BraTS2021_M\xfcller"), "BraTS2021_M\\udcfcller is not plain text in UTF-8"),
         ("BraTS2021_a\x1b[31m", "BraTS2021_a\\x1b[31m is not plain text"),
         ("BraTS2021_a\nb", "BraTS2021_a\\nb is not plain text"),
-        (f"BraTS2021_{'x' * 220}", "has 230 bytes; files are named by it, so 200 at most"),
+        (f"BraTS2021_{'x' * 220}", "has 230 bytes; files are named after it: at most 200"),
         (f"BraTS2021_{'é' * 101}", "has 212 bytes"),
     ],
 )

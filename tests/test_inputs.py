@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from launch.inputs import files_as_cases, find
+from pipelines.basics.errors import DataError
 from pipelines.labels import CODINGS
-from pipelines.layouts.names import DataError, modality_of
 
 ORDER = ("flair", "t1", "t1c", "t2")
 
@@ -27,37 +27,13 @@ def write(path: Path, shape: tuple[int, ...] = (2, 2, 2)) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("files", "name"),
-    [
-        (("case_flair", "case_t1", "case_t1ce", "case_t2"), "case"),
-        (("BraTS-GLI-00000-000-t2f", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
-        (("BraTS-GLI-00000-000-t1n", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
-        (("t1", "t1ce", "t2"), "patient7"),
-        (("Flair_subtrMeanDivStd", "T1c_subtrMeanDivStd"), "patient7"),
-        (("patient_t1", "patient_t2"), "patient"),
-        (("start1", "start2"), "start"),
-    ],
-)
-def test_files_of_a_case_give_it_the_name_that_they_share(files: tuple[str, ...], name: str, tmp_path: Path) -> None:
-    """Of t1c and t2f the t is shared too and no part of it: cases of `t1.nii.gz` and `t2.nii.gz` were all named t."""
-    folder = tmp_path / "patient7"
-    folder.mkdir()
-    paths = [folder / f"{file}.nii" for file in files]
-    for path in paths:
-        write(path)
-    modalities = [modality_of(path) or ORDER[i] for i, path in enumerate(paths)]
-    ((case,), _) = files_as_cases(paths, network(*modalities), None)
-    assert case.name == name
-
-
 def test_files_are_taken_by_their_names_in_whatever_order_a_shell_gives_them(tmp_path: Path) -> None:
     names = ("t1c", "t1n", "t2f", "t2w")  # sorted
     paths = [write(tmp_path / f"BraTS-GLI-00000-000-{name}.nii.gz") for name in names]
     for given, modalities in ((paths, None), (paths, names), (paths[::-1], names[::-1])):
         ((case,), faults) = files_as_cases(given, network(), modalities)
         assert not faults and case.images == (paths[2], paths[1], paths[0], paths[3])
-    with pytest.raises(ValueError, match="t1c.nii.gz is given as flair, and its name says t1c"):
+    with pytest.raises(ValueError, match="t1c.nii.gz is given as flair, but its name says t1c"):
         files_as_cases(paths, network(), ORDER)
 
 
@@ -89,7 +65,7 @@ def test_one_folder_of_several_that_holds_no_case_leaves_the_others_alone(tmp_pa
     found, faults = find([good[0], tmp_path / "empty", tmp_path / "gone", good[1]], network(), None)
     assert found.names == tuple(folder.name for folder in good)
     assert [path.name for path, _ in faults] == ["empty", "gone"]
-    assert "no cases found" in str(faults[0][1]) and "is not there" in str(faults[1][1])
+    assert "no cases found" in str(faults[0][1]) and "does not exist" in str(faults[1][1])
     with pytest.raises(DataError, match="no cases found"):
         find([tmp_path / "empty"], network(), None)
 

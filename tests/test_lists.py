@@ -61,7 +61,7 @@ def test_a_json_list_may_hold_4d_images(tmp_path: Path) -> None:
         ({"modalities": ["CT"], "cases": []}, "list.json: modalities .*CT"),
         ({"cases": None}, "lists no cases"),
         (None, "lists no cases"),
-        ([{"name": "a", "flair": "gone.nii.gz"}], "gone.nii.gz: case a: .*not there"),
+        ([{"name": "a", "flair": "gone.nii.gz"}], "gone.nii.gz: case a: .*does not exist"),
         ([{"name": "a", "flairr": "x.nii.gz"}], "case a has flairr"),
         ([{"name": "a", "image": "x.nii.gz"}], "case a has image.*modalities"),
         ([{"name": "a", "flair": "x.nii.gz", "t2f": "y.nii.gz"}], "flair x.*t2f y.*two for one modality"),
@@ -150,5 +150,5 @@ def test_a_list_without_labels_needs_no_release(tmp_path: Path) -> None:
 def test_a_broken_link_in_a_list_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "x.nii.gz").symlink_to("gone.nii.gz")
     (tmp_path / "list.csv").write_text("name,t1\na,x.nii.gz\n")
-    with pytest.raises(DataError, match="x.nii.gz: is a link to gone.nii.gz, which is not there"):
+    with pytest.raises(DataError, match="x.nii.gz: is a link to gone.nii.gz, which does not exist"):
         find_cases(tmp_path / "list.csv", labelled=False)

@@ -1,15 +1,14 @@
-"""What the name of a file tells, and what is said of files that are none."""
+"""What the names of files and cases say, and which names can't be used."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 from datasets import ALL
 
-from pipelines.layouts.names import SPELLINGS, canonical_modalities, file_fault, modality_of
+from pipelines.layouts.names import SPELLINGS, canonical_modalities, case_name_of, modality_of, name_fault, patient_of
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,7 @@ from pipelines.layouts.names import SPELLINGS, canonical_modalities, file_fault,
         ("._case_t1.nii.gz", None),
     ],
 )
-def test_a_files_name_tells_its_modality_in_any_usual_spelling(name: str, modality: str | None) -> None:
+def test_a_files_name_says_its_modality_in_any_usual_spelling(name: str, modality: str | None) -> None:
     assert modality_of(Path("t1") / name) == modality
 
 
@@ -61,15 +60,56 @@ def test_the_documentation_lists_the_spellings_that_there_are() -> None:
         assert listed and tuple(listed[1].split()) == spellings
 
 
-def test_a_link_into_a_closed_folder_is_not_called_a_link_to_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def closed(path: Path) -> os.stat_result:
-        raise PermissionError(13, "Permission denied", str(path))
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("BraTS-GLI-02062-101", "BraTS-GLI-02062"),
+        ("BraTS-MEN-RT-0012-1", "BraTS-MEN-RT-0012"),
+        ("BraTS-GoAT-00012", None),
+        ("brats_tcia_pat153_0109", "brats_tcia_pat153"),
+        ("brats_2013_pat0001_1", "brats_2013_pat0001"),
+        ("Brats18_TCIA01_190_1", "Brats18_TCIA01_190"),
+        ("Brats17_CBICA_AAB_1", "Brats17_CBICA_AAB"),
+        ("BraTS20_Training_001", None),
+        ("BraTS2021_00000", None),
+        ("UPENN-GBM-00001_21", "UPENN-GBM-00001"),
+        ("UCSF-PDGM-0289_FU003d_nifti", "UCSF-PDGM-0289"),
+        ("UCSF-PDGM-0289_nifti", "UCSF-PDGM-0289"),
+        ("sub-control_ses-1", "sub-control"),
+        ("PatientID_0003_Timepoint_1", "PatientID_0003"),
+        ("Patient-001_week-000-1", "Patient-001"),
+        ("100002_time2", "100002"),
+        ("PGBM-001_2011-03-19", "PGBM-001"),
+        ("PGBM-001_20110319", "PGBM-001"),
+        ("cohort_tp_001", None),
+        ("case7", None),
+    ],
+)
+def test_the_name_of_a_case_with_a_time_point_says_the_patient(name: str, patient: str | None) -> None:
+    assert patient_of(name) == patient
 
-    link = tmp_path / "a.nii"
-    link.symlink_to("closed/a.nii")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "stat", closed)
-        fault = file_fault(link, "is gone", "Put it back")
-    assert fault and "can't be read (Permission denied)" in fault.problem
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        (("case_flair", "case_t1", "case_t1ce", "case_t2"), "case"),
+        (("BraTS-GLI-00000-000-t2f", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
+        (("BraTS-GLI-00000-000-t1n", "BraTS-GLI-00000-000-t1c"), "BraTS-GLI-00000-000"),
+        (("BraTS-GLI-00000-000-t2f", "BraTS-GLI-00000-000-t2w"), "BraTS-GLI-00000-000"),
+        (("t1", "t1ce", "t2"), "patient7"),
+        (("Flair_subtrMeanDivStd", "T1c_subtrMeanDivStd"), "patient7"),
+        (("patient_t1", "patient_t2"), "patient"),
+        (("start1", "start2"), "start"),
+        (("case_t1",), "case_t1"),
+    ],
+)
+def test_files_of_a_case_give_it_the_name_that_they_share(files: tuple[str, ...], name: str) -> None:
+    """The t that t1c and t2f share is no part of it: cases of `t1.nii.gz` and `t2.nii.gz` were all named t."""
+    assert case_name_of([Path("patient7") / f"{file}.nii.gz" for file in files]) == name
+
+
+def test_a_name_that_tables_and_file_systems_cannot_hold_is_refused() -> None:
+    assert not name_fault("BraTS2021_00000") and not name_fault("\u5bb6" * 66, 200)
+    for name in ("M\udcfcller", "a\x1b[31m", "a\nb", "a\tb"):
+        assert "is not plain text in UTF-8" in name_fault(name)
+    assert "has 201 bytes; files are named after it: at most 200" in name_fault("\u5bb6" * 67, 200)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from pipelines.basics.errors import CaseError
 from pipelines.cases import Case, DataError
 from pipelines.labels import CODINGS
-from pipelines.layouts.names import CaseError
 from pipelines.scans.nifti import RawCase, read_case, read_grid, read_nifti, write_nifti
 
 SHAPE = (7, 6, 5)
@@ -270,7 +269,7 @@ def test_a_case_that_memory_does_not_hold_is_a_fault_of_that_case(tmp_path: Path
     nib.save(image, tmp_path / "a.nii")
     code = (
         "import resource, sys; from pathlib import Path; from pipelines.cases import Case;"
-        "from pipelines.labels import CODINGS; from pipelines.layouts.names import CaseError;"
+        "from pipelines.labels import CODINGS; from pipelines.basics.errors import CaseError;"
         "from pipelines.scans.nifti import read_case; path = Path(sys.argv[1]);"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + (40 << 20), -1));\n"
@@ -280,11 +279,6 @@ def test_a_case_that_memory_does_not_hold_is_a_fault_of_that_case(tmp_path: Path
     command = [sys.executable, "-c", code, str(tmp_path / "a.nii")]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout.startswith(f"{tmp_path / 'a.nii'}: too little memory to read it"), found.stderr
-
-
-def test_error_survives_the_way_from_a_worker() -> None:
-    error = pickle.loads(pickle.dumps(CaseError(Path("a.nii.gz"), "empty", "Copy it again")))
-    assert str(error) == "a.nii.gz: empty. Copy it again." and error.remedy == "Copy it again"
 
 
 def identifying(kind: type = nib.Nifti1Image) -> nib.Nifti1Image:

@@ -12,7 +12,7 @@ import pytest
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from pipelines.layouts.names import CaseError
+from pipelines.basics.errors import CaseError
 from pipelines.scans.nifti import read_grid, read_nifti
 
 SHAPE = (7, 6, 5)

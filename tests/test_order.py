@@ -45,12 +45,12 @@ def test_names_that_tell_nothing_are_taken_in_their_order_or_as_is_said() -> Non
 @pytest.mark.parametrize(
     ("named", "given", "says"),
     [
-        (("a_t1.nii", "a_flair.nii"), ("flair", "t1"), "a_t1.nii is given as flair, and its name says t1"),
-        (("a_t1.nii", "scan.nii"), None, "a_t1.nii is given as flair, and its name says t1"),
-        (("a_t1.nii", "b_t1.nii"), None, "a_t1.nii and b_t1.nii are both t1 by their names"),
+        (("a_t1.nii", "a_flair.nii"), ("flair", "t1"), "a_t1.nii is given as flair, but its name says t1"),
+        (("a_t1.nii", "scan.nii"), None, "a_t1.nii is given as flair, but its name says t1"),
+        (("a_t1.nii", "b_t1.nii"), None, "a_t1.nii and b_t1.nii are both t1 by name"),
         (("a_t2.nii", "a_t1.nii"), None, r"no flair among a_t2.nii, a_t1.nii \(t2, t1\): the network needs flair, t1"),
         (("1.nii", "2.nii", "3.nii"), None, r"3 files \(1.nii, 2.nii, 3.nii\) for 2 modalities: give .* flair, t1"),
-        (("a_t1.nii", "a_flair.nii", "a_seg.nii"), None, "3 files .*; a_seg.nii tells none"),
+        (("a_t1.nii", "a_flair.nii", "a_seg.nii"), None, "3 files .*; no modality in a_seg.nii"),
         (("1.nii", "2.nii"), ("t1", "pd"), "name at least one of flair"),
     ],
 )

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 
 from engine.parser import Parser
 from launch import compare, convert, evaluate, predict, prepare
-from pipelines.basics.values import Bounds
+from pipelines.basics.option_values import Bounds
 
 
 def parse(*args: str) -> Namespace:

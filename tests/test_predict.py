@@ -34,10 +34,10 @@ from engine.network import ModelConfig, make_model
 from engine.ranks.distributed import Ranks
 from engine.sliding_window import sliding_window_logits
 from launch import evaluate, predict
+from pipelines.basics.errors import DataError
 from pipelines.basics.tables import read_table
 from pipelines.cases import Case, find_cases
 from pipelines.labels import CODINGS, regions_from_labels
-from pipelines.layouts.names import DataError
 from pipelines.loaders import ValLoader
 from pipelines.phantom import make_phantoms
 from pipelines.scans.nifti import RawCase, read_nifti

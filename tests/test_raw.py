@@ -21,10 +21,10 @@ from nibabel.eulerangles import euler2mat
 
 from pipelines import raw, raw_loader
 from pipelines.augment import Augment
+from pipelines.basics.errors import CaseError
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.geometry import Spacing, axis_weights, resample_image, target_grid
 from pipelines.labels import CODINGS, Coding, regions_from_labels
-from pipelines.layouts.names import CaseError
 from pipelines.loaders import TrainLoader
 from pipelines.phantom import draw_phantom
 from pipelines.raw import RawImage, resample_case

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.stages import BatchEnds, in_stages
-from pipelines.layouts.names import DataError
+from pipelines.basics.errors import DataError
 
 
 def test_stages_overlap_and_a_faulty_item_leaves_the_others_alone() -> None:

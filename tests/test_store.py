@@ -28,13 +28,13 @@ from isal import isal_zlib
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from pipelines import prepared
+from pipelines.basics.errors import StoreError
 from pipelines.cases import Case, CaseSet, DataError
 from pipelines.geometry import Spacing, resample_image, resample_label, target_grid
 from pipelines.labels import CODINGS, Coding
 from pipelines.prepared import FOREGROUND_VOXELS, to_float16
 from pipelines.scans.nifti import RawCase, read_case
 from pipelines.store import Store, check_cases, prepare
-from pipelines.store_files import StoreError
 
 SHAPE = (24, 21, 18)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]], float)
@@ -211,7 +211,7 @@ def test_a_scan_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, cas
     path = cases.cases[1].images[0]
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(DataError, match=rf"1 of 3 .*\n  case1: {path}: is no regular file but a pipe"):
+    with pytest.raises(DataError, match=rf"1 of 3 .*\n  case1: {path}: is a pipe, not a regular file"):
         prepare(cases, tmp_path / "store", SPACING, workers=1)
 
 

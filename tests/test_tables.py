@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from pipelines.basics.tables import append_row, from_cell, read_table, to_cell, write_table
-from pipelines.basics.text import encodable, markdown, printable
 
 COLUMNS = ("case", "dice", "warnings")
 NAMES = ["=HYPERLINK(1)", "+1", "-case", "@case", "\t=1", "\r=1", "'=quoted", "''+", "'plain'", "caf\udce9", "\ud800",
@@ -114,16 +113,6 @@ def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
 def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("\ufeffcase,dice,warnings\n\na,1,\n", encoding="utf-8")
     assert read_table(tmp_path / "table.csv", COLUMNS) == [{"case": "a", "dice": "1", "warnings": ""}]
-
-
-def test_text_is_shown_on_one_line_in_characters_that_every_file_takes() -> None:
-    assert encodable("caf\udce9\n") == "caf\\udce9\n"
-    assert printable("caf\udce9\n\x1b[31m\u202e \u5bb6\xe9") == "caf\\udce9\\n\\x1b[31m\\u202e \u5bb6\xe9"
-
-
-def test_markdown_shows_a_name_as_it_is() -> None:
-    assert markdown("BraTS_GLI-0001_t1") == "BraTS_GLI-0001_t1"
-    assert markdown("a|b\n<img src=x>*_em_*") == r"a\|b\\n\<img src=x>\*\_em\_\*"
 
 
 def test_a_name_that_is_not_utf_8_stops_no_command_that_prints_it() -> None:

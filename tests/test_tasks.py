@@ -57,7 +57,7 @@ def test_hidden_entries_of_dataset_json_are_ignored(tmp_path: Path) -> None:
         ({"modality": {"0": "CT"}}, "modality 0 is 'CT'"),
         ({"labels": {"0": "background", "1": "liver"}}, "dataset.json.*'liver'.*release"),
         ({"training": []}, "no case"),
-        ({"training": [{"image": ["a.nii.gz", "b.nii.gz"]}]}, "entry 1 of training: .* 2 images don't tell"),
+        ({"training": [{"image": ["a.nii.gz", "b.nii.gz"]}]}, "entry 1 of training: .* 2 images don't say"),
         ({"training": [{"image": []}]}, r"entry 1 of training is \{'image': \[\]\} and must be"),
         ({"training": [3]}, "entry 1 of training is 3 and must be"),
         ({"training": [{"image": "a.nii.gz"}, None]}, "entry 2 of training is None and must be"),
@@ -67,7 +67,7 @@ def test_hidden_entries_of_dataset_json_are_ignored(tmp_path: Path) -> None:
         ({"training": [{"image": "a.nii.gz", "name": float("nan")}]}, "name is nan and must be text"),
         ({"training": [{"image": "a\x00.nii.gz"}]}, r"image: a\\x00.nii.gz is not plain text"),
         ({"training": [{"image": "a\ud800.nii.gz"}]}, r"image: a\\ud800.nii.gz is not plain text"),
-        ({"training": [{"image": "scan.mha"}]}, "image scan.mha is no .nii or .nii.gz"),
+        ({"training": [{"image": "scan.mha"}]}, "image scan.mha is not a .nii or .nii.gz"),
         ({"training": {"a": 1}}, "training must be a list of cases"),
         ({"training": None}, "lists no case"),
         ({"modality": 3}, "modality must be {number: name}, not 3"),
@@ -96,9 +96,9 @@ def test_a_dataset_json_that_is_no_brain_tumour_task_is_refused(
         (b'{"training": [], "training": [1]}', "the key 'training' is given twice"),
         ('{"training": "é"}'.encode("latin-1"), "dataset.json is not in UTF-8"),
         ('{"training": []}'.encode("utf-16"), "dataset.json is not in UTF-8"),
-        (b"[]", "here is neither"),
-        (b"null", "here is neither"),
-        (b"{}", "here is neither"),
+        (b"[]", "this file is neither"),
+        (b"null", "this file is neither"),
+        (b"{}", "this file is neither"),
     ],
 )
 def test_a_broken_dataset_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -188,11 +188,11 @@ def test_the_patient_that_a_dataset_json_states_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "changes", "message"),
     [
-        ({"image": ["a.nii.gz", "b.nii.gz"]}, {}, "2 images don't tell what they are: .*modality"),
-        ({"image": "a.nii.gz"}, {}, "1 images don't tell what they are"),
+        ({"image": ["a.nii.gz", "b.nii.gz"]}, {}, "2 images don't say what they are: .*modality"),
+        ({"image": "a.nii.gz"}, {}, "1 images don't say what they are"),
         ({"image": ["x_t1.nii.gz", "x_t1w.nii.gz"]}, {}, "t1 x_t1.nii.gz, t1 x_t1w.nii.gz: .*two for one modality"),
-        ({"image": ["x_t1.nii.gz", "x_t2.nii.gz"]}, {"modality": {"0": "T2", "1": "T1"}}, "t1, t2 by their names, and"),
-        ({"image": ["a.nii.gz", "b.nii.gz", "c.nii.gz"]}, {"modality": {"0": "T2", "1": "T1"}}, "3 images don't tell"),
+        ({"image": ["x_t1.nii.gz", "x_t2.nii.gz"]}, {"modality": {"0": "T2", "1": "T1"}}, "t1, t2 by name, but"),
+        ({"image": ["a.nii.gz", "b.nii.gz", "c.nii.gz"]}, {"modality": {"0": "T2", "1": "T1"}}, "3 images don't say"),
         ({"image": ["a.nii.gz", 3]}, {}, "image is 3 and must be text"),
     ],
 )

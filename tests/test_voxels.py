@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.basics.errors import CaseError
 from pipelines.labels import CODINGS
-from pipelines.layouts.names import CaseError
 from pipelines.scans.voxels import to_labels
 
 SHAPE = (7, 6, 5)

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from engine.ranks.memory_limits import is_out_of_memory, plain_message
 from engine.ranks.signals import Interrupted, Preempted, handle, put_back, signal_name
 from engine.ranks.terminal import Terminal, set_up_terminal
 from engine.ranks.watchdog import Watch, join_watch
-from pipelines.basics.atomic import temporary_name
 from pipelines.basics.text import as_text
 
 log = logging.getLogger(__name__)
@@ -170,15 +168,3 @@ def _status_of_output() -> int:
         return 128 + signal.SIGPIPE
     print(f"error: {explain(OSError(lost.errno, lost.strerror, 'standard output'))}", file=sys.stderr)
     return os.EX_IOERR
-
-
-def make_writable(folder: Path) -> None:
-    """Make a folder where there is none, and see that files can be made in it.
-
-    Raises:
-        OSError: they can't.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = temporary_name(folder / "probe")
-    probe.touch()
-    probe.unlink()

@@ -29,10 +29,10 @@ from engine.reports.report import is_whole
 from engine.yaml_file import read_yaml
 from pipelines.basics.atomic import write_texts
 from pipelines.basics.tables import read_table
-from pipelines.basics.text import markdown
+from pipelines.basics.text import brief, markdown, one_line
+from pipelines.basics.text_files import read_json
 from pipelines.cases import MODALITIES
 from pipelines.labels import REGIONS
-from pipelines.layouts.names import brief, read_json
 
 SCORES = ("mean", *REGIONS)
 
@@ -111,7 +111,7 @@ class Run:
         try:
             return cls._read(path, saved[0])
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
             raise ValueError(
                 f"{path} can't be read, a file in it is damaged or of another version of this program: {reason}; copy "
                 f"it again, or write its tables once more by python launch/train.py --resume {path}"

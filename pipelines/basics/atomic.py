@@ -1,9 +1,9 @@
-"""Files that are written whole or not at all.
+"""Files that are written whole or not at all, and folders that can be written to.
 
 A file is written under a temporary name in its folder and moved into place, so that nobody reads a part of it, however
-the process ends. The temporary name can't be a user's: it is hidden and holds a random number, and the host and process
-by which leftovers of dead processes are told from files that are being written. A symbolic link in the file's place is
-replaced and never followed.
+the process ends. The temporary name can't be a user's: it is hidden and holds a random number. It also holds the host
+and the process, which tell leftovers of dead processes from files that are being written. A symbolic link in the file's
+place is replaced and never followed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 _TEMPORARY = re.compile(r"(?s)^\..*\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
-_LIFETIME_S = 3600.0  # of temporary files of other hosts, whose processes can't be asked for
+_LIFETIME_S = 3600.0  # of temporary files of other hosts, whose processes can't be seen
 _NAME_BYTES = 100  # of the file's own name in its temporary one: a file system takes 255 in all
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: Literal["w", "wb"] = "w", sync: bool = False) -> Iterator[IO[Any]]:
-    """A file to write, which takes its name when all is in it; where anything fails, nothing is left of it.
+    """A file to write, which takes its name once it is complete; if anything fails, nothing is left of it.
 
     Args:
-        path: the file; its folder must be there.
-        mode: "w" for text in UTF-8 with its line ends as they are given, "wb" for bytes.
-        sync: have its content on the disk before it gets its name.
+        path: the file; its folder must exist.
+        mode: "w" for text in UTF-8 with line ends as given, "wb" for bytes.
+        sync: flush its content to the disk before it takes its name.
 
     Raises:
         OSError: it can't be written; `filename` is `path`.
@@ -63,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_texts(texts: Mapping[Path, str]) -> None:
-    """Write text files that belong together: where one can't be written, none is replaced.
+    """Write text files that belong together: if one can't be written, none is replaced.
 
     Raises:
         OSError: naming the file.
@@ -76,7 +76,7 @@ def write_texts(texts: Mapping[Path, str]) -> None:
 
 
 def open_own(path: Path) -> IO[str]:
-    """Open a text file at its end, made where it is missing; text that is no UTF-8 goes into it as escapes.
+    """Open a text file to append, creating it if missing; text that is not UTF-8 is written as escapes.
 
     Raises:
         ValueError: a symbolic link is in its place, as in a folder that somebody else made.
@@ -91,8 +91,21 @@ def open_own(path: Path) -> IO[str]:
     return open(handle, "a", encoding="utf-8", errors="backslashreplace")
 
 
+def cannot_write(what: str, error: OSError, or_else: str) -> ValueError:
+    """The error shown to the user where `what`, such as "--run_dir runs/a", can't be written; `or_else`: what to do."""
+    return ValueError(f"{what} can't be written ({error.strerror}): free space or change its permissions, or {or_else}")
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is missing, and check that files can be made in it. Raises OSError where they can't."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = temporary_name(folder / "probe")
+    probe.touch()
+    probe.unlink()
+
+
 def own_folder(within: Path, *names: str) -> Path:
-    """A folder below another one, made where it is missing. Raises as `below`, and OSError: it can't be made."""
+    """A folder below another one, made if missing. Raises as `below`, and OSError: it can't be made."""
     folder = below(within, *names)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -107,20 +120,20 @@ def below(within: Path, *names: str) -> Path:
     folder = within.joinpath(*names)
     if not folder.resolve().is_relative_to(within.resolve()):
         raise ValueError(
-            f"{folder} is a link to {folder.resolve()}, outside {within}, and what is written would change files "
-            "there: remove the link, or copy the folder to its place"
+            f"{folder} is a link to {folder.resolve()}, outside {within}, so writing to it would change files there: "
+            "remove the link, or copy the folder to its place"
         )
     return folder
 
 
 def temporary_name(path: Path) -> Path:
-    """A name in the folder of `path` that no other file has, for what will take its place."""
+    """A name in the folder of `path` that no other file has, for the file that will replace it."""
     name = os.fsencode(path.name)[:_NAME_BYTES].decode(errors="ignore")  # cut between characters
     return path.with_name(f".{name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
 
 
 def remove_left_over(folder: Path) -> None:
-    """Remove the temporary files and folders of processes that died from a folder, if it is there."""
+    """Remove the temporary files and folders of dead processes from a folder, if it exists."""
     try:
         with os.scandir(folder) as entries:
             found = [(entry.path, match) for entry in entries if (match := _TEMPORARY.search(entry.name))]

@@ -1,10 +1,10 @@
 """A task on each of many cases, in several processes, with a progress bar.
 
 Processes come from a fork server: a fork of a process that has used torch may hang. Each takes one case at a time and
-runs one thread. They start where they save time; a few small cases are done sooner here. A fault of one case is a
-result like any other and the rest go on, even if its process was killed; what concerns no single case, such as a full
-disk, ends the run. Server and workers ignore Ctrl-C: the parent cancels what has not begun, and cases in hand are
-finished.
+runs one thread. They start only where they save time; a few small cases are done sooner in this process. A fault of
+one case is a result like any other and the rest go on, even if its process was killed; an error that concerns no single
+case, such as a full disk, ends the run. Server and workers ignore Ctrl-C: the parent cancels what has not begun, and
+cases in progress are finished.
 """
 
 from __future__ import annotations
@@ -25,29 +25,26 @@ from multiprocessing import resource_tracker
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.cases import Case, DataError
-from pipelines.layouts.names import CaseError
+from pipelines.basics.errors import CaseError, CaseFailure, DataError
+
+if TYPE_CHECKING:
+    from pipelines.cases import Case
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 START_S = 3.0
-"""What the first worker takes to start, which imports torch; the others are forks of it."""
+"""How long the first worker takes to start, as it imports torch; the others are forks of it."""
 _LESS_MEMORY = "Work on fewer cases at a time (--data.workers 1; about 0.4 GB each), or give it more memory"
 
 
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class CaseFailure(CaseError):
-    """What went wrong with a case, though maybe nothing is wrong with its scans: it may go well another time."""
 
 
 def run_on_cases(
@@ -60,16 +57,16 @@ def run_on_cases(
             processes that import the module alone.
         cases: what to run it on, at least one.
         workers: processes, at most one per case; 1 runs in this process. None: this process, until the cases that are
-            done show that one per core would save more than the `START_S` that they take to start.
-        title: verb for the bar, as "Preparing".
+            done show that one per core would save more than the `START_S` they take to start.
+        title: verb for the bar, such as "Preparing".
 
     Yields:
-        (case, what the task returned, or what went wrong), in the order in which they finish: the CaseError that it
+        (case, result or error), in the order in which they finish: what the task returned; the CaseError that it
         raised; a CaseFailure for any other error, and where its process was killed. Closing the generator cancels the
         cases that have not begun and waits for those that have.
 
     Raises:
-        DataError: `workers` is below 1; or what the task raised that concerns no single case, which ends the run.
+        DataError: `workers` is below 1; or the task raised one that concerns no single case, which ends the run.
     """
     if workers is not None and workers < 1:
         raise DataError(f"workers {workers} must be at least 1 (--data.workers); leave it out for one per core")
@@ -89,7 +86,7 @@ def run_on_cases(
 
 
 def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:
-    """What the task returns for a case, or what went wrong with it. Raises DataError where no one case is at fault."""
+    """What the task returns for a case, or its error. Raises DataError for an error that concerns no single case."""
     try:
         return task(case)
     except CaseError as error:
@@ -102,11 +99,13 @@ def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:
             path, f"can't be processed ({error.strerror or error})", "Check the disk and its permissions"
         )
     except Exception as error:
+        import torch
+
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             return CaseFailure(case.images[0], "not enough memory for it", _LESS_MEMORY)
         place = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
-        return CaseFailure(case.images[0], problem, "Report this line, and leave the case out until it is mended")
+        return CaseFailure(case.images[0], problem, "Report this line, and leave the case out until it is fixed")
 
 
 def _where_it_is_faster(
@@ -128,7 +127,7 @@ def _where_it_is_faster(
 def _by_workers(
     task: Callable[[Case], T], cases: Sequence[Case], workers: int
 ) -> Generator[tuple[Case, T | CaseError], None, None]:
-    """In so many processes. Where one is killed, the cases that were in hand are tried one at a time."""
+    """In that many processes. Where one is killed, the cases that were in progress are tried one at a time."""
     if workers == 1:
         for case in cases:
             yield case, attempt(task, case)
@@ -156,7 +155,7 @@ def _by_workers(
 def _in_processes(
     task: Callable[[Case], T], cases: Sequence[Case], workers: int
 ) -> Generator[tuple[Case, T | CaseError], None, None]:
-    """Raises BrokenProcessPool where a process was killed, after the results that are there."""
+    """Raises BrokenProcessPool where a process was killed, once the finished results are out."""
     workers = min(workers, len(cases))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines.store"])  # torch is imported once, not once per worker
@@ -177,7 +176,7 @@ def _in_processes(
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """Start processes that don't import the script that runs: `launch/train.py` takes seconds, and a script without
+    """Start processes that don't import the running script: `launch/train.py` takes seconds, and a script without
     `if __name__ == "__main__"` would run again in each."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -192,10 +191,10 @@ def _interrupt_held_back() -> Iterator[None]:
     """Deliver Ctrl-C at the end of the block, and never to processes that are started in it.
 
     They inherit the blocked signal; the fork server would otherwise die of it while it imports torch. This process
-    needs a handler too, for any of its threads may take the signal; an interrupt between the start of a worker and its
-    registration would leave the worker behind.
+    needs a handler too, since any of its threads may take the signal; an interrupt between the start of a worker and
+    its registration would leave the worker behind.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone sets handlers, and is interrupted
+    if threading.current_thread() is not threading.main_thread():  # only the main thread sets handlers
         yield
         return
     resource_tracker.ensure_running()  # its start unblocks the signal
@@ -212,7 +211,7 @@ def _interrupt_held_back() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Where the parent is killed, a worker would do the cases that are queued and then wait for ever."""
+    """A worker whose parent was killed would finish the queued cases and then wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -220,7 +219,9 @@ def _end_with_parent() -> None:
 
 
 def _start_worker(begin: Semaphore) -> None:
+    import torch
+
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which lets the cases in hand be finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and waits for the cases in progress
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    begin.acquire()  # once all are there: one that dies before breaks the pool while the next is being started
+    begin.acquire()  # released once all have started: an earlier death would break the pool while the next one starts

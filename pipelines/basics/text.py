@@ -7,6 +7,7 @@ font takes, so they are shown as their escapes, `\\udce9` for byte 0xE9, whereve
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -41,3 +42,13 @@ def brief(value: Any, limit: int = 80) -> str:
 def markdown(text: str) -> str:
     """The text as Markdown and HTML show it, in a cell of a table too. An underscore within a word needs no escape."""
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))
+
+
+def one_line(message: object, limit: int | None = None) -> str:
+    """A message, as that of an error, on one line, of at most `limit` characters."""
+    return printable(" ".join(str(message).split()))[:limit]
+
+
+def first_few(names: Sequence[str], limit: int = 5) -> str:
+    """The first few of many names: `a, b and 7 more`."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,18 +1,18 @@
 """BraTS folders: a folder per case, one 3D file per modality, up to three levels below the root, or the root itself.
 
-Which modality a file is, or the label, its name tells (`pipelines.layouts.names`). The rest of the naming tells the
-release, in part:
-    -t2f -t1n -t1c -t2w -seg                 2023 on: what the coding of 2024 adds, the cavity that surgery leaves, is
-                                             asked for where it is met; that of children (BraTS-PED-*) is another from
-                                             2024 on, so there a year decides, and without one it is asked for
-    Flair_subtrMeanDivStd ... OTMultiClass   2013 (as re-released, z-scored), and VSD.Brain.XX.O.MR_Flair.54512 alike
+A file's name says which modality it is, or that it is the label (`pipelines.layouts.names`). The rest of the naming
+gives the release, in part:
+    -t2f -t1n -t1c -t2w -seg                 2023 on; adults of 2024 add one value, the resection cavity, and a label
+                                             that has it needs the release. The coding of children (BraTS-PED-*) changed
+                                             in 2024: a year decides, and without one the release is asked for
+    Flair_subtrMeanDivStd ... OTMultiClass   2013 (as re-released, z-scored), and likewise VSD.Brain.XX.O.MR_Flair.54512
     all others (_flair _t1 _t1ce _t2 _seg)   2012 to 2022: until 2016 there were four tissues, so a year in a name
                                              decides (`BraTS20_Training_001`), and without one the release is asked for
 Real data spell these in any letter case (`t2W`); one case of BraTS 2020 has its label in `W39_1998.09.19_Segm.nii`; on
 Kaggle files lie in folders named like them (`X_flair.nii/00000057_brain_flair.nii`).
 
-A case has the name of its folder. A folder that is named by a time point alone (`ses-02`), or `anat` as in BIDS, has
-the names of those above it too, up to the patient's.
+A case has the name of its folder. A folder named after a time point alone (`ses-02`), or `anat` as in BIDS, takes the
+names of those above it too, up to the patient's.
 """
 
 from __future__ import annotations
@@ -25,21 +25,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.basics.text import printable
+from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.regular_files import file_fault, is_annexed
+from pipelines.basics.text import first_few, printable
 from pipelines.labels import CODINGS, Coding
-from pipelines.layouts.names import (
-    CaseError,
-    DataError,
-    Found,
-    file_fault,
-    is_annexed,
-    is_label,
-    is_time_point,
-    modality_of,
-    patient_of,
-    some,
-    stem_of,
-)
+from pipelines.layouts.found import FoundCase
+from pipelines.layouts.names import TIME_POINT, is_label, modality_of, patient_of, stem_of
 
 log = logging.getLogger(__name__)
 
@@ -52,63 +43,67 @@ _UNTIL_2013 = re.compile(r"_subtrmeandivstd$|^otmulticlass$|^VSD\.Brain.*\.\d+$"
 _YEARS_OF = {"brats2013": "until 2016", "brats2018": "2017 to 2022", "brats2023": "2023", "brats2024-ped": "2024 on"}
 _DEPTH = 3
 _OF_THE_DISK = "lost+found"  # at the root of a file system, closed to all but root
+_MOVE_AWAY = "Change its permissions, or move it out of the data set"
 
 
 @dataclass(frozen=True)
-class _Listing:
-    """What is in a folder, sorted by name: its scans, each with the path whose name tells what it is; its folders."""
+class _Contents:
+    """What is in a folder, sorted by name: its scans, each with the path whose name says what it is; its folders."""
 
     scans: tuple[tuple[Path, Path], ...]
     folders: tuple[Path, ...]
     faults: tuple[CaseError, ...]
 
 
-def from_folders(root: Path, asked: Coding | None, unlabelled_as: Coding | None = None) -> tuple[Coding, list[Found]]:
+def from_folders(
+    root: Path, asked: Coding | None, unlabelled_as: Coding | None = None
+) -> tuple[Coding, list[FoundCase]]:
     """The cases of BraTS folders, sorted by path, of one release; of any with `unlabelled_as` (see `survey_cases`).
 
     Raises:
         DataError: no folder, no case in it, or a release left open or mixed.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not there: give a Decathlon task folder, a BraTS folder, or a .json or .csv list")
-    found: list[Found] = []
-    strangers: list[Path] = []  # scans that are of no case
-    for folder, listing in _walk(root, _DEPTH):
-        case = _folder_case(folder, root, listing)
+        raise DataError(f"{root} does not exist: give a Decathlon task folder, a BraTS folder, or a .json or .csv list")
+    found: list[FoundCase] = []
+    unused: list[Path] = []  # scans that belong to no case
+    for folder, contents in _walk(root, _DEPTH):
+        case = _folder_case(folder, root, contents)
         if case:
             found.append(case)
-        strangers += case.unused if case else [named for named, _ in listing.scans]
-    readable = [f for f in found if f.files]
+        unused += case.unused if case else [named for named, _ in contents.scans]
+    readable = [case for case in found if case.files]
     if not readable:
-        raise _nothing_found(root, strangers, found)
-    if strangers:
-        log.warning("%s: %s", root, _described(strangers))
+        raise _nothing_found(root, unused, found)
+    if unused:
+        log.warning("%s: %s", root, _describe_unused(unused))
     if unlabelled_as:
-        releases = {release for f in readable for release in f.releases}
+        releases = {release for case in readable for release in case.releases}
         return asked or (CODINGS[releases.pop()] if len(releases) == 1 else unlabelled_as), found
-    coding, fits = _one_release(readable, root, asked)
-    fitting = {id(f) for f in fits}
-    return coding, [f for f in found if id(f) in fitting or not f.files]
+    if asked is None:
+        return _release_by_name(readable, root), found
+    fitting = {id(case) for case in _cases_that_fit(readable, root, asked)}
+    return asked, [case for case in found if id(case) in fitting or not case.files]
 
 
-def _walk(folder: Path, depth: int) -> Iterator[tuple[Path, _Listing]]:
+def _walk(folder: Path, depth: int) -> Iterator[tuple[Path, _Contents]]:
     """A folder and those below it, sorted."""
-    listing = _list(folder)
-    yield folder, listing
+    contents = _contents_of(folder)
+    yield folder, contents
     here = os.path.realpath(folder)
-    for below in listing.folders if depth else ():
+    for below in contents.folders if depth else ():
         # A link to a folder above it would come round again.
         if not below.is_symlink() or not Path(here).is_relative_to(os.path.realpath(below)):
             yield from _walk(below, depth - 1)
 
 
-def _list(folder: Path) -> _Listing:
+def _contents_of(folder: Path) -> _Contents:
     scans: list[tuple[Path, Path]] = []
     folders: list[Path] = []
     faults: list[CaseError] = []
     entries = _entries(folder)
     if isinstance(entries, CaseError):
-        return _Listing((), (), (entries,))
+        return _Contents((), (), (entries,))
     for path, is_folder in entries:
         is_named = modality_of(path) is not None or is_label(path)
         if is_folder and not is_named:
@@ -116,24 +111,23 @@ def _list(folder: Path) -> _Listing:
         elif stem_of(path) is not None:
             scan = _within(path) if is_folder else path
             if is_named and isinstance(scan, Path):
-                scan = file_fault(scan, "is gone", "Put it back") or scan
+                scan = file_fault(scan) or scan
             if isinstance(scan, CaseError):
                 faults.append(scan)
             else:
                 scans.append((path, scan))
-    return _Listing(tuple(scans), tuple(folders), tuple(faults))
+    return _Contents(tuple(scans), tuple(folders), tuple(faults))
 
 
 def _entries(folder: Path) -> list[tuple[Path, bool]] | CaseError:
-    """What is in a folder but for what is hidden, sorted, each with whether it is a folder."""
+    """What is in a folder without what is hidden, sorted; and whether each is a folder."""
     try:
         with os.scandir(folder) as entries:
             seen = (entry for entry in entries if not entry.name.startswith(".") and entry.name != _OF_THE_DISK)
             listed = sorted((entry.path, _is_folder(entry)) for entry in seen)
     except OSError as error:
-        remedy = "Change its permissions, or move it out of the data set"
-        broken = file_fault(folder, "is gone", remedy) if not os.path.exists(folder) else None
-        return broken or CaseError(folder, f"the folder can't be read ({error.strerror})", remedy)
+        broken = file_fault(folder, remedy=_MOVE_AWAY) if not os.path.exists(folder) else None
+        return broken or CaseError(folder, f"the folder can't be read ({error.strerror})", _MOVE_AWAY)
     return [(Path(path), is_folder) for path, is_folder in listed]
 
 
@@ -146,64 +140,70 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _within(folder: Path) -> Path | CaseError:
-    """The scan in a folder that is named like one, as on Kaggle."""
+    """The scan in a folder that is named like a scan, as on Kaggle."""
     entries = _entries(folder)
     if isinstance(entries, CaseError):
         return entries
     scans = [path for path, is_folder in entries if stem_of(path) is not None and not is_folder]
     if len(scans) != 1:
-        problem = f"is a folder named like a scan, and holds {len(scans)}; it must hold one"
+        problem = f"is a folder named like a scan and holds {len(scans)} scans, must hold one"
         return CaseError(folder, problem, "Put the scan itself in its place")
     says, means = modality_of(scans[0]), modality_of(folder)
     if says and says != means:
-        problem = f"is {says} by its name, and its folder says {means or 'label'}"
+        problem = f"is {says} by name, but its folder says {means or 'label'}"
         return CaseError(scans[0], problem, "Find out which is right, and rename the other")
     return scans[0]
 
 
-def _folder_case(folder: Path, root: Path, listing: _Listing) -> Found | None:
+def _folder_case(folder: Path, root: Path, contents: _Contents) -> FoundCase | None:
     """The case in a folder; None where no file is named like an image."""
     files: dict[str, Path] = {}
-    named_so: dict[str, Path] = {}
+    path_named: dict[str, Path] = {}
     unused: list[Path] = []
-    faults = list(listing.faults)
-    twice = False  # said once: a folder of many cases has as many as files
-    for named, scan in listing.scans:
+    faults = list(contents.faults)
+    is_twice = False  # reported once: a folder of many cases has as many duplicates as files
+    for named, scan in contents.scans:
         key = modality_of(named) or ("label" if is_label(named) else None)
         if key is None:
             unused.append(named)
             continue
-        if key in files and not twice:
-            problem = f"{named_so[key].name} and {named.name} are both its {key}; a folder holds one file of each kind"
-            remedy = "Remove one, give each case its folder, or use a .csv list"
+        if key in files and not is_twice:
+            problem = f"{path_named[key].name} and {named.name} are both {key}; a folder holds one file of each kind"
+            remedy = "Remove one, give each case its own folder, or use a .csv list"
             faults.append(CaseError(folder, problem, remedy))
-            twice = True
-        files[key], named_so[key] = scan, named
+            is_twice = True
+        files[key], path_named[key] = scan, named
     label = files.pop("label", None)
     if not files and not faults:
         return None
-    name, patient = _name_of(folder, root)
-    releases = _releases([*named_so.values()], folder, root) if files else ()
-    return Found(name, folder, files, None, label, releases, tuple(faults), patient, tuple(unused))
+    name, patient = _name_and_patient(folder, root)
+    releases = _releases([*path_named.values()], folder, root) if files else ()
+    return FoundCase(
+        name, folder, files, label=label, releases=releases, faults=tuple(faults), patient=patient, unused=tuple(unused)
+    )
 
 
-def _name_of(folder: Path, root: Path) -> tuple[str, str | None]:
+def _name_and_patient(folder: Path, root: Path) -> tuple[str, str | None]:
     """Name and patient of the case in a folder."""
     parts: list[str] = []
-    while True:
-        part = _own_name(folder)
-        above = is_time_point(part)
-        if part.lower() != "anat" or folder == root:
+    for each in _up_to(root, folder):
+        part = _own_name(each)
+        is_anat = part.lower() == "anat"
+        if not is_anat or each == root:
             parts.insert(0, part)
-        if folder == root or not (above or part.lower() == "anat"):
+        if not is_anat and not TIME_POINT.fullmatch(part):
             break
-        folder = folder.parent
     name = "_".join(parts)
     return name, patient_of(name) or (parts[0] if len(parts) > 1 else None)
 
 
+def _up_to(root: Path, folder: Path) -> list[Path]:
+    """A folder and those above it up to the root."""
+    return [folder, *(each for each in folder.parents if each.is_relative_to(root))]
+
+
 def _own_name(folder: Path) -> str:
-    return os.path.basename(os.path.realpath(folder))  # of a root that is "." too; never raises, as resolve() may
+    return os.path.basename(os.path.realpath(folder))  # also of a root that is "."; resolve() may raise
 
 
 def _releases(files: Sequence[Path], folder: Path, root: Path) -> tuple[str, ...]:
@@ -225,83 +225,72 @@ def _releases(files: Sequence[Path], folder: Path, root: Path) -> tuple[str, ...
 
 def _year(files: Sequence[str], folder: Path, root: Path) -> int | None:
     """The year in the name nearest to the files: theirs, then the case's folder, up to the root."""
-    names = [*files]
-    while True:
-        names.append(_own_name(folder))
-        if folder == root:
-            break
-        folder = folder.parent
-    for name in names:
-        match = _YEAR.search(name)
-        if match:
-            return 2000 + int(match.group(1) or match.group(2)) % 100
-    return None
+    matches = map(_YEAR.search, [*files, *map(_own_name, _up_to(root, folder))])
+    return next((2000 + int(match[1] or match[2]) % 100 for match in matches if match), None)
 
 
-def _one_release(found: list[Found], root: Path, asked: Coding | None) -> tuple[Coding, list[Found]]:
-    """The coding of cases, and those of them that it fits."""
-    counts = Counter(f.releases for f in found)
-    listing = ", ".join(f"{n} of {' or '.join(releases)}" for releases, n in counts.items())
-    if asked is None:
-        return _told(found, root, listing), found
-    fits = [f for f in found if any(_is_read_as(release, asked) for release in f.releases) or _may_be(f, asked)]
+def _counted_releases(found: Sequence[FoundCase]) -> str:
+    counts = Counter(case.releases for case in found)
+    return ", ".join(f"{count} of {' or '.join(releases)}" for releases, count in counts.items())
+
+
+def _cases_that_fit(found: list[FoundCase], root: Path, asked: Coding) -> list[FoundCase]:
+    """The cases whose names allow the coding; all where they all say another release."""
+    counts = _counted_releases(found)
+    fits = [case for case in found if _allows(case.releases, asked)]
     if fits:
         if len(fits) < len(found):
-            log.warning("release %s: %d of %d cases fit by name (%s)", asked.release, len(fits), len(found), listing)
-        return asked, fits
-    if len(counts) > 1:
-        raise DataError(f"{root}: no case fits release {asked.release}; its cases are {listing} by their names")
-    log.warning("%s: names say %s; read as %s, as asked", root, listing, asked.release)
-    return asked, found
+            log.warning("release %s: %d of %d cases fit by name (%s)", asked.release, len(fits), len(found), counts)
+        return fits
+    if len({case.releases for case in found}) > 1:
+        raise DataError(f"{root}: no case fits release {asked.release}; by name, its cases are {counts}")
+    log.warning("%s: names say %s; read as %s, as requested", root, counts, asked.release)
+    return found
 
 
-def _told(found: list[Found], root: Path, listing: str) -> Coding:
-    """The coding that the names of cases tell; any where no case has a label."""
-    releases = list(dict.fromkeys(release for f in found for release in f.releases))
+def _allows(releases: Sequence[str], coding: Coding) -> bool:
+    """Whether one of the releases codes as `coding` does: 2018 as 2017, and 2024 as 2023 but for children."""
+    is_adult_2024 = coding.release == "brats2024" and tuple(releases) == ("brats2023",)
+    return is_adult_2024 or any(CODINGS[release].tissues == coding.tissues for release in releases)
+
+
+def _release_by_name(found: list[FoundCase], root: Path) -> Coding:
+    """The coding that the names of cases say; any where no case has a label."""
+    releases = list(dict.fromkeys(release for case in found for release in case.releases))
     newest = CODINGS[max(releases, key=list(CODINGS).index)]
-    if not any(f.label for f in found) or all(_is_read_as(release, newest) for release in releases):
+    if not any(case.label for case in found) or all(CODINGS[release].tissues == newest.tissues for release in releases):
         return newest
-    if len({f.releases for f in found}) > 1:
+    if len({case.releases for case in found}) > 1:
         raise DataError(
-            f"{root} mixes releases, whose label codes differ: its cases are {listing} by their names. "
-            f"Choose with --data.release ({', '.join(releases)}), which takes the cases that fit"
+            f"{root} mixes releases, whose label codes differ: by name, its cases are {_counted_releases(found)}. "
+            f"Choose one with --data.release ({', '.join(releases)}), which takes the cases that fit"
         )
     choice = " or ".join(f"{release} ({_YEARS_OF[release]})" for release in releases)
     raise DataError(
-        f"{root}: the naming (case {found[0].name}) is that of several releases, whose label codes differ, and "
-        f"no name carries a year. Give --data.release {choice}"
+        f"{root}: the naming (case {found[0].name}) fits several releases, whose label codes differ, and no name has "
+        f"a year. Give --data.release {choice}"
     )
 
 
-def _is_read_as(release: str, coding: Coding) -> bool:
-    """Whether the codes of a release mean what those of a coding do, as in 2017 and 2018."""
-    return CODINGS[release].tissues == coding.tissues
-
-
-def _may_be(found: Found, coding: Coding) -> bool:
-    """Codes of 2023 mean the same in 2024, but for children, whose names leave both open."""
-    return coding.release == "brats2024" and found.releases == ("brats2023",)
-
-
-def _nothing_found(root: Path, strangers: Sequence[Path], faulty: Sequence[Found]) -> DataError:
-    faults = "".join(f"\n  {fault}" for f in faulty for fault in f.faults)
-    tasks = [p.parent for p in sorted(root.glob("*/dataset.json"))]
+def _nothing_found(root: Path, unused: Sequence[Path], faulty: Sequence[FoundCase]) -> DataError:
+    faults = "".join(f"\n  {fault}" for case in faulty for fault in case.faults)
+    tasks = [path.parent for path in sorted(root.glob("*/dataset.json"))]
     hints = [f"Did you mean {tasks[0]}?"] if tasks else []
-    if strangers:
-        hints.append(f"What is there: {_described(strangers)}")
+    if unused:
+        hints.append(f"What is there: {_describe_unused(unused)}")
     return DataError(
         f"{root}: no cases found. Looked for dataset.json (Decathlon, nnU-Net), and in it and {_DEPTH} levels below "
         "for .nii or .nii.gz files ending in _flair/_t1/_t1ce/_t2 (2012-2022) or -t2f/-t1n/-t1c/-t2w (2023 on), or "
-        f"named Flair_subtrMeanDivStd and alike (2013). {' '.join(hints)}".rstrip()
+        f"named like Flair_subtrMeanDivStd (2013). {' '.join(hints)}".rstrip()
         + faults
     )
 
 
-def _described(strangers: Sequence[Path]) -> str:
-    """How scans are named that no rule knows, by the last word of their names."""
-    words = Counter(re.split(r"[-_. ]", stem_of(path) or "")[-1] for path in strangers)
-    counts = some([f"{word} ({count})" for word, count in words.most_common()])
+def _describe_unused(unused: Sequence[Path]) -> str:
+    """How the scans that match no rule are named, by the last word of their names."""
+    words = Counter(re.split(r"[-_. ]", stem_of(path) or "")[-1] for path in unused)
+    counts = first_few([f"{word} ({count})" for word, count in words.most_common()])
     return (
-        f"{len(strangers)} scans are not used: their names tell neither image nor label, or they are labels without "
-        f"images; the last words of their names are {printable(counts)}; the first is {printable(str(strangers[0]))}"
+        f"{len(unused)} scans are not used: their names say neither modality nor label, or they are labels without "
+        f"images; the last words of their names are {printable(counts)}; the first is {printable(str(unused[0]))}"
     )

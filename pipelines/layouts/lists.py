@@ -1,8 +1,8 @@
 """Lists of cases: a CSV file with a column "name", one per modality, and "label"; or JSON with the same records.
 
 JSON is [{...}, ...], or {"modalities": ["flair", ...], "cases": [{"name": ..., "image": 4D file, "label": ...}, ...]}.
-"patient" tells which cases are time points of one patient. Paths are relative to the list. What the labels mean, a list
-does not say: the release is always asked for. MONAI's datalists are read by `pipelines.layouts.tasks`.
+"patient" marks the cases that are time points of one patient. Paths are relative to the list. A list does not say what
+its labels mean, so the release is always asked for. MONAI's datalists are read by `pipelines.layouts.tasks`.
 """
 
 from __future__ import annotations
@@ -13,28 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.basics.errors import CaseError, DataError
 from pipelines.basics.text import brief, shortened
-from pipelines.labels import CODINGS, Coding
-from pipelines.layouts.names import (
-    LABEL_SPELLINGS,
-    MODALITIES,
-    CaseError,
-    DataError,
-    Found,
-    canonical_modalities,
-    listed_faults,
-    modality_named,
-    patient_of,
-    read_json,
-    read_text,
-    text_of,
-)
+from pipelines.basics.text_files import read_json, read_text
+from pipelines.labels import Coding
+from pipelines.layouts.found import FoundCase, listed_case, require_text, unstated_coding
+from pipelines.layouts.names import LABEL_SPELLINGS, MODALITIES, canonical_modalities, modality_named, patient_of
 from pipelines.layouts.tasks import describes_task, from_task
 
 
 def from_list(
     path: Path, asked: Coding | None, with_test: bool = False, unlabelled_as: Coding | None = None
-) -> tuple[Coding, list[Found]]:
+) -> tuple[Coding, list[FoundCase]]:
     """The cases of a .csv or .json list, in its order.
 
     Raises:
@@ -59,10 +49,7 @@ def from_list(
     if not records:
         raise DataError(f"{path} lists no cases: give records with name, {', '.join(MODALITIES)} and label")
     found = [_record_case(where, record, order, path) for where, record in records]
-    coding = asked or unlabelled_as
-    if coding is None and any(f.label for f in found):
-        raise DataError(f"{path}: a list does not say what its labels mean: give --data.release ({', '.join(CODINGS)})")
-    return coding or CODINGS["decathlon"], found
+    return asked or unstated_coding(path, found, unlabelled_as), found
 
 
 def _order(path: Path, modalities: Any) -> Sequence[str]:
@@ -72,16 +59,16 @@ def _order(path: Path, modalities: Any) -> Sequence[str]:
     if not isinstance(named, list):
         raise DataError(f'{path}: modalities is {brief(modalities)} and must be a list of names, as ["flair", "t1"]')
     try:
-        return canonical_modalities([text_of(name, "modalities") for name in named])
+        return canonical_modalities([require_text(name, "modalities") for name in named])
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where each row stands, and the row by its columns.
+    """Where each row stands, and its fields by column.
 
-    Fields are separated by commas, or, as some spreadsheets do, by semicolons or tabs. Empty rows are passed over, and
-    so is a column without a name that numbers the rows, as pandas writes it.
+    Fields are separated by commas, or, as some spreadsheets do, by semicolons or tabs. Empty rows are skipped, and so
+    is an unnamed column of row numbers, as pandas writes it.
     """
     text = read_text(path, "save it as CSV UTF-8")
     first = text.lstrip().split("\n", 1)[0]
@@ -109,7 +96,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """The rows, each with the number of the line that it begins on."""
+    """The rows, each with the number of its first line."""
     line = 1
     while True:
         try:
@@ -125,7 +112,7 @@ def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
         line = reader.line_num + 1
 
 
-def _record_case(where: str, record: Any, order: Sequence[str], listed_in: Path) -> Found:
+def _record_case(where: str, record: Any, order: Sequence[str], listed_in: Path) -> FoundCase:
     if not isinstance(record, dict):
         raise DataError(
             f"{where} is {brief(record)} and must be a record, with name, {', '.join(MODALITIES)} and label"
@@ -143,20 +130,20 @@ def _record_case(where: str, record: Any, order: Sequence[str], listed_in: Path)
             "a 4D file) name, image and label"
         )
     paths = {key: listed_in.parent / value for key, value in values.items()}
-    faults = listed_faults(paths.values(), listed_in, name)
+    faults = []
     if twice or len(set(paths.values())) < len(paths):
         listed = ", ".join(f"{key} {value}" for key, value in [*values.items(), *twice])
         problem = f"{where}: case {name}: {listed}: a file is given twice, or two for one modality"
-        faults += (CaseError(listed_in, problem, "Correct the list: one file for each modality"),)
-    label = paths.pop("label", None)
+        faults.append(CaseError(listed_in, problem, "Correct the list: one file for each modality"))
+    label, channels = paths.pop("label", None), None
     if "image" in paths:
-        channels = {m: i for i, m in enumerate(order)}
-        return Found(name, listed_in, dict.fromkeys(order, paths["image"]), channels, label, (), faults, patient)
-    return Found(name, listed_in, paths, None, label, (), faults, patient)
+        channels = {modality: i for i, modality in enumerate(order)}
+        paths = dict.fromkeys(order, paths["image"])
+    return listed_case(name, listed_in, paths, label, patient, channels, faults)
 
 
 def _values(where: str, record: Mapping[Any, Any]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """What a record says, by canonical key, empty fields left out; and what it says more than once."""
+    """What a record says, by canonical key, without empty fields; and what it says more than once."""
     values: dict[str, str] = {}
     twice = []
     for key, value in record.items():
@@ -164,7 +151,7 @@ def _values(where: str, record: Mapping[Any, Any]) -> tuple[dict[str, str], list
         canonical = modality_named(word) or ("label" if word in LABEL_SPELLINGS else word)
         if canonical in ("name", "patient") and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
-        text = "" if value is None else text_of(value, f"{where}: {brief(key)}")
+        text = "" if value is None else require_text(value, f"{where}: {brief(key)}")
         if text and canonical in values:
             twice.append((word, text))
         elif text:

@@ -1,4 +1,4 @@
-"""The 3D files of one case, put into the order of a network's modalities: by what their names tell, or as given."""
+"""The 3D files of one case in the order of a network's modalities: by what their names say, or as given."""
 
 from __future__ import annotations
 
@@ -13,40 +13,38 @@ def in_order(files: Sequence[Path], needed: Sequence[str], given: Sequence[str] 
     """The files of the modalities that are needed, in their order.
 
     Args:
-        files: of one case, in any order where every name tells its modality (`pipelines.layouts.names.modality_of`).
+        files: of one case, in any order where every name says its modality (`pipelines.layouts.names.modality_of`).
         needed: modalities of the network, in its order.
-        given: what the files are, in their order, as somebody says; None: told by the names, else in the order of
-            `needed`.
+        given: the modality of each file, as the user says; None: as the names say, else in the order of `needed`.
 
     Raises:
-        ValueError: too many or too few files, one that is given twice (by a link, too), one whose name tells another
-            modality, or a modality that none has.
+        ValueError: too many or too few files, one that is given twice (by a link, too), one whose name says another
+            modality, or a needed modality without a file.
     """
     _check_different(files)
-    told = [modality_of(path) for path in files]
-    by_name = [modality for modality in told if modality]
+    named = [modality_of(path) for path in files]
     listing = ", ".join(path.name for path in files)
     if given is not None:
         order = list(canonical_modalities(given))
     else:
-        order = by_name if len(by_name) == len(files) else list(needed)
+        order = [modality for modality in named if modality] if all(named) else list(needed)
     if len(order) != len(files):
-        untold = [path.name for path, says in zip(files, told) if by_name and not says]
+        unnamed = [path.name for path, says in zip(files, named) if any(named) and not says]
         raise ValueError(
             f"{len(files)} files ({listing}) for {len(order)} modalities: give the files of {', '.join(order)}, in "
-            "this order unless every name tells its modality (case_flair.nii.gz), or one 4D file"
-            + (f"; {', '.join(untold)} tells none" if untold else "")
+            "this order unless every name says its modality (case_flair.nii.gz), or one 4D file"
+            + (f"; no modality in {', '.join(unnamed)}" if unnamed else "")
         )
-    for path, says, taken in zip(files, told, order):
+    for path, says, taken in zip(files, named, order):
         if says and says != taken:
             raise ValueError(
-                f"{path} is given as {taken}, and its name says {says}: correct the order of the files or of the "
+                f"{path} is given as {taken}, but its name says {says}: correct the order of the files or of the "
                 "modalities, or rename the file"
             )
     twice = next((modality for modality in order if order.count(modality) > 1), None)
     if twice:
         names = " and ".join(path.name for path, modality in zip(files, order) if modality == twice)
-        raise ValueError(f"{names} are both {twice} by their names: give one file of each modality of one case")
+        raise ValueError(f"{names} are both {twice} by name: give one file of each modality of one case")
     missing = [modality for modality in needed if modality not in order]
     if missing:
         raise ValueError(
@@ -56,7 +54,7 @@ def in_order(files: Sequence[Path], needed: Sequence[str], given: Sequence[str] 
 
 
 def _check_different(files: Sequence[Path]) -> None:
-    """Refuse a file that is given twice; one that is not there is told of when it is read."""
+    """Refuse a file that is given twice; a missing one is reported when it is read."""
     first: dict[tuple[int, int], Path] = {}
     for path in files:
         try:

@@ -21,22 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.basics.text import brief
-from pipelines.labels import CODINGS, Coding, coding_from_dataset_json
-from pipelines.layouts.names import (
-    CaseError,
-    DataError,
-    Found,
-    file_fault,
-    listed_faults,
-    modality_named,
-    modality_of,
-    patient_of,
-    read_json,
-    some,
-    stem_of,
-    text_of,
-)
+from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.text import brief, first_few
+from pipelines.basics.text_files import read_json
+from pipelines.labels import Coding, coding_from_dataset_json
+from pipelines.layouts.found import FoundCase, listed_case, require_text, unstated_coding
+from pipelines.layouts.names import case_name_of, modality_named, modality_of, patient_of, stem_of
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +40,7 @@ def describes_task(content: Any) -> bool:
 
 def from_task(
     path: Path, asked: Coding | None, with_test: bool, unlabelled_as: Coding | None = None
-) -> tuple[Coding, list[Found]]:
+) -> tuple[Coding, list[FoundCase]]:
     """The cases that a `dataset.json` or a datalist describes, in its order; those for testing where asked.
 
     Raises:
@@ -60,8 +50,8 @@ def from_task(
     if not describes_task(info):
         raise DataError(
             f"{path}: a Decathlon task has modality {{number: name}}, labels {{value: name}} and training [cases], an "
-            "nnU-Net folder channel_names, labels and file_ending; here is neither. A data set of another kind is "
-            "given by a .json or .csv list"
+            "nnU-Net folder channel_names, labels and file_ending; this file is neither. Give a data set of another "
+            "kind as a .json or .csv list"
         )
     channels = _channels(path, info)
     if "channel_names" in info and not isinstance(info.get("training"), list):
@@ -94,15 +84,10 @@ def _channels(path: Path, info: Mapping[str, Any]) -> dict[str, int]:
     return dict(sorted(channels.items(), key=lambda item: item[1]))
 
 
-def _coding(path: Path, info: Mapping[str, Any], found: Sequence[Found], unlabelled_as: Coding | None) -> Coding:
+def _coding(path: Path, info: Mapping[str, Any], found: Sequence[FoundCase], unlabelled_as: Coding | None) -> Coding:
     labels = info.get("labels")
-    if labels is None and (unlabelled_as or not any(f.label for f in found)):
-        return unlabelled_as or CODINGS["decathlon"]
     if labels is None:
-        raise DataError(
-            f"{path} does not say what its labels mean: give --data.release ({', '.join(CODINGS)}), or labels "
-            '{"1": "edema", ...} in the file'
-        )
+        return unstated_coding(path, found, unlabelled_as, ', or labels {"1": "edema", ...} in the file')
     if not isinstance(labels, dict):
         raise DataError(f"{path}: labels must be {{value: name}}, not {brief(labels)}")
     try:
@@ -114,7 +99,7 @@ def _coding(path: Path, info: Mapping[str, Any], found: Sequence[Found], unlabel
 # Listed cases: Decathlon, MONAI's datalists
 
 
-def _listed(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], with_test: bool) -> list[Found]:
+def _listed(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], with_test: bool) -> list[FoundCase]:
     # Decathlon's cases are of one patient each, and its split is MONAI's whatever they are called.
     is_decathlon = all(isinstance(info.get(key), dict) for key in ("modality", "labels"))
     found = []
@@ -127,11 +112,11 @@ def _listed(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], wi
             if case is not None:
                 patient = case.patient or (None if is_decathlon else patient_of(case.name))
                 found.append(replace(case, patient=patient, held_out=key == "validation"))
-    return _told_apart(found)
+    return _with_unique_names(found)
 
 
-def _entry(path: Path, where: str, entry: Any, channels: Mapping[str, int]) -> Found | None:
-    """A listed case; None for macOS's companions of the real ones."""
+def _entry(path: Path, where: str, entry: Any, channels: Mapping[str, int]) -> FoundCase | None:
+    """A listed case; None for macOS's companion files (`._*`)."""
     if isinstance(entry, str) or (isinstance(entry, list) and entry):
         entry = {"image": entry}
     image = entry.get("image") if isinstance(entry, dict) else None
@@ -139,28 +124,26 @@ def _entry(path: Path, where: str, entry: Any, channels: Mapping[str, int]) -> F
     if not isinstance(images, list) or not images:
         raise DataError(f'{where} is {brief(entry)} and must be {{"image": file or files, "label": file}}')
     label = _path_in(path, entry, "label", where)
-    paths = [path.parent / text_of(item, f"{where}: image") for item in images]
+    paths = [path.parent / require_text(item, f"{where}: image") for item in images]
     if paths[0].name.startswith("._"):
         return None
     strange = next((item for item in paths if stem_of(item) is None), None)
     if strange:
-        raise DataError(f"{where}: image {strange.name} is no .nii or .nii.gz file: convert it, or leave the entry out")
-    name = _text_in(entry, "name", where) or _name_of(paths)
-    patient = _text_in(entry, "patient", where)
+        raise DataError(f"{where}: image {strange.name} is not a .nii or .nii.gz file: convert it, or remove the entry")
+    name = _text_in(entry, "name", where) or case_name_of(paths)
     in_one = None  # the channels of a 4D file
     files = _by_channel(paths[0], channels) if len(paths) == 1 else {}
     if not files and len(paths) == 1 and len(channels) > 1:
         files, in_one = dict.fromkeys(channels, paths[0]), channels
     elif not files:
         files = _by_modality(where, paths, channels)
-    faults = listed_faults([*dict.fromkeys(files.values()), label], path, name)
-    return Found(name, path, files, in_one, label, (), faults, patient)
+    return listed_case(name, path, files, label, _text_in(entry, "patient", where), in_one)
 
 
 def _text_in(entry: Mapping[str, Any], key: str, where: str) -> str | None:
-    """What an entry has under a key, None where that is missing or null. Raises DataError where it is no text."""
+    """What an entry has under a key, None where that is missing or null. Raises DataError where it is not text."""
     value = entry.get(key)
-    return None if value is None else text_of(value, f"{where}: {key}")
+    return None if value is None else require_text(value, f"{where}: {key}")
 
 
 def _path_in(listed_in: Path, entry: Mapping[str, Any], key: str, where: str) -> Path | None:
@@ -169,18 +152,18 @@ def _path_in(listed_in: Path, entry: Mapping[str, Any], key: str, where: str) ->
 
 
 def _by_modality(where: str, paths: Sequence[Path], channels: Mapping[str, int]) -> dict[str, Path]:
-    """The files of a case by modality: as their names tell where each tells one, else in the order of the channels."""
+    """The files of a case by modality: as their names say where each says one, else in the order of the channels."""
     names = [modality for path in paths if (modality := modality_of(path))]
     in_order = list(channels) if list(channels.values()) == list(range(len(paths))) else []
     if len(names) < len(paths) and not in_order:
         raise DataError(
-            f"{where}: the names of its {len(paths)} images don't tell what they are: say which modalities they are, "
-            'or a 4D file has, in their order, by "modality": {"0": "FLAIR", "1": "T1w", ...}'
+            f"{where}: the names of its {len(paths)} images don't say what they are: give their modalities, or those "
+            'of a 4D file, in order, as "modality": {"0": "FLAIR", "1": "T1w", ...}'
         )
     if len(names) == len(paths) and set(names) == set(in_order) and names != in_order:
         raise DataError(
-            f"{where}: its images are {', '.join(names)} by their names, and {', '.join(in_order)} by the head of the "
-            "file: find out which is right, and correct the other"
+            f"{where}: its images are {', '.join(names)} by name, but {', '.join(in_order)} by the list's modalities: "
+            "find out which is right, and correct the other"
         )
     names = names if len(names) == len(paths) else in_order
     if len(set(names)) < len(names) or len(set(paths)) < len(paths):
@@ -190,7 +173,7 @@ def _by_modality(where: str, paths: Sequence[Path], channels: Mapping[str, int])
 
 
 def _by_channel(image: Path, channels: Mapping[str, int]) -> dict[str, Path]:
-    """The files that nnU-Net's first version means by a listed image: `CASE_0000.nii.gz` and so on; else none."""
+    """The files that a listed image stands for in nnU-Net's first version, `CASE_0000.nii.gz` and so on; else none."""
     if os.path.lexists(image):
         return {}
     stem = stem_of(image) or ""
@@ -199,17 +182,8 @@ def _by_channel(image: Path, channels: Mapping[str, int]) -> dict[str, Path]:
     return files if any(map(os.path.lexists, files.values())) else {}
 
 
-def _name_of(paths: Sequence[Path]) -> str:
-    """The name of a case: its files', without what tells the modality; their folder's where nothing is left."""
-    stems = [stem_of(path) or path.name for path in paths]
-    if len(paths) == 1:
-        return stems[0]
-    common = re.sub(r"(^|[-_. ]+)(t[12]?)?$", "", os.path.commonprefix(stems), flags=re.IGNORECASE)
-    return common or paths[0].resolve().parent.name
-
-
-def _told_apart(found: list[Found]) -> list[Found]:
-    """Cases whose files are called alike (`a/image.nii.gz`, `b/image.nii.gz`) get their folder's name before theirs."""
+def _with_unique_names(found: list[FoundCase]) -> list[FoundCase]:
+    """Prefix the folder's name where files of several cases have one name (`a/image.nii.gz`, `b/image.nii.gz`)."""
     counts = Counter(f.name for f in found)
     longer = [f"{next(iter(f.files.values())).parent.name}_{f.name}" if counts[f.name] > 1 else f.name for f in found]
     if len(set(longer)) < len(longer):
@@ -223,7 +197,7 @@ def _told_apart(found: list[Found]) -> list[Found]:
 # nnU-Net
 
 
-def _nnunet(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], with_test: bool) -> list[Found]:
+def _nnunet(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], with_test: bool) -> list[FoundCase]:
     ending = info.get("file_ending", ".nii.gz")
     if ending not in (".nii", ".nii.gz"):
         raise DataError(f"{path}: file_ending is {brief(ending)}, must be .nii.gz or .nii: convert the files")
@@ -236,7 +210,7 @@ def _nnunet(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], wi
     return found
 
 
-def _nnunet_listed(path: Path, dataset: Any, channels: Mapping[str, int]) -> Iterator[Found]:
+def _nnunet_listed(path: Path, dataset: Any, channels: Mapping[str, int]) -> Iterator[FoundCase]:
     if not isinstance(dataset, dict):
         raise DataError(f"{path}: dataset is {brief(dataset)} and must be {{case: {{images, label}}}}")
     for name, entry in dataset.items():
@@ -244,15 +218,14 @@ def _nnunet_listed(path: Path, dataset: Any, channels: Mapping[str, int]) -> Ite
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list) or len(images) != len(channels):
             raise DataError(f"{where} is {brief(entry)} and must have images, {len(channels)} files, and label, a file")
-        paths = [path.parent / text_of(item, f"{where}: images") for item in images]
+        paths = [path.parent / require_text(item, f"{where}: images") for item in images]
         label = _path_in(path, entry, "label", where)
-        faults = listed_faults([*paths, label], path, name)
-        yield Found(name, path, dict(zip(channels, paths, strict=True)), None, label, (), faults, patient_of(name))
+        yield listed_case(name, path, dict(zip(channels, paths, strict=True)), label, patient_of(name))
 
 
 def _nnunet_folder(
     path: Path, images: str, labels: str | None, ending: str, channels: Mapping[str, int]
-) -> list[Found]:
+) -> list[FoundCase]:
     """The cases of an nnU-Net folder, sorted by name."""
     modality_in = {number: modality for modality, number in channels.items()}
     files: dict[str, dict[str, Path]] = {}
@@ -265,24 +238,23 @@ def _nnunet_folder(
             unused.append(image)
     if unused:
         log.warning(
-            "%s: %d files are not used, for no channel of %s has their number: %s", path.parent / images, len(unused),
-            path.name, some(unused),
+            "%s: %d files are not used, as no channel of %s has their number: %s", path.parent / images, len(unused),
+            path.name, first_few(unused),
         )  # fmt: skip
     found = []
     labelled = set(_names_in(path.parent / labels, ending)) if labels else set()
     for name in sorted({*files, *labelled}):
         label = path.parent / str(labels) / f"{name}{ending}" if name in labelled else None
-        faults = [file_fault(file, "is gone", "Put it back") for file in (*files.get(name, {}).values(), label) if file]
+        faults = []
         if name not in files:
             problem = f"case {name} has a label but no image in {images}/{name}_0000{ending} or the like"
-            faults.append(CaseError(path.parent / str(labels), problem, "Add its images, or move the label away"))
-        kept = tuple(fault for fault in faults if fault)
-        found.append(Found(name, path, files.get(name, {}), None, label, (), kept, patient_of(name)))
+            faults = [CaseError(path.parent / str(labels), problem, "Add its images, or move the label away")]
+        found.append(listed_case(name, path, files.get(name, {}), label, patient_of(name), faults=faults))
     return found
 
 
 def _names_in(folder: Path, ending: str) -> list[str]:
-    """What the files of a folder are called before their ending, sorted; none where there is no folder."""
+    """The names of the files in a folder, sorted, without their ending; none where there is no folder."""
     try:
         listed = sorted(os.listdir(folder))
     except FileNotFoundError:

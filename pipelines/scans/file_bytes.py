@@ -1,40 +1,38 @@
 """The bytes of a scan's file, and of a gzip file no more than its header announces.
 
-Only regular files are opened: a pipe would keep the reader waiting and a device has no end. Sizes are compared before
-memory is taken: deflate shrinks by at most 1032, so what a header announces can be too much even for a file that is not
-inflated yet. Content that goes on far beyond the announced end is refused unread: the dimensions are damaged, or the
-file was made to fill memory.
+Sizes are compared before memory is taken: deflate compresses by a factor of at most 1032, so a header can announce more
+than the file could hold. Content that goes on far beyond the announced end is refused unread: the dimensions are
+damaged, or the file was made to fill memory.
 
 gzip is inflated by isal (about 690 MB/s out of one core), a file of one member in one call, which checks its CRC.
-bgzip writes members of 64 KiB: each is given a slice twice as long as the one before it was, because what a member
-leaves of its input is copied.
+bgzip writes members of 64 KiB: each is given a slice twice as long as the member before, because the input that a
+member does not use is copied.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
 from isal import isal_zlib
 
-from pipelines.layouts.names import FETCH_ANNEXED, CaseError, file_fault
+from pipelines.basics.errors import CaseError
+from pipelines.basics.regular_files import FETCH_ANNEXED
 
 COPY_AGAIN = "Copy or download the file again"
 _GZIP_MAGIC = b"\x1f\x8b"
 _HEAD_BYTES = 544  # a NIfTI-2 header and the four bytes behind it
 _FIRST_READ = 1 << 16
-_GZIP_OVERHEAD = 1 << 24  # bytes: of a gzip file twice its content and so much more are read at most
-_SLACK = 1 << 20  # bytes behind the voxels that are padding and no fault
+_GZIP_OVERHEAD = 1 << 24  # bytes: of a gzip file, at most twice its content and this much more are read
+_SLACK = 1 << 20  # bytes after the voxels that pass as padding
 _LARGEST_RATIO = 1032  # of deflate
 _SMALLEST_SLICE = 1 << 12
 _DOWNLOAD = f"{COPY_AGAIN}, and look at the server's answer"
 _DECOMPRESS = "Decompress it, and compress it with gzip or not at all"
 _CONVERT = "Convert the image to .nii.gz"
-_OTHER_CONTENT = [  # what a file that is no NIfTI begins with; what it is; what to do
+_OTHER_CONTENT = [  # how a file that is not NIfTI begins; what it is; what to do
     (rb"version https://git-lfs", "a Git LFS pointer, the scan itself was not downloaded", "Run git lfs pull there"),
     (rb"/annex/objects/", "a git-annex pointer, the scan itself was not fetched", FETCH_ANNEXED),
     (rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype html|html|head|body)\b", "a web page", _DOWNLOAD),
@@ -54,23 +52,6 @@ _OTHER_CONTENT = [  # what a file that is no NIfTI begins with; what it is; what
 ]
 
 
-@contextmanager
-def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file to read.
-
-    Raises:
-        CaseError: it is missing, no regular file, a link to nothing, or can't be opened or read, within the block too.
-    """
-    fault = file_fault(path, "there is no such file", "Put it there, or correct the path or the list")
-    if fault:
-        raise fault
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise CaseError(path, f"can't be read ({error.strerror})", "Check its permissions and the disk") from error
-
-
 class ScanFile:
     """The content of an open file, inflated where it is gzip.
 
@@ -79,7 +60,7 @@ class ScanFile:
         file: at its start, from `open_regular`.
 
     Attributes:
-        head: the first bytes of the content, at least a NIfTI header's where there are as many.
+        head: the first bytes of the content, at least a NIfTI header's if there are that many.
 
     Raises:
         CaseError: it is empty, or damaged gzip.
@@ -141,7 +122,7 @@ class ScanFile:
 
 
 def _inflate(path: Path, raw: bytes, limit: int, first_slice: int) -> tuple[bytes, bool]:
-    """The content of gzip members one after another, at most `limit` bytes of it, and whether that is all there is."""
+    """The content of consecutive gzip members, at most `limit` bytes of it, and whether that is all there is."""
     view, position, length = memoryview(raw), 0, first_slice
     parts: list[bytes] = []
     left = limit
@@ -164,7 +145,7 @@ def _inflate(path: Path, raw: bytes, limit: int, first_slice: int) -> tuple[byte
 
 
 def not_nifti(path: Path, head: bytes) -> CaseError:
-    """What a file without a NIfTI header is, and what to do with it."""
+    """The error for a file without a NIfTI header: what it is instead, and what to do with it."""
     for start, what, remedy in _OTHER_CONTENT:
         if re.match(start, head, re.IGNORECASE | re.DOTALL):
             return CaseError(path, f"not a NIfTI file but {what}: it starts with {head[:8]!r}", remedy)

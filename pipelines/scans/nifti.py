@@ -24,10 +24,11 @@ import numpy as np
 from isal import igzip
 
 from pipelines.basics.atomic import replacing
+from pipelines.basics.errors import CaseError
+from pipelines.basics.regular_files import open_regular
 from pipelines.cases import Case
 from pipelines.labels import Coding
-from pipelines.layouts.names import CaseError
-from pipelines.scans.file_bytes import ScanFile, open_regular
+from pipelines.scans.file_bytes import ScanFile
 from pipelines.scans.nifti_header import WITHOUT_IT, NiftiHeader, affine_fault, check_extensions, parse_header
 from pipelines.scans.voxels import check_image, to_labels
 

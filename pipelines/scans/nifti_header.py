@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from pipelines.layouts.names import CaseError
+from pipelines.basics.errors import CaseError
 from pipelines.scans.file_bytes import COPY_AGAIN, not_nifti
 
 log = logging.getLogger(__name__)

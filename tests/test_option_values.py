@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pipelines.basics.values import Bounds, Misfit, convert, shown
+from pipelines.basics.option_values import Bounds, Misfit, convert, shown
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""Only regular files are opened; whatever else is in a file's place is named, with a remedy."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from pipelines.basics.errors import CaseError
+from pipelines.basics.regular_files import file_fault, open_regular
+from pipelines.basics.text import as_text
+from pipelines.scans.nifti import read_grid, read_nifti
+from pipelines.store_files import hash_file
+
+
+def refused(path: Path, match: str) -> CaseError:
+    with pytest.raises(CaseError, match=match) as caught, open_regular(path):
+        pass
+    assert caught.value.path == Path(as_text(str(path)))
+    return caught.value
+
+
+@pytest.mark.parametrize("reader", [read_nifti, read_grid, hash_file])
+def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path: Path, reader: object) -> None:
+    assert callable(reader)
+    pipe, folder, plug = tmp_path / "pipe.nii.gz", tmp_path / "folder.nii", tmp_path / "socket.nii"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    server = socket.socket(socket.AF_UNIX)
+    os.chdir(tmp_path)
+    server.bind(plug.name)  # a whole path may be too long
+    endless = tmp_path / "endless.nii"
+    endless.symlink_to("/dev/zero")
+    kinds = {
+        pipe: "is a pipe, not",
+        folder: "is a folder, must be a file",
+        plug: "is a socket, not",
+        endless: "is a device, not",
+    }
+    for path, kind in kinds.items():
+        with pytest.raises(CaseError, match=kind):
+            reader(path)
+    server.close()
+
+
+def test_a_broken_link_says_where_it_points(tmp_path: Path) -> None:
+    (tmp_path / "a.nii").symlink_to("gone.nii")
+    assert "correct the link" in refused(tmp_path / "a.nii", "is a link to gone.nii, which does not exist").remedy
+    (tmp_path / "b.nii").symlink_to("../.git/annex/objects/Xx/Yy/SHA256E-s9--0.nii/SHA256E-s9--0.nii")
+    assert "git annex get" in refused(tmp_path / "b.nii", "is a git-annex link to a file that is not here").remedy
+    (tmp_path / "c.nii").symlink_to("c.nii")
+    refused(tmp_path / "c.nii", "is a link to c.nii, which does not exist")
+
+
+def test_a_name_that_no_file_can_have_is_refused() -> None:
+    refused(Path("a\0.nii"), "no file can have this name")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads what it likes")
+def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    (folder / "a.nii").touch()
+    folder.chmod(0)
+    try:
+        assert "permissions" in refused(folder / "a.nii", "can't be read .Permission denied").remedy
+    finally:
+        folder.chmod(0o700)
+
+
+def test_a_link_into_a_closed_folder_is_not_called_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    link = tmp_path / "a.nii"
+    link.symlink_to("closed/a.nii")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", closed)
+        fault = file_fault(link)
+    assert fault and "can't be read (Permission denied)" in fault.problem
