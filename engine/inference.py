@@ -28,7 +28,7 @@ from engine.trained import Trained, load_trained
 from kernels import dispatch
 from pipelines.cases import Case, DataError
 from pipelines.domain_shift import looks_of, same_image, unlike
-from pipelines.geometry import BackToFile, Grid, resample_image, target_grid
+from pipelines.geometry import Grid, target_grid
 from pipelines.labels import (
     CODINGS,
     CYST,
@@ -42,6 +42,7 @@ from pipelines.labels import (
     coding_for_release,
 )
 from pipelines.layouts.order import in_order
+from pipelines.resample import BackToFile, resample_image
 from pipelines.scans.nifti import RawCase, affine_fault, read_case, read_grid, write_nifti
 
 

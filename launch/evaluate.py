@@ -41,8 +41,9 @@ from pipelines.basics.atomic import cannot_write, make_writable, own_folder
 from pipelines.basics.errors import CaseError, DataError
 from pipelines.basics.text import first_few, printable
 from pipelines.cases import Case, CaseSet, survey_cases
-from pipelines.geometry import label_grid, resample_label
+from pipelines.geometry import label_grid
 from pipelines.labels import CODINGS, regions_from_labels
+from pipelines.resample import resample_label
 from pipelines.scans.nifti import RawCase, read_case
 
 NAMED = 3  # cases of a warning that has more

@@ -17,9 +17,11 @@ from isal import isal_zlib
 
 from pipelines.basics.errors import CaseError
 from pipelines.cases import Case
-from pipelines.geometry import Spacing, label_grid, resample_image, resample_label, target_grid
+from pipelines.geometry import label_grid, target_grid
 from pipelines.labels import Coding
+from pipelines.resample import resample_image, resample_label
 from pipelines.scans.nifti import read_case
+from pipelines.spacing import Spacing
 from pipelines.store_files import FileHash, hash_file, is_unchanged, write_array, write_whole
 
 FORMAT = 3

@@ -7,21 +7,21 @@
     z-score, jitter     as in pipelines/dali.py
 
 `pipelines.raw_loader` feeds the graph. `resample_case` is the resampling alone, of a whole volume, for filling a store
-by a GPU; on a CPU `geometry.resample_image` is faster and exact.
+by a GPU; on a CPU `resample.resample_image` is faster and exact.
 
 Resampling. Where the file's axes run along the scanner's, the map from crop to raw volume scales and flips each axis by
 itself, so fn.resize does all of it, from fractional ends of a region that may run backwards. On a CPU it takes 56 ms
 where fn.warp_affine takes 500, and its positions, relative to the box, are exact for the usual spacings: images agree
 with the store's within 3e-6 of their range. An image with rotated or sheared axes is resampled when it is decoded, by
-geometry.py, and only cropped here.
+resample.py, and only cropped here.
 
 Support. The z-score counts what is not zero, and MONAI's rounding puts 1e-11 into zero voxels beside the head, which
 float32 positions can't reproduce: 1.6 % of the voxels that it counts in a BraTS scan, without which its deviation is 2
 to 12 % smaller. So the source says which voxels have a non-zero neighbour of non-zero weight, by the weights of
-geometry.py. Where these are the graph adds `TINY`, elsewhere it puts zero, the padding of small volumes included. Only
+resample.py. Where these are the graph adds `TINY`, elsewhere it puts zero, the padding of small volumes included. Only
 voxels whose neighbours cancel to an exact zero are counted and should not be; intensities of one sign have none.
 
-A label map is resampled whole when it is decoded (15 ms), by geometry.py, and cropped: no voxel differs.
+A label map is resampled whole when it is decoded (15 ms), by resample.py, and cropped: no voxel differs.
 
 Axes. The raw image is (C, Z, Y, X) as it is decoded, its axes in the order of RAS, in the file's directions; DALI's
 layout CDHW. From the resampling on everything is (X, Y, Z, C) of RAS.
@@ -43,7 +43,8 @@ from nvidia.dali.pipeline import do_not_convert
 
 from pipelines.augment import Augment, input_names
 from pipelines.dali import CPU_EXECUTION, NO_EXTRAS, augmented, torch_device
-from pipelines.geometry import Grid, Weights, axis_weights, resample_image
+from pipelines.geometry import Grid
+from pipelines.resample import Weights, axis_weights, resample_image
 from pipelines.sampling import overlap
 from pipelines.scans.nifti import RawCase
 
@@ -87,7 +88,7 @@ class RawImage:
 
     @staticmethod
     def of(image_XYZC: NDArray[np.float32], affine: NDArray[np.float64], grid: Grid) -> RawImage:
-        """An image in file orientation, as `geometry.resample_image` takes it; a rotated one is resampled here."""
+        """An image in file orientation, as `resample.resample_image` takes it; a rotated one is resampled here."""
         weights = axis_weights(image_XYZC.shape[:3], affine, grid)
         if weights is None:
             image_XYZC = resample_image(image_XYZC, affine, grid)
@@ -193,7 +194,7 @@ def resample_graph(device: str) -> Any:
 
 
 def resample_case(raw: RawCase, grid: Grid, device: str = "gpu", device_id: int | None = None) -> NDArray[np.float32]:
-    """Resample and orient the image of a case by the graph: `geometry.resample_image` for a GPU.
+    """Resample and orient the image of a case by the graph: `resample.resample_image` for a GPU.
 
     Args:
         raw: the case, from `read_case`.

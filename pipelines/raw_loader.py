@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from pipelines.cases import CaseSet
 from pipelines.dali import BUFFERS
-from pipelines.geometry import USUAL, Spacing, label_grid, patient_spacing, resample_label, target_grid
+from pipelines.geometry import label_grid, target_grid
 from pipelines.loaders import CropLoader
 from pipelines.prepared import foreground_voxels
 from pipelines.raw import INPUTS, RawImage, Window, raw_graph
+from pipelines.resample import resample_label
 from pipelines.sampling import Draw, Size, copy_crop
 from pipelines.scans.nifti import read_case, read_grid
+from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class RawLoader(CropLoader):
         crop_size: Size,
         batch_size: int,
         seed: int = 0,
-        spacing: Spacing | Sequence[float] = USUAL,
+        spacing: Spacing | Sequence[float] = DEFAULT_SPACING,
         **options: Any,
     ) -> None:
         cases = RawCases(case_set.select(names), spacing)

@@ -39,7 +39,7 @@ from pipelines.basics.atomic import remove_left_over
 from pipelines.basics.errors import CaseError, CaseFailure, StoreError
 from pipelines.basics.processes import run_on_cases
 from pipelines.cases import Case, CaseSet, DataError
-from pipelines.geometry import USUAL, Spacing, patient_spacing, target_grid
+from pipelines.geometry import target_grid
 from pipelines.labels import Coding
 from pipelines.prepared import (
     StoreDtype,
@@ -53,6 +53,7 @@ from pipelines.prepared import (
     stem_of,
 )
 from pipelines.scans.nifti import read_case
+from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
 from pipelines.store_files import FileHash, checksum, is_unchanged, make_folder, read_index, remember
 
 log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class Store:
 def prepare(
     case_set: CaseSet,
     store_dir: Path,
-    spacing: Spacing | Sequence[float] = USUAL,
+    spacing: Spacing | Sequence[float] = DEFAULT_SPACING,
     workers: int | None = None,
     dtype: StoreDtype = "float32",
     skip_faulty: bool = False,
@@ -248,7 +249,7 @@ def prepare(
 def check_cases(
     case_set: CaseSet,
     workers: int | None = None,
-    spacing: Spacing | Sequence[float] = USUAL,
+    spacing: Spacing | Sequence[float] = DEFAULT_SPACING,
     crop_size: Sequence[int] | None = None,
 ) -> list[CaseError]:
     """Read every file of every case and report all faulty cases at once, the first fault of each; writes nothing.

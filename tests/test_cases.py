@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,17 @@ from monai.data.utils import partition_dataset
 
 from pipelines.cases import Case, CaseSet, DataError, find_cases, split_cases
 from pipelines.labels import CODINGS
+
+
+def test_finding_cases_imports_no_package_that_takes_seconds() -> None:
+    code = (
+        "import sys, pipelines.cases, pipelines.spacing, pipelines.basics.processes\n"
+        "heavy = {'torch', 'monai', 'nibabel', 'scipy', 'nvidia', 'triton', 'deepspeed'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def some_cases(count: int) -> CaseSet:

@@ -17,6 +17,7 @@ from engine.data import Data, DataConfig, load_data, make_loaders, prepared
 from engine.ranks.distributed import Ranks
 from engine.step import TrainConfig
 from pipelines.geometry import Spacing
+from pipelines.spacing import Spacing
 
 
 def parse(*args: str) -> Config:

@@ -10,8 +10,9 @@ import pytest
 
 from pipelines.cases import find_cases
 from pipelines.domain_shift import filled, looks_of, ranges, same_image, unlike
-from pipelines.geometry import resample_image, target_grid
+from pipelines.geometry import target_grid
 from pipelines.phantom import make_phantoms
+from pipelines.resample import resample_image
 from pipelines.scans.nifti import read_case
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])

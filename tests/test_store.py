@@ -30,10 +30,12 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from pipelines import prepared
 from pipelines.basics.errors import StoreError
 from pipelines.cases import Case, CaseSet, DataError
-from pipelines.geometry import Spacing, resample_image, resample_label, target_grid
+from pipelines.geometry import target_grid
 from pipelines.labels import CODINGS, Coding
 from pipelines.prepared import FOREGROUND_VOXELS, to_float16
+from pipelines.resample import resample_image, resample_label
 from pipelines.scans.nifti import RawCase, read_case
+from pipelines.spacing import Spacing
 from pipelines.store import Store, check_cases, prepare
 
 SHAPE = (24, 21, 18)

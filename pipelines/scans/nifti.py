@@ -4,7 +4,7 @@ A file is read, inflated in one call (`file_bytes`) and viewed as an array, once
 sound (`nifti_header`). NIfTI data are in Fortran order, X fastest. They stay so: a case is one (C, Z, Y, X)
 buffer, filled channel by channel, and seen as (X, Y, Z, C). Bringing (240, 240, 155, 4) into C order takes 190 ms
 blockwise and 490 to 840 ms by a plain copy, against 100 ms for inflating it; resampling reads it as it is
-(`geometry.resample_image`), and only the result, a quarter of the size, is brought into C order.
+(`resample.resample_image`), and only the result, a quarter of the size, is brought into C order.
 
 Every fault of a file is one `CaseError`: which file, what is wrong, what the rule is, what to do. The traps of real
 data that are no faults: a label with `sform_code` 0 beside images with 1 (affines are compared as maps, at the corner
