@@ -28,10 +28,6 @@ from kernels.dispatch import Kernels
 from pipelines.basics.option_values import Misfit, convert, faults, plain, refuse, shown
 from pipelines.basics.text import encodable
 from pipelines.cases import check_folds
-from pipelines.labels import Release
-from pipelines.prepared import StoreDtype
-from pipelines.spacing import Spacing, SpacingAxes
-from pipelines.volumes import Residence
 
 CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
 

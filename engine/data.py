@@ -18,12 +18,12 @@ from pipelines.basics.option_values import MANY, MOST_SEED, number
 from pipelines.basics.text import first_few
 from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
-from pipelines.geometry import Spacing, SpacingAxes
 from pipelines.labels import Release
 from pipelines.loaders import CropLoader, TrainLoader, ValLoader
 from pipelines.phantom import FORMAT, make_phantoms
 from pipelines.prepared import StoreDtype
 from pipelines.raw_loader import RawLoader
+from pipelines.spacing import Spacing, SpacingAxes
 from pipelines.store import Store, prepare
 from pipelines.volumes import Residence
 

@@ -16,7 +16,6 @@ from engine.config import CONFIGS, Config, config_from_dict, make_parser, parse_
 from engine.data import Data, DataConfig, load_data, make_loaders, prepared
 from engine.ranks.distributed import Ranks
 from engine.step import TrainConfig
-from pipelines.geometry import Spacing
 from pipelines.spacing import Spacing
 
 
