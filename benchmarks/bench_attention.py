@@ -21,10 +21,11 @@ from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import DEVICE, DIRECTIONS, IS_GPU, LeastWork, calls_of
+from benchmarks.common import DEVICE, IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
 from kernels.attention import flash_attention
+from kernels.dispatch import DIRECTIONS
 from kernels.workloads import ATTENTION, AttentionWorkload
 from models.vit import SelfAttention
 

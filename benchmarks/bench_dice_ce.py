@@ -16,10 +16,11 @@ import torch
 from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor
 
-from benchmarks.common import DIRECTIONS, IS_GPU, LeastWork, calls_of
+from benchmarks.common import IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
 from kernels.dice_ce import dice_ce_loss, dice_ce_loss_reference, region_masks
+from kernels.dispatch import DIRECTIONS
 from kernels.workloads import DICE_CE, REGIONS, DiceCEWorkload
 
 GPU_WORKLOADS = DICE_CE

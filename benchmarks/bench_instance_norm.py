@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
-from benchmarks.common import DIRECTIONS, IS_GPU, LeastWork, calls_of
+from benchmarks.common import IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
+from kernels.dispatch import DIRECTIONS
 from kernels.instance_norm import instance_norm
 from kernels.workloads import FIRST, INSTANCE_NORM, SLOPE, InstanceNormWorkload, launches
 

@@ -58,7 +58,7 @@ SECONDS = 8.0
 
 def prepare_ours(cases: CaseSet, work: Path) -> Iterator[float]:
     """Prepare one case into an empty store."""
-    from pipelines.store import prepare
+    from pipelines.preparing.store import prepare
 
     torch.set_num_threads(1)
     for number, case in enumerate(cases.cases):
@@ -79,8 +79,8 @@ def prepare_monai(cases: CaseSet, work: Path) -> Iterator[float]:
 
 def batches_ours(cases: CaseSet, work: Path, residence: str = "auto") -> Iterator[float]:
     """Batches of our loader from a prepared store."""
-    from pipelines.loaders import TrainLoader
-    from pipelines.store import prepare
+    from pipelines.loading.loaders import TrainLoader
+    from pipelines.preparing.store import prepare
 
     torch.set_num_threads(1)
     store = prepare(cases, cache_dir() / "store")

@@ -41,8 +41,8 @@ from engine.step import LossConfig, TrainConfig
 from engine.trainer import Trainer
 from pipelines.basics.home import cache_dir
 from pipelines.cases import CaseSet, find_cases
+from pipelines.preparing.store import prepare
 from pipelines.reference import case_to_dict, seed_transforms
-from pipelines.store import prepare
 
 BATCH = 2
 WORKERS = 2

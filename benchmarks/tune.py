@@ -31,10 +31,11 @@ import torch
 from triton import TritonError
 
 from benchmarks import bench_attention, bench_dice_ce, bench_instance_norm
-from benchmarks.common import DIRECTIONS, IS_GPU, MARGIN, forced, machine, path_taken, seconds
+from benchmarks.common import IS_GPU, MARGIN, forced, machine, path_taken, seconds
 from benchmarks.report import OURS
 from kernels import dispatch
 from kernels.aot import compile_workloads
+from kernels.dispatch import DIRECTIONS
 from kernels.workloads import MEASURED, Workload
 from pipelines.basics.atomic import write_text
 

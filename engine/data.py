@@ -12,20 +12,21 @@ import torch
 
 from engine.ranks.distributed import Ranks
 from engine.step import TrainConfig
-from pipelines.augment import Augment
+from pipelines.basics.errors import DataError
 from pipelines.basics.home import cache_dir
 from pipelines.basics.option_values import MANY, MOST_SEED, number
 from pipelines.basics.text import first_few
-from pipelines.cases import CaseSet, DataError, find_cases, split_cases, survey_cases
+from pipelines.cases import CaseSet, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
 from pipelines.labels import Release
-from pipelines.loaders import CropLoader, TrainLoader, ValLoader
+from pipelines.loading.augment import Augment
+from pipelines.loading.loaders import CropLoader, TrainLoader, ValLoader
+from pipelines.loading.raw_loader import RawLoader
+from pipelines.loading.volumes import Residence
 from pipelines.phantom import FORMAT, make_phantoms
-from pipelines.prepared import StoreDtype
-from pipelines.raw_loader import RawLoader
+from pipelines.preparing.prepared_case import StoreDtype
+from pipelines.preparing.store import Store, prepare
 from pipelines.spacing import Spacing, SpacingAxes
-from pipelines.store import Store, prepare
-from pipelines.volumes import Residence
 
 log = logging.getLogger(__name__)
 

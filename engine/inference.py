@@ -26,7 +26,8 @@ from engine.precision import prepare_network, set_tf32
 from engine.sliding_window import sliding_window_logits
 from engine.trained import Trained, load_trained
 from kernels import dispatch
-from pipelines.cases import Case, DataError
+from pipelines.basics.errors import DataError
+from pipelines.cases import Case
 from pipelines.domain_shift import looks_of, same_image, unlike
 from pipelines.geometry import Grid, target_grid
 from pipelines.labels import (
@@ -43,7 +44,8 @@ from pipelines.labels import (
 )
 from pipelines.layouts.order import in_order
 from pipelines.resample import BackToFile, resample_image
-from pipelines.scans.nifti import RawCase, affine_fault, read_case, read_grid, write_nifti
+from pipelines.scans.nifti import RawCase, read_case, read_grid, write_nifti
+from pipelines.scans.nifti_header import affine_fault
 
 
 @dataclass(frozen=True)

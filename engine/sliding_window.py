@@ -31,7 +31,7 @@ def zscore_nonzero(image_BCXYZ: torch.Tensor, out: torch.Tensor | None = None) -
     """Subtract the mean and divide by the standard deviation of each channel's non-zero voxels; zeros stay zero.
 
     As MONAI's `NormalizeIntensity(nonzero=True, channel_wise=True)`: population deviation, and 1 in place of 0; in
-    float32 the deviation of a constant is the rounding of its mean, hence the bound (the same as in `pipelines.dali`).
+    float32 the deviation of a constant is the rounding of its mean, hence the bound (as in `loading.dali`).
 
     Args:
         image_BCXYZ: (B, C, X, Y, Z), float32 or narrower, any strides; without a gradient.

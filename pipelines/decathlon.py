@@ -31,7 +31,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from pipelines.cases import DataError
+from pipelines.basics.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.geometry import voxel_size_mm
-from pipelines.store import Store
+from pipelines.preparing.store import Store
 
 SCANS = 8  # that are looked at
 FILLED = 0.95  # share of non-zero voxels above which a scan has no background of zero

@@ -44,8 +44,8 @@ from pipelines.anatomy import (
     draw_tumour,
 )
 from pipelines.basics.atomic import remove_left_over, replacing, write_text
+from pipelines.basics.errors import DataError
 from pipelines.basics.processes import cores
-from pipelines.cases import DataError
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def
 
-from pipelines import augment as module
-from pipelines.augment import (
+from pipelines.loading import augment as module
+from pipelines.loading.augment import (
     BIAS_TERMS,
     INPUTS,
     Augment,
@@ -27,7 +27,7 @@ from pipelines.augment import (
     input_names,
     noise_values,
 )
-from pipelines.sampling import generator
+from pipelines.loading.sampling import generator
 
 SIZE = (23, 17, 11)
 CHANNELS = 3

@@ -17,7 +17,8 @@ from datasets import decathlon, touch
 from monai.apps import DecathlonDataset
 from monai.data.utils import partition_dataset
 
-from pipelines.cases import Case, CaseSet, DataError, find_cases, split_cases
+from pipelines.basics.errors import DataError
+from pipelines.cases import Case, CaseSet, find_cases, split_cases
 from pipelines.labels import CODINGS
 
 

@@ -19,14 +19,15 @@ import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
 
-from pipelines import loaders
-from pipelines.augment import Augment
-from pipelines.cases import DataError, find_cases
-from pipelines.dali import jitter, z_score
-from pipelines.loaders import TrainLoader, ValLoader
-from pipelines.sampling import Draw
-from pipelines.store import Store, prepare
-from pipelines.volumes import LoadedVolumes, Residence
+from pipelines.basics.errors import DataError
+from pipelines.cases import find_cases
+from pipelines.loading import loaders
+from pipelines.loading.augment import Augment
+from pipelines.loading.dali import jitter, z_score
+from pipelines.loading.loaders import TrainLoader, ValLoader
+from pipelines.loading.sampling import Draw
+from pipelines.loading.volumes import LoadedVolumes, Residence
+from pipelines.preparing.store import Store, prepare
 
 SPACING = (1.5, 1.5, 2.0)
 CROP = (16, 12, 8)

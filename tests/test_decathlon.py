@@ -17,7 +17,7 @@ from monai.apps import DecathlonDataset
 from test_store import files_of_at_most
 
 from pipelines import decathlon
-from pipelines.cases import DataError
+from pipelines.basics.errors import DataError
 from pipelines.decathlon import MD5, TASK, URL, download_task01
 
 BIG = bytes(range(256)) * 12_000  # 3 MB: more than one read

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from datasets import ALL, brats_2018, brats_2023, decathlon, touch
 
+from pipelines.basics.errors import DataError
 from pipelines.basics.text import as_text
-from pipelines.cases import Case, DataError, find_cases, survey_cases
+from pipelines.cases import Case, find_cases, survey_cases
 from pipelines.labels import CODINGS
 
 

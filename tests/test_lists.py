@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from datasets import touch
 
-from pipelines.cases import Case, DataError, find_cases
+from pipelines.basics.errors import DataError
+from pipelines.cases import Case, find_cases
 
 
 def test_csv_and_json_lists_give_the_same_cases(tmp_path: Path) -> None:

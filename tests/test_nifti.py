@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pipelines.basics.errors import CaseError
-from pipelines.cases import Case, DataError
+from pipelines.basics.errors import CaseError, DataError
+from pipelines.cases import Case
 from pipelines.labels import CODINGS
 from pipelines.scans.nifti import RawCase, read_case, read_grid, read_nifti, write_nifti
 

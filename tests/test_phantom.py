@@ -14,7 +14,8 @@ from test_store import files_of_at_most
 
 from pipelines import phantom
 from pipelines.basics.atomic import temporary_name
-from pipelines.cases import DataError, find_cases
+from pipelines.basics.errors import DataError
+from pipelines.cases import find_cases
 from pipelines.labels import CODINGS, regions_from_labels
 from pipelines.phantom import draw_phantom, make_phantoms
 

@@ -38,10 +38,10 @@ from pipelines.basics.errors import DataError
 from pipelines.basics.tables import read_table
 from pipelines.cases import Case, find_cases
 from pipelines.labels import CODINGS, regions_from_labels
-from pipelines.loaders import ValLoader
+from pipelines.loading.loaders import ValLoader
 from pipelines.phantom import make_phantoms
+from pipelines.preparing.store import prepare
 from pipelines.scans.nifti import RawCase, read_nifti
-from pipelines.store import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 CROP = (16, 16, 16)

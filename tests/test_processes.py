@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.basics.errors import CaseError, CaseFailure
+from pipelines.basics.errors import CaseError, CaseFailure, DataError
 from pipelines.basics.processes import run_on_cases
-from pipelines.cases import Case, DataError
+from pipelines.cases import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = [Case(name, (Path(name),), None, None) for name in ("a", "b", "c", "d")]

@@ -19,21 +19,21 @@ import pytest
 import torch
 from nibabel.eulerangles import euler2mat
 
-from pipelines import raw, raw_loader
-from pipelines.augment import Augment
-from pipelines.basics.errors import CaseError
-from pipelines.cases import Case, CaseSet, DataError
+from pipelines.basics.errors import CaseError, DataError
+from pipelines.cases import Case, CaseSet
 from pipelines.geometry import target_grid
 from pipelines.labels import CODINGS, Coding, regions_from_labels
-from pipelines.loaders import TrainLoader
+from pipelines.loading import raw, raw_loader
+from pipelines.loading.augment import Augment
+from pipelines.loading.loaders import TrainLoader
+from pipelines.loading.raw import RawImage, resample_case
+from pipelines.loading.raw_loader import CaseReader, Decoded, RawLoader
 from pipelines.phantom import draw_phantom
-from pipelines.raw import RawImage, resample_case
-from pipelines.raw_loader import CaseReader, Decoded, RawLoader
+from pipelines.preparing.store import Store, prepare
 from pipelines.reference import case_to_dict, prepare_steps
 from pipelines.resample import axis_weights, resample_image
 from pipelines.scans.nifti import RawCase, read_case, read_grid
 from pipelines.spacing import Spacing
-from pipelines.store import Store, prepare
 
 SPACING = (1.5, 1.5, 2.0)
 CROP = (24, 20, 12)

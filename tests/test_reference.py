@@ -19,11 +19,14 @@ import torch
 from monai.data import MetaTensor
 from nvidia.dali import fn, pipeline_def
 
-from pipelines import dali, loaders
 from pipelines.cases import CaseSet, find_cases
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
-from pipelines.loaders import TrainLoader, ValLoader
+from pipelines.loading import dali, loaders
+from pipelines.loading.loaders import TrainLoader, ValLoader
+from pipelines.loading.sampling import Draw, copy_crop
+from pipelines.loading.volumes import MappedVolumes, label_of
 from pipelines.phantom import make_phantoms
+from pipelines.preparing.store import Store, prepare
 from pipelines.reference import (
     LabelsToRegionsd,
     case_to_dict,
@@ -32,9 +35,6 @@ from pipelines.reference import (
     train_steps,
     val_steps,
 )
-from pipelines.sampling import Draw, copy_crop
-from pipelines.store import Store, prepare
-from pipelines.volumes import MappedVolumes, label_of
 
 IMAGE_TOLERANCE = 1e-3  # of the image's range
 DRAWS = 4

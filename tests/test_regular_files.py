@@ -11,8 +11,8 @@ import pytest
 from pipelines.basics.errors import CaseError
 from pipelines.basics.regular_files import file_fault, open_regular
 from pipelines.basics.text import as_text
+from pipelines.preparing.store_files import hash_file
 from pipelines.scans.nifti import read_grid, read_nifti
-from pipelines.store_files import hash_file
 
 
 def refused(path: Path, match: str) -> CaseError:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from monai.transforms.utils import correct_crop_centers
 
-from pipelines.sampling import Draw, Size, draw_sample, epoch_order
+from pipelines.loading.sampling import Draw, Size, draw_sample, epoch_order
 
 
 def test_order_is_padded_from_its_own_start_and_fresh_each_epoch() -> None:

@@ -27,16 +27,16 @@ import pytest
 from isal import isal_zlib
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from pipelines import prepared
-from pipelines.basics.errors import StoreError
-from pipelines.cases import Case, CaseSet, DataError
+from pipelines.basics.errors import DataError, StoreError
+from pipelines.cases import Case, CaseSet
 from pipelines.geometry import target_grid
 from pipelines.labels import CODINGS, Coding
-from pipelines.prepared import FOREGROUND_VOXELS, to_float16
+from pipelines.preparing import prepared_case
+from pipelines.preparing.prepared_case import FOREGROUND_VOXELS, to_float16
+from pipelines.preparing.store import Store, check_cases, prepare
 from pipelines.resample import resample_image, resample_label
 from pipelines.scans.nifti import RawCase, read_case
 from pipelines.spacing import Spacing
-from pipelines.store import Store, check_cases, prepare
 
 SHAPE = (24, 21, 18)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]], float)
@@ -151,7 +151,7 @@ def test_second_run_opens_no_scan_and_writes_nothing(
 ) -> None:
     prepare(cases, tmp_path / "store", SPACING, workers=1)
     before = state(tmp_path / "store")
-    monkeypatch.setattr(prepared, "hash_file", refuse)
+    monkeypatch.setattr(prepared_case, "hash_file", refuse)
     assert len(prepare(cases, tmp_path / "store", SPACING)) == 3
     assert state(tmp_path / "store") == before
 
@@ -185,9 +185,9 @@ def test_a_data_set_that_was_copied_or_moved_is_not_prepared_again(
 
     found = [Case(case.name, tuple(map(there, case.images)), None, there(case.label or Path())) for case in cases.cases]
     moved = CaseSet(tuple(found), cases.modalities, CODING)
-    monkeypatch.setattr(prepared, "read_case", refuse)
+    monkeypatch.setattr(prepared_case, "read_case", refuse)
     assert len(prepare(moved, tmp_path / "store", SPACING, workers=1)) == 3
-    monkeypatch.setattr(prepared, "hash_file", refuse)
+    monkeypatch.setattr(prepared_case, "hash_file", refuse)
     assert len(prepare(moved, tmp_path / "store", SPACING, workers=1)) == 3
 
 
@@ -202,10 +202,10 @@ def test_a_scan_that_is_replaced_while_it_is_prepared_is_a_fault_of_its_case(
             change(path)
         return raw
 
-    monkeypatch.setattr(prepared, "read_case", partial(read_and, partial(shutil.copy, cases.cases[0].images[0])))
+    monkeypatch.setattr(prepared_case, "read_case", partial(read_and, partial(shutil.copy, cases.cases[0].images[0])))
     with pytest.raises(DataError, match=rf"1 of 3 .*\n  case1: {path}: was changed while it was prepared"):
         prepare(cases, tmp_path / "store", SPACING, workers=1)
-    monkeypatch.setattr(prepared, "read_case", partial(read_and, os.utime))  # another time alone is no change
+    monkeypatch.setattr(prepared_case, "read_case", partial(read_and, os.utime))  # another time alone is no change
     assert len(prepare(cases, tmp_path / "store", SPACING, workers=1)) == 3
 
 
@@ -324,7 +324,7 @@ def prepare_until_killed(cases: CaseSet, folder: Path, moves: int) -> None:
 def test_killed_run_goes_on_where_it_was(tmp_path: Path, cases: CaseSet, moves: int) -> None:
     folder, cases = tmp_path / "store", cases.select(["case0", "case1"])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines.store"])
+    context.set_forkserver_preload(["pipelines.preparing.store"])
     process = context.Process(target=prepare_until_killed, args=(cases, folder, moves))
     process.start()
     process.join()
@@ -408,7 +408,7 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path: 
 def test_a_case_that_is_not_done_when_the_disk_is_full_leaves_none_of_its_files(
     tmp_path: Path, cases: CaseSet, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, write = tmp_path / "store", prepared.write_whole
+    folder, write = tmp_path / "store", prepared_case.write_whole
 
     def write_or_be_full(path: Path, *args: Any) -> Any:
         if path.name.startswith("case1-") and path.name.endswith(kind):
@@ -416,7 +416,7 @@ def test_a_case_that_is_not_done_when_the_disk_is_full_leaves_none_of_its_files(
                 return write(path, *args)
         return write(path, *args)
 
-    monkeypatch.setattr(prepared, "write_whole", write_or_be_full)
+    monkeypatch.setattr(prepared_case, "write_whole", write_or_be_full)
     with pytest.raises(StoreError, match=rf"no space left \(.*\), writing case1-.*{kind}"):
         prepare(cases, folder, SPACING, workers=1)
     assert sorted({path.name.split("-")[0] for path in folder.iterdir()}) == ["case0", "index.json"]

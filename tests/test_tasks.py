@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from datasets import ALL, brats_2018, decathlon, touch
 
-from pipelines.cases import Case, DataError, find_cases, survey_cases
+from pipelines.basics.errors import DataError
+from pipelines.cases import Case, find_cases, survey_cases
 from pipelines.labels import CODINGS
 
 

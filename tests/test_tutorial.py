@@ -25,8 +25,8 @@ from engine.network import ModelConfig, make_model
 from engine.reports import comparison, comparison_pictures
 from engine.reports.pictures import COLOURS
 from launch import compare
-from pipelines.cases import MODALITIES
 from pipelines.labels import CODINGS
+from pipelines.layouts.names import MODALITIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "tutorial.md"

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import volumes
-from pipelines.cases import DataError, find_cases
+from pipelines.basics.errors import DataError
+from pipelines.cases import find_cases
+from pipelines.loading import volumes
+from pipelines.loading.sampling import copy_crop
+from pipelines.loading.volumes import LoadedVolumes, MappedVolumes, choose_residence, nonzero_mean_std
 from pipelines.phantom import make_phantoms
-from pipelines.sampling import copy_crop
-from pipelines.store import Store, prepare
-from pipelines.volumes import LoadedVolumes, MappedVolumes, choose_residence, nonzero_mean_std
+from pipelines.preparing.store import Store, prepare
 
 SIZE = (10, 9, 6)
 CUDA = torch.device("cuda")

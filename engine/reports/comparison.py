@@ -31,8 +31,8 @@ from pipelines.basics.atomic import write_texts
 from pipelines.basics.tables import read_table
 from pipelines.basics.text import brief, markdown, one_line
 from pipelines.basics.text_files import read_json
-from pipelines.cases import MODALITIES
 from pipelines.labels import REGIONS
+from pipelines.layouts.names import MODALITIES
 
 SCORES = ("mean", *REGIONS)
 

@@ -158,7 +158,7 @@ def _in_processes(
     """Raises BrokenProcessPool where a process was killed, once the finished results are out."""
     workers = min(workers, len(cases))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines.store"])  # torch is imported once, not once per worker
+    context.set_forkserver_preload(["pipelines.preparing.store"])  # torch is imported once, not once per worker
     begin = context.Semaphore(0)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(begin,))
     try:

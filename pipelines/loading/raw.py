@@ -4,9 +4,9 @@
     box         the part of the raw volume that the crop needs, cut out of it; the other voxels go nowhere
     resample    the box to the crop's own grid, oriented and flipped by the same operator (fn.resize, axis by axis)
     support     a mask that leaves the voxels alone that MONAI leaves non-zero
-    z-score, jitter     as in pipelines/dali.py
+    z-score, jitter     as in dali.py
 
-`pipelines.raw_loader` feeds the graph. `resample_case` is the resampling alone, of a whole volume, for filling a store
+`raw_loader` feeds the graph. `resample_case` is the resampling alone, of a whole volume, for filling a store
 by a GPU; on a CPU `resample.resample_image` is faster and exact.
 
 Resampling. Where the file's axes run along the scanner's, the map from crop to raw volume scales and flips each axis by
@@ -41,11 +41,11 @@ from numpy.typing import NDArray
 from nvidia.dali import pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 
-from pipelines.augment import Augment, input_names
-from pipelines.dali import CPU_EXECUTION, NO_EXTRAS, augmented, torch_device
 from pipelines.geometry import Grid
+from pipelines.loading.augment import Augment, input_names
+from pipelines.loading.dali import CPU_EXECUTION, NO_EXTRAS, augmented, torch_device
+from pipelines.loading.sampling import overlap
 from pipelines.resample import Weights, axis_weights, resample_image
-from pipelines.sampling import overlap
 from pipelines.scans.nifti import RawCase
 
 TINY = np.float32(1e-30)  # counts as a voxel, and changes no other number

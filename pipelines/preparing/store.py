@@ -36,12 +36,12 @@ from typing import Any, Literal
 import numpy as np
 
 from pipelines.basics.atomic import remove_left_over
-from pipelines.basics.errors import CaseError, CaseFailure, StoreError
+from pipelines.basics.errors import CaseError, CaseFailure, DataError, StoreError
 from pipelines.basics.processes import run_on_cases
-from pipelines.cases import Case, CaseSet, DataError
+from pipelines.cases import Case, CaseSet
 from pipelines.geometry import target_grid
 from pipelines.labels import Coding
-from pipelines.prepared import (
+from pipelines.preparing.prepared_case import (
     StoreDtype,
     Task,
     build,
@@ -52,9 +52,9 @@ from pipelines.prepared import (
     read_record,
     stem_of,
 )
+from pipelines.preparing.store_files import FileHash, checksum, is_unchanged, make_folder, read_index, remember
 from pipelines.scans.nifti import read_case
 from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
-from pipelines.store_files import FileHash, checksum, is_unchanged, make_folder, read_index, remember
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Training crops of cases that are not prepared: files decoded in threads, resampled by the graph of `pipelines.raw`.
+"""Training crops of cases that are not prepared: files decoded in threads, resampled by the graph of `loading.raw`.
 
 Every sample decodes its case again, which costs more than all the rest: what is trained on for more than a few epochs
 is better prepared.
@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.cases import CaseSet
-from pipelines.dali import BUFFERS
 from pipelines.geometry import label_grid, target_grid
-from pipelines.loaders import CropLoader
-from pipelines.prepared import foreground_voxels
-from pipelines.raw import INPUTS, RawImage, Window, raw_graph
+from pipelines.loading.dali import BUFFERS
+from pipelines.loading.loaders import CropLoader
+from pipelines.loading.raw import INPUTS, RawImage, Window, raw_graph
+from pipelines.loading.sampling import Draw, Size, copy_crop
+from pipelines.preparing.prepared_case import foreground_voxels
 from pipelines.resample import resample_label
-from pipelines.sampling import Draw, Size, copy_crop
 from pipelines.scans.nifti import read_case, read_grid
 from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
 

@@ -1,4 +1,4 @@
-"""One prepared case: what it is known by, which files it has, and how they are made. `pipelines.store` holds many."""
+"""One prepared case: what it is known by, which files it has, and how they are made. `preparing.store` holds many."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pipelines.basics.errors import CaseError
 from pipelines.cases import Case
 from pipelines.geometry import label_grid, target_grid
 from pipelines.labels import Coding
+from pipelines.preparing.store_files import FileHash, hash_file, is_unchanged, write_array, write_whole
 from pipelines.resample import resample_image, resample_label
 from pipelines.scans.nifti import read_case
 from pipelines.spacing import Spacing
-from pipelines.store_files import FileHash, hash_file, is_unchanged, write_array, write_whole
 
 FORMAT = 3
 StoreDtype = Literal["float32", "float16"]
@@ -117,7 +117,7 @@ def build(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> dict[str, 
     source_shape = raw.image.shape[:3]
     grid = target_grid(source_shape, raw.affine, task.spacing)
     if task.device == "gpu":
-        from pipelines.raw import resample_case  # DALI, which preparing on a CPU does without
+        from pipelines.loading.raw import resample_case  # DALI, which preparing on a CPU does without
 
         arrays = {"image": resample_case(raw, grid, task.device)}
     else:

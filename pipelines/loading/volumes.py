@@ -24,9 +24,9 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from pipelines.cases import DataError
-from pipelines.sampling import Size, copy_crop, overlap
-from pipelines.store import Store
+from pipelines.basics.errors import DataError
+from pipelines.loading.sampling import Size, copy_crop, overlap
+from pipelines.preparing.store import Store
 
 log = logging.getLogger(__name__)
 

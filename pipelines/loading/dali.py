@@ -3,17 +3,17 @@
 The store holds volumes that are already resampled and oriented, so a sample costs its crop and nothing else. The steps,
 in the order of the published MONAI chain:
 
-    crop      at the drawn start, out of wherever the volumes are (pipelines/volumes.py); no other voxel is touched
+    crop      at the drawn start, out of wherever the volumes are (volumes.py); no other voxel is touched
     flip      of the first spatial axis, image and label, while the crop is copied
     z-score   of the non-zero voxels of each channel of the crop; zeros stay zero
     jitter    x * (1 + scale) + shift, on every voxel, zeros included
 
-Extra augmentations (pipelines/augment.py), where asked for, stand around the z-score.
+Extra augmentations (augment.py), where asked for, stand around the z-score.
 
 Crop and flip are one copy, which Python starts between two batches; the rest is DALI's, in its own threads or on its
 own CUDA streams, `PREFETCH` batches ahead of the training step. On a CPU a crop brings its mean and deviation with it
 (`volumes.nonzero_mean_std`): DALI's reductions over all but the channels take four times as long there. On a GPU they
-are part of the graph. Which batches come is decided in pipelines/loaders.py.
+are part of the graph. Which batches come is decided in loaders.py.
 
 Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS. Yielded images have the shape
 (B, C, X, Y, Z), float32 or bfloat16, in the memory format that is asked for.
@@ -31,7 +31,7 @@ import torch
 from nvidia.dali import math, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 
-from pipelines.augment import Augment, apply_intensity, apply_spatial, input_names
+from pipelines.loading.augment import Augment, apply_intensity, apply_spatial, input_names
 
 PREFETCH = 2  # batches that DALI works on ahead of the one last yielded
 NO_EXTRAS = Augment()

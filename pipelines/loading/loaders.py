@@ -1,7 +1,7 @@
 """Loaders: which batches a rank sees, out of prepared volumes, for training and for validation.
 
-The graphs that they feed are in pipelines/dali.py, the draws in pipelines/sampling.py, the volumes in
-pipelines/volumes.py. What a batch holds depends on the seed, its epoch and its step alone; `CropLoader.state_dict` is
+The graphs that they feed are in dali.py, the draws in sampling.py, the volumes in
+volumes.py. What a batch holds depends on the seed, its epoch and its step alone; `CropLoader.state_dict` is
 all that a run needs to go on with the batches that it would have seen.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.augment import Augment, draw_augment, graph_inputs
-from pipelines.cases import DataError
-from pipelines.dali import BUFFERS, NO_EXTRAS, Stream, brings_statistics, torch_device, train_graph, val_graph
-from pipelines.sampling import Draw, Size, draw_sample, epoch_order, generator
-from pipelines.store import Store
-from pipelines.volumes import LoadedVolumes, MappedVolumes, Residence, Volumes, nonzero_mean_std, open_volumes
+from pipelines.basics.errors import DataError
+from pipelines.loading.augment import Augment, draw_augment, graph_inputs
+from pipelines.loading.dali import BUFFERS, NO_EXTRAS, Stream, brings_statistics, torch_device, train_graph, val_graph
+from pipelines.loading.sampling import Draw, Size, draw_sample, epoch_order, generator
+from pipelines.loading.volumes import LoadedVolumes, MappedVolumes, Residence, Volumes, nonzero_mean_std, open_volumes
+from pipelines.preparing.store import Store
 
 
 class Cases(Protocol):
@@ -217,7 +217,7 @@ class TrainLoader(CropLoader):
     Args:
         store: prepared cases.
         names, crop_size, batch_size, seed, options: as in `CropLoader`.
-        residence: where the volumes are meanwhile (pipelines/volumes.py).
+        residence: where the volumes are meanwhile (volumes.py).
         ranks_on_node: processes that share the memory of a node.
 
     Raises:

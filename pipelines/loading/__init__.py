@@ -1,0 +1,1 @@
+"""Prepared volumes become training and validation batches: crops, draws, DALI pipelines, loaders."""
