@@ -39,10 +39,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import IS_GPU, machine
+from benchmarks.common import DEVICE, IS_GPU, machine
 from pipelines.basics.home import cache_dir
 from pipelines.basics.processes import cores
 from pipelines.cases import CaseSet, find_cases
+from pipelines.loading.loader_options import CropOptions, LoaderOptions, Residence
 from pipelines.phantom import FORMAT, make_phantoms
 
 CROP = (128, 128, 64)
@@ -77,17 +78,16 @@ def prepare_monai(cases: CaseSet, work: Path) -> Iterator[float]:
         yield _seconds(partial(chain, case_to_dict(case)))
 
 
-def batches_ours(cases: CaseSet, work: Path, residence: str = "auto") -> Iterator[float]:
+def batches_ours(cases: CaseSet, work: Path, residence: Residence = "auto") -> Iterator[float]:
     """Batches of our loader from a prepared store."""
     from pipelines.loading.loaders import TrainLoader
     from pipelines.preparing.store import prepare
 
     torch.set_num_threads(1)
     store = prepare(cases, cache_dir() / "store")
-    loader = TrainLoader(
-        store, store.names, CROP, BATCH, device="gpu" if IS_GPU else "cpu", crops_per_case=64, threads=CORES,
-        residence=residence,  # type: ignore[arg-type]  # a name from the table below
-    )  # fmt: skip
+    crops = CropOptions(CROP, BATCH, crops_per_case=64)
+    options = LoaderOptions(DEVICE, threads=CORES, residence=residence)
+    loader = TrainLoader(store, store.names, crops, options)
     return _per_sample(batch for epoch in count() for batch in loader.epoch(epoch))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -20,9 +20,9 @@ from pipelines.cases import CaseSet, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
 from pipelines.labels import Release
 from pipelines.loading.augment import Augment
+from pipelines.loading.loader_options import CropOptions, LoaderOptions, Residence
 from pipelines.loading.loaders import CropLoader, TrainLoader, ValLoader
 from pipelines.loading.raw_loader import RawLoader
-from pipelines.loading.volumes import Residence
 from pipelines.phantom import FORMAT, make_phantoms
 from pipelines.preparing.prepared_case import StoreDtype
 from pipelines.preparing.store import Store, prepare
@@ -228,64 +228,68 @@ def _say_tumours(store: Store, names: Sequence[str], use: str) -> None:
 def make_loaders(
     config: DataConfig, train: TrainConfig, ranks: Ranks, data: Data
 ) -> tuple[CropLoader, ValLoader | None]:
-    """This rank's training crops, and its validation cases where there are any.
+    """This rank's training crops, and its validation cases if there are any.
 
     Raises:
         ValueError: as the loaders say.
     """
-    crops: dict[str, Any] = {
-        "names": data.train,
-        "crop_size": config.crop_size_voxels,
-        "batch_size": train.batch_size,
-        "accumulate_steps": train.accumulate_steps,
-        "seed": train.seed,
-        "crops_per_case": config.crops_per_case,
-        "foreground_prob": config.foreground_prob,
-        "extras": config.augment,
-        # Autocast rounds the input of the first convolutions in any case; so half the bytes come.
-        "dtype": torch.bfloat16 if ranks.device.type == "cuda" and train.precision == "bf16" else torch.float32,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        **_placed(config, ranks.device),
-    }
-    train_loader: CropLoader
-    if data.scans is None:
-        crops |= {"residence": config.residence, "ranks_on_node": ranks.ranks_on_node}
-        train_loader = TrainLoader(data.store, **crops)
-    else:
-        train_loader = RawLoader(data.scans, spacing=config.spacing, **crops)
+    crops = CropOptions(
+        config.crop_size_voxels,
+        train.batch_size,
+        train.seed,
+        config.crops_per_case,
+        train.accumulate_steps,
+        config.foreground_prob,
+        extras=config.augment,
+    )
+    # Autocast rounds the input of the first convolutions anyway: in bfloat16 half the bytes are moved.
+    in_bf16 = ranks.device.type == "cuda" and train.precision == "bf16"
+    options = replace(_loader_options(config, ranks.device, ranks), dtype=torch.bfloat16 if in_bf16 else torch.float32)
+    train_loader = (
+        TrainLoader(data.store, data.train, crops, options)
+        if data.scans is None
+        else RawLoader(data.scans, data.train, crops, options, spacing=config.spacing)
+    )
     if not data.val:
         return train_loader, None
-    shard = {"rank": ranks.rank, "world_size": ranks.world_size, "ranks_on_node": ranks.ranks_on_node}
-    val_loader = make_val_loader(
-        config, train.validation, data.store, data.val, ranks.device, residence=config.residence, **shard
-    )
-    return train_loader, val_loader
+    return train_loader, make_val_loader(config, train.validation, data.store, data.val, ranks.device, ranks)
 
 
 def make_val_loader(
-    config: DataConfig, validation: str, store: Store, names: Sequence[str], device: torch.device, **options: Any
+    config: DataConfig,
+    validation: str,
+    store: Store,
+    names: Sequence[str],
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> ValLoader:
     """Named cases as `--train.validation` says: the centre crop, z-scored, or the full volume as it is.
 
-    `options` are a rank's place, and where its volumes are, as `ValLoader` takes them.
+    Args:
+        config: of the run.
+        store: where the cases are.
+        names: of the cases.
+        device: where they are wanted.
+        ranks: share the cases out among them, loaded to where `--data.residence` says; None: all cases, mapped.
 
     Raises:
         ValueError: as the loader says.
     """
     full = validation == "full_volume"
     size = None if full else config.crop_size_voxels
-    placed = _placed(config, device)
-    return ValLoader(store, names, size, normalise=not full, **placed, **options)
+    return ValLoader(store, names, size, _loader_options(config, device, ranks), normalise=not full)
 
 
-def _placed(config: DataConfig, device: torch.device) -> dict[str, Any]:
-    """Options of all loaders: where their batches are, and how they lie in memory."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": "gpu" if on_gpu else "cpu",
-        "device_id": device.index,
-        "pad": config.pad,
-        # A GPU's convolutions want the channels last in memory, a CPU's first.
-        "memory_format": torch.channels_last_3d if on_gpu else torch.contiguous_format,
-    }
+def _loader_options(config: DataConfig, device: torch.device, ranks: Ranks | None) -> LoaderOptions:
+    # A GPU's convolutions want the channels last in memory, a CPU's first.
+    memory_format = torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format
+    options = LoaderOptions(device, pad=config.pad, residence="mapped", memory_format=memory_format)
+    if ranks is None:
+        return options
+    return replace(
+        options,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        ranks_on_node=ranks.ranks_on_node,
+        residence=config.residence,
+    )

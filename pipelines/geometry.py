@@ -21,9 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
+from pipelines.basics.lazy import Lazy
 from pipelines.spacing import Spacing, file_spacing
+
+ornt = Lazy("nibabel.orientations")
 
 AFFINE_TOLERANCE = 1e-3  # MONAI's AFFINE_TOL: a smaller change of the affine counts as none
 
@@ -73,8 +75,8 @@ class Grid:
 
 
 def voxel_size_mm(affine: np.ndarray) -> list[float]:
-    """Voxel size along the file's axes nearest to R, A and S; `affine` (4, 4) is the file's."""
-    return np.linalg.norm(affine[:3, np.argsort(io_orientation(affine)[:, 0])], axis=0).tolist()
+    """Length of a voxel along the file's axes nearest to R, A and S; affine (4, 4) is the file's."""
+    return np.linalg.norm(affine[:3, np.argsort(ornt.io_orientation(affine)[:, 0])], axis=0).tolist()
 
 
 def target_grid(shape: Sequence[int], affine: np.ndarray, spacing: Spacing | Sequence[float]) -> Grid:
@@ -89,9 +91,9 @@ def target_grid(shape: Sequence[int], affine: np.ndarray, spacing: Spacing | Seq
         ValueError: a spacing that is not positive.
     """
     spacing, affine = file_spacing(spacing), np.asarray(affine, np.float64)
-    axes = io_orientation(affine)
+    axes = ornt.io_orientation(affine)
     is_turned = spacing.axes == "patient" and not np.array_equal(axes[:, 0], range(3))
-    return _grid_of(shape, affine, spacing, ornt_transform(axes, axcodes2ornt("LPS")) if is_turned else None)
+    return _grid_of(shape, affine, spacing, ornt.ornt_transform(axes, ornt.axcodes2ornt("LPS")) if is_turned else None)
 
 
 def _grid_of(shape: Sequence[int], affine: np.ndarray, spacing: Spacing, turn: np.ndarray | None) -> Grid:
@@ -103,8 +105,8 @@ def _grid_of(shape: Sequence[int], affine: np.ndarray, spacing: Spacing, turn: n
     spaced_shape, spaced_affine[:3, 3] = _extent(shape, affine, spaced_affine)
     if _is_same_grid(shape, affine, spaced_shape, spaced_affine):
         spaced_affine = affine
-    orientation = ornt_transform(io_orientation(spaced_affine), axcodes2ornt("RAS"))
-    final_affine = spaced_affine @ inv_ornt_aff(orientation, spaced_shape)
+    orientation = ornt.ornt_transform(ornt.io_orientation(spaced_affine), ornt.axcodes2ornt("RAS"))
+    final_affine = spaced_affine @ ornt.inv_ornt_aff(orientation, spaced_shape)
     x, y, z = (spaced_shape[int(axis)] for axis in np.argsort(orientation[:, 0]))
     return Grid((x, y, z), final_affine, spaced_shape, spaced_affine, orientation, turn)
 
@@ -117,7 +119,7 @@ def turned_grid(
     if turn is None:
         return (x, y, z), affine
     first, second, third = np.argsort(turn[:, 0])
-    return (shape[first], shape[second], shape[third]), affine @ inv_ornt_aff(turn, shape)
+    return (shape[first], shape[second], shape[third]), affine @ ornt.inv_ornt_aff(turn, shape)
 
 
 def _with_spacing(affine: np.ndarray, spacing: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from isal import igzip
 from rich.console import Console
@@ -45,8 +44,10 @@ from pipelines.anatomy import (
 )
 from pipelines.basics.atomic import remove_left_over, replacing, write_text
 from pipelines.basics.errors import DataError
+from pipelines.basics.lazy import Lazy
 from pipelines.basics.processes import cores
 
+nib = Lazy("nibabel")
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it whenever the same parameters give other voxels

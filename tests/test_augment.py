@@ -23,9 +23,9 @@ from pipelines.loading.augment import (
     apply_spatial,
     bias_field_factor,
     draw_augment,
-    graph_inputs,
     input_names,
     noise_values,
+    pipeline_inputs,
 )
 from pipelines.loading.sampling import generator
 
@@ -82,7 +82,7 @@ def build(
 ) -> Any:
     image, label = pair or volumes()
     x, y, z, channels = image.shape[1:]
-    batch = (image, label, *graph_inputs(augment, draws, (x, y, z), channels).values())
+    batch = (image, label, *pipeline_inputs(augment, draws, (x, y, z), channels).values())
     executor = {"exec_dynamic": False, "device_id": None} if device == "cpu" else {"device_id": 0}
     return graph(lambda: batch, device, augment, batch_size=2, num_threads=threads, prefetch_queue_depth=1, **executor)
 
@@ -216,7 +216,7 @@ def test_bias_field_of_one_voxel_and_of_a_whole_crop() -> None:
 def test_with_everything_off_the_graph_is_as_it_was() -> None:
     image, label = object(), object()
     assert input_names(Augment()) == []
-    assert graph_inputs(Augment(), [NOTHING], SIZE, CHANNELS) == {}
+    assert pipeline_inputs(Augment(), [NOTHING], SIZE, CHANNELS) == {}
     assert apply_spatial(image, label, Augment(), {}) == (image, label)
     assert apply_intensity(image, Augment(), {}) is image
     plain = build(Augment(), [NOTHING, NOTHING]).serialize()

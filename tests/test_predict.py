@@ -38,6 +38,7 @@ from pipelines.basics.errors import DataError
 from pipelines.basics.tables import read_table
 from pipelines.cases import Case, find_cases
 from pipelines.labels import CODINGS, regions_from_labels
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.loaders import ValLoader
 from pipelines.phantom import make_phantoms
 from pipelines.preparing.store import prepare
@@ -429,7 +430,7 @@ def test_evaluation_on_the_prepared_grid_is_a_validation(run: Path, scans: Path,
         assert run_evaluate("--runs", run, "--root", scans, "--on", grid, "--output", tmp_path / grid) == 0
         with (tmp_path / grid / "cases.csv").open() as file:
             found = {row["case"]: row for row in csv.DictReader(file)}
-        loader = ValLoader(store, store.names, size, normalise=False, device="cpu", pad=True)
+        loader = ValLoader(store, store.names, size, LoaderOptions(pad=True), normalise=False)
         for name, image, labels in loader:
             with torch.no_grad():
                 masks = metrics.written_regions((sliding_window_logits(network, image, CROP) > 0)[0], cases.coding)

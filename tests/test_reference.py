@@ -22,8 +22,9 @@ from nvidia.dali import fn, pipeline_def
 from pipelines.cases import CaseSet, find_cases
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
 from pipelines.loading import dali, loaders
+from pipelines.loading.loader_options import CropOptions
 from pipelines.loading.loaders import TrainLoader, ValLoader
-from pipelines.loading.sampling import Draw, copy_crop
+from pipelines.loading.sampling import CropDraw, copy_crop
 from pipelines.loading.volumes import MappedVolumes, label_of
 from pipelines.phantom import make_phantoms
 from pipelines.preparing.store import Store, prepare
@@ -96,11 +97,11 @@ def run_step(step: Callable[..., Any], volume_CXYZ: Any, *scalars: np.generic) -
     return np.array(graph().run()[0].as_array())[0].transpose(3, 0, 1, 2)
 
 
-def monai_draw(chain: mt.Compose) -> Draw:
+def monai_draw(chain: mt.Compose) -> CropDraw:
     """What MONAI's chain of `train_steps` drew last."""
     crop, flip, _, scale, shift = chain.transforms
     x, y, z = (s.start for s in crop.cropper._slices)
-    return Draw(
+    return CropDraw(
         start=(x, y, z),
         flip=flip._do_transform,
         scale=scale.scaler.factor if scale._do_transform else 0.0,
@@ -180,7 +181,7 @@ def test_train_chain_matches_monai_with_monais_own_draws(case: Prepared, monkeyp
     assert any(d.scale for d in draws)
     assert any(d.shift for d in draws)
     monkeypatch.setattr(loaders, "draw_sample", lambda seed, epoch, position, *_: draws[position])
-    loader = TrainLoader(case.store, case.store.names, case.crop, 2, crops_per_case=DRAWS)
+    loader = TrainLoader(case.store, case.store.names, CropOptions(case.crop, crops_per_case=DRAWS))
     images, labels = (torch.cat(batches) for batches in zip(*loader.epoch(0)))
     for image, label, wanted in zip(images, labels, expected, strict=True):
         assert_close(image, wanted["image"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from monai.transforms.utils import correct_crop_centers
 
-from pipelines.loading.sampling import Draw, Size, draw_sample, epoch_order
+from pipelines.loading.sampling import CropDraw, Size, draw_sample, epoch_order
 
 
 def test_order_is_padded_from_its_own_start_and_fresh_each_epoch() -> None:
@@ -21,7 +21,7 @@ def test_order_is_padded_from_its_own_start_and_fresh_each_epoch() -> None:
     assert len(epoch_order(0, 0, samples=3, multiple=8)) == 8
 
 
-def draws(n: int, shape: Size, crop: Size, foreground: list[Size] | None = None, prob: float = 0.0) -> list[Draw]:
+def draws(n: int, shape: Size, crop: Size, foreground: list[Size] | None = None, prob: float = 0.0) -> list[CropDraw]:
     voxels = np.empty((0, 3), np.int32) if foreground is None else np.asarray(foreground, np.int32)
     return [draw_sample(0, 1, position, shape, crop, voxels, prob) for position in range(n)]
 

@@ -76,7 +76,7 @@ def test_statistics_are_those_of_the_non_zero_voxels(mean: float, std: float) ->
     rng = np.random.default_rng(0)
     image = rng.normal(mean, std, (13, 300, 7, 3)).astype(np.float32)
     image[rng.random(image.shape) < 0.6] = 0
-    found_mean, found_std = nonzero_mean_std(image)
+    (found_mean,), (found_std,) = nonzero_mean_std(image[None])
     for c in range(3):
         voxels = image[..., c][image[..., c] != 0].astype(np.float64)
         assert found_mean[c] == pytest.approx(voxels.mean(), rel=1e-6)
@@ -87,7 +87,7 @@ def test_statistics_of_empty_and_constant_channels_only_centre() -> None:
     image = np.zeros((5, 6, 7, 3), np.float32)
     image[1:4, ..., 1] = 0.1
     image[2, 2, 2, 2] = 7
-    mean, std = nonzero_mean_std(image)
+    (mean,), (std,) = nonzero_mean_std(image[None])
     np.testing.assert_allclose(mean, [0, 0.1, 7])
     np.testing.assert_array_equal(std, 1)
 

@@ -1,6 +1,6 @@
-"""Extra augmentations of the training graph, each as MONAI defines it and off by default: the published chain has none.
+"""Extra augmentations of the training crops, each as MONAI defines it and off by default: the published chain has none.
 
-In the order of the graph, which is nnU-Net's (spatial, noise, blur, multiplicative brightness, gamma):
+In the order of the pipeline, which is nnU-Net's (spatial, noise, blur, multiplicative brightness, gamma):
 
     affine       rotation and scaling about the centre of the crop: MONAI's RandAffine
     (z-score)
@@ -18,10 +18,10 @@ Background is exactly zero before the affine and in a z-scored crop. It stays ze
 The affine and the blur let it mix with the head at the rim; what the affine brings in from outside the crop is zero.
 Noise covers it as any other voxel, and gamma moves it to another value: zero is the mean there, not the minimum.
 
-Each augmentation stands behind an `if` of the graph (DALI's conditionals), so that the samples of a batch that it
+Each augmentation stands behind an `if` of the pipeline (DALI's conditionals), so that the samples of a batch that it
 does not fire for cost nothing and keep their bits; one that is off adds no operator at all. Random numbers are drawn in
 Python alone, from the generator of the sample. DALI's own random state is not used: a run that resumes could not move
-it. The graph functions run on CPU and GPU nodes alike, and only in pipelines defined with `enable_conditionals`.
+it. The functions of nodes run on a CPU and a GPU alike, and only in pipelines defined with `enable_conditionals`.
 
 Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS.
 """
@@ -35,14 +35,14 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import nvidia.dali.fn as fn
 from numpy.typing import NDArray
-from nvidia.dali import math as dali_math
-from nvidia.dali import types
 
+from pipelines.basics.lazy import Lazy
 from pipelines.basics.option_values import faults, number, refuse
 
-# Each augmentation and its inputs to the graph, in the order of the graph and of the draws.
+fn, dali_math, types = (Lazy(f"nvidia.dali.{name}") for name in ("fn", "math", "types"))
+
+# Each augmentation and its inputs to the pipeline, in the order of pipeline and draws.
 INPUTS = {
     "affine": ("affine_matrix",),
     "noise": ("noise_values", "noise_std"),
@@ -164,13 +164,13 @@ def draw_augment(rng: np.random.Generator, augment: Augment, channels: int) -> A
     )
 
 
-# ---------- inputs of the graph
+# ---------- inputs of the pipeline
 
 
-def graph_inputs(
+def pipeline_inputs(
     augment: Augment, draws: Sequence[AugmentDraw], crop_size: Size, channels: int
 ) -> dict[str, list[NDArray]]:
-    """The inputs of the graph for a batch of draws: one array per sample for each name.
+    """The inputs of the pipeline for a batch of draws: one array per sample for each name.
 
     Only augmentations that are on have inputs, and their names and order depend on `augment` alone. None has a layout.
     Where an augmentation does not fire, its arrays are placeholders.
@@ -207,8 +207,8 @@ def graph_inputs(
 
 
 def input_names(augment: Augment) -> list[str]:
-    """Names of the inputs of the graph, in the order of `graph_inputs`; none where nothing is on."""
-    return list(graph_inputs(augment, [], (1, 1, 1), 1))
+    """Names of the inputs of the pipeline, in the order of `pipeline_inputs`; none where nothing is on."""
+    return list(pipeline_inputs(augment, [], (1, 1, 1), 1))
 
 
 def affine_matrix(rotate_degrees: Sequence[float], scale: Sequence[float], crop_size: Size) -> NDArray[np.float64]:
@@ -275,16 +275,16 @@ def bias_field_factor(coefficients: Sequence[float], crop_size: Size) -> NDArray
     return np.exp(field, out=field).reshape(*crop_size, 1)
 
 
-# ---------- graph
+# ---------- pipeline
 
 
 def apply_spatial(image: Any, label: Any, augment: Augment, inputs: dict[str, Any]) -> tuple[Any, Any]:
-    """The part of the graph before the z-score: one warp for image (linear) and label (nearest), zeros outside.
+    """The part of the pipeline before the z-score: one warp for image (linear) and label (nearest), zeros outside.
 
     Args:
         image, label: DHWC nodes, CPU or GPU.
         augment: what is on.
-        inputs: the CPU nodes of `graph_inputs`, by name.
+        inputs: the CPU nodes of `pipeline_inputs`, by name.
     """
     if augment.affine_prob:
         fires, matrix = inputs["affine_fires"], inputs["affine_matrix"]
@@ -293,7 +293,7 @@ def apply_spatial(image: Any, label: Any, augment: Augment, inputs: dict[str, An
 
 
 def apply_intensity(image: Any, augment: Augment, inputs: dict[str, Any]) -> Any:
-    """The part of the graph between z-score and jitter. Arguments as of `apply_spatial`."""
+    """The part of the pipeline between z-score and jitter. Arguments as of `apply_spatial`."""
     operations: dict[str, Callable[..., Any]] = {
         "noise": add_noise,
         "blur": blur,

@@ -1,4 +1,4 @@
-"""Training and validation pipelines in NVIDIA DALI: one graph, on the CPU or on the GPU.
+"""Training and validation pipelines in NVIDIA DALI, the same on the CPU and on the GPU.
 
 The store holds volumes that are already resampled and oriented, so a sample costs its crop and nothing else. The steps,
 in the order of the published MONAI chain:
@@ -8,15 +8,16 @@ in the order of the published MONAI chain:
     z-score   of the non-zero voxels of each channel of the crop; zeros stay zero
     jitter    x * (1 + scale) + shift, on every voxel, zeros included
 
-Extra augmentations (augment.py), where asked for, stand around the z-score.
+Extra augmentations (augment.py), if any, come before and after the z-score.
 
-Crop and flip are one copy, which Python starts between two batches; the rest is DALI's, in its own threads or on its
-own CUDA streams, `PREFETCH` batches ahead of the training step. On a CPU a crop brings its mean and deviation with it
-(`volumes.nonzero_mean_std`): DALI's reductions over all but the channels take four times as long there. On a GPU they
-are part of the graph. Which batches come is decided in loaders.py.
+Crop and flip are one copy, which Python makes between two batches. DALI does the rest in its own threads or on its own
+CUDA streams, `PREFETCH` batches ahead of the training step. On a CPU the mean and deviation are computed while the crop
+is in cache (`volumes.nonzero_mean_std`): DALI's reductions over all but the channels take four times as long there. On
+a GPU they are part of the pipeline. loaders.py decides which batches come.
 
-Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS. Yielded images have the shape
-(B, C, X, Y, Z), float32 or bfloat16, in the memory format that is asked for.
+DALI is imported when the first pipeline is built.
+
+Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS. Yielded images are (B, C, X, Y, Z).
 """
 
 from __future__ import annotations
@@ -26,21 +27,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import nvidia.dali.fn as fn
 import torch
-from nvidia.dali import math, pipeline_def, types
-from nvidia.dali.pipeline import do_not_convert
 
+from pipelines.basics.lazy import Lazy
 from pipelines.loading.augment import Augment, apply_intensity, apply_spatial, input_names
+from pipelines.loading.loader_options import LoaderOptions
 
-PREFETCH = 2  # batches that DALI works on ahead of the one last yielded
-NO_EXTRAS = Augment()
-BUFFERS = PREFETCH + 2  # sets of crops: DALI reads them in place, and may still be at those of the batches before
+fn, math, types = (Lazy(f"nvidia.dali.{name}") for name in ("fn", "math", "types"))
+
+PREFETCH = 2  # batches that DALI prepares ahead of the one last yielded
+BUFFERS = PREFETCH + 2  # sets of crops: DALI reads them in place, and may still be reading those of earlier batches
 SPATIAL = (0, 1, 2)
 
-# DALI's default executor frees buffers after each batch. On a CPU they come from malloc, and the page faults of 16 MB
-# cost more than the arithmetic (x * 2: 15.8 ms against 3.6, DALI 2.4). The older executor keeps its buffers.
-CPU_EXECUTION = {"exec_dynamic": False}
+Batch = tuple[Sequence[Any], Sequence[Any]]
+"""What a pipeline is fed: volumes, and numbers of each sample."""
 
 
 def channel_mean(volume: Any) -> Any:
@@ -71,55 +71,13 @@ def jitter(image: Any, scale: Any, shift: Any) -> Any:
 
 
 def standardise(image: Any, mean: Any, std: Any) -> Any:
-    """Z-score by the statistics of the non-zero voxels, each (C,): what `z_score` finds out for itself. CPU only."""
+    """Z-score by the given statistics of the non-zero voxels, each (C,), which `z_score` computes itself. CPU only."""
     mean, std = (fn.reshape(value, shape=[1, 1, 1, -1]) for value in (mean, std))
     return fn.normalize(image, mean=mean, stddev=std) * (image != 0)
 
 
-@do_not_convert  # plain Python, which DALI's conditionals would otherwise rewrite
-def _inputs(source: Callable[[], tuple[tuple, tuple]], device: str, in_place: bool, numbers: int) -> list[Any]:
-    """Nodes of image and label, on `device`, and of the numbers of each sample, on the CPU.
-
-    A source of DALI has one device, so there are two, which share what one call returns.
-    """
-    parts: tuple[deque, deque] = deque(), deque()
-
-    def part(index: int) -> tuple:
-        if not parts[index]:
-            for queue, values in zip(parts, source(), strict=True):
-                queue.append(values)
-        return parts[index].popleft()
-
-    where = "gpu" if in_place and device == "gpu" else "cpu"
-    image, label = fn.external_source(
-        lambda: part(0), num_outputs=2, layout="DHWC", device=where, no_copy=where == "cpu"
-    )
-    if where != device:
-        image, label = image.gpu(), label.gpu()
-    return [image, label, *fn.external_source(lambda: part(1), num_outputs=numbers)]
-
-
-@pipeline_def(enable_conditionals=True)
-def train_graph(
-    source: Callable[[], tuple[tuple, tuple]], device: str, in_place: bool = False, extras: Augment = NO_EXTRAS
-) -> tuple:
-    """Z-score and jitter of crops, with the extra augmentations that are on.
-
-    Args:
-        source: returns a batch: (images (B, X, Y, Z, C) float32, labels (B, X, Y, Z, 1) uint8), and (scales (B,),
-            shifts (B,), tags (B, 2) int64, inputs of the extras, and where `brings_statistics` means and deviations,
-            (B, C)), float32.
-        device: "cpu" or "gpu".
-        in_place: images and labels come as tensors on `device`.
-        extras: extra augmentations.
-    """
-    numbers = 3 + len(input_names(extras)) + (2 if brings_statistics(device, extras) else 0)
-    image, label, scale, shift, tag, *rest = _inputs(source, device, in_place, numbers)
-    return (*augmented(image, label, scale, shift, extras, rest), tag)
-
-
 def augmented(image: Any, label: Any, scale: Any, shift: Any, extras: Augment, rest: Sequence[Any]) -> tuple[Any, Any]:
-    """From a crop to what the network sees; `rest` holds the inputs of the extras, and statistics where they come."""
+    """From a crop to what the network sees; `rest` holds the inputs of the extras, then the statistics, if given."""
     names = input_names(extras)
     inputs, statistics = dict(zip(names, rest)), rest[len(names) :]
     image, label = apply_spatial(image, label, extras, inputs)
@@ -127,68 +85,131 @@ def augmented(image: Any, label: Any, scale: Any, shift: Any, extras: Augment, r
     return jitter(apply_intensity(image, extras, inputs), scale, shift), label
 
 
-def brings_statistics(device: str, extras: Augment) -> bool:
-    """Whether mean and deviation come with a crop: on a CPU, unless they are those of a crop that is yet to change."""
-    return device == "cpu" and not extras.affine_prob
+# ---------- pipelines
 
 
-@pipeline_def
-def val_graph(
-    source: Callable[[], tuple[tuple, tuple]], device: str, in_place: bool = False, normalise: bool = True
+def train_pipeline(
+    sources: Sequence[Callable[[], Any]], device: str, in_place: bool, extras: Augment, statistics: bool
 ) -> tuple:
-    """Z-score of a centre crop or a full volume. As `train_graph`; `source` without scales and shifts."""
-    image, label, tag, *statistics = _inputs(source, device, in_place, 3 if device == "cpu" and normalise else 1)
+    """Z-score and jitter of crops, with the extra augmentations that are on.
+
+    Args:
+        sources: one returns images (B, X, Y, Z, C) float32 and labels (B, X, Y, Z, 1) uint8 of a batch; the other tags
+            (B, 2) int64, scales (B,), shifts (B,), inputs of the extras, and with `statistics` means and deviations
+            (B, C), float32.
+        device: DALI's "cpu" or "gpu".
+        in_place: images and labels come as tensors on `device`.
+        extras: extra augmentations.
+        statistics: means and deviations of the crops are given.
+    """
+    numbers = 3 + len(input_names(extras)) + 2 * statistics
+    image, label, tag, scale, shift, *rest = _crops(sources, device, in_place, numbers)
+    return (*augmented(image, label, scale, shift, extras, rest), tag)
+
+
+def val_pipeline(
+    sources: Sequence[Callable[[], Any]], device: str, in_place: bool, normalise: bool, statistics: bool
+) -> tuple:
+    """Z-score of a centre crop or a full volume, unless not to `normalise`. As `train_pipeline`, without the draws."""
+    image, label, tag, *given = _crops(sources, device, in_place, 1 + 2 * statistics)
     if normalise:
-        image = standardise(image, *statistics) if statistics else z_score(image)
+        image = standardise(image, *given) if statistics else z_score(image)
     return image, label, tag
 
 
-def torch_device(device: str, device_id: int | None) -> torch.device:
-    """What DALI calls "cpu" or "gpu", as torch calls it."""
-    if device == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device() if device_id is None else device_id)
+def _crops(sources: Sequence[Callable[[], Any]], device: str, in_place: bool, numbers: int) -> list[Any]:
+    """Nodes of image and label, on `device`, and of the numbers of each sample, on the CPU."""
+    where = device if in_place else "cpu"
+    image, label, *rest = external_inputs(sources, ["DHWC", "DHWC"], numbers, where)
+    if where != device:
+        image, label = image.gpu(), label.gpu()
+    return [image, label, *rest]
+
+
+def external_inputs(
+    sources: Sequence[Callable[[], Any]], layouts: list[str], numbers: int, device: str = "cpu"
+) -> list[Any]:
+    """Nodes of the volumes of a batch, in these layouts, and of its numbers. A DALI source has one device, so there
+    are two."""
+    volumes = fn.external_source(
+        sources[0], num_outputs=len(layouts), layout=layouts, device=device, no_copy=device == "cpu"
+    )
+    return [*volumes, *fn.external_source(sources[1], num_outputs=numbers, no_copy=True)]
+
+
+def build_pipeline(
+    define: Callable[..., Any],
+    device: torch.device,
+    *args: Any,
+    batch_size: int = 1,
+    threads: int = 1,
+    prefetch: int = 1,
+    **keywords: Any,
+) -> Any:
+    """The DALI pipeline that a function of nodes defines.
+
+    Args:
+        define: takes `args`, then `device`, "cpu" or "gpu", and other `keywords`.
+        device: with its index.
+        batch_size, threads, prefetch: of the pipeline.
+    """
+    from nvidia.dali import pipeline_def
+
+    on_cpu = device.type == "cpu"
+    # DALI's default executor frees buffers after each batch. On a CPU they come from malloc, and the page faults of
+    # 16 MB cost more than the arithmetic (x * 2: 15.8 ms against 3.6, DALI 2.4). The older executor keeps its buffers.
+    executor = {"exec_dynamic": False} if on_cpu else {}
+    return pipeline_def(enable_conditionals=True)(define)(
+        *args,
+        device="cpu" if on_cpu else "gpu",
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device.index,
+        prefetch_queue_depth=prefetch,
+        **executor,
+        **keywords,
+    )
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The same device; "cuda" alone is torch's current GPU, of which DALI wants the index."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 class Stream:
     """The running pipeline: an endless sequence of batches (0, 0), (0, 1) ... (1, 0) ..., movable to any of them.
 
     DALI asks for input ahead of the batch that it hands out. Every batch therefore carries its (epoch, step) through
-    the graph as a tag, and batches that were in flight when the stream was moved are dropped by it.
+    the pipeline as a tag, by which batches that were in flight when the stream was moved are recognised and dropped.
 
     Args:
-        graph: `train_graph` or `val_graph`.
-        read: from (epoch, step) and the tags of that batch to what the graph's `source` returns.
+        define: `train_pipeline`, `val_pipeline` or `raw_pipeline`.
+        read: from (epoch, step) to that batch; its tags are added to the numbers, as the first of them.
         steps: batches in an epoch.
-        batch_size, threads, device, device_id: of the pipeline.
-        dtype, memory_format: of the images that come out.
+        batch_size: of the pipeline.
+        options: of the loader.
+        keywords: for `define`.
     """
 
     def __init__(
         self,
-        graph: Callable[..., Any],
-        read: Callable[[int, int, np.ndarray], tuple[tuple, tuple]],
+        define: Callable[..., Any],
+        read: Callable[[int, int], Batch],
         steps: int,
         batch_size: int,
-        threads: int,
-        device: str,
-        device_id: int | None,
-        dtype: torch.dtype = torch.float32,
-        memory_format: torch.memory_format = torch.channels_last_3d,
+        options: LoaderOptions,
+        **keywords: Any,
     ) -> None:
         self.read, self.steps, self.batch_size = read, steps, batch_size
-        self.dtype, self.memory_format = dtype, memory_format
+        self.dtype, self.memory_format = options.dtype, options.memory_format
         self.next_in = self.next_out = (0, 0)
         self.turn = 0
-        self.device = torch_device(device, device_id)
-        self.pipeline = graph(
-            self._source,
-            device,
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=self.device.index,
-            prefetch_queue_depth=PREFETCH,
-            **(CPU_EXECUTION if device == "cpu" else {}),
+        self.device = with_index(options.device)
+        self._parts: tuple[deque, deque] = deque(), deque()
+        self._in_use: deque[Batch] = deque(maxlen=BUFFERS)  # DALI reads them in place
+        sources = (lambda: self._next_part(0), lambda: self._next_part(1))
+        self.pipeline = build_pipeline(
+            define, self.device, sources, batch_size=batch_size, threads=options.threads, prefetch=PREFETCH, **keywords
         )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -200,11 +221,17 @@ class Stream:
                 raise RuntimeError(f"epoch {epoch} was left when another was started: keep one iterator at a time")
             yield (step, *self._fetch((epoch, step)))
 
-    def _source(self) -> tuple[tuple, tuple]:
-        epoch, step = self.next_in
-        batch = self.read(epoch, step, np.tile(np.array([epoch, step]), (self.batch_size, 1)))
-        self.next_in = self._after(self.next_in)  # not where reading raised: the same batch may be asked for again
-        return batch
+    def _next_part(self, index: int) -> Sequence[Any]:
+        """Volumes (0) or numbers (1) of the next batch; whichever source asks first has it read."""
+        if not self._parts[index]:
+            epoch, step = self.next_in
+            volumes, numbers = self.read(epoch, step)
+            self.next_in = self._after(self.next_in)  # not where reading raised: the same batch may be asked for again
+            batch = volumes, (np.tile(np.array([epoch, step]), (self.batch_size, 1)), *numbers)
+            self._in_use.append(batch)
+            for queue, part in zip(self._parts, batch, strict=True):
+                queue.append(part)
+        return self._parts[index].popleft()
 
     def _after(self, tag: tuple[int, int]) -> tuple[int, int]:
         epoch, step = tag

@@ -1,15 +1,14 @@
 """Loaders: which batches a rank sees, out of prepared volumes, for training and for validation.
 
-The graphs that they feed are in dali.py, the draws in sampling.py, the volumes in
-volumes.py. What a batch holds depends on the seed, its epoch and its step alone; `CropLoader.state_dict` is
-all that a run needs to go on with the batches that it would have seen.
+The pipelines that they feed are in dali.py, the draws in sampling.py, the volumes in volumes.py. What a batch holds
+depends on the seed, its epoch and its step alone; `CropLoader.state_dict` is all that a run needs to resume with the
+batches that it would have seen.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -18,15 +17,16 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.basics.errors import DataError
-from pipelines.loading.augment import Augment, draw_augment, graph_inputs
-from pipelines.loading.dali import BUFFERS, NO_EXTRAS, Stream, brings_statistics, torch_device, train_graph, val_graph
-from pipelines.loading.sampling import Draw, Size, draw_sample, epoch_order, generator
-from pipelines.loading.volumes import LoadedVolumes, MappedVolumes, Residence, Volumes, nonzero_mean_std, open_volumes
+from pipelines.loading.augment import draw_augment, pipeline_inputs
+from pipelines.loading.dali import BUFFERS, Batch, Stream, train_pipeline, val_pipeline
+from pipelines.loading.loader_options import DEFAULT_OPTIONS, CropOptions, LoaderOptions
+from pipelines.loading.sampling import CropDraw, Size, draw_sample, epoch_order, generator
+from pipelines.loading.volumes import LoadedVolumes, MappedVolumes, Volumes, nonzero_mean_std, open_volumes
 from pipelines.preparing.store import Store
 
 
-class Cases(Protocol):
-    """What a loader asks of cases: a `Store`, or cases that are in none."""
+class CaseSource(Protocol):
+    """What a loader asks of the cases: of a `Store`, or of the scans themselves."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -48,92 +48,46 @@ class CropLoader:
 
     Each epoch is a fresh permutation of `len(names) * crops_per_case` samples, padded from its own start to a multiple
     of `batch_size * world_size`; each rank takes every `world_size`-th. The DALI pipeline is built once and runs on
-    from one epoch into the next. A subclass starts it with `_start`, and gives it its batches.
+    from one epoch into the next. A subclass makes the `_stream`, and reads its batches.
 
     Args:
         cases: where `names` are.
         names: cases to train on.
-        crop_size: (X, Y, Z) in voxels.
-        batch_size: crops per step on this rank.
-        seed: of the order and of every draw.
-        device: "cpu" or "gpu": where the graph runs and the batches are.
-        rank, world_size: of this process.
-        crops_per_case: crops of each case in an epoch.
-        accumulate_steps: an epoch has a multiple of so many batches.
-        foreground_prob: share of crops centred on a random tumour voxel; 0 is the published experiment.
-        pad: fill volumes smaller than the crop with zeros, symmetrically, instead of refusing them.
-        augment: flip, scale and shift; crops stay random without it.
-        extras: extra augmentations.
-        device_id: GPU of this process (its local rank); None is torch's current one.
-        threads: DALI's CPU threads.
-        dtype, memory_format: of the images.
+        crops: the crops.
+        options: this rank's share, and where its batches go.
 
     Raises:
-        DataError: a case without a label, or smaller than the crop while `pad` is false.
-        ValueError: a setting that makes no sense.
+        DataError: a case without a label, or smaller than the crop unless `options.pad`.
     """
 
     _stream: Stream
 
-    def __init__(
-        self,
-        cases: Cases,
-        names: Sequence[str],
-        crop_size: Size,
-        batch_size: int,
-        seed: int = 0,
-        device: str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        crops_per_case: int = 1,
-        accumulate_steps: int = 1,
-        foreground_prob: float = 0.0,
-        pad: bool = False,
-        augment: bool = True,
-        extras: Augment = NO_EXTRAS,
-        device_id: int | None = None,
-        threads: int = 2,
-        dtype: torch.dtype = torch.float32,
-        memory_format: torch.memory_format = torch.channels_last_3d,
-    ) -> None:
-        self.indices = check_loader(cases, names, crop_size, pad, device, rank, world_size)
-        if min(batch_size, crops_per_case, accumulate_steps) < 1:
-            raise ValueError(
-                f"batch_size ({batch_size}), crops_per_case ({crops_per_case}) and accumulate_steps "
-                f"({accumulate_steps}) must be at least 1"
-            )
-        if not 0 <= foreground_prob <= 1:
-            raise ValueError(f"foreground_prob {foreground_prob} must lie between 0 and 1")
-        self.cases, self.names, self.crop_size, self.batch_size = cases, tuple(names), crop_size, batch_size
-        self.seed, self.rank, self.world_size, self.accumulate_steps = seed, rank, world_size, accumulate_steps
-        self.foreground_prob, self.augment, self.extras = foreground_prob, augment, extras
-        self.samples = len(self.names) * crops_per_case
-        self._device, self._device_id = device, device_id
-        self._running = (threads, device, device_id, dtype, memory_format)
+    def __init__(self, cases: CaseSource, names: Sequence[str], crops: CropOptions, options: LoaderOptions) -> None:
+        self.indices = indices_of(cases, names, crops.crop_size, options.pad)
+        self.cases, self.names, self.crops, self.options = cases, tuple(names), crops, options
+        self.samples = len(self.names) * crops.crops_per_case
         self.position = (0, 0)
         """Epoch, and step within it, of the batch that comes next."""
 
-    def _start(self, graph: Callable[..., Any]) -> Stream:
-        return Stream(graph, self._read, len(self), self.batch_size, *self._running)
-
-    def _read(self, epoch: int, step: int, tags: NDArray[np.int64]) -> tuple[tuple, tuple]:
-        """What the graph's source returns for a batch."""
-        raise NotImplementedError
-
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
-        return -(-self.samples // self._stride) * self.accumulate_steps
+        return -(-self.samples // self._stride) * self.crops.accumulate_steps
+
+    @property
+    def _batch_stride(self) -> int:
+        """Samples of all ranks in one batch."""
+        return self.crops.batch_size * self.options.world_size
 
     @property
     def _stride(self) -> int:
         """Samples of all ranks in one optimizer step."""
-        return self.batch_size * self.world_size * self.accumulate_steps
+        return self._batch_stride * self.crops.accumulate_steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (image (B, C, X, Y, Z), label uint8 (B, X, Y, Z)) of an epoch, in tensors of their own.
 
         Epochs count from 0 and may be asked for in any order; starting one ends the iterator of the one before.
-        `first_step` leaves out the steps before it.
+        The first `first_step` batches are skipped.
         """
         for step, image, label in self._stream.epoch(epoch, first_step):
             self.position = (epoch, step + 1)
@@ -141,19 +95,19 @@ class CropLoader:
 
     @property
     def gpu_bytes(self) -> int:
-        """Volumes in the memory of the GPU."""
+        """Bytes of volumes in the memory of the GPU."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What makes the batches to come: position, and what else decides their content; plain values."""
+        """What decides the batches to come: the position and the recipe; plain values."""
         epoch, step = self.position
-        return {"epoch": epoch, "samples": step * self.batch_size * self.world_size, "recipe": self._recipe}
+        return {"epoch": epoch, "samples": step * self._batch_stride, "recipe": self._recipe}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> tuple[int, int]:
-        """Epoch and batch to go on from, for `epoch`: from there on come the samples that would have come.
+        """Epoch and batch to resume from, for `epoch`: the same samples follow as would have without a stop.
 
-        Another number of ranks, or another batch size, divides an epoch into other steps; then it goes on from the
-        start of the step that the position is in.
+        Another number of ranks, or another batch size, divides an epoch into other steps; the loader then resumes at
+        the start of the step that the position is in.
 
         Raises:
             DataError: another recipe would make other samples.
@@ -165,7 +119,7 @@ class CropLoader:
                 f"the checkpoint's batches were made with {was}, this run has {now}: resume with the same data, crops "
                 "and seed, or start a new run"
             )
-        batch = state["samples"] // self._stride * self.accumulate_steps
+        batch = state["samples"] // self._stride * self.crops.accumulate_steps
         self.position = (state["epoch"], min(batch, len(self)))
         return self.position
 
@@ -173,42 +127,44 @@ class CropLoader:
     def _recipe(self) -> dict[str, Any]:
         """All that decides which samples come, beside the position."""
         names = blake2b("\n".join(self.names).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+        crops = self.crops
         return {
-            "seed": self.seed, "cases": names, "samples": self.samples, "crop_size": list(self.crop_size),
-            "foreground_prob": self.foreground_prob, "augment": self.augment, "extras": repr(self.extras),
+            "seed": crops.seed, "cases": names, "samples": self.samples, "crop_size": list(crops.crop_size),
+            "foreground_prob": crops.foreground_prob, "augment": crops.augment, "extras": repr(crops.extras),
         }  # fmt: skip
 
     def names_of(self, epoch: int, step: int) -> list[str]:
         """Names of the cases in a batch of this rank."""
         return [self.names[case] for case, _ in self._batch(epoch, step)]
 
-    def draws_of(self, epoch: int, step: int) -> list[Draw]:
+    def draws_of(self, epoch: int, step: int) -> list[CropDraw]:
         """The draws of a batch of this rank."""
         return [self._draw(epoch, position, self.indices[case]) for case, position in self._batch(epoch, step)]
 
     def _batch(self, epoch: int, step: int) -> list[tuple[int, int]]:
         """(case, position in the epoch) of each sample of a batch of this rank."""
-        stride = self.batch_size * self.world_size
-        order = epoch_order(self.seed, epoch, self.samples, self._stride)
-        positions = range(step * stride + self.rank, (step + 1) * stride, self.world_size)
+        order = epoch_order(self.crops.seed, epoch, self.samples, self._stride)
+        first = step * self._batch_stride
+        positions = range(first + self.options.rank, first + self._batch_stride, self.options.world_size)
         return [(int(order[p]) % len(self.names), p) for p in positions]
 
-    def _draw(self, epoch: int, position: int, i: int) -> Draw:
-        x, y, z = np.maximum(self.cases.shape(i), self.crop_size).tolist()
+    def _draw(self, epoch: int, position: int, i: int) -> CropDraw:
+        crops = self.crops
+        x, y, z = np.maximum(self.cases.shape(i), crops.crop_size).tolist()
         # Not moved by the padding: an axis that is padded has one start only.
-        foreground = self.cases.foreground(i) if self.foreground_prob else np.empty((0, 3), np.int32)
-        draw = draw_sample(self.seed, epoch, position, (x, y, z), self.crop_size, foreground, self.foreground_prob)
-        return draw if self.augment else Draw(draw.start, flip=False, scale=0.0, shift=0.0)
+        foreground = self.cases.foreground(i) if crops.foreground_prob else np.empty((0, 3), np.int32)
+        draw = draw_sample(crops.seed, epoch, position, (x, y, z), crops.crop_size, foreground, crops.foreground_prob)
+        return draw if crops.augment else CropDraw(draw.start, flip=False, scale=0.0, shift=0.0)
 
-    def _numbers(self, draws: Sequence[Draw], epoch: int, step: int, tags: NDArray[np.int64]) -> tuple[Any, ...]:
-        """Scales, shifts, tags and inputs of the extra augmentations of a batch, as the graph takes them."""
+    def _numbers(self, draws: Sequence[CropDraw], epoch: int, step: int) -> tuple[Any, ...]:
+        """Scales, shifts and inputs of the extra augmentations of a batch, as the pipeline takes them."""
         scales, shifts = np.array([(draw.scale, draw.shift) for draw in draws], np.float32).T.copy()
-        channels = len(self.cases.modalities)
-        extras = [
-            draw_augment(generator(self.seed, epoch, position, stream=1), self.extras, channels)
+        channels, extras = len(self.cases.modalities), self.crops.extras
+        drawn = [
+            draw_augment(generator(self.crops.seed, epoch, position, stream=1), extras, channels)
             for _, position in self._batch(epoch, step)
         ]
-        return scales, shifts, tags, *graph_inputs(self.extras, extras, self.crop_size, channels).values()
+        return scales, shifts, *pipeline_inputs(extras, drawn, self.crops.crop_size, channels).values()
 
 
 class TrainLoader(CropLoader):
@@ -216,45 +172,44 @@ class TrainLoader(CropLoader):
 
     Args:
         store: prepared cases.
-        names, crop_size, batch_size, seed, options: as in `CropLoader`.
-        residence: where the volumes are meanwhile (volumes.py).
-        ranks_on_node: processes that share the memory of a node.
+        names, crops, options: as in `CropLoader`.
 
     Raises:
-        DataError, ValueError: as `CropLoader`; volumes that do not fit where `residence` puts them.
+        DataError, ValueError: as `CropLoader`; volumes that do not fit where `options.residence` puts them.
     """
 
     def __init__(
-        self,
-        store: Store,
-        names: Sequence[str],
-        crop_size: Size,
-        batch_size: int,
-        seed: int = 0,
-        residence: Residence = "auto",
-        ranks_on_node: int = 1,
-        **options: Any,
+        self, store: Store, names: Sequence[str], crops: CropOptions, options: LoaderOptions = DEFAULT_OPTIONS
     ) -> None:
-        super().__init__(store, names, crop_size, batch_size, seed, **options)
-        where = torch_device(self._device, self._device_id)
-        self._volumes = open_volumes(store, self.indices, where, residence, ranks_on_node, "training volumes")
-        self._buffers = deque(self._volumes.new_buffers(batch_size, crop_size) for _ in range(BUFFERS))
-        in_place = isinstance(self._volumes, LoadedVolumes)
-        self._stream = self._start(partial(train_graph, in_place=in_place, extras=self.extras))
+        super().__init__(store, names, crops, options)
+        self._volumes = open_volumes(store, self.indices, options, "training volumes")
+        self._buffers = deque(self._volumes.new_buffers(crops.batch_size, crops.crop_size) for _ in range(BUFFERS))
+        # The affine changes the crop before the z-score, so its statistics are not those of the crop as it was cut.
+        self._with_statistics = options.device.type == "cpu" and not crops.extras.affine_prob
+        self._stream = Stream(
+            train_pipeline,
+            self._read,
+            len(self),
+            crops.batch_size,
+            options,
+            in_place=isinstance(self._volumes, LoadedVolumes),
+            extras=crops.extras,
+            statistics=self._with_statistics,
+        )
 
     @property
     def gpu_bytes(self) -> int:
-        """Volumes in the memory of the GPU."""
+        """Bytes of volumes in the memory of the GPU."""
         return self._volumes.gpu_bytes
 
-    def _read(self, epoch: int, step: int, tags: NDArray[np.int64]) -> tuple[tuple, tuple]:
+    def _read(self, epoch: int, step: int) -> Batch:
         self._buffers.rotate()
         image, label = self._buffers[0]
         draws = self.draws_of(epoch, step)
         for b, (draw, (case, _)) in enumerate(zip(draws, self._batch(epoch, step), strict=True)):
             self._volumes.crop(self.indices[case], draw.start, image[b], label[b], draw.flip)
-        statistics = _statistics(image) if brings_statistics(self._device, self.extras) else ()
-        return (image, label), (*self._numbers(draws, epoch, step, tags), *statistics)
+        statistics = nonzero_mean_std(image) if self._with_statistics else ()
+        return (image, label), (*self._numbers(draws, epoch, step), *statistics)
 
 
 class ValLoader:
@@ -266,12 +221,12 @@ class ValLoader:
         store: prepared cases.
         names: cases to validate on.
         crop_size: (X, Y, Z) in voxels, cut as MONAI's CenterSpatialCrop does; None is the full volume.
-        device, rank, world_size, pad, device_id, threads, memory_format: as in `CropLoader`.
-        residence, ranks_on_node: as in `TrainLoader`; to load volumes pays where cases are asked for again and again.
+        options: this rank's share, and where its batches go. Loading the volumes into memory pays where cases are
+            asked for again and again.
         normalise: False leaves the z-score to the caller, as sliding windows want it.
 
     Raises:
-        DataError, ValueError: as `CropLoader`.
+        DataError, ValueError: as `TrainLoader`.
     """
 
     def __init__(
@@ -279,35 +234,34 @@ class ValLoader:
         store: Store,
         names: Sequence[str],
         crop_size: Size | None,
-        device: str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        pad: bool = False,
-        device_id: int | None = None,
-        threads: int = 2,
-        residence: Residence = "mapped",
-        ranks_on_node: int = 1,
+        options: LoaderOptions = DEFAULT_OPTIONS,
         normalise: bool = True,
-        memory_format: torch.memory_format = torch.channels_last_3d,
     ) -> None:
         self.store, self.crop_size = store, crop_size
-        self.indices = check_loader(store, names, crop_size, pad, device, rank, world_size)[rank::world_size]
-        self.names = tuple(names)[rank::world_size]
-        self._brings_statistics = normalise and device == "cpu"
+        own = slice(options.rank, None, options.world_size)
+        self.indices = indices_of(store, names, crop_size, options.pad)[own]
+        self.names = tuple(names)[own]
         self._passes = 0
-        where = torch_device(device, device_id)
         self._volumes: Volumes = (
             MappedVolumes(store)
-            if residence == "mapped"
-            else open_volumes(store, self.indices, where, residence, ranks_on_node, "validation volumes")
+            if options.residence == "mapped"
+            else open_volumes(store, self.indices, options, "validation volumes")
         )
-        self._buffers: deque[tuple] = deque(maxlen=BUFFERS)
-        graph = partial(val_graph, in_place=isinstance(self._volumes, LoadedVolumes), normalise=normalise)
-        self._stream = Stream(graph, self._read, len(self), 1, threads, device, device_id, memory_format=memory_format)
+        self._with_statistics = normalise and options.device.type == "cpu"
+        self._stream = Stream(
+            val_pipeline,
+            self._read,
+            len(self),
+            1,
+            options,
+            in_place=isinstance(self._volumes, LoadedVolumes),
+            normalise=normalise,
+            statistics=self._with_statistics,
+        )
 
     @property
     def gpu_bytes(self) -> int:
-        """Volumes in the memory of the GPU."""
+        """Bytes of volumes in the memory of the GPU."""
         return self._volumes.gpu_bytes
 
     def __len__(self) -> int:
@@ -315,38 +269,25 @@ class ValLoader:
         return len(self.names)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Yield (name, image float32 (1, C, X, Y, Z), label uint8 (1, X, Y, Z)), in tensors of their own."""
+        """Yield (name, image (1, C, X, Y, Z), label uint8 (1, X, Y, Z)), in tensors of their own."""
         passes, self._passes = self._passes, self._passes + 1
         for step, image, label in self._stream.epoch(passes):
             yield self.names[step], image, label
 
-    def _read(self, _pass: int, step: int, tags: NDArray[np.int64]) -> tuple[tuple, tuple]:
+    def _read(self, _pass: int, step: int) -> Batch:
         i = self.indices[step]
         shape = np.array(self.store.shape(i))
         size = self.crop_size or self.store.shape(i)
         start = np.maximum(shape, size) // 2 - np.array(size) // 2
         image, label = self._volumes.new_buffers(1, size)
         self._volumes.crop(i, start.tolist(), image[0], label[0])
-        self._buffers.append((image, label))
-        return (image, label), (tags, *(_statistics(image) if self._brings_statistics else ()))
+        return (image, label), nonzero_mean_std(image) if self._with_statistics else ()
 
 
-def _statistics(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Means and deviations (B, C) of the non-zero voxels of a batch."""
-    means, stds = zip(*map(nonzero_mean_std, images), strict=True)
-    return np.stack(means), np.stack(stds)
-
-
-def check_loader(
-    cases: Cases, names: Sequence[str], crop_size: Size | None, pad: bool, device: str, rank: int, world_size: int
-) -> list[int]:
-    """Indices of `names`, once everything that a loader is given makes sense. Raises as the loaders say."""
+def indices_of(cases: CaseSource, names: Sequence[str], crop_size: Size | None, pad: bool) -> list[int]:
+    """Indices of `names`, once it is clear that the cases can be loaded. Raises as the loaders say."""
     if crop_size is not None and (len(crop_size) != 3 or min(crop_size) < 1):
         raise ValueError(f"crop_size {tuple(crop_size)} must be three positive numbers of voxels, e.g. (128, 128, 64)")
-    if device not in ("cpu", "gpu"):
-        raise ValueError(f'device {device!r} must be "cpu" or "gpu"')
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} must be at least 0 and below world_size {world_size}")
     if not names:
         raise DataError("no cases to load: name at least one case")
     indices = [cases.index(name) for name in names]

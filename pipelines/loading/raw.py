@@ -1,4 +1,4 @@
-"""From raw volume to training crop in one DALI graph, for cases that are not prepared, on the CPU or on the GPU.
+"""From raw volume to training crop in one DALI pipeline, for cases that are not prepared, on the CPU or on the GPU.
 
     decode      pipelines/scans/nifti.py, in threads, some cases ahead: DALI reads no NIfTI
     box         the part of the raw volume that the crop needs, cut out of it; the other voxels go nowhere
@@ -6,8 +6,8 @@
     support     a mask that leaves the voxels alone that MONAI leaves non-zero
     z-score, jitter     as in dali.py
 
-`raw_loader` feeds the graph. `resample_case` is the resampling alone, of a whole volume, for filling a store
-by a GPU; on a CPU `resample.resample_image` is faster and exact.
+`raw_loader` feeds the pipeline. `resample_case` is the resampling alone, of a whole volume, for preparing cases on a
+GPU; on a CPU `resample.resample_image` is faster and exact.
 
 Resampling. Where the file's axes run along the scanner's, the map from crop to raw volume scales and flips each axis by
 itself, so fn.resize does all of it, from fractional ends of a region that may run backwards. On a CPU it takes 56 ms
@@ -18,8 +18,8 @@ resample.py, and only cropped here.
 Support. The z-score counts what is not zero, and MONAI's rounding puts 1e-11 into zero voxels beside the head, which
 float32 positions can't reproduce: 1.6 % of the voxels that it counts in a BraTS scan, without which its deviation is 2
 to 12 % smaller. So the source says which voxels have a non-zero neighbour of non-zero weight, by the weights of
-resample.py. Where these are the graph adds `TINY`, elsewhere it puts zero, the padding of small volumes included. Only
-voxels whose neighbours cancel to an exact zero are counted and should not be; intensities of one sign have none.
+resample.py. There the pipeline adds `TINY`; elsewhere, the padding of small volumes included, it puts zero. Only voxels
+whose neighbours cancel to an exact zero are counted and should not be; intensities of one sign have none.
 
 A label map is resampled whole when it is decoded (15 ms), by resample.py, and cropped: no voxel differs.
 
@@ -32,31 +32,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import nvidia.dali.fn as fn
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import pipeline_def, types
-from nvidia.dali.pipeline import do_not_convert
 
+from pipelines.basics.lazy import Lazy
 from pipelines.geometry import Grid
 from pipelines.loading.augment import Augment, input_names
-from pipelines.loading.dali import CPU_EXECUTION, NO_EXTRAS, augmented, torch_device
+from pipelines.loading.dali import augmented, build_pipeline, external_inputs, with_index
 from pipelines.loading.sampling import overlap
 from pipelines.resample import Weights, axis_weights, resample_image
 from pipelines.scans.nifti import RawCase
 
+fn, types = Lazy("nvidia.dali.fn"), Lazy("nvidia.dali.types")
+
 TINY = np.float32(1e-30)  # counts as a voxel, and changes no other number
-INPUTS = ("box", "support", "start", "end", "size")
+LAYOUTS = ["CDHW", "CDHW", "", "", ""]  # of `ResampleInputs`
 
 
-@dataclass(frozen=True)
-class Window:
-    """A crop, or a whole prepared volume, as what `resample` needs.
+class ResampleInputs(NamedTuple):
+    """A crop, or a whole prepared volume, as what `resample` takes.
 
-    Args:
+    Attributes:
         box: float32 (C, z, y, x), a view of the raw volume.
         support: uint8 (C, Z, Y, X) of the crop: 1 where MONAI's voxel is not zero.
         start, end: float32 (3,), z, y, x: the crop's outer faces in voxels of the box; start > end on a flipped axis.
@@ -71,10 +70,10 @@ class Window:
 
 
 @dataclass(frozen=True)
-class RawImage:
+class ImageOnGrid:
     """A raw image, and where the voxels of its prepared grid lie in it.
 
-    Args:
+    Attributes:
         image_CZYX: float32; axes in the order of RAS, directions the file's.
         weights: along X, Y and Z of the prepared grid.
         first: (3,), x, y, z: position of the grid's first voxel, in voxels of the image.
@@ -87,25 +86,27 @@ class RawImage:
     step: NDArray[np.float64]
 
     @staticmethod
-    def of(image_XYZC: NDArray[np.float32], affine: NDArray[np.float64], grid: Grid) -> RawImage:
+    def of(image_XYZC: NDArray[np.float32], affine: NDArray[np.float64], grid: Grid) -> ImageOnGrid:
         """An image in file orientation, as `resample.resample_image` takes it; a rotated one is resampled here."""
         weights = axis_weights(image_XYZC.shape[:3], affine, grid)
         if weights is None:
             image_XYZC = resample_image(image_XYZC, affine, grid)
             whole = (Weights.at(torch.arange(n, dtype=torch.float64), n, False) for n in grid.shape)
-            return RawImage(image_XYZC.transpose(3, 2, 1, 0), tuple(whole), np.zeros(3), np.ones(3))
+            return ImageOnGrid(image_XYZC.transpose(3, 2, 1, 0), tuple(whole), np.zeros(3), np.ones(3))
         image_XYZC, affine = grid.turned(image_XYZC, affine)
         order = list(grid.permutation)
         to_source = grid.to_source(affine)[order]
         image_CZYX = image_XYZC.transpose(3, *reversed(order))
-        return RawImage(image_CZYX, tuple(weights[i] for i in order), to_source[:, 3], np.diag(to_source[:, :3]).copy())
+        return ImageOnGrid(
+            image_CZYX, tuple(weights[i] for i in order), to_source[:, 3], np.diag(to_source[:, :3]).copy()
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(X, Y, Z) of the prepared grid."""
         return tuple(len(weights.low) for weights in self.weights)
 
-    def window(self, start: Sequence[int], size: Sequence[int], flip: bool = False) -> Window:
+    def crop(self, start: Sequence[int], size: Sequence[int], flip: bool = False) -> ResampleInputs:
         """A crop of the prepared grid.
 
         Args:
@@ -133,7 +134,7 @@ class RawImage:
         ends = [faces, faces + self.step * size]
         if flip:
             ends[0][0], ends[1][0] = ends[1][0], ends[0][0]
-        return Window(box, support, *(np.array(values[::-1], np.float32) for values in (*ends, size)))
+        return ResampleInputs(box, support, *(np.array(values[::-1], np.float32) for values in (*ends, size)))
 
 
 def _support(box: NDArray[np.float32], neighbours: Sequence[tuple[NDArray, NDArray]]) -> NDArray[np.bool_]:
@@ -145,7 +146,7 @@ def _support(box: NDArray[np.float32], neighbours: Sequence[tuple[NDArray, NDArr
 
 
 def resample(box: Any, support: Any, start: Any, end: Any, size: Any) -> Any:
-    """Nodes of a `Window` to an image in layout DHWC, oriented, with MONAI's zeros."""
+    """From nodes of `ResampleInputs` to an image in layout DHWC, oriented, with MONAI's zeros."""
     planar: Any = fn.resize(
         box, roi_start=start, roi_end=end, size=size, interp_type=types.INTERP_LINEAR, antialias=False
     )
@@ -155,65 +156,53 @@ def resample(box: Any, support: Any, start: Any, end: Any, size: Any) -> Any:
     return fn.transpose(oriented, perm=[1, 2, 3, 0], transpose_layout=False, output_layout="DHWC")
 
 
-@do_not_convert  # plain Python, which DALI's conditionals would otherwise rewrite
-def _inputs(source: Callable[[], tuple[tuple, tuple]], extras: int) -> list[Any]:
-    layouts = ["CDHW", "CDHW", "", "", "", "DHWC", "", "", ""]
-
-    def flat() -> list:
-        return [values for part in source() for values in part]
-
-    return [*fn.external_source(flat, num_outputs=len(layouts) + extras, layout=layouts, no_copy=True)]
-
-
-@pipeline_def(enable_conditionals=True)
-def raw_graph(source: Callable[[], tuple[tuple, tuple]], device: str, extras: Augment = NO_EXTRAS) -> tuple:
+def raw_pipeline(sources: Sequence[Callable[[], Any]], device: str, extras: Augment) -> tuple:
     """Resample, orient, crop, flip, z-score, jitter, with the extra augmentations that are on.
 
     Args:
-        source: returns a batch, read in place: (boxes, supports, starts, ends, sizes) of windows, and (labels
-            (B, X, Y, Z, 1) uint8, scales (B,), shifts (B,), tags (B, 2) int64, inputs of the extras), float32.
-        device: "cpu" or "gpu".
+        sources: one returns the `ResampleInputs` of a batch, a list for each field, and its labels (B, X, Y, Z, 1)
+            uint8; the other tags (B, 2) int64, scales (B,), shifts (B,), inputs of the extras, float32.
+        device: DALI's "cpu" or "gpu".
         extras: extra augmentations.
     """
-    box, support, start, end, size, label, scale, shift, tag, *rest = _inputs(source, len(input_names(extras)))
+    box, support, start, end, size, label, tag, scale, shift, *rest = external_inputs(
+        sources, [*LAYOUTS, "DHWC"], 3 + len(input_names(extras))
+    )
     if device == "gpu":
         box, support, label = box.gpu(), support.gpu(), label.gpu()
     image = resample(box, support, start, end, size)
     return (*augmented(image, label, scale, shift, extras, rest), tag)
 
 
-@pipeline_def
-def resample_graph(device: str) -> Any:
-    """`resample` of the window that is fed to `INPUTS`."""
-    box, support, start, end, size = (
-        fn.external_source(name=name, layout="CDHW" if name in INPUTS[:2] else None, no_copy=True) for name in INPUTS
-    )
+def resample_pipeline(names: Sequence[str], device: str) -> Any:
+    """`resample` of what is fed to `names`, the fields of `ResampleInputs`."""
+    box, support, start, end, size = [
+        fn.external_source(name=name, layout=layout, no_copy=True) for name, layout in zip(names, LAYOUTS)
+    ]
     if device == "gpu":
         box, support = box.gpu(), support.gpu()
     return resample(box, support, start, end, size)
 
 
-def resample_case(raw: RawCase, grid: Grid, device: str = "gpu", device_id: int | None = None) -> NDArray[np.float32]:
-    """Resample and orient the image of a case by the graph: `resample.resample_image` for a GPU.
+def resample_case(raw: RawCase, grid: Grid, device: torch.device) -> NDArray[np.float32]:
+    """Resample and orient the image of a case in DALI: `resample.resample_image` for a GPU.
 
     Args:
         raw: the case, from `read_case`.
         grid: from `target_grid` of its shape and affine.
-        device: "cpu" or "gpu". device_id: which GPU; None is torch's current one.
+        device: where; "cuda" alone is torch's current GPU.
 
     Returns:
         float32 (X', Y', Z', C) in RAS, C order.
     """
-    image = RawImage.of(raw.image, raw.affine, grid)
-    window = image.window((0, 0, 0), image.shape)
-    pipeline = _resample_pipeline(device, torch_device(device, device_id).index)
-    fed = [np.ascontiguousarray(getattr(window, name)) for name in INPUTS]
-    for name, array in zip(INPUTS, fed, strict=True):
+    image = ImageOnGrid.of(raw.image, raw.affine, grid)
+    pipeline = _resample_pipeline(with_index(device))
+    fed = [np.ascontiguousarray(array) for array in image.crop((0, 0, 0), image.shape)]
+    for name, array in zip(ResampleInputs._fields, fed, strict=True):
         pipeline.feed_input(name, [array])
     return np.array(pipeline.run()[0].as_cpu().as_array()[0])
 
 
 @lru_cache
-def _resample_pipeline(device: str, device_id: int | None) -> Any:
-    options = CPU_EXECUTION if device == "cpu" else {}
-    return resample_graph(device, batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, **options)
+def _resample_pipeline(device: torch.device) -> Any:
+    return build_pipeline(resample_pipeline, device, ResampleInputs._fields)

@@ -1,7 +1,7 @@
-"""Training crops of cases that are not prepared: files decoded in threads, resampled by the graph of `loading.raw`.
+"""Training crops of cases that are not prepared: files decoded in threads, resampled by the pipeline of raw.py.
 
-Every sample decodes its case again, which costs more than all the rest: what is trained on for more than a few epochs
-is better prepared.
+Every sample decodes its case again, which costs more than all the rest: to train for more than a few epochs, prepare
+the cases instead.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.cases import CaseSet
 from pipelines.geometry import label_grid, target_grid
-from pipelines.loading.dali import BUFFERS
+from pipelines.loading.dali import BUFFERS, Batch, Stream
+from pipelines.loading.loader_options import DEFAULT_OPTIONS, CropOptions, LoaderOptions
 from pipelines.loading.loaders import CropLoader
-from pipelines.loading.raw import INPUTS, RawImage, Window, raw_graph
-from pipelines.loading.sampling import Draw, Size, copy_crop
+from pipelines.loading.raw import ImageOnGrid, ResampleInputs, raw_pipeline
+from pipelines.loading.sampling import CropDraw, copy_crop
 from pipelines.preparing.prepared_case import foreground_voxels
 from pipelines.resample import resample_label
 from pipelines.scans.nifti import read_case, read_grid
@@ -29,37 +28,37 @@ from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedCase:
     """A case in memory: its raw image, and its label as prepared, uint8 (X, Y, Z, 1)."""
 
-    image: RawImage
+    image: ImageOnGrid
     label: NDArray[np.uint8]
 
 
-class CaseReader:
-    """Decodes cases in threads, ahead of their use, and keeps at most `capacity`, those in the making included.
+class ReadAhead:
+    """Decodes cases in threads before they are needed, and holds at most `capacity`, unfinished ones included.
 
     Args:
         decode: from the index of a case to the case; runs in any thread.
         capacity: at least 1.
-        threads: that decode at the same time.
+        threads: how many decode at the same time.
     """
 
-    def __init__(self, decode: Callable[[int], Decoded], capacity: int, threads: int) -> None:
+    def __init__(self, decode: Callable[[int], DecodedCase], capacity: int, threads: int) -> None:
         self.decode, self.capacity = decode, capacity
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._cases: dict[int, Future[Decoded]] = {}
+        self._cases: dict[int, Future[DecodedCase]] = {}
 
-    def get(self, wanted: Sequence[int]) -> Decoded:
-        """The first of the cases; the others are begun, in this order, as far as there is room, the rest dropped.
+    def get(self, wanted: Sequence[int]) -> DecodedCase:
+        """The first of the cases; the next ones are started, in order, as far as there is room, and all others dropped.
 
         Raises:
-            CaseError: the first case has a fault. It is read anew the next time.
+            CaseError: the first case is faulty. It is read again the next time.
         """
         ahead = list(dict.fromkeys(wanted))[: self.capacity]
         for case in self._cases.keys() - set(ahead):
             if not self._cases[case].cancel():
-                wait([self._cases[case]])  # it can't be stopped, and takes memory until it ends
+                wait([self._cases[case]])  # a running one can't be stopped, and takes memory until it ends
             del self._cases[case]
         for case in ahead:
             if case not in self._cases:
@@ -71,8 +70,8 @@ class CaseReader:
             raise
 
 
-class RawCases:
-    """Cases that are in no store, as a loader asks for them: from headers, or decoded on demand."""
+class ScanSource:
+    """Cases as a loader asks for them, straight from the scans: shapes from headers, the rest decoded on demand."""
 
     def __init__(self, case_set: CaseSet, spacing: Spacing | Sequence[float]) -> None:
         self.cases, self.names, self.modalities = case_set.cases, case_set.names, case_set.modalities
@@ -94,22 +93,22 @@ class RawCases:
         return self.cases[i].label is not None
 
     def foreground(self, i: int) -> NDArray[np.int32]:
-        """As `Store.foreground`; the first time the case is decoded for it."""
+        """As `Store.foreground`; the first call decodes the case."""
         if i not in self._foreground:
             self.decode(i)
         return self._foreground[i]
 
-    def decode(self, i: int) -> Decoded:
+    def decode(self, i: int) -> DecodedCase:
         """Read a case, and resample its label. Raises CaseError as `read_case`."""
         raw = read_case(self.cases[i], self.coding)
-        assert raw.label is not None and raw.label_affine is not None, "check_loader refuses cases without a label"
+        assert raw.label is not None and raw.label_affine is not None, "loaders refuse cases without a label"
         shape = raw.label.shape
         grid = target_grid(shape, raw.affine, self.spacing)
         own = label_grid(grid, shape, raw.label_affine, self.spacing)
         label = resample_label(raw.label, raw.label_affine, own)
         if i not in self._foreground:
             self._foreground[i] = foreground_voxels(label)
-        return Decoded(RawImage.of(raw.image, raw.affine, grid), label[..., None])
+        return DecodedCase(ImageOnGrid.of(raw.image, raw.affine, grid), label[..., None])
 
 
 class RawLoader(CropLoader):
@@ -117,11 +116,10 @@ class RawLoader(CropLoader):
 
     Args:
         case_set: the cases; only their headers are read before the first batch.
-        names: cases to train on.
-        crop_size: (X, Y, Z) in voxels of the prepared grid.
-        batch_size, seed, options: as in `CropLoader`; as many threads decode as DALI has. At most `batch_size` + 2
-            decoded cases are in memory (143 MB each for BraTS), and `BUFFERS` batches of boxes (80 MB a sample of
-            128 x 128 x 64 at 1.5 x 1.5 x 2.0 mm from 1 mm).
+        names, crops: as in `CropLoader`.
+        options: as in `CropLoader`; as many threads decode as DALI has. At most `batch_size` + 2 decoded cases are in
+            memory (143 MB each for BraTS), and `BUFFERS` batches of boxes (80 MB a sample of 128 x 128 x 64 at
+            1.5 x 1.5 x 2.0 mm from 1 mm).
         spacing: voxel size after resampling, as in `store.prepare`.
 
     Raises:
@@ -133,46 +131,41 @@ class RawLoader(CropLoader):
         self,
         case_set: CaseSet,
         names: Sequence[str],
-        crop_size: Size,
-        batch_size: int,
-        seed: int = 0,
+        crops: CropOptions,
+        options: LoaderOptions = DEFAULT_OPTIONS,
         spacing: Spacing | Sequence[float] = DEFAULT_SPACING,
-        **options: Any,
     ) -> None:
-        cases = RawCases(case_set.select(names), spacing)
-        super().__init__(cases, names, crop_size, batch_size, seed, **options)
-        self._reader = CaseReader(cases.decode, batch_size + 2, options.get("threads", 2))
-        self._boxes = deque([np.empty(0, np.float32)] * batch_size for _ in range(BUFFERS))
-        self._in_use: deque[tuple] = deque(maxlen=BUFFERS)  # DALI reads them in place
-        self._stream = self._start(partial(raw_graph, extras=self.extras))
+        source = ScanSource(case_set.select(names), spacing)
+        super().__init__(source, names, crops, options)
+        self._ahead = ReadAhead(source.decode, crops.batch_size + 2, options.threads)
+        self._boxes = deque([np.empty(0, np.float32)] * crops.batch_size for _ in range(BUFFERS))
+        self._stream = Stream(raw_pipeline, self._read, len(self), crops.batch_size, options, extras=crops.extras)
 
-    def _read(self, epoch: int, step: int, tags: NDArray[np.int64]) -> tuple[tuple, tuple]:
+    def _read(self, epoch: int, step: int) -> Batch:
         self._boxes.rotate()
-        ahead = self._ahead(epoch, step)
+        cases = self._cases_from(epoch, step)
         samples = [
-            self._sample(b, epoch, position, ahead[b:]) for b, (_, position) in enumerate(self._batch(epoch, step))
+            self._sample(b, epoch, position, cases[b:]) for b, (_, position) in enumerate(self._batch(epoch, step))
         ]
-        windows, labels, draws = zip(*samples, strict=True)
-        inputs = tuple([getattr(window, name) for window in windows] for name in INPUTS)
-        self._in_use.append((inputs, (np.stack(labels), *self._numbers(draws, epoch, step, tags))))
-        return self._in_use[-1]
+        inputs, labels, draws = zip(*samples, strict=True)
+        return (*map(list, zip(*inputs, strict=True)), np.stack(labels)), self._numbers(draws, epoch, step)
 
-    def _ahead(self, epoch: int, step: int) -> list[int]:
-        """Cases of the samples of a batch, and of as many after it as the reader may have begun by its last one."""
-        first, steps = epoch * len(self) + step, -(-self._reader.capacity // self.batch_size)
+    def _cases_from(self, epoch: int, step: int) -> list[int]:
+        """Cases of the samples of a batch, and of as many after it as may be started while its last one is read."""
+        first, steps = epoch * len(self) + step, -(-self._ahead.capacity // self.crops.batch_size)
         tags = [divmod(n, len(self)) for n in range(first, first + 1 + steps)]
         return [self.indices[case] for tag in tags for case, _ in self._batch(*tag)]
 
     def _sample(
-        self, b: int, epoch: int, position: int, ahead: Sequence[int]
-    ) -> tuple[Window, NDArray[np.uint8], Draw]:
-        decoded = self._reader.get(ahead)
-        draw = self._draw(epoch, position, ahead[0])
-        label = np.empty((*self.crop_size, 1), np.uint8)
+        self, b: int, epoch: int, position: int, cases: Sequence[int]
+    ) -> tuple[ResampleInputs, NDArray[np.uint8], CropDraw]:
+        decoded = self._ahead.get(cases)
+        draw = self._draw(epoch, position, cases[0])
+        label = np.empty((*self.crops.crop_size, 1), np.uint8)
         copy_crop(decoded.label, draw.start, label[::-1] if draw.flip else label)
-        window = decoded.image.window(draw.start, self.crop_size, draw.flip)
-        if self._boxes[0][b].size < window.box.size:
-            self._boxes[0][b] = np.empty(window.box.size, np.float32)
-        box = self._boxes[0][b][: window.box.size].reshape(window.box.shape)
-        np.copyto(box, window.box)
-        return replace(window, box=box), label, draw
+        inputs = decoded.image.crop(draw.start, self.crops.crop_size, draw.flip)
+        if self._boxes[0][b].size < inputs.box.size:
+            self._boxes[0][b] = np.empty(inputs.box.size, np.float32)
+        box = self._boxes[0][b][: inputs.box.size].reshape(inputs.box.shape)
+        np.copyto(box, inputs.box)
+        return inputs._replace(box=box), label, draw

@@ -28,7 +28,7 @@ Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Draw:
+class CropDraw:
     """What chance decided for one sample.
 
     Attributes:
@@ -60,8 +60,8 @@ def draw_sample(
     crop_size: Size,
     foreground: NDArray[np.int32],
     foreground_prob: float,
-) -> Draw:
-    """Draw the crop, flip, scale and shift of one sample.
+) -> CropDraw:
+    """CropDraw the crop, flip, scale and shift of one sample.
 
     The start is uniform over all crops that fit, as in MONAI's RandSpatialCrop; with probability `foreground_prob` the
     crop is centred on a random tumour voxel instead, and pushed back inside the volume where it would leave it.
@@ -84,7 +84,7 @@ def draw_sample(
     flip = rng.random() < FLIP_PROB
     scale = rng.uniform(-SCALE_RANGE, SCALE_RANGE) if rng.random() < SCALE_PROB else 0.0
     shift = rng.uniform(-SHIFT_RANGE, SHIFT_RANGE) if rng.random() < SHIFT_PROB else 0.0
-    return Draw((int(start[0]), int(start[1]), int(start[2])), bool(flip), float(scale), float(shift))
+    return CropDraw((int(start[0]), int(start[1]), int(start[2])), bool(flip), float(scale), float(shift))
 
 
 @lru_cache(4)  # every batch asks for it

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import psutil
@@ -25,12 +25,12 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.basics.errors import DataError
+from pipelines.loading.loader_options import LoaderOptions, Residence
 from pipelines.loading.sampling import Size, copy_crop, overlap
 from pipelines.preparing.store import Store
 
 log = logging.getLogger(__name__)
 
-Residence = Literal["auto", "gpu", "pinned", "mapped"]
 GPU_SHARE = 0.4
 """Share of the free memory of a GPU that volumes may take: model, activations and cuDNN's workspaces need the rest."""
 HOST_SHARE = 0.5
@@ -123,72 +123,60 @@ class LoadedVolumes:
 
 
 def label_of(store: Store, case: int) -> NDArray[np.uint8]:
-    """Label of a case as (X, Y, Z, 1), memory-mapped.
-
-    Raises:
-        DataError: the case has none.
-    """
+    """Label of a case that has one, as (X, Y, Z, 1), memory-mapped."""
     label = store.label(case)
-    if label is None:
-        raise DataError(
-            f"case {store.names[case]} has no label: add it, or leave the case out of training and validation"
-        )
+    assert label is not None, "loaders refuse cases without a label"
     return label[..., None]
 
 
-def nonzero_mean_std(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and population standard deviation of the non-zero voxels of each channel.
+def nonzero_mean_std(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and population standard deviation of the non-zero voxels of each channel of each image.
 
     One pass in float64, where sums of squares lose nothing that float32 voxels hold: plane by plane, in cache, each a
     matrix of long rows (z, C), over which sums are vector operations; summing over all but four channels is not.
 
     Args:
-        image: (x, y, z, C), C order.
+        images: (B, x, y, z, C), C order.
 
     Returns:
-        mean (C,), 0 for a channel without non-zero voxels; deviation (C,), 1 for such a channel and for a constant one
-        (up to the rounding of its mean in float32), which is then only centred, as MONAI's NormalizeIntensity does.
+        means (B, C), 0 for a channel without non-zero voxels; deviations (B, C), 1 for such a channel and for a
+        constant one (up to the rounding of its mean in float32), which is then only centred, as by MONAI's
+        NormalizeIntensity.
     """
-    x, y, z, channels = image.shape
-    planes = torch.from_numpy(image).view(x, y, z * channels)
-    wide = torch.empty(planes.shape[1:], dtype=torch.float64)
-    total, squares = torch.zeros(z * channels, dtype=torch.float64), torch.zeros(z * channels, dtype=torch.float64)
-    for plane in planes:
-        total += wide.copy_(plane).sum(0)
-        squares += wide.mul_(wide).sum(0)
-    nonzero = (image.reshape(x, y, -1) != 0).view(np.uint8).sum(1, dtype=np.uint16).sum(0, dtype=np.int64)
-    count = np.maximum(nonzero.reshape(z, channels).sum(0), 1)
-    mean = total.numpy().reshape(z, channels).sum(0) / count
-    variance = squares.numpy().reshape(z, channels).sum(0) / count - mean**2
-    std = np.sqrt(np.maximum(variance, 0))
-    return mean.astype(np.float32), np.where(std <= 1e-6 * np.abs(mean), 1, std).astype(np.float32)
+    batch, x, y, z, channels = images.shape
+    wide = torch.empty((y, z * channels), dtype=torch.float64)
+    mean, std = np.empty((batch, channels), np.float32), np.empty((batch, channels), np.float32)
+    for b, image in enumerate(images):
+        total, squares = torch.zeros(z * channels, dtype=torch.float64), torch.zeros(z * channels, dtype=torch.float64)
+        for plane in torch.from_numpy(image).view(x, y, z * channels):
+            total += wide.copy_(plane).sum(0)
+            squares += wide.mul_(wide).sum(0)
+        nonzero = (image.reshape(x, y, -1) != 0).view(np.uint8).sum(1, dtype=np.uint16).sum(0, dtype=np.int64)
+        count = np.maximum(nonzero.reshape(z, channels).sum(0), 1)
+        exact_mean = total.numpy().reshape(z, channels).sum(0) / count
+        variance = squares.numpy().reshape(z, channels).sum(0) / count - exact_mean**2
+        exact_std = np.sqrt(np.maximum(variance, 0))
+        mean[b], std[b] = exact_mean, np.where(exact_std <= 1e-6 * np.abs(exact_mean), 1, exact_std)
+    return mean, std
 
 
-def open_volumes(
-    store: Store,
-    cases: Sequence[int],
-    device: torch.device,
-    residence: Residence = "auto",
-    ranks_on_node: int = 1,
-    title: str = "volumes",
-) -> Volumes:
+def open_volumes(store: Store, cases: Sequence[int], options: LoaderOptions, title: str) -> Volumes:
     """The volumes of some cases where `choose_residence` puts them; loads them where that is memory.
 
     Args:
         store: prepared cases.
         cases: indices in the store.
-        device: where crops are wanted.
-        residence: as `choose_residence`.
-        ranks_on_node: processes that each load them.
+        options: of the loader that wants them.
         title: what they are called in the log.
 
     Raises:
-        DataError: as `choose_residence`; a case without a label.
+        DataError: as `choose_residence`.
     """
-    chosen = choose_residence(store.nbytes(cases), device, residence, ranks_on_node, title)
+    nbytes = store.nbytes(cases)
+    chosen = choose_residence(nbytes, options.device, options.residence, options.ranks_on_node, title)
     if chosen == "mapped":
         return MappedVolumes(store)
-    return LoadedVolumes(store, cases, device, pinned=chosen == "pinned")
+    return LoadedVolumes(store, cases, options.device, pinned=chosen == "pinned")
 
 
 def choose_residence(

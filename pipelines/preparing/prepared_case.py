@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from isal import isal_zlib
 
 from pipelines.basics.errors import CaseError
@@ -117,9 +118,9 @@ def build(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> dict[str, 
     source_shape = raw.image.shape[:3]
     grid = target_grid(source_shape, raw.affine, task.spacing)
     if task.device == "gpu":
-        from pipelines.loading.raw import resample_case  # DALI, which preparing on a CPU does without
+        from pipelines.loading.raw import resample_case  # which imports the store
 
-        arrays = {"image": resample_case(raw, grid, task.device)}
+        arrays = {"image": resample_case(raw, grid, torch.device("cuda"))}
     else:
         arrays = {"image": resample_image(raw.image, raw.affine, grid)}
     if raw.label is not None and raw.label_affine is not None:

@@ -18,19 +18,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nibabel as nib
 import numpy as np
 from isal import igzip
 
 from pipelines.basics.atomic import replacing
 from pipelines.basics.errors import CaseError
+from pipelines.basics.lazy import Lazy
 from pipelines.basics.regular_files import open_regular
 from pipelines.cases import Case
 from pipelines.labels import Coding
 from pipelines.scans.file_bytes import ScanFile
 from pipelines.scans.nifti_header import WITHOUT_IT, NiftiHeader, affine_fault, check_extensions, parse_header
 from pipelines.scans.voxels import check_image, to_labels
+
+if TYPE_CHECKING:
+    import nibabel as nib
+else:
+    nib = Lazy("nibabel")
 
 __all__ = ["RawCase", "affine_fault", "read_case", "read_grid", "read_nifti", "write_nifti"]
 

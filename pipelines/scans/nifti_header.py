@@ -15,13 +15,18 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nibabel as nib
 import numpy as np
-from nibabel.spatialimages import HeaderDataError
 
 from pipelines.basics.errors import CaseError
+from pipelines.basics.lazy import Lazy
 from pipelines.scans.file_bytes import COPY_AGAIN, not_nifti
+
+if TYPE_CHECKING:
+    import nibabel as nib
+else:
+    nib = Lazy("nibabel")
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +109,7 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
         fields.check_fix(_SILENT, 40)  # of nibabel's levels, that on which it refuses a file
         shape = tuple(int(n) for n in fields.get_data_shape())
         dtype = fields.get_data_dtype()
-    except (HeaderDataError, ValueError, OverflowError) as error:
+    except (nib.spatialimages.HeaderDataError, ValueError, OverflowError) as error:
         raise CaseError(path, f"damaged NIfTI header ({error})", COPY_AGAIN) from error
     if len(shape) >= 5 and shape[3] == 1 and shape[4] > 1:
         shape = (*shape[:3], *shape[4:])
@@ -172,7 +177,7 @@ def _affine(path: Path, fields: nib.Nifti1Header, stored: nib.Nifti1Header) -> n
         _check_pixdim(path, stored, bool(fields["qform_code"]))
     try:
         return np.array(fields.get_best_affine(), np.float64)
-    except (HeaderDataError, ValueError) as error:
+    except (nib.spatialimages.HeaderDataError, ValueError) as error:
         quaternion = [float(fields[f"quatern_{axis}"]) for axis in "bcd"]
         problem = f"its qform can't be read ({error}): quaternion {quaternion}, must be at most 1 long"
         raise CaseError(

@@ -1,0 +1,20 @@
+"""Libraries that take long to import, imported when they are first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+class Lazy:
+    """Stands for a module: `fn = Lazy("nvidia.dali.fn")`, and `fn.resize` imports it.
+
+    Args:
+        name: of the module, with its packages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._name), name)
