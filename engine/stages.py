@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from engine.ranks.command import explain
 from engine.ranks.memory_limits import is_out_of_memory
 from pipelines.basics.errors import DataError
+from pipelines.basics.os_errors import explain
 from pipelines.basics.text import one_line
 
 log = logging.getLogger(__name__)

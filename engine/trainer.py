@@ -24,7 +24,8 @@ from engine.diagnosis import Diverged, first_nonfinite
 from engine.progress import DataWait, LateValues, TrainingProgress
 from engine.ranks.distributed import Ranks, gather
 from engine.ranks.memory_limits import is_out_of_memory, limit_bytes
-from engine.ranks.signals import Preempted, StopSignal
+from engine.ranks.signals import TrainingStopped
+from engine.ranks.stop_signal import StopSignal
 from engine.reports.run_tables import EpochLog, write_validation
 from engine.sharding import copy_moments, copy_weights, load_moments
 from engine.sliding_window import sliding_window_logits
@@ -98,7 +99,7 @@ class Trainer:
         """Train from the current position to the last epoch.
 
         Raises:
-            Preempted: a signal asked to stop; a checkpoint is written.
+            TrainingStopped: a signal asked to stop; a checkpoint is written.
             Diverged: the gradients were not finite for `max_skipped_steps` steps in a row.
             ValueError: memory ran out.
         """
@@ -249,7 +250,7 @@ class Trainer:
             self._save()
         if asked:
             self.writer.wait()
-            raise Preempted(stop.name)
+            raise TrainingStopped(stop.name)
 
     def _give_up_if_due(self, values: list[float] | None, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         limit = self.config.train.max_skipped_steps

@@ -37,8 +37,8 @@ from rich.table import Table
 
 from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.ranks.command import run_command
-from engine.ranks.distributed import read_place
-from engine.ranks.signals import handle, put_back
+from engine.ranks.rank_env import read_rank_env
+from engine.ranks.signals import install_handlers, restore_handlers
 from engine.reports import comparison, comparison_pictures
 from engine.reports.comparison import PUBLISHED, Row, Run
 from engine.yaml_file import read_yaml
@@ -92,7 +92,7 @@ def check(config: Config, options: Namespace) -> None:
         raise ValueError("--resume: this command goes on by itself; give --run_dir, the folder that it wrote")
     if options.runs and options.seeds > 1:
         raise ValueError(f"--seeds {options.seeds} trains, --runs takes what is trained: leave one of the two out")
-    if read_place().world_size > 1:
+    if read_rank_env().world_size > 1:
         raise ValueError("start launch/compare.py by python, as one process: it starts the launcher for each run")
 
 
@@ -202,7 +202,7 @@ def run_process(command: Sequence[str]) -> int:
             os.killpg(process.pid, number)
 
     with subprocess.Popen(command, start_new_session=True) as process:
-        handlers = handle(pass_on) | {signal.SIGINT: signal.signal(signal.SIGINT, pass_on)}
+        handlers = install_handlers(pass_on) | {signal.SIGINT: signal.signal(signal.SIGINT, pass_on)}
         try:
             status = process.wait()
             while stopping and _is_alive(process.pid):
@@ -212,7 +212,7 @@ def run_process(command: Sequence[str]) -> int:
                 time.sleep(0.05)
             return status
         finally:
-            put_back(handlers)
+            restore_handlers(handlers)
 
 
 def _is_alive(group: int) -> bool:

@@ -17,13 +17,13 @@ from engine.ranks.distributed import Ranks, init_ranks
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("BRATS_DATA", ROOT.parent / "shared" / "data"))
 
-LONGEST = ("test_distributed.py", "test_ranks.py", "test_runs.py", "test_step.py", "test_trainer.py")
-"""Files of half a minute and more: of several workers, each of which takes whole files, none ends long after others."""
+LONGEST = ("test_ranks.py", "test_runs.py", "test_step.py", "test_trainer.py", "test_watchdog.py")
+"""Files of half a minute and more, which start first: workers take whole files, and so end at about the same time."""
 
 
 @pytest.fixture(scope="session", autouse=True)
-def heeds_interrupts() -> None:
-    """A shell lets what it runs in the background ignore Ctrl-C, which some tests send themselves."""
+def interruptible() -> None:
+    """A shell makes its background jobs ignore Ctrl-C, which some tests send themselves."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -44,7 +44,7 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture
 def gpu_ranks(ranks: Ranks) -> Iterator[Ranks]:
-    """This process as the only rank, on a GPU: DeepSpeed, told of the CPU by `ranks`, would move networks there."""
+    """This process as the only rank, on a GPU. `ranks` has set DeepSpeed to the CPU, where it would move networks."""
     from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import pty
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from two_ranks import LAUNCHER_VARIABLES
 
-from engine.ranks import command
-from engine.ranks.command import REMEDIES, explain, run_command
+from engine.ranks.command import run_command
+from engine.ranks.signals import STOP_SIGNALS
 from engine.ranks.terminal import Terminal
+from pipelines.basics.os_errors import explain
 
 Raises = Callable[[BaseException], tuple[int, str]]
 
@@ -30,40 +34,6 @@ def ends(capsys: pytest.CaptureFixture[str]) -> Raises:
         return status, capsys.readouterr().err
 
     return run
-
-
-@pytest.mark.parametrize("number", list(REMEDIES))
-def test_an_error_of_the_system_names_file_cause_and_remedy(number: int, ends: Raises) -> None:
-    status, line = ends(OSError(number, os.strerror(number), "runs/a/log.csv"))
-    assert status == 2 and line.count("\n") == 1
-    assert line.startswith(f"error: runs/a/log.csv: {os.strerror(number)}; ")
-    assert "{" not in line
-
-
-def test_a_limit_of_the_shell_is_told_with_its_value() -> None:
-    import resource
-
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    assert f"`ulimit -n` ({files})" in explain(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "scan.nii"))
-
-
-def test_a_full_disk_without_a_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert "a folder that the system does not name" in explain(error)
-    monkeypatch.setattr(command, "_FULL_BELOW", float("inf"))
-    assert f"No space left on device in {tmp_path} and " in explain(error)
-
-
-def test_an_error_that_has_a_remedy_keeps_it() -> None:
-    error = OSError(errno.ENOSPC, "No space left on device: no checkpoint could be written; make room", "state.pt")
-    assert explain(error) == "state.pt: No space left on device: no checkpoint could be written; make room"
-    assert explain(OSError("no such server")) == "no such server"
-
-
-def test_both_names_of_a_move_are_told() -> None:
-    error = OSError(errno.EXDEV, os.strerror(errno.EXDEV), b"a", None, "b")
-    assert explain(error) == f"a -> b: {os.strerror(errno.EXDEV)}"
 
 
 @pytest.mark.parametrize(
@@ -86,15 +56,23 @@ def test_an_error_of_the_program_keeps_its_traceback(ends: Raises) -> None:
         ends(RuntimeError("no such operator"))
 
 
-def test_a_name_that_is_not_utf_8_is_told(ends: Raises) -> None:
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line(ends: Raises) -> None:
     with pytest.raises(UnicodeEncodeError) as raised:
         "scan-\udcff".encode()
     status, line = ends(raised.value)
     assert (status, line) == (2, "error: scan-\\udcff can't be written in utf-8: rename the file or the case\n")
 
 
-def test_the_last_line_steers_no_terminal(ends: Raises) -> None:
+def test_the_last_line_cannot_control_a_terminal(ends: Raises) -> None:
     assert ends(ValueError("case \x1b]0;x\x07"))[1] == "error: case \\x1b]0;x\\x07\n"
+
+
+def test_an_error_of_the_system_is_a_line_with_the_remedy(ends: Raises) -> None:
+    status, line = ends(OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/a/log.csv"))
+    assert (status, line) == (
+        2,
+        f"error: {explain(OSError(errno.EROFS, os.strerror(errno.EROFS), 'runs/a/log.csv'))}\n",
+    )
 
 
 def prints_help() -> None:
@@ -102,10 +80,26 @@ def prints_help() -> None:
     raise SystemExit(0)
 
 
-@pytest.mark.parametrize(("where", "status"), [("pipe", 141), ("/dev/full", 74), ("file", 0)])
-def test_a_command_that_only_prints_ends_with_the_status_of_its_output(
-    where: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def works() -> None:
+    print("table")
+
+
+@pytest.mark.parametrize(
+    ("work", "where", "status"),
+    [
+        (prints_help, "pipe", 141), (prints_help, "/dev/full", 74), (prints_help, "file", 0),
+        (works, "pipe", 0), (works, "/dev/full", 74), (works, "file", 0),
+    ],
+)  # fmt: skip
+def test_a_full_disk_behind_standard_output_is_an_error_and_a_reader_that_left_is_not(
+    work: Callable[[], None],
+    where: str,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Except of a command that only prints."""
     if where == "pipe":
         end, own = os.pipe()
         os.close(end)
@@ -113,33 +107,45 @@ def test_a_command_that_only_prints_ends_with_the_status_of_its_output(
         own = os.open(tmp_path / "out" if where == "file" else where, os.O_WRONLY | os.O_CREAT)
     with open(own, "w") as stream:
         monkeypatch.setattr(sys, "stdout", Terminal(stream))
-        assert run_command(prints_help, lambda: "", alone=True) == status
+        assert run_command(work, lambda: "", alone=True) == status
     assert ("error: standard output: No space left on device; free space" in capsys.readouterr().err) == (status == 74)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
-def test_a_signal_says_how_to_go_on(
-    number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_that_hung_up_does_not_change_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, own = pty.openpty()
+    with open(own, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", Terminal(stream))
+        os.close(end)
+        assert run_command(works, str, alone=True) == 0
+
+
+@pytest.mark.parametrize(("cause", "status"), [(KeyboardInterrupt(), 130), (MemoryError(), 2)])
+def test_an_import_that_was_stopped_ends_as_its_cause(cause: BaseException, status: int, ends: Raises) -> None:
+    """pybind11 makes an ImportError of whatever ends the initialisation of a module."""
+    error = ImportError("initialization failed")
+    error.__cause__ = cause
+    assert ends(error)[0] == status
+
+
+def test_a_single_rank_needs_no_thread_and_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    threads = threading.active_count()
+    assert run_command(lambda: threading.active_count() - threads, str) == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), *((stop, 75) for stop in STOP_SIGNALS)])
+def test_a_signal_says_how_to_go_on(number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
     assert run_command(lambda: signal.raise_signal(number), lambda: "start again", alone=True) == status
     assert capsys.readouterr().err.endswith("; start again\n")
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_while_the_end_is_told_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_while_the_last_line_is_made_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     def how_to_go_on() -> str:
         signal.raise_signal(signal.SIGTERM)
         return "start again"
 
     assert run_command(lambda: signal.raise_signal(signal.SIGUSR1), how_to_go_on, alone=True) == 75
     assert capsys.readouterr().err == "stopped by SIGUSR1; start again\n"
-
-
-def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert run_command(lambda: signal.raise_signal(signal.SIGHUP), lambda: "", alone=True) == 0
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)

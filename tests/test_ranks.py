@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from commands import free_port, rows_of, start, train, write_small
+from two_ranks import TwoRanks, ready
 
 from engine.checkpoint import states
 
@@ -28,11 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-TwoRanks = tuple[Path, str, dict[str, torch.Tensor]]
+TrainedByTwo = tuple[Path, str, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path) -> TwoRanks:
+def two_ranks(folder: Path) -> TrainedByTwo:
     """Run folder, output and last weights of two ranks at ZeRO 1."""
     launcher = (*DEEPSPEED, free_port())
     config = str(write_small(folder))
@@ -45,7 +47,7 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.pt", weights_only=True)["weights"]
 
 
-def test_two_ranks_under_the_launcher_train_together(two_ranks: TwoRanks) -> None:
+def test_two_ranks_under_the_launcher_train_together(two_ranks: TrainedByTwo) -> None:
     run, output, _ = two_ranks
     assert [int(row["step"]) for row in rows_of(run)] == [2, 4]  # four training cases, one crop per rank and step
     assert "2 rank(s)" in output
@@ -69,7 +71,7 @@ def test_a_killed_rank_ends_the_job_with_the_reason(folder: Path) -> None:
     assert len(told) == 1 and re.match(r"error: rank 1 on \S+: ended without a message: it was killed", told[0])
 
 
-def test_one_rank_goes_on_from_the_shards_of_two(two_ranks: TwoRanks) -> None:
+def test_one_rank_goes_on_from_the_shards_of_two(two_ranks: TrainedByTwo) -> None:
     """At another ZeRO stage too; the learning rate has no jump, steps are those of one rank from there on."""
     run, _, _ = two_ranks
     done = train(run.parent.parent, "--resume", str(run), "--train.epochs", "3", "--train.zero_stage", "3")
@@ -131,7 +133,7 @@ def test_ranks_whose_launcher_is_gone_save_and_end(
 
 
 @pytest.mark.slow
-def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TwoRanks) -> None:
+def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TrainedByTwo) -> None:
     """A launcher for each of two nodes on this machine; the second node, launcher and all, is killed."""
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     run = folder / "runs" / "nodes"
@@ -155,3 +157,24 @@ def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TwoRanks) -
     assert [node.returncode for node in nodes] == [0, 0], outputs
     weights = last_weights(run)
     assert all(torch.equal(value, weights[key]) for key, value in two_ranks[2].items())
+
+
+def both_ranks_warn() -> None:
+    from engine import run
+
+    ranks = ready()
+    run._start_log(Path("runs/one"), ranks)
+    run.log.info("hello from %d", ranks.rank)
+    warnings.warn(f"warning of {ranks.rank}", stacklevel=1)
+
+
+def test_each_rank_has_a_log_and_the_terminal_shows_that_of_the_first(tmp_path: Path) -> None:
+    ended = TwoRanks(tmp_path).start(both_ranks_warn).end()
+    assert ended.statuses == [0, 0], ended.output
+    folder = tmp_path / "runs" / "one"
+    for rank, file in enumerate(["rank-0000.log", "rank-0001.log"]):
+        text = (folder / "logs" / file).read_text()
+        assert f"hello from {rank}" in text and f"warning of {rank}" in text and f"of {1 - rank}" not in text
+    assert "hello from 0" in (folder / "run.log").read_text() and "from 1" not in (folder / "run.log").read_text()
+    assert "hello from 0" in ended.output and "warning of 0" in ended.output
+    assert "hello from 1" not in ended.output and "warning of 1" not in ended.output

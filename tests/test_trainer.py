@@ -30,7 +30,7 @@ from engine.metrics import SCORED, case_dice, summarise
 from engine.optim import OptimConfig
 from engine.progress import DataWait
 from engine.ranks.distributed import Ranks
-from engine.ranks.signals import Preempted
+from engine.ranks.signals import TrainingStopped
 from engine.step import LossConfig, TrainConfig, TrainingStep
 from engine.trainer import Trainer
 from kernels.dice_ce import region_masks
@@ -358,7 +358,7 @@ def test_a_signal_ends_a_run_after_a_checkpoint(make: Callable[..., Trainer]) ->
                 os.kill(os.getpid(), signal.SIGUSR1)
 
         stopped = make(f"stopped{at}", hook, save_every_steps=0)
-        with pytest.raises(Preempted, match="SIGUSR1"):
+        with pytest.raises(TrainingStopped, match="SIGUSR1"):
             stopped.fit()
         assert stopped.step.done == at + 1
         resumed = make(f"stopped{at}", resume=True)

@@ -1,50 +1,33 @@
-"""A command from its start to its exit status, on one rank or several: how failures are told."""
+"""A command from its start to its exit status, on one rank or several.
+
+It imports no PyTorch, so that a command can parse its options first and import the work afterwards, inside `work`:
+`--help` and a refused option answer at once, and memory that runs out during the imports is reported like any other.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import resource
-import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from engine.ranks.launcher import Launcher
 from engine.ranks.memory_limits import is_out_of_memory, plain_message
-from engine.ranks.signals import Interrupted, Preempted, handle, put_back, signal_name
+from engine.ranks.rank_env import read_rank_env
+from engine.ranks.signals import StoppedBySignal, TrainingStopped, install_handlers, restore_handlers, signal_name
 from engine.ranks.terminal import Terminal, set_up_terminal
-from engine.ranks.watchdog import Watch, join_watch
+from pipelines.basics.os_errors import DISK_FULL, explain
 from pipelines.basics.text import as_text
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from engine.ranks.watchdog import Watchdog
 
-REMEDIES = {
-    errno.ENOSPC: "free space on that disk, or have it written to another one",
-    errno.EDQUOT: "your quota is used up: remove files, ask for more, or have it written elsewhere",
-    errno.EFBIG: "files may not be that large here (`ulimit -f`, or the file system): have it written elsewhere",
-    errno.EACCES: "change its permissions or those of the folders above, or choose another place",
-    errno.EPERM: "change its owner or permissions, or choose another place",
-    errno.EROFS: "this file system can only be read: choose another place",
-    errno.ENOENT: "check the path; a link may lead nowhere",
-    errno.ENOTDIR: "a file stands where the path has a folder: check the path, or move that file",
-    errno.EISDIR: "a folder stands where a file should be: check the path, or move that folder",
-    errno.ELOOP: "symbolic links lead in a circle there: check them",
-    errno.ENAMETOOLONG: "most file systems take names of 255 bytes and paths of 4,096: choose a shorter one",
-    errno.EMFILE: "too many files are open for `ulimit -n` ({files}): raise it, or take fewer --data.workers",
-    errno.ENFILE: "too many files are open on this machine: end other programs",
-    errno.EIO: "the disk or the connection to it failed: see the system's log (dmesg), and copy the file elsewhere",
-    errno.ESTALE: "the network file system has lost it: mount it again, and start again",
-    errno.EAGAIN: "too many processes or threads for `ulimit -u` ({processes}): end other programs, or raise it",
-}
-"""What to do about an error of the operating system."""
-_FULL_BELOW = 2**20  # bytes
+log = logging.getLogger(__name__)
 
 
 def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str], alone: bool = False) -> int:
@@ -53,8 +36,8 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str],
     A user's mistake (`ValueError`: a bad value, a faulty scan), a file that can't be used and memory that ran out are
     one line on standard error and status 2; the traceback goes to the log. Ctrl-C (130), and a signal or a launcher's
     end that stops the work (75), say how to go on. Of several ranks, the first to fail gives the line and the status of
-    all. Standard output that can't be written, as before `| head`, changes neither the work nor its status; where it
-    was all that was asked for (`--help`), the status is 141, or 74 with the reason.
+    all. A reader of standard output that goes away, as before `| head`, changes neither the work nor its status, except
+    of a command that only prints (`--help`): 141. A full disk behind standard output is reported at the end: 74.
 
     Args:
         work: returns its status, None for 0. how_to_go_on: advice for a user whose command was stopped.
@@ -63,54 +46,69 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str],
     set_up_terminal()
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = _log_thread_error
-    watch: Watch | None = None
-    status, line, is_over = 0, "", False
-    is_ours = not dist.is_initialized()  # the process group, which a caller may have made
+    watchdog: Watchdog | None = None
+    status, line, is_over, only_prints = 0, "", False, False
+    is_ours = not _has_process_group()  # a caller may have made it
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if is_over:  # a second Ctrl-C waits for nobody
                 os._exit(130)
             raise KeyboardInterrupt
-        if not (is_over or (watch and watch.is_ending)):
-            raise Interrupted(signal_name(number))
+        if not (is_over or (watchdog and watchdog.is_ending)):
+            raise StoppedBySignal(signal_name(number))
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as launch/start.py left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    handlers = handle(interrupt, with_ctrl_c=True)
+    handlers = install_handlers(interrupt, with_ctrl_c=True)
     try:
         with contextlib.nullcontext() if alone else Launcher() as launcher:
-            watch = None if alone else join_watch(launcher)
+            watchdog = _start_watchdog(launcher) if launcher else None
             status = work() or 0
-    except Preempted as stop:
-        status, line = _told(stop, how_to_go_on)
+    except TrainingStopped as stop:
+        status, line = _status_and_line(stop, how_to_go_on)
         log.debug(line)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        is_over = watch is None
+        is_over = watchdog is None
         log.debug("traceback", exc_info=True)
-        status, line = _told(error, how_to_go_on)
-        if watch and status:
-            watch.fail(error, line, status)
-        if isinstance(error, SystemExit) and not status:
-            return _status_of_output()
-        if status == 1 or isinstance(error, SystemExit):
+        status, line = _status_and_line(error, how_to_go_on)
+        if watchdog and status:
+            watchdog.fail(error, line, status)
+        only_prints = isinstance(error, SystemExit)
+        if status == 1 or (only_prints and status):
             raise
-        line = f"error: {line}" if status == 2 else line
+        line = f"error: {line}" if status == 2 else "" if only_prints else line
     finally:
         is_over = True
-        if is_ours and dist.is_initialized():
-            dist.destroy_process_group()
-        if watch:  # a signal that comes now must not end this rank while another one is still writing
-            watch.close()
+        if is_ours and _has_process_group():
+            sys.modules["torch.distributed"].destroy_process_group()
+        if watchdog:  # a signal that comes now must not end this rank while another one is still writing
+            watchdog.close()
         else:
-            put_back(handlers)
-    if line and (watch is None or watch.rank == 0):
+            restore_handlers(handlers)
+    if line and (watchdog is None or watchdog.rank == 0):
         print(as_text(line), file=sys.stderr)
-    return status
+    return status or _status_of_output(only_prints)
 
 
-def _told(error: BaseException, how_to_go_on: Callable[[], str]) -> tuple[int, str]:
-    """Exit status and words for the user."""
+def _start_watchdog(launcher: Launcher) -> Watchdog | None:
+    """Of one of several ranks; a single one has nobody to watch."""
+    if read_rank_env().world_size == 1:
+        return None
+    from engine.ranks.watchdog import start_watchdog
+
+    return start_watchdog(launcher)
+
+
+def _has_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
+def _status_and_line(error: BaseException, how_to_go_on: Callable[[], str]) -> tuple[int, str]:
+    """Exit status and message for the user."""
+    if isinstance(error, ImportError):  # extension modules raise one where a signal or missing memory stopped them
+        error = next((each for each in _causes(error) if isinstance(each, KeyboardInterrupt | MemoryError)), error)
     if is_out_of_memory(error):
         return 2, plain_message(error)
     if isinstance(error, OSError):
@@ -119,7 +117,7 @@ def _told(error: BaseException, how_to_go_on: Callable[[], str]) -> tuple[int, s
         return 2, f"{error.object[:200]} can't be written in {error.encoding}: rename the file or the case"
     if isinstance(error, ValueError):
         return 2, str(error)
-    if isinstance(error, Preempted | Interrupted):
+    if isinstance(error, TrainingStopped | StoppedBySignal):
         return os.EX_TEMPFAIL, f"stopped by {error}; {how_to_go_on()}"
     if isinstance(error, KeyboardInterrupt):
         return 130, f"\ninterrupted; {how_to_go_on()}"
@@ -129,42 +127,29 @@ def _told(error: BaseException, how_to_go_on: Callable[[], str]) -> tuple[int, s
     return 1, f"{type(error).__name__}: {error}"
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _log_thread_error(args: threading.ExceptHookArgs) -> None:
-    """An error of the system in a thread is told by whoever waits for it, e.g. for TensorBoard's on a full disk."""
+    """Whoever waits for a thread reports its OSError, e.g. for TensorBoard's on a full disk."""
     if issubclass(args.exc_type, OSError) and args.exc_value:
         log.debug("traceback of a thread", exc_info=args.exc_value)
     else:
         threading.__excepthook__(args)
 
 
-def explain(error: OSError) -> str:
-    """An error of the operating system in a line: the file, the cause, the remedy."""
-    if error.errno is None or error.strerror is None:
-        return str(error)
-    files = [name for name in (error.filename, error.filename2) if name is not None]
-    named = " -> ".join(os.fsdecode(name) if isinstance(name, bytes) else str(name) for name in files)
-    cause = f"{named}: {error.strerror}" if named else error.strerror
-    if error.strerror != os.strerror(error.errno) or error.errno not in REMEDIES:  # it has a remedy of its own
-        return cause
-    if error.errno == errno.ENOSPC and not named:
-        cause = f"{cause} in {' and '.join(_full_folders()) or 'a folder that the system does not name'}"
-    limits = {"files": resource.RLIMIT_NOFILE, "processes": resource.RLIMIT_NPROC}
-    return f"{cause}; {REMEDIES[error.errno].format(**{name: resource.getrlimit(k)[0] for name, k in limits.items()})}"
-
-
-def _full_folders() -> list[str]:
-    """Which of the folders that a command writes to are on full disks."""
-    folders = (os.getcwd(), os.environ.get("GLIOFORGE_CACHE", ""), os.environ.get("TMPDIR", "/tmp"), "/dev/shm")
-    return [name for name in folders if os.path.isdir(name) and shutil.disk_usage(name).free < _FULL_BELOW]
-
-
-def _status_of_output() -> int:
-    """The exit status of a command that was asked for nothing but what it printed."""
+def _status_of_output(only_prints: bool) -> int:
+    """The exit status of a command that succeeded but for what it printed."""
     sys.stdout.flush()
     lost = sys.stdout.lost if isinstance(sys.stdout, Terminal) else None
     if lost is None:
         return 0
-    if isinstance(lost, BrokenPipeError):
+    if isinstance(lost, BrokenPipeError) and only_prints:
         return 128 + signal.SIGPIPE
+    if lost.errno not in DISK_FULL and not only_prints:
+        return 0
     print(f"error: {explain(OSError(lost.errno, lost.strerror, 'standard output'))}", file=sys.stderr)
     return os.EX_IOERR

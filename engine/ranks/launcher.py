@@ -1,13 +1,13 @@
-"""The launcher that this process runs under, and the signal that tells of its end.
+"""The launcher that this process runs under, and the signal that reports its end.
 
 `deepspeed` has no handler for SIGTERM: it dies, and the ranks, its grandchildren, would train on with nobody to stop
-them. A launcher that is killed leaves its ranks behind as well. So a thread looks once a second whether the launchers
-among the ancestors of this process are still there, and otherwise sends it `LAUNCHER_GONE`, which stops it as SIGTERM
-does. Only programs that are known as launchers count: a shell may end and leave what it started running.
+them. A launcher that is killed leaves its ranks behind as well. So a thread checks once a second that the launchers
+among this process's ancestors still run, and otherwise sends it `LAUNCHER_GONE`, which stops it as SIGTERM does. Only
+programs known as launchers count: a shell may end and leave what it started running.
 
-`python -m deepspeed.launcher.launch` is started by `deepspeed` alone. Where it has lost its parent before this process
-could look, `deepspeed` has ended. A process that lost its parent is told by its session, which its new parent is not
-in, and which it does not lead.
+Only `deepspeed` starts `python -m deepspeed.launcher.launch`. If that has lost its parent before this process could
+look, `deepspeed` has ended. A process without its first parent belongs to a session that its new parent is not in, and
+that it does not lead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PROC = Path("/proc")
 
 
 class Process(NamedTuple):
-    """A process, which its number and its start tell from all others."""
+    """A process; number and start time identify it."""
 
     number: int
     started: int
@@ -43,7 +43,7 @@ class Launcher:
     """The launchers that this process runs under, watched within a `with` block."""
 
     def __init__(self) -> None:
-        self.found, self.has_ended = find_launchers(os.getpid(), "CROSS_RANK" in os.environ)  # which deepspeed sets
+        self.found, self.has_ended = find_launchers(os.getpid(), "CROSS_RANK" in os.environ)  # set by deepspeed
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -85,20 +85,20 @@ def find_launchers(number: int, is_of_deepspeed: bool) -> tuple[list[Process], b
             found.append(parent)
         elif has_launcher and process.session not in (process.number, parent.session):
             has_ended = True
-        # On several nodes, where there are numbers of nodes, another program starts it.
+        # On several nodes (`--node_rank`) another program starts it.
         has_launcher = parent.program == _NODE_LAUNCHER and not any("--node_rank" in word for word in parent.arguments)
         process = parent
     return found, has_ended
 
 
 def is_there(process: Process) -> bool:
-    """Whether a process runs, as itself and not as what is left of it until its parent asks for its status."""
+    """Whether a process still runs: not a zombie, nor another process with the same number."""
     now = read_process(process.number)
     return now is not None and now.started == process.started
 
 
 def read_process(number: int) -> Process | None:
-    """A process that runs; None where there is none."""
+    """The process of a number; None if none runs."""
     try:
         # The second field is a name in parentheses, which may hold blanks and parentheses itself.
         fields = (_PROC / str(number) / "stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -111,7 +111,7 @@ def read_process(number: int) -> Process | None:
 
 
 def program_of(arguments: list[str]) -> str:
-    """What a command line runs: of Python the script's name, or the module's."""
+    """The program that a command line runs; for Python the name of its script or module."""
     first = Path(arguments[0]).name if arguments else ""
     if not first.startswith("python"):
         return first

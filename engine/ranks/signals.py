@@ -1,40 +1,24 @@
-"""Signals that ask a run to stop: all ranks stop at one step, save, and can be started again.
-
-Schedulers send SIGTERM or SIGUSR1 before they take the nodes away, to all ranks or to one; a terminal that is closed
-sends SIGHUP, and `ranks.launcher` tells of the end of the launcher. Each rank hears of it at a moment of its own. So
-the ranks agree: an all-reduce of the signal's number over a gloo group, which runs beside the steps on the CPU. It is
-started at one step and read at a later one, and no step waits for it.
-"""
+"""The signals that ask a command to stop, and their handlers."""
 
 from __future__ import annotations
 
-import os
 import signal
-import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from engine.ranks.distributed import Ranks
 from engine.ranks.launcher import LAUNCHER_GONE
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, LAUNCHER_GONE)
-AGREE_EVERY_S = 1.0
-SAME_SIGNAL_S = 1.0  # launchers and schedulers both pass a signal on: ranks get it twice
-
-
 Handler = Callable[[int, FrameType | None], Any]
 
 
-class Preempted(Exception):
-    """A signal stopped training, which can go on from its checkpoint; the argument is what stopped it."""
+class TrainingStopped(Exception):
+    """A signal stopped training, which can go on from its checkpoint; the argument names the signal."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal came outside training, where nothing can be saved; the argument is what stopped it."""
+class StoppedBySignal(KeyboardInterrupt):
+    """A signal came outside training, where nothing can be saved; the argument names it."""
 
 
 def signal_name(number: int) -> str:
@@ -42,91 +26,22 @@ def signal_name(number: int) -> str:
     return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
 
 
-def handle(handler: Handler, with_ctrl_c: bool = False) -> dict[int, Any]:
-    """Have the signals that stop a run call `handler`, but for those that are ignored, as `nohup` has SIGHUP ignored.
+def install_handlers(handler: Handler, with_ctrl_c: bool = False) -> dict[int, Any]:
+    """Have stop signals call `handler`, except those that this process ignores, as SIGHUP under `nohup`.
 
     Args:
-        handler: takes a signal's number and the frame. with_ctrl_c: SIGINT too, where nothing but Python handles it.
+        handler: takes a signal's number and the frame. with_ctrl_c: for SIGINT too, unless it has a handler.
 
     Returns:
-        the handlers before, by signal, for `put_back`.
+        the previous handlers by signal, for `restore_handlers`.
     """
-    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers: list[int] = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     if with_ctrl_c and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        heeded.append(signal.SIGINT)
-    return {number: signal.signal(number, handler) for number in heeded}
+        numbers.append(signal.SIGINT)
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
-def put_back(handlers: dict[int, Any]) -> None:
-    """Undo `handle`."""
+def restore_handlers(handlers: dict[int, Any]) -> None:
+    """Undo `install_handlers`."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-class StopSignal:
-    """Whether a signal asks to stop, one of `STOP_SIGNALS`, sent to any of the ranks. A context manager.
-
-    It is due about two seconds after the signal, or two steps where those take longer. A second SIGTERM ends the
-    process at once.
-
-    Args:
-        ranks: which of them this process is. All of them make one, at the same place.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.number = 0  # of the signal; that of this process, until all agree
-        self.is_agreed = False
-        self.first_sigterm: float | None = None
-        self.is_first, self.group = ranks.is_first, None
-        self.work: Any = None
-        self.step, self.asked_at, self.due_at, self.every, self.started = 0, 0, 1, 1, time.monotonic()
-        if ranks.world_size > 1:
-            self.group = dist.new_group(backend="gloo")
-
-    def __enter__(self) -> StopSignal:
-        self.previous = handle(self._receive)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        put_back(self.previous)
-        if self.work and kind is None:
-            self.work.wait()
-
-    @property
-    def name(self) -> str:
-        """Of the signal, e.g. SIGTERM."""
-        return signal_name(self.number)
-
-    def due(self) -> bool:
-        """Whether to stop now. Called once a step by each rank; True on all of them at the same step."""
-        if self.group is None or self.is_agreed:
-            return self.number != 0
-        self.step += 1
-        if self.step < self.due_at:
-            return False
-        if self.work:
-            self.work.wait()
-            number, self.every = self.values.tolist()
-            if number:
-                self.number, self.is_agreed, self.work = number, True, None
-                return True
-        self._ask_all()
-        return False
-
-    def _ask_all(self) -> None:
-        """Start the next all-reduce: the signal, and how many steps of rank 0 make `AGREE_EVERY_S`."""
-        now = time.monotonic()
-        step_s = max((now - self.started) / (self.step - self.asked_at or 1), 1e-3)
-        steps = max(1, min(100, round(AGREE_EVERY_S / step_s))) if self.is_first else 0
-        self.values = torch.tensor([self.number, steps])
-        self.work = dist.all_reduce(self.values, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        self.started, self.asked_at, self.due_at = now, self.step, self.step + self.every
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGTERM:
-            if self.first_sigterm is not None and now - self.first_sigterm > SAME_SIGNAL_S:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.first_sigterm = self.first_sigterm or now
-        self.number = self.number or number

@@ -1,8 +1,8 @@
-"""Standard output and error, and log files: what can't be written never ends the work, and names stay mere text.
+"""Standard output and error, and log files: a failed write never ends the work, and names can't control a terminal.
 
-A reader that goes away (`| head`), a terminal that is closed or a full disk behind `>` lose what is printed; the work
-goes on, for its results are files. File names and records of files may hold control characters, by which a terminal
-can be made to show what is not there, or bytes that are no text: they are shown as escapes, `\\x1b` and `\\udcff`.
+When a reader goes away (`| head`), a terminal is closed or the disk behind `>` is full, printed text is lost; the work
+goes on, for its results are files. File names and headers may hold control characters, which could make a terminal show
+what is not there, or bytes that are not text: they are shown as escapes, `\\x1b` and `\\udcff`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _STYLE = re.compile("\x1b\\[[0-9;]*m|\x1b\\[[0-9]*A|\x1b\\[2K|\x1b\\[\\?25[hl]|\
 
 
 class Terminal(io.TextIOWrapper):
-    """A standard stream that takes all text and raises no OSError.
+    """A standard stream that accepts any text and raises no OSError.
 
-    On a terminal colours and movements of the cursor pass, which progress bars and tables are made of.
+    On a terminal it lets colours and cursor movements through, for progress bars and tables.
 
     Args:
-        stream: in whose place this one is put.
+        stream: the one that this replaces.
     """
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
@@ -39,7 +39,7 @@ class Terminal(io.TextIOWrapper):
         )  # fmt: skip
         self._is_styled = self.isatty()
         self.lost: OSError | None = None
-        """Why text was lost."""
+        """The first error by which text was lost."""
 
     def write(self, text: str) -> int:
         """Write text; returns its length."""
@@ -55,7 +55,7 @@ class Terminal(io.TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Write what is buffered."""
         try:
             super().flush()
         except OSError as error:
@@ -63,22 +63,22 @@ class Terminal(io.TextIOWrapper):
 
     def _lose(self, error: OSError) -> None:
         self.lost = self.lost or error
-        if not isinstance(error, BlockingIOError):  # what libraries and child processes write goes nowhere, too
+        if not isinstance(error, BlockingIOError):  # libraries and child processes write to it too
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
 
 
 class PlainFormatter(logging.Formatter):
-    """Records as text that a terminal only shows."""
+    """Log records without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """A record as text."""
         return as_text(super().format(record))
 
 
 class LogFile(logging.StreamHandler):
-    """A log file, from its end on; where it can't be written, that is said once, and the work goes on.
+    """A log file, appended to; if it can't be written, it says so once, and the work goes on.
 
     Raises:
         ValueError, OSError: as `open_own`.

@@ -1,18 +1,18 @@
 """Ranks that end together when one of them fails, and say once which and why.
 
 A rank that raises or is killed leaves the others in a collective that never returns. So a thread of each rank talks to
-a store once a second (PyTorch's TCPStore, by a connection of its own: the main thread may block the other one):
+a store once a second (PyTorch's TCPStore, over a connection of its own: the main thread may block the other one):
 
-    beat/<rank>   a counter. Rank 0 reads those of all ranks, the others that of rank 0, so a job of N ranks asks for
-                  3 N values a second. One that stands still for `LOST_AFTER_S` is that of a lost rank.
-    failure       the first one: compare_set lets nobody write a second. Whoever finds it ends its process by os._exit,
-                  for the main thread may never come back. The reporter, rank 0, waits for the others and prints it.
+    beat/<rank>   a counter. Rank 0 reads every rank's, the others rank 0's, so a job of N ranks asks for 3 N values a
+                  second. A rank whose counter stands still for `LOST_AFTER_S` is lost.
+    failure       the first one: compare_set lets nobody write a second. A rank that finds it ends its process by
+                  os._exit, for the main thread may never return. The reporter, rank 0, waits for the others and prints.
 
-Ranks of one node also hold a pidfd of each other, which tells of a killed process at once. The store lives in rank 0
-(under torchrun, in the agent of the first node). Where it is gone, rank 0 is lost, and its deputy reports: the first
-rank of another node, else rank 1.
+Ranks of one node also hold a pidfd of each other, which reports a killed process at once. The store lives in rank 0
+(under torchrun, in the agent of the first node). If it is gone, rank 0 is lost, and its deputy reports: the first rank
+of another node, else rank 1.
 
-A peer's death also breaks collectives and makes launchers send SIGTERM. What a rank raises of that is told only if
+A peer's death also breaks collectives and makes launchers send SIGTERM. Errors that this causes are reported only if
 nobody has given a better reason after `WAIT_FOR_PEERS_S`, or, where a node may be lost, after `LOST_AFTER_S`.
 """
 
@@ -39,9 +39,10 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.rendezvous import rendezvous
 
-from engine.ranks.distributed import PeerFailed, Place, export, read_place
+from engine.ranks.distributed import PeerFailed
 from engine.ranks.launcher import Launcher
-from engine.ranks.signals import STOP_SIGNALS, Interrupted
+from engine.ranks.rank_env import RankEnv, export_rank_env, read_rank_env
+from engine.ranks.signals import STOP_SIGNALS, StoppedBySignal
 from pipelines.basics.text import as_text
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ class Failure:
     """Why a job ends.
 
     Attributes:
-        rank: that failed. host: its node. message: for the user. status: exit status of all ranks.
-        is_lost: the rank is gone, and others speak for it.
+        rank: the one that failed. host: its node. message: for the user. status: exit status of all ranks.
+        is_lost: the rank is gone, and others report it.
     """
 
     rank: int
@@ -71,59 +72,57 @@ class Failure:
     is_lost: bool = False
 
     def __str__(self) -> str:
-        """The line on standard error; a signal is no error."""
+        """The line on standard error; a signal is not an error."""
         if self.status in (130, os.EX_TEMPFAIL):
             return self.message
         return f"error: rank {self.rank} on {self.host}: {self.message}"
 
 
-def join_watch(launcher: Launcher | None = None) -> Watch | None:
-    """Meet the other ranks and watch them from now on; None for one rank alone, which needs no port.
+def start_watchdog(launcher: Launcher | None = None) -> Watchdog:
+    """Meet the other ranks and start watching them.
 
     Args:
-        launcher: that the ranks of this node run under, watched too.
+        launcher: of this node's ranks, watched too.
 
     Raises:
         ValueError: a launcher's variables are missing or contradict each other.
         ConnectionError: the ranks did not meet.
     """
-    place = read_place()
-    if place.world_size == 1:
-        return None
-    export(place)
-    address = _meeting_place()
+    env = read_rank_env()
+    export_rank_env(env)
+    address = _master_address()
     try:
-        store, *_ = next(rendezvous("env://", place.rank, place.world_size, timeout=MEETING_LIMIT))
-        return Watch(place, dist.PrefixStore("watch", store), launcher)
+        store, *_ = next(rendezvous("env://", env.rank, env.world_size, timeout=MEETING_LIMIT))
+        return Watchdog(env, dist.PrefixStore("watch", store), launcher)
     except RuntimeError as error:
         reason = next((text for word, text in _REASONS.items() if word in str(error)), str(error))
         raise ConnectionError(
-            f"rank {place.rank} of {place.world_size} did not meet the others at {address}: {reason}"
+            f"rank {env.rank} of {env.world_size} did not meet the others at {address}: {reason}"
         ) from error
 
 
 _REASONS = {
     "EADDRINUSE": "the port is in use, perhaps by another job; choose another (deepspeed and torchrun --master_port, "
     "else MASTER_PORT)",
-    "EACCES": "this port is the system's; choose one above 1023 (deepspeed and torchrun --master_port, else "
+    "EACCES": "the system reserves this port; choose one above 1023 (deepspeed and torchrun --master_port, else "
     "MASTER_PORT)",
-    "timed out": f"not all ranks came within {MEETING_LIMIT.seconds // 60} minutes: are all started, with the same "
-    "number of ranks? is MASTER_ADDR the first rank's host, and its port open to the others?",
+    "timed out": f"some ranks did not connect within {MEETING_LIMIT.seconds // 60} minutes: are all started, with the "
+    "same number of ranks? is MASTER_ADDR the first rank's host, and its port open to the others?",
 }
-"""Why ranks did not meet, by a word of PyTorch's."""
+"""Why ranks did not meet, by a word of PyTorch's message."""
 
 
-def _meeting_place() -> str:
-    """Where the ranks meet, as their variables say it.
+def _master_address() -> str:
+    """Host and port where the ranks meet, from their variables.
 
     Raises:
-        ValueError: a variable is missing, or is no port, or a host that has no address.
+        ValueError: a variable is missing, or is not a port, or a host without an address.
     """
     host, port = os.environ.get("MASTER_ADDR"), os.environ["MASTER_PORT"]
     if not host:
         raise ValueError("MASTER_ADDR is not set: deepspeed and torchrun set it; with srun, set it to the first node")
     if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"MASTER_PORT is {port!r}, which is no port: give a number from 1024 to 65535")
+        raise ValueError(f"MASTER_PORT is {port!r}, which is not a port: give a number from 1024 to 65535")
     limit = time.monotonic() + NAME_LIMIT_S
     while True:
         try:
@@ -135,16 +134,16 @@ def _meeting_place() -> str:
             time.sleep(1)
 
 
-class Watch:
-    """The watching thread of one of several ranks; made by `join_watch`.
+class Watchdog:
+    """The watching thread of one of several ranks; made by `start_watchdog`.
 
     Args:
-        place: of this rank. store: shared by all ranks, over a connection that nobody else uses.
+        env: of this rank. store: shared by all ranks, over a connection that nothing else uses.
         launcher: of this node.
     """
 
-    def __init__(self, place: Place, store: dist.Store, launcher: Launcher | None = None) -> None:
-        self.rank, self.world_size, self.store, self.launcher = place.rank, place.world_size, store, launcher
+    def __init__(self, env: RankEnv, store: dist.Store, launcher: Launcher | None = None) -> None:
+        self.rank, self.world_size, self.store, self.launcher = env.rank, env.world_size, store, launcher
         self.host = socket.gethostname()
         self.own: Failure | None = None
         self.own_due, self.own_traceback = 0.0, ""
@@ -155,14 +154,14 @@ class Watch:
         self.rounds = 0
         self.deaths = select.poll()
         self.neighbours: dict[int, int] = {}  # rank of each pidfd
-        self._meet(place)
+        self._meet(env)
         self.wake = threading.Event()
         self.line = ThreadPoolExecutor(1, "watch-store")  # a store on a node without power never answers
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self.thread.start()
 
     def fail(self, error: BaseException, message: str, status: int) -> NoReturn:
-        """Tell all ranks that this one can't go on. The process ends here, with the status of the first failure.
+        """Report to all ranks that this one can't go on. The process ends here, with the status of the first failure.
 
         Args:
             error: why. message: for the user. status: exit status.
@@ -180,9 +179,9 @@ class Watch:
         os._exit(status)
 
     def close(self) -> None:
-        """At the end of a run: wait for all ranks to come here, while a failing one still ends them all; then stop.
+        """Wait until all ranks are done, while a failing one still ends them all; then stop watching.
 
-        From then on signals are ignored: a launcher sends SIGTERM to ranks that are a moment behind the first to end.
+        From then on signals are ignored: a launcher sends SIGTERM to ranks that end a moment after the first.
         """
         self.is_leaving = True
         self.wake.set()
@@ -196,27 +195,27 @@ class Watch:
         """This rank has failed or is done: no signal may change how it ends."""
         return self.is_failing or self.is_leaving
 
-    def _meet(self, place: Place) -> None:
-        """Say where this rank is, find the others of its node, learn who is rank 0's deputy."""
+    def _meet(self, env: RankEnv) -> None:
+        """Publish where this rank runs, find the others of its node, and learn which rank is rank 0's deputy."""
         here = {"host": self.host, "pid": os.getpid(), "pid_namespace": os.readlink("/proc/self/ns/pid")}
-        self.store.set(f"place/{self.rank}", json.dumps(here))
+        self.store.set(f"process/{self.rank}", json.dumps(here))
         self.store.set(f"beat/{self.rank}", "0")
         if self.rank == 0:
-            hosts = [self._place_of(rank)["host"] for rank in range(self.world_size)]
+            hosts = [self._process_of(rank)["host"] for rank in range(self.world_size)]
             self.store.set("deputy", str(next((rank for rank, host in enumerate(hosts) if host != self.host), 1)))
         self.deputy = int(self.store.get("deputy"))
-        self.first_host = self._place_of(0)["host"]
-        first = place.rank - place.local_rank
-        for rank in set(range(first, first + place.ranks_on_node)) - {self.rank}:
-            there = self._place_of(rank)
+        self.first_host = self._process_of(0)["host"]
+        first = env.rank - env.local_rank
+        for rank in set(range(first, first + env.ranks_on_node)) - {self.rank}:
+            there = self._process_of(rank)
             if {**there, "pid": here["pid"]} == here:
-                with contextlib.suppress(OSError):  # a sandbox may forbid it: then the beats alone tell
+                with contextlib.suppress(OSError):  # a sandbox may forbid it; the beats remain
                     pidfd = os.pidfd_open(there["pid"])
                     self.neighbours[pidfd] = rank
                     self.deaths.register(pidfd, select.POLLIN)
 
-    def _place_of(self, rank: int) -> dict[str, Any]:
-        return json.loads(self.store.get(f"place/{rank}"))
+    def _process_of(self, rank: int) -> dict[str, Any]:
+        return json.loads(self.store.get(f"process/{rank}"))
 
     def _watch(self) -> None:
         while not self.is_over:
@@ -231,7 +230,7 @@ class Watch:
             self.wake.clear()
 
     def _ask(self, work: Callable[[], T]) -> T:
-        """What `work` gets from the store. Turns are counted here, not seconds: this process may stand still itself."""
+        """What `work` gets from the store. The limit counts turns, not seconds: this process may be stopped itself."""
         answer = self.line.submit(work)
         for _ in range(round(LOST_AFTER_S / BEAT_S)):
             if wait([answer], BEAT_S).done:
@@ -239,8 +238,8 @@ class Watch:
         raise TimeoutError(f"no answer for {LOST_AFTER_S:.0f} s")
 
     def _round(self) -> Failure | None:
-        """One second's talk with the store; returns the failure that ends the job."""
-        dead = [self.neighbours[pidfd] for pidfd, _ in self.deaths.poll(0)]  # asked before who has left in peace
+        """One exchange with the store; returns the failure that ends the job."""
+        dead = [self.neighbours[pidfd] for pidfd, _ in self.deaths.poll(0)]  # before asking who left in order
         self.rounds += 1
         self.store.set(f"beat/{self.rank}", str(self.rounds))
         if self.store.check(["failure"]):
@@ -254,11 +253,11 @@ class Watch:
         return Failure(**json.loads(self.store.compare_set("failure", "", json.dumps(asdict(failure)))))
 
     def _without_store(self) -> Failure | None:
-        """What ends this rank when the store is gone: nothing where it went with torchrun, whose end stops training."""
+        """What ends this rank when the store is gone: nothing if it went with torchrun, whose end stops training."""
         if self.launcher and self.launcher.is_gone():
             self.is_over = self.is_leaving
             return self.own
-        return Failure(0, self.first_host, "lost: it was killed, or its node is out of reach", is_lost=True)
+        return Failure(0, self.first_host, "lost: it was killed, or its node can't be reached", is_lost=True)
 
     def _find_lost(self, dead: list[int]) -> Failure | None:
         message = "ended without a message: it was killed (by the system, if memory ran out) or crashed"
@@ -270,10 +269,10 @@ class Watch:
             self.beats = beats
             limit = LOST_AFTER_S / BEAT_S
             dead = [rank for rank, rounds in zip(self.watched, self.rounds_still) if rounds >= limit]
-        return Failure(dead[0], self._place_of(dead[0])["host"], message, is_lost=True) if dead else None
+        return Failure(dead[0], self._process_of(dead[0])["host"], message, is_lost=True) if dead else None
 
     def _all_are_done(self) -> bool:
-        """Whether no rank has work left. Rank 0 goes last, as the store goes with it."""
+        """Whether no rank has work left. Rank 0 leaves last, as the store goes with it."""
         if not self.has_said_done:
             self.store.add("done", 1)
             self.has_said_done = True
@@ -291,7 +290,7 @@ class Watch:
             time.sleep(0.05)
 
     def _end(self, failure: Failure) -> NoReturn:
-        """End this process; the last one says why. Nothing here may need the main thread."""
+        """End this process; the last one reports why. Nothing here may need the main thread."""
         try:
             log.debug("ended: %s", failure)
             with contextlib.suppress(OSError, ValueError):
@@ -312,10 +311,10 @@ class Watch:
 
 
 def _waiting_time(error: BaseException) -> float:
-    """Seconds for which peers may give a better reason: 0 where the error does not come from their end."""
+    """Seconds to wait for a better reason from a peer: 0 if the error can't come from a peer's end."""
     cause: BaseException | None = error
     while cause:
-        if isinstance(cause, PeerFailed | Interrupted):
+        if isinstance(cause, PeerFailed | StoppedBySignal):
             return WAIT_FOR_PEERS_S
         if isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and "gloo" in str(cause)):
             return LOST_AFTER_S + 2 * BEAT_S
