@@ -259,7 +259,7 @@ def worker() -> None:
     scene = training.Scene.of("unetr_monai", CHECK, scans(None), ranks)
     timed = training.Timed(scene, training.Variant(f"{OURS} float32"))
     assert isinstance(timed.loop, training.Ours)
-    reducer = timed.loop.step.reducer
+    reducer = timed.loop.step.ddp
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(CHECK_STEPS):
         for reduces in times:

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 DATA_TYPES = {"communication_data_type", "seq_parallel_communication_data_type"}
 SECTIONS = {"zero_optimization", "activation_checkpointing", "aio"}
-"""Sections of DeepSpeed's file that it gets, where they hold numbers and switches alone."""
+"""Sections that are passed on, as long as they hold only numbers and switches."""
 
 
 def apply_deepspeed_json(config: Config, world_size: int) -> tuple[Config, dict[str, Any]]:
@@ -45,8 +45,9 @@ def apply_deepspeed_json(config: Config, world_size: int) -> tuple[Config, dict[
         raise ValueError(f"--train.deepspeed {path}: {error}") from error
     except (AttributeError, TypeError, ArithmeticError) as error:
         raise ValueError(
-            f"--train.deepspeed {path}: a value is of another kind than in DeepSpeed's documentation, where sections "
-            f'are objects and sizes numbers above 0, without quotes; what is not meant is left out or "auto" ({error})'
+            f"--train.deepspeed {path}: a value has another type than in DeepSpeed's documentation, where sections are "
+            f'objects and sizes are numbers above 0, without quotes; leave out, or set to "auto", what you do not need '
+            f"({error})"
         ) from error
     for group, old, new in (("train", config.train, train), ("optim", config.optim, optim)):
         for name, now in vars(new).items():
@@ -109,8 +110,8 @@ def _without_side_effects(settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and name not in SECTIONS:
             if value.get("enabled") is not False and value:
                 raise ValueError(
-                    f"{name} must be left out: DeepSpeed only reduces and shards here, and gets no settings that "
-                    "write files, measure or change the network (docs/training.md)"
+                    f"{name} must be left out: DeepSpeed only reduces and shards here, without settings that write "
+                    "files, measure or change the network (docs/training.md)"
                 )
             continue
         inner = value.items() if isinstance(value, dict) else [(name, value)]

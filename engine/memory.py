@@ -1,24 +1,24 @@
-"""How much memory a training step will take, known before the first one, and what to do when it was too much.
+"""The memory that a training step will take, estimated before the first one, and what to lower if it was too much.
 
-    weights      float32, all of them; ZeRO 3: a shard, and all while they are gathered
-    gradients    float32, all of them; ZeRO 2 and 3: a shard. ZeRO 0 on several ranks keeps their memory between steps
-    optimizer    AdamW's two moments, float32; from ZeRO 1 on a shard, and with it a shard of the weights' copy
-    buffers      from ZeRO 1 on the bucket in which gradients are reduced, allocated whole; on a GPU two of them
-    activations  the peak of forward, loss and backward: what autograd saved and not yet freed, the temporaries of the
-                 operation at work, and the gradients that are there by then
+    weights      float32; ZeRO 3: a shard, and all of them while they are gathered
+    gradients    float32; ZeRO 2 and 3: a shard. ZeRO 0 on several ranks keeps their memory between steps
+    optimizer    AdamW's two moments, float32; from ZeRO 1 on a shard of them, and a shard of the weights' copy
+    buffers      from ZeRO 1 on the bucket in which gradients are reduced, allocated at once; on a GPU two of them
+    activations  the peak of forward, loss and backward: what autograd saved and has not freed, the temporaries of the
+                 current operation, and the gradients that exist by then
     volumes      prepared volumes that the GPU keeps
 
     total = weights + optimizer + buffers + EMA + volumes + max(activations, gradients)
 
-The peak lies where the backward has just begun: nearly all is still saved, and few gradients are there. It is not
+The peak comes just after the backward begins: nearly everything is still saved, and there are few gradients. It is not
 modelled but found: forward, loss and backward run once on fake tensors, which have shapes and no memory, and every
 storage is counted from the operation that makes it until nothing refers to it. So autocast, the path that
-`kernels.dispatch` takes and the order in which autograd frees are all as in a step. A second forward, with another
-number of crops, tells what grows with the batch (activations) from what does not (autocast's copies of the weights).
+`kernels.dispatch` takes and the order in which autograd frees are those of a real step. A second forward, with another
+number of crops, separates what grows with the batch (activations) from what does not (autocast's copies of weights).
 
-Not in it: cuDNN's workspaces, the fragments of an allocator and the CUDA context, for which `HEADROOM` is kept; what
-`torch.compile` saves by recomputing (under it the estimate is an upper bound); and, where PyTorch's compiled form of
-an operation was measured faster than our kernel, that it saves less than the plain one that is counted here.
+Not included: cuDNN's workspaces, the allocator's fragments and the CUDA context, for which `HEADROOM` is kept; what
+`torch.compile` saves by recomputing (with it the estimate is an upper bound); and, where PyTorch's compiled form of an
+operation was measured faster than our kernel, that it saves less than the plain one counted here.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.precision import LOW_PRECISION
 from engine.ranks.memory_limits import first_line, gb, peak_bytes
 from engine.sharding import BUCKET_ELEMENTS
-from engine.step import LossConfig
-from kernels.dice_ce import dice_ce_loss
+from engine.step import LossConfig, TrainConfig, training_loss
 
 FLOAT32 = 4
 HEADROOM = 0.1
@@ -50,11 +49,11 @@ class MemoryEstimate:
     """Bytes that a rank takes.
 
     Attributes:
-        weights, gradients, optimizer, buffers, ema, volumes: see the head of this file; 0 where there are none.
+        weights, gradients, optimizer, buffers, ema, volumes: see the head of this file; 0 if there are none.
         saved: what autograd saves for the backward, without parameters.
-        activations: peak of forward, loss and backward; `activations_per_crop` of it for each crop of the batch.
-        accumulates: memory of gradients is taken while a forward runs: by those of the passes before, or by buckets.
-        crop: (C, X, Y, Z). batch_size, precision, zero_stage, world_size: what was asked about.
+        activations: peak of forward, loss and backward; each crop of the batch adds `activations_per_crop` to it.
+        accumulates: gradients take memory during a forward: those of earlier passes, or buckets.
+        crop: (C, X, Y, Z). train, world_size: what the estimate is for.
     """
 
     weights: int
@@ -68,14 +67,12 @@ class MemoryEstimate:
     activations_per_crop: int
     accumulates: bool
     crop: tuple[int, ...]
-    batch_size: int
-    precision: str
-    zero_stage: int
+    train: TrainConfig
     world_size: int
 
     @property
     def lasting(self) -> int:
-        """What is there between steps too."""
+        """What stays between steps."""
         return self.weights + self.optimizer + self.buffers + self.ema + self.volumes
 
     @property
@@ -84,9 +81,9 @@ class MemoryEstimate:
         return self._total(self.activations)
 
     def largest_batch(self, limit: int) -> int:
-        """Largest number of crops whose step fits into `limit` bytes less `HEADROOM`; 0: not even one."""
+        """Largest number of crops whose step fits into `limit` bytes minus `HEADROOM`; 0: not even one."""
         room = math.floor(limit * (1 - HEADROOM))
-        constant = self.activations - self.batch_size * self.activations_per_crop
+        constant = self.activations - self.train.batch_size * self.activations_per_crop
         others = self._total(0)
         if others > room:
             return 0
@@ -97,7 +94,7 @@ class MemoryEstimate:
         """The line for the log.
 
         Args:
-            limit: bytes that there are. device: what has them, in words.
+            limit: bytes of the device. device: its name.
         """
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
                  "buffers": self.buffers, "EMA": self.ema}  # fmt: skip
@@ -119,15 +116,12 @@ class MemoryEstimate:
 def estimate(
     model: torch.nn.Module,
     crop: Sequence[int],
-    batch_size: int,
+    train: TrainConfig,
+    loss: LossConfig,
+    regions: Sequence[Sequence[int]],
     device: torch.device | str,
     *,
-    regions: Sequence[Sequence[int]],
-    loss: LossConfig | None = None,
-    precision: str = "float32",
-    zero_stage: int = 0,
     world_size: int = 1,
-    accumulate_steps: int = 1,
     ema: bool = False,
     volume_bytes: int = 0,
     bucket_elements: int = BUCKET_ELEMENTS,
@@ -136,46 +130,44 @@ def estimate(
 
     Args:
         model: the network before DeepSpeed and `torch.compile` take it; on any device, "meta" too.
-        crop: (C, X, Y, Z). batch_size: crops per rank and pass.
+        crop: (C, X, Y, Z).
+        train, loss, regions: as `TrainingStep` takes them.
         device: where it will train.
-        regions: label values of each region. loss: of the configuration; None: its defaults.
-        precision: float32, tf32, bf16 or fp16. zero_stage: 0 to 3. world_size: ranks that share the shards.
-        accumulate_steps: passes of an optimizer step. ema: whether averaged weights are kept.
+        world_size: ranks that share the shards. ema: whether averaged weights are kept.
         volume_bytes: prepared volumes in the memory of `device`.
         bucket_elements: DeepSpeed's `reduce_bucket_size`.
 
     Raises:
-        ValueError: "cuda" where PyTorch sees no GPU: it then has no kernels whose shapes it could tell.
+        ValueError: "cuda" where PyTorch finds no GPU, and so has no GPU kernels to ask for shapes.
     """
     crop, device = tuple(crop), torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"memory on {device} can't be estimated where PyTorch sees no GPU: ask on the machine that has it"
+            f"memory on {device} can't be estimated where PyTorch finds no GPU: ask on the machine that has it"
         )
+    batch_size, stage = train.batch_size, train.zero_stage
     other_size = 1 if batch_size > 1 else 2
-    saved, activations = _simulate(model, crop, batch_size, device, regions, loss or LossConfig(), precision, True)
-    other, _ = _simulate(model, crop, other_size, device, regions, loss or LossConfig(), precision, False)
+    saved, activations = _simulate(model, crop, batch_size, device, regions, loss, train.precision, True)
+    other, _ = _simulate(model, crop, other_size, device, regions, loss, train.precision, False)
     saved_per_crop = (saved - other) // (batch_size - other_size)
     constant = saved - batch_size * saved_per_crop + activations.gradients
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * FLOAT32
     weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model).values())
     shard = math.ceil(trained / world_size)
-    keeps_buckets = zero_stage == 0 and world_size > 1  # of DistributedDataParallel, of which gradients are views
+    keeps_buckets = stage == 0 and world_size > 1  # of DDP, whose buckets are the gradients' memory
     return MemoryEstimate(
-        weights=weights + shard if zero_stage == 3 else weights,
-        gradients=shard if zero_stage >= 2 else trained,
-        optimizer=3 * shard if zero_stage else 2 * trained,
-        buffers=bucket_elements * FLOAT32 * (2 if device.type == "cuda" else 1) if zero_stage else 0,
-        ema=(shard if zero_stage == 3 else trained) if ema else 0,
+        weights=weights + shard if stage == 3 else weights,
+        gradients=shard if stage >= 2 else trained,
+        optimizer=3 * shard if stage else 2 * trained,
+        buffers=bucket_elements * FLOAT32 * (2 if device.type == "cuda" else 1) if stage else 0,
+        ema=(shard if stage == 3 else trained) if ema else 0,
         volumes=volume_bytes,
         saved=saved,
         activations=activations.peak,
         activations_per_crop=(activations.peak - constant) // batch_size,
-        accumulates=accumulate_steps > 1 or keeps_buckets,
+        accumulates=train.accumulate_steps > 1 or keeps_buckets,
         crop=crop,
-        batch_size=batch_size,
-        precision=precision,
-        zero_stage=zero_stage,
+        train=train,
         world_size=world_size,
     )
 
@@ -188,16 +180,15 @@ def run_forward(
     loss: LossConfig,
     precision: str,
 ) -> Tensor:
-    """Forward and loss as the trainer runs them, on real or fake tensors; returns the loss.
+    """Forward and loss as a training step runs them, on real or fake tensors; returns the loss.
 
     Args:
-        image: (B, C, X, Y, Z). labels: uint8 (B, X, Y, Z), not looked at: fake ones have no values.
+        image: (B, C, X, Y, Z). labels: uint8 (B, X, Y, Z).
     """
     dtype = LOW_PRECISION.get(precision)
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         logits = network(image)
-    return dice_ce_loss(logits, labels, regions, ce=loss.ce, dice_weight=loss.dice_weight, ce_weight=loss.ce_weight,
-                        squared_pred=loss.squared_pred, check_labels=False).loss  # fmt: skip
+    return training_loss(logits, labels, regions, loss).loss
 
 
 def _simulate(
@@ -210,24 +201,24 @@ def _simulate(
     precision: str,
     backward: bool,
 ) -> tuple[int, LiveBytes]:
-    """A step of fake tensors: what autograd saved, and what was live."""
+    """A step on fake tensors: what autograd saved, and what was live."""
     on_gpu = device.type == "cuda"
     with FakeTensorMode(), torch.device(device), torch.compiler.set_stance("force_eager"):
-        given = {name: _fake(tensor) for name, tensor in _tensors(model).items()}
+        fakes = {name: _fake(tensor) for name, tensor in _tensors(model).items()}
         dtype = torch.bfloat16 if on_gpu and precision == "bf16" else torch.float32  # as the loaders give it
         layout = torch.channels_last_3d if on_gpu else torch.contiguous_format
         image = torch.empty((batch_size, *crop), dtype=dtype).contiguous(memory_format=layout)
         labels = torch.empty((batch_size, *crop[1:]), dtype=torch.uint8)
-        with LiveBytes(given.values()) as live, SavedBytes(given.values()) as saved:
+        with LiveBytes(fakes.values()) as live, SavedBytes(fakes.values()) as saved:
             for batch in (image, labels):
-                live.meet(batch.untyped_storage())
+                live.count(batch.untyped_storage())
             result = run_forward(
-                lambda x: torch.func.functional_call(model, given, (x,)), image, labels, regions, loss, precision
+                lambda x: torch.func.functional_call(model, fakes, (x,)), image, labels, regions, loss, precision
             )
             if backward:
-                for parameter in given.values():
+                for parameter in fakes.values():
                     if parameter.requires_grad:
-                        parameter.register_post_accumulate_grad_hook(live.gradient)
+                        parameter.register_post_accumulate_grad_hook(live.count_gradient)
                 result.backward()
         return saved.total, live
 
@@ -237,23 +228,23 @@ def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _fake(tensor: Tensor) -> Tensor:
-    """As large as `tensor`, on the default device, a leaf of its own."""
+    """A leaf of the same shape and dtype, on the default device."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
 
 
 def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device: torch.device, limit: int) -> str:
-    """What happened and what to lower, by how much, the simplest first.
+    """What happened and what to lower, and how far, the simplest first.
 
     Args:
-        estimate: of the run. limit: `limit_bytes(device)` as it was before the run.
+        estimate: of the run. limit: `limit_bytes(device)` before the run.
     """
-    fits = estimate.largest_batch(limit)
-    if fits >= estimate.batch_size:  # there was less than `limit`, or something took more than can be foreseen
-        fits = estimate.batch_size // 2
+    train, fits = estimate.train, estimate.largest_batch(limit)
+    if fits >= train.batch_size:  # there was less than `limit`, or something took more than estimated
+        fits = train.batch_size // 2
     ways = []
     if fits:
         ways.append(f"--train.batch_size {fits}, with --train.accumulate_steps for the same number of crops a step")
-    if estimate.precision in ("float32", "tf32"):
+    if train.precision in ("float32", "tf32"):
         ways.append("--train.precision bf16, whose activations take fewer bytes")
     smaller = _smaller_crop(estimate.crop[1:])
     if smaller:
@@ -261,15 +252,15 @@ def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device
         size = ",".join(map(str, smaller))
         ways.append(f"--data.crop_size_voxels '[{size}]', which takes {share:.0%} of the activations")
     shared = estimate.optimizer + estimate.gradients
-    if estimate.zero_stage < 2 and estimate.world_size > 1:
+    if train.zero_stage < 2 and estimate.world_size > 1:
         spared = shared - math.ceil(shared / estimate.world_size)
-        ways.append(f"--train.zero_stage 2, which spares about {gb(spared)} a rank")
+        ways.append(f"--train.zero_stage 2, which saves about {gb(spared)} per rank")
     if estimate.volumes:
-        ways.append(f"--data.residence mapped, which spares the {gb(estimate.volumes)} of volumes")
+        ways.append(f"--data.residence mapped, which saves the {gb(estimate.volumes)} of volumes")
     advice = f"Try {'; or '.join(ways)}" if ways else "There is nothing left to lower: take a device with more memory"
     return (
-        f"out of memory on {device} ({first_line(error)}): {gb(peak_bytes(device))} were taken at the most; "
-        f"--train.batch_size {estimate.batch_size} at {estimate.precision} takes about {gb(estimate.total)} of "
+        f"out of memory on {device} ({first_line(error)}): {gb(peak_bytes(device))} were in use at the peak; "
+        f"--train.batch_size {train.batch_size} at {train.precision} takes about {gb(estimate.total)} of "
         f"{gb(limit)}. {advice}"
     )
 
@@ -282,7 +273,7 @@ def _smaller_crop(size: Sequence[int]) -> tuple[int, ...] | None:
 
 
 class SavedBytes:
-    """A context in which what autograd saves is counted: unique storages, but for those of `parameters`."""
+    """Within it, bytes that autograd saves are counted: each storage once, except those of `parameters`."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
@@ -309,34 +300,35 @@ class SavedBytes:
 
 
 class LiveBytes(TorchDispatchMode):
-    """A mode that counts the storages that operations make, from then until nothing refers to them.
+    """Within it, bytes of the storages that operations make are counted, until nothing refers to them.
 
     Args:
-        known: tensors not to be counted.
+        known: tensors that are not counted.
+
+    Attributes:
+        now, peak: bytes. gradients: those of the parameters' gradients at the peak.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.gradients_now = self.gradients = 0
-        """Bytes of parameters' gradients: now, and at the peak."""
+        self.now = self.peak = self.gradients = self._gradients_now = 0
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.namespace != "prim":  # questions about a tensor
+        if func.namespace != "prim":  # those only ask about a tensor
             for tensor in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(tensor, Tensor):
-                    self.meet(tensor.untyped_storage())
+                    self.count(tensor.untyped_storage())
         return out
 
-    def gradient(self, parameter: Tensor) -> None:
+    def count_gradient(self, parameter: Tensor) -> None:
         """Hook for `register_post_accumulate_grad_hook`."""
-        self.gradients_now += parameter.numel() * parameter.element_size()
+        self._gradients_now += parameter.numel() * parameter.element_size()
 
-    def meet(self, storage: torch.UntypedStorage) -> None:
+    def count(self, storage: torch.UntypedStorage) -> None:
         """Count a storage, unless it is known."""
         if storage in self._known:
             return
@@ -344,7 +336,7 @@ class LiveBytes(TorchDispatchMode):
         size = storage.nbytes()
         self.now += size
         if self.now > self.peak:
-            self.peak, self.gradients = self.now, self.gradients_now
+            self.peak, self.gradients = self.now, self._gradients_now
         weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:

@@ -1,16 +1,16 @@
 """One optimizer step: forward, loss, backward, AdamW.
 
-Nothing here waits for the device, but for what DeepSpeed and, at ZeRO 0, PyTorch do on several GPUs (docs/training.md).
-The values of a pass stay on it as one tensor, which the trainer reads a step later. The order of wrapping: autocast
-inside, torch.compile around it, DeepSpeed around that. Validation runs the network without the compiled code, so that
-no compilation can fail there.
+Nothing here waits for the device, apart from what DeepSpeed and, at ZeRO 0, PyTorch do on several GPUs
+(docs/training.md). A pass leaves its values on the device as one tensor, which the trainer reads a step later.
+Wrapping, from the inside out: autocast, torch.compile, DeepSpeed. Validation runs the network uncompiled, so that no
+compilation can fail there.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.optim import GuardedAdamW, OptimConfig, learning_rate
 from engine.precision import Precision, prepare_network
 from engine.ranks.distributed import Ranks
-from engine.sharding import copy_weights, deepspeed_engine, held_by_rank, shard_of
+from engine.sharding import deepspeed_engine, full_weights, local_shard, shard_of
 from kernels.dice_ce import DiceCE, dice_ce_loss
 from pipelines.basics.option_values import MANY, MOST_SEED, number
 
-WARM_UP_PASSES = 3  # compilation, cuDNN's search, lazy initialisations: none of them may be recorded
+WARM_UP_PASSES = 3  # compilation, cuDNN's search and lazy initialisation must not be recorded
 
 
 @dataclass
@@ -89,7 +89,7 @@ class TrainConfig:
 
 
 class TrainingStep:
-    """The network under training; called with a batch, it makes a pass, and a step where one is due.
+    """The network under training; a call makes one pass over a batch, and an optimizer step when one is due.
 
     Args:
         model: float32 weights; moved to the device.
@@ -100,10 +100,10 @@ class TrainingStep:
         settings: DeepSpeed's own, see `engine.deepspeed_json`.
 
     Attributes:
-        done: optimizer steps so far of the `total_steps`; a run that goes on with another number of ranks counts in
-            steps of these. taken: steps that were really taken since the run began.
-        values: float32 (6,) of the last pass, on the device: loss, Dice loss, CE, gradient norm, 1 where the step was
-            left out, such steps in a row.
+        done: optimizer steps so far, of `total_steps`. A run resumed by another number of ranks has steps of another
+            size, and `done` counts in those. taken: steps actually taken since the run began.
+        values: float32 (6,) of the last pass, on the device: loss, Dice loss, CE, gradient norm, 1 if the step was
+            skipped, steps skipped in a row.
 
     Raises:
         ValueError: options that do not go together.
@@ -124,8 +124,8 @@ class TrainingStep:
         self.train, self.optim, self.loss_config = train, optim, loss
         self.regions, self.total_steps = regions, total_steps
         self.done = self.taken = 0
-        # Under ZeRO 3 a forward gathers weights, which all ranks must do as often.
-        self.spare = copy.deepcopy(model).to("meta") if train.zero_stage == 3 else None
+        # The network without weights. Under ZeRO 3 a forward gathers weights, which all ranks must do equally often.
+        self.skeleton = copy.deepcopy(model).to("meta") if train.zero_stage == 3 else None
         self.model = prepare_network(model.to(ranks.device), train.precision)
         if train.compile:
             self.model.forward = torch.compile(self.model.forward, dynamic=False)
@@ -140,11 +140,11 @@ class TrainingStep:
             accumulate_steps=train.accumulate_steps, cuda_graph=train.cuda_graph,
         )  # fmt: skip
         self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
-        self.graph = GraphedPass(self._plain_pass, self.model) if train.cuda_graph else None
+        self.cuda_graph = CudaGraphPass(self._plain_pass, self.model) if train.cuda_graph else None
         self.values = torch.zeros(6, device=ranks.device)
         module = self.engine.module
-        self.reducer = module if isinstance(module, DistributedDataParallel) else None
-        self._knows_order = self.reducer is None
+        self.ddp = module if isinstance(module, DistributedDataParallel) else None
+        self._has_bucket_order = self.ddp is None
 
     def __call__(self, image: Tensor, labels: Tensor) -> DiceCE:
         """A pass over a batch, and an optimizer step after every `accumulate_steps` of them.
@@ -152,10 +152,10 @@ class TrainingStep:
         Args:
             image: (B, C, X, Y, Z), float32 or the precision's own. labels: uint8 (B, X, Y, Z). On this rank's device.
         """
-        if not self._knows_order:
-            self._learn_order(image, labels)
-        if self.graph:
-            loss = self.graph(image, labels)
+        if not self._has_bucket_order:
+            self._fix_bucket_order(image, labels)
+        if self.cuda_graph:
+            loss = self.cuda_graph(image, labels)
             if self.engine.enable_backward_allreduce:
                 self.engine.allreduce_gradients()
         else:
@@ -170,15 +170,15 @@ class TrainingStep:
     def loss(self, image: Tensor, labels: Tensor) -> DiceCE:
         """Forward and loss."""
         is_due = self.engine.is_gradient_accumulation_boundary()
-        with self.reducer.no_sync() if self.reducer and not is_due else nullcontext():
+        with self.ddp.no_sync() if self.ddp and not is_due else nullcontext():
             return self.loss_of(self.engine(image), labels)
 
     def backward(self, loss: DiceCE) -> None:
-        """Gradients, averaged over ranks where a step is due."""
+        """Gradients, averaged over ranks when a step is due."""
         self.engine.backward(loss.loss * self.optimizer.scale if self.optimizer.scales_loss else loss.loss)
 
     def update(self) -> None:
-        """The optimizer's step, where one is due."""
+        """The optimizer's step, when one is due."""
         is_due = self.engine.is_gradient_accumulation_boundary()
         if is_due:
             for group in self.optimizer.param_groups:
@@ -193,94 +193,89 @@ class TrainingStep:
         if self.average:
             self.average.update()
 
+    def loss_of(self, logits: Tensor, labels: Tensor) -> DiceCE:
+        """The loss of logits (B, R, X, Y, Z)."""
+        return training_loss(logits, labels, self.regions, self.loss_config)
+
     @property
     def rate(self) -> float:
-        """Learning rate of the step that comes next."""
+        """Learning rate of the next step."""
         return learning_rate(self.optim, self.done, self.total_steps)
 
     @contextmanager
     def evaluating(self) -> Iterator[torch.nn.Module]:
-        """The network as validation wants it: averaged weights where there are any, nothing compiled, no gradients."""
+        """The network as validation wants it: averaged weights if an average is kept, uncompiled, without gradients."""
         self.engine.eval()
-        with torch.no_grad(), self._uncompiled(), self.averaged():
-            yield self._whole().eval() if self.spare else self.engine
+        with torch.no_grad(), self._uncompiled(), self.average.applied() if self.average else nullcontext():
+            yield self._whole_network().eval() if self.skeleton else self.engine
         self.engine.train()
 
     @contextmanager
     def inspecting(self) -> Iterator[torch.nn.Module]:
-        """The network for a look inside, by hooks and gradients: nothing compiled, and DeepSpeed not in between."""
+        """The network for a look inside, by hooks and gradients: uncompiled, and without DeepSpeed in between."""
         with torch.enable_grad(), self._uncompiled():
-            yield self._whole() if self.spare else self.model
+            yield self._whole_network() if self.skeleton else self.model
 
-    def _learn_order(self, image: Tensor, labels: Tensor) -> None:
-        """A pass for nothing, after which buckets of gradients are as in all later ones.
+    def _fix_bucket_order(self, image: Tensor, labels: Tensor) -> None:
+        """A throw-away pass that fixes DDP's bucket order.
 
-        A run that is resumed then sums over ranks in the order of one that was not stopped, from its first step on.
+        DDP rebuilds its buckets after the first backward. So a resumed run sums over ranks in the same order as one
+        that was never stopped, from its first step on.
         """
-        assert self.reducer is not None
+        assert self.ddp is not None
         with torch.random.fork_rng([image.device] if image.is_cuda else []):
-            self.loss_of(self.reducer(image), labels).loss.backward()
+            self.loss_of(self.ddp(image), labels).loss.backward()
         self.optimizer.zero_grad()
-        self._knows_order = True
-
-    def _uncompiled(self) -> Any:
-        return torch.compiler.set_stance("force_eager") if self.train.compile else nullcontext()
-
-    def _whole(self) -> torch.nn.Module:
-        """The network with its weights whole, for ranks that do not run it equally often; all make it together."""
-        assert self.spare is not None
-        network = copy.deepcopy(self.spare)
-        weights = {name: value.to(self.values.device) for name, value in copy_weights(self.model).items()}
-        network.load_state_dict(weights, assign=True)
-        return prepare_network(network, self.train.precision)
-
-    def averaged(self) -> Any:
-        """Within it the weights are the averaged ones, where an average is kept."""
-        return self.average.applied() if self.average else nullcontext()
+        self._has_bucket_order = True
 
     def _plain_pass(self, image: Tensor, labels: Tensor) -> DiceCE:
         loss = self.loss_of(self.model(image), labels)
         (loss.loss * self.optimizer.scale).backward()
         return loss
 
-    def loss_of(self, logits: Tensor, labels: Tensor) -> DiceCE:
-        """The loss of logits (B, R, X, Y, Z)."""
-        loss = self.loss_config
-        return dice_ce_loss(logits, labels, self.regions, ce=loss.ce, dice_weight=loss.dice_weight,
-                            ce_weight=loss.ce_weight, squared_pred=loss.squared_pred, check_labels=False)  # fmt: skip
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        return torch.compiler.set_stance("force_eager") if self.train.compile else nullcontext()
+
+    def _whole_network(self) -> torch.nn.Module:
+        """A copy with unsharded weights, for ranks that do not run it equally often; all ranks make it together."""
+        assert self.skeleton is not None
+        network = copy.deepcopy(self.skeleton)
+        weights = {name: value.to(self.values.device) for name, value in full_weights(self.model).items()}
+        network.load_state_dict(weights, assign=True)
+        return prepare_network(network, self.train.precision)
 
 
-class GraphedPass:
-    """Forward, loss and backward of a batch as one CUDA graph: replays `run`, which the first call records.
+class CudaGraphPass:
+    """Forward, loss and backward of a batch as one CUDA graph: the first call records `run`, and each call replays it.
 
     With a batch of one to four crops the networks here launch about a thousand kernels of a few microseconds each, and
     the host is the bottleneck; a replay launches all of them at once. Reducing the gradients and the optimizer's step
-    stay outside: a handful of launches, and NCCL where there are several ranks.
+    stay outside: a handful of launches, and NCCL on several ranks.
 
     Args:
-        run: (image, labels) -> loss; leaves gradients in the parameters, and waits for nothing.
-        model: whose parameters those are.
+        run: (image, labels) -> loss; leaves gradients in the parameters, and never waits for the device.
+        model: the one with those parameters.
     """
 
     def __init__(self, run: Callable[[Tensor, Tensor], DiceCE], model: torch.nn.Module) -> None:
         self.run, self.parameters = run, list(model.parameters())
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.cuda_graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, image: Tensor, labels: Tensor) -> DiceCE:
-        """Gradients of this batch in the parameters, in place of what was there; the loss, until the next call.
+        """Replace the parameters' gradients by those of this batch; the loss is valid until the next call.
 
         Raises:
             ValueError: a batch of another shape than the first.
         """
-        if self.graph is None:
+        if self.cuda_graph is None:
             self._record(image, labels)
-            assert self.graph is not None
+            assert self.cuda_graph is not None
         if image.shape != self.image.shape:
-            raise ValueError(f"a batch of {tuple(image.shape)} in a graph recorded for {tuple(self.image.shape)}")
+            raise ValueError(f"a batch of {tuple(image.shape)} in a CUDA graph recorded for {tuple(self.image.shape)}")
         self.image.copy_(image)
         self.labels.copy_(labels)
-        self.graph.replay()
-        # The optimizer's side drops gradients after a step; those of the graph stay where they are.
+        self.cuda_graph.replay()
+        # The optimizer drops gradients after a step; the graph's stay where they are.
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         return self.loss
@@ -291,18 +286,18 @@ class GraphedPass:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_PASSES):
-                self._drop()
+                self._drop_gradients()
                 self.run(self.image, self.labels)
-            self._drop()
+            self._drop_gradients()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # DALI's threads are at work meanwhile, and must not be forbidden what a capture forbids.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        cuda_graph = torch.cuda.CUDAGraph()
+        # DALI's threads work meanwhile: a capture must not forbid them what it forbids this one.
+        with torch.cuda.graph(cuda_graph, capture_error_mode="thread_local"):
             self.loss = self.run(self.image, self.labels)
         self.gradients = [parameter.grad for parameter in self.parameters]
-        self.graph = graph
+        self.cuda_graph = cuda_graph
 
-    def _drop(self) -> None:
+    def _drop_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -313,7 +308,7 @@ class WeightAverage:
     average = decay * average + (1 - decay) * weights after every step.
 
     The first steps decay faster, (1 + n) / (10 + n) after n of them, so that the initial weights are soon forgotten.
-    Each rank averages what it holds: whole weights, or its shards under ZeRO 3.
+    Each rank averages what it holds: all weights, or its shards under ZeRO 3.
 
     Args:
         model: as DeepSpeed left it. decay: below 1.
@@ -331,7 +326,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the model has the averages for weights."""
+        """Within it the model's weights are the averages."""
         weights = self._weights()
         kept = [tensor.clone() for tensor in weights]
         torch._foreach_copy_(weights, self.averages)
@@ -340,25 +335,33 @@ class WeightAverage:
         finally:
             torch._foreach_copy_(weights, kept)
 
-    def copy(self) -> dict[str, torch.Tensor]:
-        """Whole, by name, on the CPU; every rank takes part."""
+    def full_weights(self) -> dict[str, Tensor]:
+        """The averages by name, unsharded, on the CPU; all ranks must call it."""
         with self.applied():
-            return copy_weights(self.model)
+            return full_weights(self.model)
 
-    def load(self, weights: dict[str, torch.Tensor], steps: int) -> None:
-        """Take what `copy` gave, after so many updates."""
+    def load(self, weights: Mapping[str, Tensor], steps: int) -> None:
+        """Take what `full_weights` gave, after so many updates."""
         self.steps = steps
         for (name, parameter), average in zip(self.model.named_parameters(), self.averages, strict=True):
-            average.copy_(shard_of(parameter, weights[name]).view_as(average))
+            average.copy_(shard_of(weights[name], parameter).view_as(average))
 
-    def _weights(self) -> list[torch.Tensor]:
-        return [held_by_rank(parameter) for parameter in self.model.parameters()]
+    def _weights(self) -> list[Tensor]:
+        return [local_shard(parameter) for parameter in self.model.parameters()]
+
+
+def training_loss(logits: Tensor, labels: Tensor, regions: Sequence[Sequence[int]], config: LossConfig) -> DiceCE:
+    """The loss of logits (B, R, X, Y, Z) and labels (B, X, Y, Z), whose values were checked when they were read."""
+    return dice_ce_loss(
+        logits, labels, regions, ce=config.ce, dice_weight=config.dice_weight, ce_weight=config.ce_weight,
+        squared_pred=config.squared_pred, check_labels=False,
+    )  # fmt: skip
 
 
 def _check_options(train: TrainConfig, ranks: Ranks) -> None:
     if train.compile and train.zero_stage == 3:
         raise ValueError(
-            "--train.compile true with --train.zero_stage 3 compiles anew at every layer: take a stage from 0 to 2"
+            "--train.compile true with --train.zero_stage 3 recompiles at every layer: take a stage from 0 to 2"
         )
     if not train.cuda_graph:
         return

@@ -27,7 +27,7 @@ from engine.ranks.memory_limits import is_out_of_memory, limit_bytes
 from engine.ranks.signals import TrainingStopped
 from engine.ranks.stop_signal import StopSignal
 from engine.reports.run_tables import EpochLog, write_validation
-from engine.sharding import copy_moments, copy_weights, load_moments
+from engine.sharding import full_moments, full_weights, load_moments
 from engine.sliding_window import sliding_window_logits
 from engine.step import TrainingStep
 from kernels.dice_ce import region_masks
@@ -304,13 +304,13 @@ class Trainer:
     def _save(self, weights_files: tuple[str, ...] = ()) -> None:
         """Copy all that training needs to go on, and write it in the background."""
         step, average = self.step, self.step.average
-        weights = copy_weights(step.model)
-        averaged = average.copy() if average else None
+        weights = full_weights(step.model)
+        averaged = average.full_weights() if average else None
         rank = {"sums": self.sums.tolist(), "random": _random_states(self.ranks.device)}
         state = {
             "weights": weights,
             "average": {"weights": averaged, "steps": average.steps} if average else None,
-            "moments": copy_moments(step.engine, step.optimizer),
+            "moments": full_moments(step.engine, step.optimizer),
             "optimizer": step.optimizer.scalars(),
             "loader": self.train_loader.state_dict(),
             "epoch": self.epoch,
@@ -379,7 +379,7 @@ class Trainer:
 
     def _log_memory(self) -> None:
         device = self.ranks.device
-        if device.type == "cpu" and parameter_count(self.step.spare or self.step.model) < SMALL:
+        if device.type == "cpu" and parameter_count(self.step.skeleton or self.step.model) < SMALL:
             return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
         log.info(self._estimate_memory().describe(self._memory_limit(), name))
@@ -388,19 +388,16 @@ class Trainer:
         return limit_bytes(self.ranks.device, self.ranks.ranks_on_node)
 
     def _estimate_memory(self) -> memory.MemoryEstimate:
-        train = self.config.train
+        config = self.config
         return memory.estimate(
-            self.step.spare or self.step.model,
-            (len(self.data.store.modalities), *self.config.data.crop_size_voxels),
-            train.batch_size,
+            self.step.skeleton or self.step.model,
+            (len(self.data.store.modalities), *config.data.crop_size_voxels),
+            config.train,
+            config.loss,
+            self.regions,
             self.ranks.device,
-            regions=self.regions,
-            loss=self.config.loss,
-            precision=train.precision,
-            zero_stage=train.zero_stage,
             world_size=self.ranks.world_size,
-            accumulate_steps=train.accumulate_steps,
-            ema=self.config.optim.ema_decay > 0,
+            ema=config.optim.ema_decay > 0,
             volume_bytes=self.train_loader.gpu_bytes + (self.val_loader.gpu_bytes if self.val_loader else 0),
         )
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engine.memory import HEADROOM, MemoryEstimate, SavedBytes, estimate, out_of_memory_message, run_forward
-from engine.step import LossConfig
+from engine import memory
+from engine.memory import HEADROOM, MemoryEstimate, SavedBytes, out_of_memory_message, run_forward
+from engine.step import LossConfig, TrainConfig
 from kernels import dispatch
 from models import MODELS, build_model
 
@@ -40,6 +42,15 @@ def batch(count: int, size: tuple[int, int, int], device: str = "cpu") -> tuple[
     return image, torch.randint(0, 4, (count, *size), dtype=torch.uint8, device=device)
 
 
+def estimate(
+    model: torch.nn.Module, count: int, size: tuple[int, int, int] = SIZE, device: str = "cpu",
+    train: Mapping[str, Any] = {}, **options: Any,
+) -> MemoryEstimate:  # fmt: skip
+    """Of so many crops of four channels; `train` are options of `TrainConfig`."""
+    config = TrainConfig(batch_size=count, **train)
+    return memory.estimate(model, (4, *size), config, LossConfig(), REGIONS, device, **options)
+
+
 def saved_by_real_tensors(name: str, count: int, precision: str) -> int:
     model = network(name)
     with SavedBytes([*model.parameters(), *model.buffers()]) as saved:
@@ -51,8 +62,8 @@ def known(**changes: Any) -> MemoryEstimate:
     """60 GB: 10 lasting, 50 of activations, of which 2 don't grow with the batch."""
     plain = MemoryEstimate(
         weights=2 * GB, gradients=2 * GB, optimizer=4 * GB, buffers=0, ema=0, volumes=4 * GB, saved=40 * GB,
-        activations=50 * GB, activations_per_crop=6 * GB, accumulates=False, crop=(4, 128, 128, 64), batch_size=8,
-        precision="float32", zero_stage=0, world_size=4,
+        activations=50 * GB, activations_per_crop=6 * GB, accumulates=False, crop=(4, 128, 128, 64),
+        train=TrainConfig(batch_size=8), world_size=4,
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
 
@@ -63,7 +74,7 @@ def test_fake_tensors_save_the_bytes_that_real_ones_do(name: str, precision: str
     """In bf16 but for a group norm's statistics: float32, which PyTorch's fake ones take for bf16."""
     within = 1e-4 if precision == "bf16" else 0
     for count in (1, 3):
-        guess = estimate(network(name), (4, *SIZE), count, "cpu", regions=REGIONS, precision=precision)
+        guess = estimate(network(name), count, train={"precision": precision})
         assert guess.saved == pytest.approx(saved_by_real_tensors(name, count, precision), rel=within, abs=0)
 
 
@@ -72,7 +83,7 @@ def test_through_the_kernels_too_they_save_exactly_what_real_ones_do() -> None:
     """In Triton's interpreter, which a process chooses before it imports triton."""
     code = (
         "import test_memory as t; from kernels import dispatch; assert dispatch.INTERPRETED\n"
-        "guess = t.estimate(t.network('unetr'), (4, *t.SIZE), 1, 'cpu', regions=t.REGIONS)\n"
+        "guess = t.estimate(t.network('unetr'), 1)\n"
         "print(guess.saved, t.saved_by_real_tensors('unetr', 1, 'float32'))"
     )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -81,7 +92,7 @@ def test_through_the_kernels_too_they_save_exactly_what_real_ones_do() -> None:
     assert done.returncode == 0, done.stderr
     guess, real = done.stdout.split()
     assert guess == real
-    plain = estimate(network("unetr"), (4, *SIZE), 1, "cpu", regions=REGIONS)
+    plain = estimate(network("unetr"), 1)
     assert int(guess) < 0.8 * plain.saved
 
 
@@ -105,7 +116,7 @@ def test_the_peak_of_real_steps_is_within_a_quarter_of_the_estimate(name: str, s
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     peak = np.cumsum(sizes).max()
-    guess = estimate(model, (4, *size), 2, "cpu", regions=REGIONS)
+    guess = estimate(model, 2, size)
     assert guess.total == pytest.approx(peak, rel=0.25)
 
 
@@ -113,23 +124,20 @@ def test_a_gigabyte_model_costs_seconds_and_no_memory_to_ask_about() -> None:
     with torch.device("meta"):
         model = build_model("unetr", in_channels=4)
     before = psutil.Process().memory_info().rss
-    guess = estimate(model, (4, 128, 128, 64), 2, "cpu", regions=REGIONS)
+    guess = estimate(model, 2, (128, 128, 64))
     assert guess.total > 3 * GB
     assert psutil.Process().memory_info().rss - before < 0.2 * GB
 
 
 def test_in_bf16_a_crop_takes_less_through_autocast() -> None:
-    full, half = (estimate(network("unetr"), (4, *SIZE), 2, "cpu", regions=REGIONS, precision=precision)
+    full, half = (estimate(network("unetr"), 2, train={"precision": precision})
                   for precision in ("float32", "bf16"))  # fmt: skip
     assert half.activations_per_crop < 0.95 * full.activations_per_crop
 
 
-def test_the_estimate_of_a_batch_foretells_that_of_a_larger_one() -> None:
+def test_the_estimate_of_a_batch_predicts_that_of_a_larger_one() -> None:
     for precision in ("float32", "bf16"):
-        two, nine = (
-            estimate(network("unetr"), (4, *SIZE), count, "cpu", regions=REGIONS, precision=precision)
-            for count in (2, 9)
-        )
+        two, nine = (estimate(network("unetr"), count, train={"precision": precision}) for count in (2, 9))
         assert two.activations + 7 * two.activations_per_crop == pytest.approx(nine.activations, rel=0.03)
 
 
@@ -139,8 +147,7 @@ def test_parts_are_sharded_as_the_zero_stage_says() -> None:
     shard = -(-size // 4)
 
     def parts(stage: int) -> tuple[int, ...]:
-        it = estimate(model, (4, *SIZE), 1, "cpu", regions=REGIONS, zero_stage=stage, world_size=4,
-                      bucket_elements=1000, ema=True)  # fmt: skip
+        it = estimate(model, 1, train={"zero_stage": stage}, world_size=4, bucket_elements=1000, ema=True)
         return it.weights, it.gradients, it.optimizer, it.buffers, it.ema
 
     assert parts(0) == (size, size, 2 * size, 0, size)
@@ -150,10 +157,8 @@ def test_parts_are_sharded_as_the_zero_stage_says() -> None:
 
 
 def test_gradients_accumulated_or_kept_in_buckets_are_there_during_the_forward() -> None:
-    ways: tuple[dict[str, Any], ...] = ({}, {"accumulate_steps": 2}, {"world_size": 2})
-    once, twice, on_two_ranks = (
-        estimate(network("unet"), (4, *SIZE), 1, "cpu", regions=REGIONS, **way) for way in ways
-    )
+    ways: tuple[dict[str, Any], ...] = ({}, {"train": {"accumulate_steps": 2}}, {"world_size": 2})
+    once, twice, on_two_ranks = (estimate(network("unet"), 1, **way) for way in ways)
     assert twice.total == on_two_ranks.total == once.total + once.gradients
 
 
@@ -163,7 +168,7 @@ def test_the_largest_batch_fits_and_one_crop_more_does_not(accumulates: bool) ->
     fits = it.largest_batch(limit)
 
     def total(count: int) -> int:
-        more = (count - it.batch_size) * it.activations_per_crop
+        more = (count - it.train.batch_size) * it.activations_per_crop
         return dataclasses.replace(it, activations=it.activations + more).total
 
     assert total(fits) <= limit * (1 - HEADROOM) < total(fits + 1)
@@ -192,13 +197,13 @@ def test_the_message_says_what_to_lower_and_to_what() -> None:
     assert "\n" not in text and "More" not in text
     for part in ("Tried to allocate 2.00 GiB", "about 60.0 GB of 40.0 GB", "--train.batch_size 4,",
                  "--train.precision bf16,", "'[96,96,64]', which takes 56%",
-                 "--train.zero_stage 2, which spares about 4.5 GB",
-                 "--data.residence mapped, which spares the 4.0 GB"):  # fmt: skip
+                 "--train.zero_stage 2, which saves about 4.5 GB per rank",
+                 "--data.residence mapped, which saves the 4.0 GB"):  # fmt: skip
         assert part in text, (part, text)
 
 
-def test_the_message_leaves_out_what_is_done_already() -> None:
-    it = known(precision="bf16", zero_stage=2, volumes=0, crop=(4, 32, 32, 32), batch_size=1)
+def test_the_message_omits_what_is_done_already() -> None:
+    it = known(train=TrainConfig(precision="bf16", zero_stage=2, batch_size=1), volumes=0, crop=(4, 32, 32, 32))
     text = out_of_memory_message(MemoryError(), it, torch.device("cpu"), 40 * GB)
     for option in ("precision bf16,", "zero_stage 2,", "--data.residence", "--data.crop_size_voxels"):
         assert option not in text, (option, text)
@@ -212,8 +217,8 @@ def test_what_should_have_fitted_is_halved() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="cuda can't be estimated where PyTorch sees no GPU"):
-        estimate(network("unet"), (4, *SIZE), 1, "cuda", regions=REGIONS)
+    with pytest.raises(ValueError, match="cuda can't be estimated where PyTorch finds no GPU"):
+        estimate(network("unet"), 1, device="cuda")
 
 
 @pytest.mark.gpu
@@ -229,7 +234,7 @@ def test_the_peak_on_a_gpu_is_within_15_percent_of_the_estimate(name: str, preci
     if precision == "bf16":
         image = image.bfloat16()
     image = image.contiguous(memory_format=torch.channels_last_3d)
-    guess = estimate(model, (4, *size), 2, "cuda", regions=REGIONS, precision=precision)
+    guess = estimate(model, 2, size, "cuda", {"precision": precision})
     for step in range(3):
         if step == 1:  # the first finds cuDNN's algorithms
             torch.cuda.reset_peak_memory_stats()

@@ -18,8 +18,8 @@ from engine.diagnosis import first_nonfinite
 from engine.optim import OptimConfig
 from engine.precision import LOW_PRECISION
 from engine.ranks.distributed import Ranks
-from engine.sharding import copy_moments, copy_weights
-from engine.step import GraphedPass, LossConfig, TrainConfig, TrainingStep
+from engine.sharding import full_moments, full_weights
+from engine.step import CudaGraphPass, LossConfig, TrainConfig, TrainingStep
 from kernels.dice_ce import dice_ce_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,11 +76,11 @@ def test_the_first_updates_are_those_of_torchs_adamw(precision: str, stage: int,
     plain = network()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=0.1)
     step = make_step(ranks, precision=precision, zero_stage=stage)
-    start = copy_weights(step.model)
+    start = full_weights(step.model)
     for number in range(3):
         step(*batch(number))
         plain_step(plain, optimizer, batch(number), precision)
-        found, expected = copy_weights(step.model), plain.state_dict()
+        found, expected = full_weights(step.model), plain.state_dict()
         for name, value in expected.items():
             change = (value - start[name]).norm()
             assert (found[name] - value).norm() <= 1e-3 * change, (name, number)
@@ -98,8 +98,8 @@ def test_weights_with_the_channels_last_in_memory_take_the_same_step(stage: int,
     for number in range(2):
         contiguous(*batch(number))
         step(*batch(number))
-    expected = copy_weights(contiguous.model)
-    for name, value in copy_weights(step.model).items():
+    expected = full_weights(contiguous.model)
+    for name, value in full_weights(step.model).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_fp16_scales_the_loss_and_takes_the_step_of_float32(ranks: Ranks) -> Non
 def test_an_overflow_in_fp16_halves_the_scale_and_leaves_the_weights(ranks: Ranks) -> None:
     step = make_step(ranks, precision="fp16")
     step.optimizer.scale.fill_(2.0**127)
-    before = copy_weights(step.model)
+    before = full_weights(step.model)
     step(*batch(0))
     assert step.optimizer.scale.item() == 2.0**126
     assert step.values[4].item() == 1 and step.values[5].item() == 0  # a lower scale can help: no sign of divergence
@@ -146,21 +146,21 @@ def test_a_scale_that_served_for_long_is_doubled(ranks: Ranks, monkeypatch: pyte
 def test_a_step_with_nonfinite_gradients_is_left_out_and_counted(stage: int, ranks: Ranks) -> None:
     step = make_step(ranks, zero_stage=stage)
     step(*batch(0))
-    before, moments = copy_weights(step.model), copy_moments(step.engine, step.optimizer)
+    before, moments = full_weights(step.model), full_moments(step.engine, step.optimizer)
     image, labels = batch(1)
     image[0, 0, 0, 0, 0] = float("inf")
     for count in (1, 2):
         step(image, labels)
         assert step.values[4].item() == 1 and step.values[5].item() == count
         assert not math.isfinite(step.values[3].item())
-    after = copy_weights(step.model)
+    after = full_weights(step.model)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    again = copy_moments(step.engine, step.optimizer)
+    again = full_moments(step.engine, step.optimizer)
     assert again["step"] == moments["step"] == 1
     assert all(torch.equal(again["exp_avg"][name], value) for name, value in moments["exp_avg"].items())
     step(*batch(2))
     assert step.values[4].item() == 0 and step.values[5].item() == 0
-    assert any(not torch.equal(value, before[name]) for name, value in copy_weights(step.model).items())
+    assert any(not torch.equal(value, before[name]) for name, value in full_weights(step.model).items())
     assert step.done == 4
 
 
@@ -213,7 +213,7 @@ def test_gradients_are_clipped_to_their_common_norm(stage: int, ranks: Ranks) ->
         plain_step(plain, optimizer, batch(number), "float32", grad_clip=0.05)
         norms.append(step.values[3].item())
     assert min(norms) > 0.05
-    moments = copy_moments(step.engine, step.optimizer)
+    moments = full_moments(step.engine, step.optimizer)
     for name, parameter in plain.named_parameters():
         expected = optimizer.state[parameter]["exp_avg"]
         torch.testing.assert_close(moments["exp_avg"][name], expected, rtol=1e-3, atol=1e-6)
@@ -240,13 +240,13 @@ def test_accumulated_passes_are_one_step_over_all_their_crops(ranks: Ranks) -> N
     assert parts.done == 0
     parts(image[2:], labels[2:])
     assert parts.done == whole.done == 1
-    for name, value in copy_weights(whole.model).items():
-        torch.testing.assert_close(copy_weights(parts.model)[name], value, rtol=1e-4, atol=1e-6)
+    for name, value in full_weights(whole.model).items():
+        torch.testing.assert_close(full_weights(parts.model)[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_the_average_follows_the_weights_and_is_what_is_validated(ranks: Ranks) -> None:
     step = make_step(ranks, ema_decay=0.5)
-    expected = copy_weights(step.model)
+    expected = full_weights(step.model)
     for number in range(1, 6):
         step(*batch(number))
         decay = min(0.5, (1 + number) / (10 + number))
@@ -254,11 +254,11 @@ def test_the_average_follows_the_weights_and_is_what_is_validated(ranks: Ranks) 
             name: decay * value + (1 - decay) * step.model.state_dict()[name] for name, value in expected.items()
         }
     assert step.average
-    weights = copy_weights(step.model)
-    for name, value in step.average.copy().items():
+    weights = full_weights(step.model)
+    for name, value in step.average.full_weights().items():
         torch.testing.assert_close(value, expected[name])
     with step.evaluating():
-        inside = copy_weights(step.model)
+        inside = full_weights(step.model)
     assert all(torch.allclose(inside[name], value) for name, value in expected.items())
     assert all(torch.equal(value, weights[name]) for name, value in step.model.state_dict().items())
 
@@ -290,7 +290,7 @@ import json, sys
 import torch, torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from engine.ranks.distributed import init_ranks
-from engine.sharding import copy_moments, copy_weights, load_moments
+from engine.sharding import full_moments, full_weights, load_moments
 from test_step import batch, graphs_on_a_cpu, make_step, network
 import pytest
 ranks = init_ranks("cpu")
@@ -314,7 +314,7 @@ for stage in range(4):
     step = make_step(ranks, zero_stage=stage, grad_clip=CLIP, ema_decay=0.9)
     losses = run(step, range(20))
     result[f"norm at {stage}"] = step.values[3].item()
-    states[stage] = copy_weights(step.model), copy_moments(step.engine, step.optimizer), step.average.copy()
+    states[stage] = full_weights(step.model), full_moments(step.engine, step.optimizer), step.average.full_weights()
     result[stage] = losses + run(step, range(20, 23))
     wrong = batch(0, size=4)[0]
     if ranks.rank == 1:
@@ -340,7 +340,7 @@ def first_updates(**options):  # weights after two steps of eight crops each
         passes = step.train.accumulate_steps
         for part in range(passes):
             step(image[part::passes], labels[part::passes])
-    return step, sum(float(value.double().abs().sum()) for value in copy_weights(step.model).values())
+    return step, sum(float(value.double().abs().sum()) for value in full_weights(step.model).values())
 
 _, result["whole"] = first_updates()
 _, result["in parts"] = first_updates(accumulate_steps=2)
@@ -349,16 +349,16 @@ _, result["channels last"] = first_updates(model=network().to(memory_format=torc
 one_channel = torch.nn.Sequential(torch.nn.Conv3d(2, 1, 1), torch.nn.Conv3d(1, 3, 3, padding=1))
 first_updates(model=one_channel.to(memory_format=torch.channels_last_3d))
 step, result["by DeepSpeed"] = first_updates(settings={"prescale_gradients": True})
-result["by DeepSpeed alone"] = step.reducer is None
+result["by DeepSpeed alone"] = step.ddp is None
 sent = []
 step = make_step(ranks, torch.nn.Sequential(network(), torch.nn.Dropout()), accumulate_steps=2)
-step.reducer.register_comm_hook(None, lambda state, bucket: sent.append(1) or allreduce_hook(None, bucket))
+step.ddp.register_comm_hook(None, lambda state, bucket: sent.append(1) or allreduce_hook(None, bucket))
 torch.manual_seed(3)
 for number in range(2):
     torch.manual_seed(3)
     step(*batch(number))
     result[f"draws {number}"] = float(torch.rand(1))
-    result.setdefault("laid out", step.reducer._has_rebuilt_buckets)
+    result.setdefault("laid out", step.ddp._has_rebuilt_buckets)
 result["sent"] = len(sent)
 if ranks.is_first:
     print(json.dumps(result))
@@ -453,30 +453,30 @@ def test_a_step_does_not_check_labels_again(ranks: Ranks) -> None:
 class Replay:
     """What a CUDA graph does, on a CPU: the same pass again, into the memory of the first."""
 
-    def __init__(self, graphed: GraphedPass) -> None:
+    def __init__(self, graphed: CudaGraphPass) -> None:
         self.graphed = graphed
 
     def replay(self) -> None:
         graphed = self.graphed
-        graphed._drop()
+        graphed._drop_gradients()
         loss = graphed.run(graphed.image, graphed.labels)
         for parameter, kept in zip(graphed.parameters, graphed.gradients, strict=True):
             assert parameter.grad is not None and kept is not None
             kept.copy_(parameter.grad)
-        graphed._drop()  # the optimizer's side has seen nothing of this
+        graphed._drop_gradients()  # the optimizer's side has seen nothing of this
         for kept, value in zip(graphed.loss, loss, strict=True):
             kept.detach().copy_(value.detach())
 
 
-def record(graphed: GraphedPass, image: torch.Tensor, labels: torch.Tensor) -> None:
+def record(graphed: CudaGraphPass, image: torch.Tensor, labels: torch.Tensor) -> None:
     graphed.image, graphed.labels = image.clone(), labels.clone()
     graphed.loss = graphed.run(image, labels)
     graphed.gradients = [parameter.grad for parameter in graphed.parameters]
-    graphed.graph = Replay(graphed)  # type: ignore[assignment]
+    graphed.cuda_graph = Replay(graphed)  # type: ignore[assignment]
 
 
 def graphs_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(GraphedPass, "_record", record)
+    patch.setattr(CudaGraphPass, "_record", record)
     patch.setattr("engine.step._check_options", lambda train, ranks: None)
 
 
@@ -487,9 +487,9 @@ def test_gradients_of_a_replayed_graph_reach_the_optimizer(ranks: Ranks, monkeyp
         eager(*batch(number))
         recorded(*batch(number))
         assert torch.equal(recorded.values, eager.values)
-    expected = copy_weights(eager.model)
-    assert all(torch.equal(value, expected[name]) for name, value in copy_weights(recorded.model).items())
-    with pytest.raises(ValueError, match="in a graph recorded for"):
+    expected = full_weights(eager.model)
+    assert all(torch.equal(value, expected[name]) for name, value in full_weights(recorded.model).items())
+    with pytest.raises(ValueError, match="in a CUDA graph recorded for"):
         recorded(*batch(0, size=3))
 
 
@@ -503,5 +503,5 @@ def test_a_recorded_graph_takes_the_steps_of_the_eager_one(precision: str, gpu_r
         eager(image, labels)
         recorded(image, labels)
         assert recorded.values[0].item() == pytest.approx(eager.values[0].item(), rel=1e-3)
-    for name, value in copy_weights(eager.model).items():
-        torch.testing.assert_close(copy_weights(recorded.model)[name], value, rtol=1e-2, atol=1e-4)
+    for name, value in full_weights(eager.model).items():
+        torch.testing.assert_close(full_weights(recorded.model)[name], value, rtol=1e-2, atol=1e-4)
