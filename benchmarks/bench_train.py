@@ -58,7 +58,7 @@ from benchmarks.training import (
 )
 from engine.ranks.distributed import Ranks, init_ranks
 from kernels import dispatch
-from models import parameter_count
+from models import NETWORKS, parameter_count
 
 ROUNDS = 3
 LARGEST_BATCH = 64 if IS_GPU else 4
@@ -298,7 +298,7 @@ def bench_train(benchmark: Any, ranks: Ranks, capsys: pytest.CaptureFixture[str]
 def main() -> int:
     """Measure, report, and say by the exit status whether every variant ran."""
     parser = argparse.ArgumentParser(description="Training steps, beside a plain loop of MONAI and PyTorch.")
-    parser.add_argument("--model", choices=("unetr", "unetr_monai", "unet"), default="unetr")
+    parser.add_argument("--model", choices=NETWORKS, default="unetr")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="How often the variants take turns.")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="In this order.")
     parser.add_argument("--profile", type=Path, help="A file for a Chrome trace of our steps (section breakdown).")

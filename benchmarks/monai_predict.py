@@ -37,23 +37,24 @@ from monai.transforms import (
 )
 
 from engine.export.bundle_steps import RegionsToLabelsd
-from engine.export.interchange import reference_class, reference_weights
+from engine.export.packages import reference_class, reference_weights
 from engine.inference import compose_labels
 from engine.precision import LOW_PRECISION
 from engine.sliding_window import OVERLAP, WINDOWS_AT_ONCE
-from engine.trained import Trained, load_trained
+from engine.trained import TrainedNetwork, load_trained
 from kernels import dispatch
-from models.convert import PACKAGES
+from models import NETWORKS
 from pipelines.labels import REGIONS
 
 
-def plain_network(trained: Trained) -> torch.nn.Module:
+def plain_network(trained: TrainedNetwork) -> torch.nn.Module:
     """The run's weights in MONAI's class, or in ours where MONAI has none."""
-    if PACKAGES[trained.config.model.name] != "monai":
+    reference = NETWORKS[trained.config.model.name].reference
+    if reference is None or reference.package != "monai":
         return trained.network
-    target, arguments = reference_class(trained)
+    target, arguments = reference_class(trained, reference)
     network = ConfigParser({"network": {"_target_": target, **arguments}}).get_parsed_content("network")
-    network.load_state_dict(reference_weights(trained, "monai"))
+    network.load_state_dict(reference_weights(trained))
     return network.eval()
 
 
@@ -63,7 +64,7 @@ def zscored(network: Callable[[torch.Tensor], torch.Tensor], windows: torch.Tens
     return network(torch.stack([torch.as_tensor(normalise(window)) for window in windows])).float()
 
 
-def before(trained: Trained) -> Compose:
+def before(trained: TrainedNetwork) -> Compose:
     """From a 4D file to (C, X, Y, Z) as in training."""
     return Compose(
         [
@@ -75,7 +76,7 @@ def before(trained: Trained) -> Compose:
     )
 
 
-def after(trained: Trained, transforms: Compose, output: Path) -> Compose:
+def after(trained: TrainedNetwork, transforms: Compose, output: Path) -> Compose:
     """From logits under "pred" to a label map on the file's grid, saved by the name of its scan."""
     values = compose_labels(np.eye(len(REGIONS), dtype=bool), trained.coding).tolist()
     return Compose(

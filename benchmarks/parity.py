@@ -50,7 +50,7 @@ from engine.step import LossConfig, TrainConfig
 from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
-from models import MODELS
+from models import NETWORKS
 from models.convert import to_reference
 from pipelines.basics.home import cache_dir
 from pipelines.labels import REGIONS
@@ -86,7 +86,7 @@ def make_trainer(scene: Scene, config: DataConfig, precision: str, seed: int) ->
     options: Any = {"precision": precision, "validation": "center_crop" if IS_GPU else "full_volume", "score": "masks"}
     full = Config(
         data=config,
-        model=ModelConfig(scene.model, **scene.size.widths),  # type: ignore[arg-type]  # checked by the parser
+        model=ModelConfig(scene.model, **scene.size.widths),
         loss=LossConfig(ce="multihot"),  # MONAI's own
         train=TrainConfig(batch_size=BATCH, seed=seed, **options),
         run_dir=cache_dir() / "benchmark",  # nothing is saved
@@ -276,7 +276,7 @@ def make_scene(model: str, size: Size, config: DataConfig, ranks: Ranks) -> Scen
 def make_parser() -> ArgumentParser:
     size = FULL if IS_GPU else SMALL
     parser = ArgumentParser(description="Training parity with a plain MONAI loop.", allow_abbrev=False)
-    parser.add_argument("--model", choices=MODELS, default="unetr")
+    parser.add_argument("--model", choices=NETWORKS, default="unetr")
     parser.add_argument("--steps", type=int, default=150, help="Of each training.")
     parser.add_argument("--seed", type=int, default=0, help="The other seed is the next.")
     parser.add_class_arguments(DataConfig, "data")
@@ -294,7 +294,7 @@ def main(args: Sequence[str] | None = None) -> int:
             f"error: --steps {options.steps} must be at least 2: before the first nothing can differ", file=sys.stderr
         )
         return 2
-    widths = {} if IS_GPU else {k: v for k, v in SMALL.widths.items() if options.model != "unet" or k == "feature_size"}
+    widths = {} if IS_GPU else {k: v for k, v in SMALL.widths.items() if k in NETWORKS[options.model].widths}
     ranks = init_ranks(DEVICE.type)
     kernels = dispatch.use("auto", ranks.device)
     try:

@@ -43,7 +43,7 @@ from engine.precision import LOW_PRECISION
 from kernels import attention, dice_ce, dispatch, instance_norm
 from kernels.dice_ce import dice_ce_loss
 from kernels.workloads import REGIONS
-from models import MODELS, build_model
+from models import NETWORKS, build_model
 from pipelines.basics.atomic import replacing, write_text
 
 aten = torch.ops.aten
@@ -272,7 +272,7 @@ def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) ->
     """The operations of one step.
 
     Args:
-        model: a name of `models.MODELS`, at its published size. batch: crops. precision: of `--train.precision`.
+        model: a name of `models.NETWORKS`, at its published size. batch: crops. precision: of `--train.precision`.
         crop: (X, Y, Z), voxels.
     """
     with (
@@ -429,7 +429,7 @@ def draw(rows: list[Operation], precision: str, gpu: str, title: str, path: Path
 def main() -> None:
     """Count, print, and write the files asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="unetr")
+    parser.add_argument("--model", choices=NETWORKS, default="unetr")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="bf16")
     parser.add_argument("--gpu", choices=list(GPUS), default="H100", help="GPU of the times in table and plot")

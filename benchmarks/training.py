@@ -26,7 +26,6 @@ from unittest import mock
 import torch
 from monai.data import CacheDataset, DataLoader, Dataset
 from monai.losses import DiceCELoss
-from monai.networks import nets
 from torch import Tensor, nn
 
 from benchmarks.common import DEVICE, IS_GPU
@@ -39,6 +38,7 @@ from engine.precision import set_up_torch
 from engine.ranks.distributed import Ranks
 from engine.step import LossConfig, TrainConfig
 from engine.trainer import Trainer
+from models import NETWORKS
 from pipelines.basics.home import cache_dir
 from pipelines.cases import CaseSet, find_cases
 from pipelines.preparing.store import prepare
@@ -80,7 +80,7 @@ class Scene:
         """With the cases below `root`, all to train on."""
         cases = find_cases(root)
         store = prepare(cases, cache_dir() / "store")
-        widths = {name: width for name, width in size.widths.items() if model != "unet" or name == "feature_size"}
+        widths = {name: width for name, width in size.widths.items() if name in NETWORKS[model].widths}
         return cls(model, Size(size.crop, widths), cases, Data(store, store.names, ()), ranks)
 
     @cached_property
@@ -115,34 +115,33 @@ def plain_network(scene: Scene) -> nn.Module:
     """The reference of `--model`, as its package makes it.
 
     Raises:
-        ValueError: "unetr" without self-attention-cv.
+        ValueError: there is none, or its package is not installed.
     """
-    channels, widths = len(scene.data.store.modalities), dict(scene.size.widths)
-    filters = widths.pop("feature_size", 16)
-    if scene.model == "unet":
-        return nets.UNet(3, channels, 3, [filters * 2**level for level in range(5)], (2, 2, 2, 2), num_res_units=2)
-    if scene.model == "unetr_monai":
-        return nets.UNETR(channels, 3, scene.size.crop, filters, **widths)
-    names = {"hidden_size": "embed_dim", "mlp_dim": "dim_linear_block", "num_heads": "num_heads"}
-    reference = {"embed_dim": 512, "dim_linear_block": 2048, "num_heads": 10}
-    reference |= {names[name]: width for name, width in widths.items()}
-    return _self_attention_cv()(
-        img_shape=scene.size.crop, input_dim=channels, output_dim=3, base_filters=filters, **reference
-    )
+    network = NETWORKS[scene.model]
+    reference = network.reference
+    if reference is None:
+        raise ValueError(f"--model {scene.model}: no other package has it, so there is nothing to compare with")
+    module, name = reference.class_name.rsplit(".", 1)
+    if reference.package == "self_attention_cv":
+        _import_self_attention_cv()
+    widths = {**network.widths, **scene.size.widths}
+    arguments = reference.arguments(len(scene.data.store.modalities), 3, scene.size.crop, widths)
+    return getattr(importlib.import_module(module), name)(**arguments)
 
 
-def _self_attention_cv() -> type[nn.Module]:
-    """Its UNETR; the package imports torchvision for one ResNet that UNETR does not use."""
+def _import_self_attention_cv() -> None:
+    """The package imports torchvision for one ResNet that UNETR does not use."""
     if importlib.util.find_spec("self_attention_cv") is None:
-        raise ValueError("--model unetr needs self-attention-cv: pip install --no-deps self-attention-cv==1.2.3")
+        raise ValueError(
+            "this network's reference needs self-attention-cv: pip install --no-deps self-attention-cv==1.2.3"
+        )
     stand_in = ModuleType("torchvision.models")
     stand_in.resnet50 = None  # type: ignore[attr-defined]
     stubs = {} if importlib.util.find_spec("torchvision") else {"torchvision": ModuleType("torchvision")}
     with mock.patch.dict(sys.modules, {**stubs, "torchvision.models": stand_in}):
-        unetr = importlib.import_module("self_attention_cv.UnetTr").UNETR
+        importlib.import_module("self_attention_cv.UnetTr")
         loaded = {name: module for name, module in sys.modules.items() if name.startswith("self_attention_cv")}
-    sys.modules.update(loaded)  # torch.compile looks its modules up by their names
-    return unetr
+    sys.modules.update(loaded)  # also for torch.compile, which looks modules up by name
 
 
 # ---------- the two loops
@@ -157,7 +156,7 @@ class Ours:
             options |= {"compile": variant.compiled, "cuda_graph": variant.graphed}
         config = Config(
             data=DataConfig(crop_size_voxels=scene.size.crop, crops_per_case=1000),
-            model=ModelConfig(scene.model, **scene.size.widths),  # type: ignore[arg-type]  # checked by the parser
+            model=ModelConfig(scene.model, **scene.size.widths),
             loss=LossConfig(ce="multihot"),  # MONAI's own
             train=TrainConfig(batch_size=batch, **options),
             run_dir=cache_dir() / "benchmark",  # nothing is saved

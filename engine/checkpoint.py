@@ -1,10 +1,9 @@
-"""What a run writes to go on from, and what its users take away.
+"""Checkpoints: the states from which a run resumes, and the writing of them and of its weights files.
 
     checkpoints/step-00001200/state.pt     everything that training needs to continue
     checkpoints/step-00001200/about.json   its size and content hash, and by which ranks it was written
     checkpoints/step-00001200-validated/   the same when the epoch's validation is done, in place of that one
-    checkpoints/last.pt                    weights, model and data settings of the newest, and their hash
-    checkpoints/best.pt                    the same of the epoch with the best validation Dice
+    checkpoints/last.pt, best.pt           see `engine.weights_file`
 
 States are whole, not by rank: one file serves any number of ranks and any ZeRO stage. (These networks have 5 to 100
 million parameters; with two moments each that is 60 MB to 1.2 GB.) Files hold plain values and tensors and load with
@@ -27,25 +26,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from engine import archive
-from engine.archive import Unreadable, content_hash, read_archive, sealed, write_archive
+from engine.archive import Unreadable, read_archive, write_archive
 from engine.ranks.memory_limits import is_out_of_memory
+from engine.weights_file import WeightsFile
 from pipelines.basics.atomic import remove_left_over, replacing, temporary_name
 from pipelines.basics.text import one_line
 from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
-"""Of weights files."""
-UNSEALED_FORMAT = 2
-"""Of weights files before they had a hash. They are read, with a warning: training takes days, and they are no worse
-than they were."""
 STATE_FORMAT = 2
-SAFETENSORS_KEY = "glioforge"
-"""Metadata of a `.safetensors` file: everything of a weights file but the weights, as JSON."""
 HASH = "blake2b"
 VALIDATED = "-validated"
 STATES = "step-*/about.json"
@@ -104,7 +94,7 @@ class CheckpointWriter:
         self._pending: Future | None = None
 
     def write(
-        self, name: str, state: dict[str, Any], about: dict[str, Any], weights: Mapping[str, dict[str, Any]]
+        self, name: str, state: dict[str, Any], about: dict[str, Any], weights: Mapping[str, WeightsFile]
     ) -> None:
         """Start writing.
 
@@ -112,7 +102,7 @@ class CheckpointWriter:
             name: of the folder, as `state_name` makes it.
             state: content of `state.pt`, tensors on the CPU that nobody changes any more.
             about: more for `about.json`.
-            weights: content of weights files by their name.
+            weights: weights files by their name.
 
         Raises:
             OSError: the one before could not be written.
@@ -130,11 +120,11 @@ class CheckpointWriter:
         if pending:
             pending.result()
 
-    def _write(self, name: str, state: dict, about: dict, weights: Mapping[str, dict[str, Any]]) -> None:
+    def _write(self, name: str, state: dict, about: dict, weights: Mapping[str, WeightsFile]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for file, content in weights.items():
             with _advising():
-                save_weights(self.folder / file, content)
+                content.write(self.folder / file)
         remove_left_over(self.folder)
         final = self.folder / name
         partial = temporary_name(final)
@@ -222,7 +212,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def putting_back(folder: Path) -> Iterator[None]:
+def restoring(folder: Path) -> Iterator[None]:
     """While a state is put back into place: what does not fit is told in a line.
 
     Raises:
@@ -237,74 +227,6 @@ def putting_back(folder: Path) -> Iterator[None]:
             f"--resume: the checkpoint in {folder} does not fit this run, or another version of this program wrote it: "
             f"{one_line(f'{type(error).__name__}: {error}', 300)}"
         ) from error
-
-
-def save_weights(path: Path, content: dict[str, Any]) -> None:
-    """Write weights for evaluation and prediction, with their hash.
-
-    Args:
-        path: the `.pt` file.
-        content: "weights", a state dict, and plain values about them: configuration, coding, metrics.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_archive(sealed({"format": FORMAT, **content}), path)
-
-
-def load_weights(path: Path) -> dict[str, Any]:
-    """Read what `save_weights` or `interchange.save_safetensors` wrote, onto the CPU, without running code from it.
-
-    Raises:
-        ValueError: no such file, another format, a damaged one, or another content than was written.
-    """
-    if not path.is_file():
-        raise ValueError(f"no checkpoint {path}; a run writes checkpoints/best.pt and checkpoints/last.pt")
-    try:
-        content = _load_safetensors(path) if path.suffix == ".safetensors" else read_archive(path)
-        _check_format(path, content)
-        written = content.get(archive.HASH)
-        if content["format"] == UNSEALED_FORMAT and written is None:
-            log.warning(
-                "%s is of a version whose files have no hash: if it is damaged, that can't be seen; launch/convert.py "
-                "--to safetensors writes it with one", path,
-            )  # fmt: skip
-        elif written != content_hash(content):
-            raise Unreadable("its content is not what was written: it is damaged")
-    except Unreadable as error:
-        raise ValueError(
-            f"{path} can't be read as a checkpoint: {error}. Copy it again, or take the run's other one of best.pt and "
-            "last.pt"
-        ) from error
-    return content
-
-
-def _check_format(path: Path, content: Any) -> None:
-    written = content.get("format") if isinstance(content, dict) else None
-    if isinstance(written, int) and written > FORMAT:
-        raise ValueError(f"{path} is of a newer version of this program, which reads format {FORMAT}: update it")
-    if written not in (FORMAT, UNSEALED_FORMAT):
-        raise ValueError(
-            f"{path} is not a checkpoint of this program's format {FORMAT}: launch/convert.py --from brings in state "
-            "dicts of MONAI and self-attention-cv"
-        )
-    if "moments" in content:
-        raise ValueError(
-            f"{path} is the state from which training goes on, not a network to use: take best.pt or last.pt of the run"
-        )
-
-
-def _load_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            rest = json.loads((file.metadata() or {}).get(SAFETENSORS_KEY, "{}"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    except PermissionError:
-        raise
-    except Exception as error:  # of safetensors, JSON and torch, which have many
-        raise Unreadable(f"it is damaged ({type(error).__name__})") from error
-    return {**rest, "weights": weights} if isinstance(rest, dict) else {}
 
 
 def _fault(path: Path) -> str | None:

@@ -24,7 +24,7 @@ import torch
 
 from engine.precision import prepare_network, set_tf32
 from engine.sliding_window import sliding_window_logits
-from engine.trained import Trained, load_trained
+from engine.trained import TrainedNetwork, load_trained
 from kernels import dispatch
 from pipelines.basics.errors import DataError
 from pipelines.cases import Case
@@ -379,8 +379,8 @@ def compose_labels(masks_RXYZ: np.ndarray, coding: Coding) -> np.ndarray:
     return labels
 
 
-def _check_alike(members: Sequence[Trained]) -> None:
-    def traits(member: Trained) -> dict[str, object]:
+def _check_alike(members: Sequence[TrainedNetwork]) -> None:
+    def traits(member: TrainedNetwork) -> dict[str, object]:
         return {
             "modalities": member.modalities,
             "spacing": member.config.data.spacing,

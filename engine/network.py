@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
-from models import build_model, check_img_size
+from models import NETWORKS, NetworkName, build_model, check_img_size, find_network
 from pipelines.basics.option_values import number
 from pipelines.labels import REGIONS
 
 
 @dataclass
 class ModelConfig:
-    """The network; a width of None is that of the reference, and the UNet has no transformer to set widths of."""
+    """The network; a width of None is the published one, and one that the network does not have is ignored."""
 
-    name: Literal["unetr", "unetr_monai", "unet"] = "unetr"
+    name: NetworkName = "unetr"
     """UNETR as in self-attention-cv, UNETR as in MONAI, or MONAI's residual UNet."""
     feature_size: int | None = number(None, least=1, most=1024)
     """Channels at full resolution (16)."""
@@ -29,6 +28,12 @@ class ModelConfig:
     """Attention heads (10; MONAI 12)."""
 
 
+def widths_of(model: ModelConfig) -> dict[str, int]:
+    """The widths of a network, by the names of its options: those given, and the published ones for the rest."""
+    given = {name: getattr(model, name) for name in NETWORKS[model.name].widths}
+    return {**NETWORKS[model.name].widths, **{name: width for name, width in given.items() if width is not None}}
+
+
 def make_model(config: ModelConfig, crop_size: Sequence[int], channels: int) -> nn.Module:
     """A network with fresh weights.
 
@@ -38,9 +43,9 @@ def make_model(config: ModelConfig, crop_size: Sequence[int], channels: int) -> 
     Raises:
         ValueError: naming the option that does not fit.
     """
-    transformer = ModelConfig() if config.name == "unet" else config
     try:
-        check_img_size(crop_size)
+        network = find_network(config.name)
+        check_img_size(crop_size, network.size_divisor)
     except ValueError as error:
         raise ValueError(f"--data.crop_size_voxels: {error}") from error
     try:
@@ -49,10 +54,7 @@ def make_model(config: ModelConfig, crop_size: Sequence[int], channels: int) -> 
             in_channels=channels,
             out_channels=len(REGIONS),
             img_size=crop_size,
-            feature_size=config.feature_size,
-            hidden_size=transformer.hidden_size,
-            mlp_dim=transformer.mlp_dim,
-            num_heads=transformer.num_heads,
+            **{option: getattr(config, option) for option in network.widths},
         )
     except ValueError as error:
         raise ValueError(f"--model: {error}") from error

@@ -30,6 +30,7 @@ from engine.reports.run_tables import EpochLog, write_validation
 from engine.sharding import full_moments, full_weights, load_moments
 from engine.sliding_window import sliding_window_logits
 from engine.step import TrainingStep
+from engine.weights_file import WeightsFile
 from kernels.dice_ce import region_masks
 from models import parameter_count
 from pipelines.basics.text import first_few
@@ -73,7 +74,7 @@ class Trainer:
         self.steps = len(self.train_loader) // config.train.accumulate_steps  # optimizer steps of an epoch
         state = self._read_state() if config.resume else None
         if state:
-            with checkpoint.putting_back(self.run_dir):
+            with checkpoint.restoring(self.run_dir):
                 _load_weights(model, state["weights"])
         self.step = TrainingStep(
             model, config.train, config.optim, config.loss, ranks, self.regions, config.train.epochs * self.steps,
@@ -92,7 +93,7 @@ class Trainer:
         if advice:
             log.warning(advice)
         if state:
-            with checkpoint.putting_back(self.run_dir):
+            with checkpoint.restoring(self.run_dir):
                 self._restore(state)
 
     def fit(self) -> None:
@@ -324,15 +325,13 @@ class Trainer:
         }
         if not self.ranks.is_first:
             return
-        coding = self.data.store.coding
-        content = {"weights": averaged or weights, "config": to_portable_dict(self.config), "epoch": self.epoch,
-                   "validation": metrics.summarise(self.cases), "modalities": list(self.data.store.modalities),
-                   "release": coding.release, "tissues": dict(coding.tissues), "scans": self.scans,
-                   "regions": [list(values) for values in coding.regions]}  # fmt: skip
+        store, config = self.data.store, to_portable_dict(self.config)
+        file = WeightsFile(averaged or weights, config, self.epoch, metrics.summarise(self.cases),
+                           store.modalities, store.coding, self.scans)  # fmt: skip
         about = {"epoch": self.epoch, "world_size": self.ranks.world_size, "zero_stage": self.config.train.zero_stage,
-                 "config": content["config"]}  # fmt: skip
+                 "config": config}  # fmt: skip
         name = checkpoint.state_name(step.taken, is_validated=bool(weights_files))
-        self.writer.write(name, state, about, {name: content for name in weights_files})
+        self.writer.write(name, state, about, {name: file for name in weights_files})
 
     def _read_state(self) -> dict[str, Any]:
         """The newest state that is whole, the same on all ranks."""

@@ -109,7 +109,7 @@ def plan(config: Config, folder: Path, seeds: int, with_epochs: bool) -> dict[Pa
     runs = {}
     for seed in range(config.train.seed, config.train.seed + seeds):
         for name, published in PUBLISHED.items():
-            model = dataclasses.replace(config.model, name=name)  # type: ignore[arg-type]  # the keys are its choices
+            model = dataclasses.replace(config.model, name=name)
             epochs = config.train.epochs if with_epochs else published.epochs
             settings = dataclasses.replace(config.train, seed=seed, epochs=epochs)
             run_dir = folder / (name if seed == config.train.seed else f"{name}-seed-{seed}")

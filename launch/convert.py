@@ -5,9 +5,16 @@ python launch/convert.py runs/RUN --to bundle --output my_bundle               a
 python launch/convert.py weights.pth --from monai --output imported.pt --model.name unet \\
     --data.modalities flair,t1,t1c,t2 --data.release brats2018
 
-A run is given by its folder (of which the best weights are taken) or by a weights file, and knows all that belongs to
-it. Weights of MONAI or self-attention-cv know nothing but themselves: widths that are not the reference's own, crops,
-spacing, modalities and label coding are told by the options of `launch/train.py`, or by a YAML file of them.
+A run is given by its folder (whose best weights are taken) or by a weights file, which says all that belongs to it.
+Weights of MONAI or self-attention-cv do not: give crops, spacing, modalities, label coding, and widths other than the
+published ones by the options of `launch/train.py`, or in a YAML file.
+
+    safetensors         the weights, and everything else of a weights file as metadata; `load_trained` reads it
+    torch_export        a `.pt2` archive of `torch.export`, to be run without this program
+    onnx                the same for ONNX Runtime and others
+    monai               state dict of MONAI's class
+    self_attention_cv   state dict of self-attention-cv's class
+    bundle              a MONAI bundle
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ if __name__ == "__main__":
     import launch.start  # noqa: F401  before the imports below, which take seconds
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,25 +32,14 @@ from typing import Any, Literal, get_args
 import jsonargparse
 
 from engine.archive import write_archive
-from engine.checkpoint import load_weights, save_weights
 from engine.config import Config, make_parser
 from engine.export.bundle import WEIGHTS, write_bundle
-from engine.export.interchange import (
-    check_output,
-    describe,
-    import_weights,
-    read_state_dict,
-    reference_class,
-    reference_weights,
-    save_onnx,
-    save_safetensors,
-    save_torch_export,
-    trace,
-)
+from engine.export.packages import find_reference, import_weights, read_state_dict, reference_class, reference_weights
+from engine.export.programs import save_onnx, save_torch_export, trace
 from engine.parser import build
 from engine.ranks.command import run_command
-from engine.trained import Trained, load_trained
-from models.convert import PACKAGES
+from engine.trained import TrainedNetwork, load_trained
+from engine.weights_file import WeightsFile
 from pipelines.labels import coding_for_release, tutorial_coding
 from pipelines.layouts.names import canonical_modalities
 
@@ -69,7 +66,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def convert(args: list[str] | None) -> None:
-    """What the command line asks for."""
+    """Do what the command line asks for."""
     config, options = parse(args)
     if options.to:
         export(options.source, options.to, options.output, options.overwrite)
@@ -81,8 +78,8 @@ def parse(args: list[str] | None) -> tuple[Config, jsonargparse.Namespace]:
     """Read the command line.
 
     Raises:
-        ValueError: an option that there is not or that refuses its value, options that contradict each other, or an
-            output whose name does not end as its format's.
+        ValueError: an unknown option or a value that it can't have, options that contradict each other, or an output
+            whose name does not end as the format's do.
     """
     parser = make_parser("Convert a trained network to other programs' files, or their weights to ours.")
     parser.usage = (
@@ -105,16 +102,17 @@ def parse(args: list[str] | None) -> tuple[Config, jsonargparse.Namespace]:
 def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:
     """Write a trained network in another format and print what was written."""
     trained = load_trained(source)
-    check_output(output, output / WEIGHTS if target == "bundle" else output, overwrite, trained.path)
+    _check_output(output, output / WEIGHTS if target == "bundle" else output, overwrite, trained.path)
     said = []
     if target == "safetensors":
-        save_safetensors(output, load_weights(trained.path), describe(trained))
+        WeightsFile.read(trained.path).write(output, trained.metadata())
     elif target == "bundle":
         write_bundle(output, trained)
         said.append("MONAI runs it: docs/README.md in it says how")
-    elif target in PACKAGES.values():
-        write_archive(reference_weights(trained, target), output)
-        said.append(f"its class: {_call(*reference_class(trained))}")
+    elif target in get_args(Package):
+        reference = find_reference(trained.config.model.name, target)
+        write_archive(reference_weights(trained), output)
+        said.append(f"its class: {_call(*reference_class(trained, reference))}")
     else:
         save: Callable[..., float] = save_onnx if target == "onnx" else save_torch_export
         difference = save(output, trained, trace(trained))
@@ -126,7 +124,7 @@ def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:
 def import_(source: Path, package: Package, config: Config, output: Path, overwrite: bool) -> None:
     """Write a weights file from another package's weights and print what it was taken for."""
     data = config.data
-    check_output(output, output, overwrite, source)
+    _check_output(output, output, overwrite, source)
     if data.modalities is None or data.release is None:
         raise ValueError(
             "a state dict does not say what its channels and labels are: give --data.modalities, in the network's "
@@ -134,12 +132,36 @@ def import_(source: Path, package: Package, config: Config, output: Path, overwr
         )
     coding = coding_for_release(data.release)
     coding = tutorial_coding(coding) if data.regions == "tutorial" else coding
-    content = import_weights(read_state_dict(source), package, config, canonical_modalities(data.modalities), coding)
-    save_weights(output, content)
+    file = import_weights(read_state_dict(source), package, config, canonical_modalities(data.modalities), coding)
+    file.write(output)
     print(f"{output}: {_summary(load_trained(output))}; labels of {coding.release}")
 
 
-def _summary(trained: Trained) -> str:
+def _check_output(output: Path, weights: Path, overwrite: bool, source: Path) -> None:
+    """Check that a file, or the folder of a bundle, may be written, and make the folder that it is in.
+
+    Args:
+        output: the file or folder. weights: the file of weights that is written: `output`, or one in that folder.
+        overwrite: whether `output` may exist already. source: the file that is read.
+
+    Raises:
+        ValueError: it exists and must not be overwritten.
+    """
+    if os.path.lexists(output) and not overwrite:
+        raise ValueError(f"{output} is there already: choose another --output, or give --overwrite")
+    if weights.is_dir():
+        raise ValueError(f"{weights} is a folder, where a file is to be written: choose another --output")
+    if weights.exists() and weights.samefile(source):
+        raise ValueError(f"{weights} is the file that is read, which would be lost: choose another --output")
+    if weights.exists() and any(folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
+                                for folder in weights.resolve().parents):  # fmt: skip
+        raise ValueError(
+            f"{weights} is a run's own file, which evaluation or --resume may need: choose another --output"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _summary(trained: TrainedNetwork) -> str:
     data = trained.config.data
     spacing = " x ".join(f"{size:g}" for size in data.spacing_mm)
     crop = " x ".join(map(str, data.crop_size_voxels))

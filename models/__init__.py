@@ -1,35 +1,161 @@
-"""The three models by name, each equal to its reference weight for weight.
+"""The networks by name, each equal to its reference weight for weight.
 
     unetr         UNETR of self-attention-cv 1.2.3, the seed's: 49,667,123 parameters at 4 x 128 x 128 x 64
     unetr_monai   UNETR of MONAI 1.6.1 with a convolution as patch embedding: 102,253,107 (MONAI counts 18,432 more
-                  that it never uses: see models/convert.py)
+                  that it never uses: see models/references.py)
     unet          residual UNet of MONAI: 4,810,074
 
-Every model takes (B, in_channels, X, Y, Z) and gives logits (B, out_channels, X, Y, Z). They know nothing of devices,
+Every network takes (B, in_channels, X, Y, Z) and gives logits (B, out_channels, X, Y, Z). They know nothing of devices,
 precision or distribution; initial weights follow the references' own distributions.
+
+To add one: its file here, its entry in `NETWORKS`, and a test. Training, conversion, comparison and benchmarks read all
+they need from the entry; what its empty fields rule out is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from kernels.attention import MAX_HEAD_DIM
+from models.references import MONAI_UNET, MONAI_UNETR, SELF_ATTENTION_CV_UNETR, Reference
 from models.unet import UNet
-from models.unetr import MONAI, SELF_ATTENTION_CV, UNETR
-
-MODELS = ("unetr", "unetr_monai", "unet")
-SIZE_DIVISOR = 16
-FEATURE_SIZE = 16
+from models.unetr import MONAI, SELF_ATTENTION_CV, UNETR, Variant
 
 
-def check_img_size(img_size: Sequence[int], divisor: int = SIZE_DIVISOR) -> None:
-    """Refuse a volume size that the models cannot take.
+@dataclass(frozen=True)
+class Published:
+    """Published figures: epochs of training, and the best mean Dice, as a fraction."""
+
+    epochs: int
+    dice: float
+
+
+@dataclass(frozen=True)
+class BundledCode:
+    """Code that goes into a MONAI bundle with a network that MONAI lacks.
+
+    Fields:
+        modules: files of `models`, imported ones first; the last has the class.
+        class_name: of the network; takes in_channels, out_channels, img_size and its widths.
+        constants: more arguments of the class: constants in its file, by name.
+    """
+
+    modules: tuple[str, ...]
+    class_name: str
+    constants: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Network:
+    """An entry of `NETWORKS`.
+
+    Fields:
+        build: from (in_channels, out_channels, img_size) and, by keyword, `widths` (and `dropout`) to the module.
+        title: how tables and pictures call it.
+        colour: of its curves, #rrggbb.
+        widths: its width options, names of fields of `--model`, with their published values.
+        size_divisor: what the volume must be a multiple of, on each axis.
+        has_dropout: whether it takes `dropout`.
+        reference: the package's class that it equals; None: its weights can't be converted.
+        published: its figures; None: there is nothing to compare with.
+        bundled_code: None: a MONAI bundle takes MONAI's class, where `reference` is MONAI's.
+    """
+
+    build: Callable[..., nn.Module]
+    title: str
+    colour: str
+    widths: Mapping[str, int]
+    size_divisor: int = 16
+    has_dropout: bool = False
+    reference: Reference | None = None
+    published: Published | None = None
+    bundled_code: BundledCode | None = None
+
+
+def _build_unetr(
+    variant: Variant, in_channels: int, out_channels: int, img_size: Sequence[int], **widths: Any
+) -> nn.Module:
+    hidden_size, num_heads = widths["hidden_size"], widths["num_heads"]
+    if num_heads > hidden_size:
+        raise ValueError(f"num_heads {num_heads} must be at most hidden_size {hidden_size}: each head needs a feature")
+    if hidden_size // num_heads > MAX_HEAD_DIM:
+        raise ValueError(
+            f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size // num_heads} features "
+            f"each; the limit is {MAX_HEAD_DIM}: use num_heads {-(-hidden_size // MAX_HEAD_DIM)} or more"
+        )
+    if variant is MONAI and hidden_size % num_heads:
+        raise ValueError(
+            f"hidden_size {hidden_size} must be divisible by num_heads {num_heads} for MONAI's UNETR; "
+            f"try hidden_size {-(-hidden_size // num_heads) * num_heads}"
+        )
+    return UNETR(variant, in_channels, out_channels, img_size, **widths)
+
+
+def _build_unet(in_channels: int, out_channels: int, img_size: Sequence[int], feature_size: int) -> nn.Module:
+    return UNet(in_channels, out_channels, feature_size)
+
+
+def _widths(variant: Variant) -> dict[str, int]:
+    return {"feature_size": 16} | {name: getattr(variant, name) for name in ("hidden_size", "mlp_dim", "num_heads")}
+
+
+NETWORKS: dict[str, Network] = {
+    "unetr": Network(
+        partial(_build_unetr, SELF_ATTENTION_CV),
+        title="UNETR of self-attention-cv",
+        colour="#d55e00",
+        widths=_widths(SELF_ATTENTION_CV),
+        has_dropout=True,
+        reference=SELF_ATTENTION_CV_UNETR,
+        published=Published(180, 0.769),
+        bundled_code=BundledCode(("vit", "unetr"), "UNETR", {"variant": "SELF_ATTENTION_CV"}),
+    ),
+    "unetr_monai": Network(
+        partial(_build_unetr, MONAI),
+        title="UNETR of MONAI",
+        colour="#009e73",
+        widths=_widths(MONAI),
+        has_dropout=True,
+        reference=MONAI_UNETR,
+        published=Published(180, 0.761),
+    ),
+    "unet": Network(
+        _build_unet,
+        title="UNet",
+        colour="#0072b2",
+        widths={"feature_size": 16},
+        reference=MONAI_UNET,
+        published=Published(170, 0.766),
+    ),
+}
+if TYPE_CHECKING:
+    NetworkName = str
+else:
+    NetworkName = Literal[tuple(NETWORKS)]
+
+
+def find_network(name: str) -> Network:
+    """The entry of a network.
+
+    Raises:
+        ValueError: there is no network of this name.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"model {name!r} must be one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def check_img_size(img_size: Sequence[int], divisor: int) -> None:
+    """Refuse a volume size that a network cannot take.
 
     Args:
         img_size: voxels on X, Y and Z.
-        divisor: what each must be a multiple of: 16 for all three models (patches of 16^3; four halvings).
+        divisor: what each must be a multiple of.
 
     Raises:
         ValueError: naming the nearest valid size (the larger of two equally near).
@@ -47,81 +173,43 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _check_positive(**sizes: int | None) -> None:
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} {size} must be at least 1")
-
-
-def _check_heads(name: str, hidden_size: int, num_heads: int) -> None:
-    if num_heads > hidden_size:
-        raise ValueError(f"num_heads {num_heads} must be at most hidden_size {hidden_size}: each head needs a feature")
-    if hidden_size // num_heads > MAX_HEAD_DIM:
-        raise ValueError(
-            f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size // num_heads} features "
-            f"each; the limit is {MAX_HEAD_DIM}: use num_heads {-(-hidden_size // MAX_HEAD_DIM)} or more"
-        )
-    if name == "unetr_monai" and hidden_size % num_heads:
-        raise ValueError(
-            f"hidden_size {hidden_size} must be divisible by num_heads {num_heads} for unetr_monai; "
-            f"try hidden_size {-(-hidden_size // num_heads) * num_heads}"
-        )
-
-
 def build_model(
     name: str,
     in_channels: int,
     out_channels: int = 3,
     img_size: Sequence[int] = (128, 128, 64),
-    feature_size: int | None = None,
-    hidden_size: int | None = None,
-    mlp_dim: int | None = None,
-    num_heads: int | None = None,
     dropout: float = 0.0,
+    **widths: int | None,
 ) -> nn.Module:
-    """Build a model with fresh weights.
+    """Build a network with fresh weights.
 
     Args:
-        name: "unetr", "unetr_monai" or "unet".
+        name: in `NETWORKS`.
         in_channels, out_channels: modalities; regions.
-        img_size: voxels of the training crops on X, Y, Z, multiples of 16. The UNETRs take this size only.
-        feature_size: channels at the top convolution level. None = 16.
-        hidden_size, mlp_dim, num_heads: widths of the transformer, UNETRs only. None = the reference's own: 512,
-            2048, 10 for "unetr", 768, 3072, 12 for "unetr_monai".
+        img_size: voxels of the training crops on X, Y, Z, multiples of the network's `size_divisor`. The UNETRs take
+            this size only.
         dropout: probability, in the transformers only.
+        widths: any of the network's, in its entry; None = the published value. feature_size: channels at the top
+            convolution level. hidden_size, mlp_dim, num_heads: widths of the transformer.
 
     Returns:
-        the model, float32, on the CPU (or torch's default device), in training mode.
+        the network, float32, on the CPU (or torch's default device), in training mode.
 
     Raises:
-        ValueError: an unknown name, a size below 1, an img_size that is not a multiple of 16, heads that do not fit
-            hidden_size, a transformer option or dropout for the UNet.
+        ValueError: an unknown name, a size below 1 or an img_size that it cannot take, an option that it does not have,
+            heads that do not fit hidden_size.
     """
-    if name not in MODELS:
-        raise ValueError(f"model {name!r} must be one of {', '.join(MODELS)}")
-    check_img_size(img_size)
-    _check_positive(
-        in_channels=in_channels,
-        out_channels=out_channels,
-        feature_size=feature_size,
-        hidden_size=hidden_size,
-        mlp_dim=mlp_dim,
-        num_heads=num_heads,
-    )
+    network = find_network(name)
+    check_img_size(img_size, network.size_divisor)
+    given = {option: width for option, width in widths.items() if width is not None}
+    for option, size in {"in_channels": in_channels, "out_channels": out_channels, **given}.items():
+        if size < 1:
+            raise ValueError(f"{option} {size} must be at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout} must be a probability from 0 up to, but not including, 1")
-    feature_size = feature_size or FEATURE_SIZE
-    if name == "unet":
-        given = {"hidden_size": hidden_size, "mlp_dim": mlp_dim, "num_heads": num_heads, "dropout": dropout or None}
-        wrong = [f"{option} {value}" for option, value in given.items() if value is not None]
-        if wrong:
-            raise ValueError(
-                f"{', '.join(wrong)}: the unet has no transformer; set feature_size alone, or choose a unetr"
-            )
-        return UNet(in_channels, out_channels, feature_size)
-    variant = SELF_ATTENTION_CV if name == "unetr" else MONAI
-    hidden_size = hidden_size or variant.hidden_size
-    mlp_dim = mlp_dim or variant.mlp_dim
-    num_heads = num_heads or variant.num_heads
-    _check_heads(name, hidden_size, num_heads)
-    return UNETR(variant, in_channels, out_channels, img_size, feature_size, hidden_size, mlp_dim, num_heads, dropout)
+    options = {"dropout": dropout} if network.has_dropout or dropout else {}
+    known = [*network.widths, *(["dropout"] if network.has_dropout else [])]
+    unknown = [f"{option} {value}" for option, value in (given | options).items() if option not in known]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: {name} does not have this option; it takes {', '.join(known)}")
+    return network.build(in_channels, out_channels, img_size, **{**network.widths, **given, **options})

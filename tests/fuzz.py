@@ -42,12 +42,11 @@ from commands import SMALL
 from test_comparison import write_run
 from test_trained import CONFIG, content_of
 
-from engine.checkpoint import save_weights
 from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
-from engine.export.interchange import save_safetensors
 from engine.network import make_model
 from engine.reports.comparison import Run
 from engine.trained import load_trained
+from engine.weights_file import write_content
 from launch.predict import Row, write_rows
 from pipelines.cases import survey_cases
 from pipelines.scans.nifti import read_grid, read_nifti
@@ -235,15 +234,8 @@ def check_sound(config: Any, default: Any, name: str = "") -> None:
 def good_weights(suffix: str) -> bytes:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / f"w{suffix}"
-        save_any(path, content_of())
+        write_content(path, content_of())
         return path.read_bytes()
-
-
-def save_any(path: Path, content: dict[str, Any]) -> None:
-    if path.suffix == ".pt":
-        save_weights(path, content)
-    else:
-        save_safetensors(path, content, {"model": "unetr"})
 
 
 def fuzz_weights(rng: random.Random, folder: Path) -> str:
@@ -262,7 +254,7 @@ def fuzz_weights(rng: random.Random, folder: Path) -> str:
         content = content_of()
         change_a_field(rng, content)
         try:
-            save_any(path, content)
+            write_content(path, content)
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError):
             return REFUSED  # such a file can't be made by our own writer
     trained = attempt(lambda: load_trained(path))

@@ -16,12 +16,12 @@ from rich.console import Console
 from test_trained import content_of
 
 from benchmarks import bench_predict, monai_predict
-from engine.checkpoint import save_weights
 from engine.config import Config, to_dict
 from engine.data import DataConfig
 from engine.inference import Predictor
 from engine.network import ModelConfig, make_model
 from engine.ranks.distributed import Ranks
+from engine.weights_file import write_content
 from kernels import dispatch
 from launch import predict
 from pipelines.labels import CODINGS
@@ -40,7 +40,7 @@ def test_monais_program_gives_our_segmentations(name: Any, seed: int, tmp_path: 
     with torch.no_grad():
         network.get_parameter("head.weight").mul_(20)
     about = {"config": to_dict(config), "modalities": ["flair", "t1", "t1c", "t2"]}
-    save_weights(tmp_path / "net.pt", content_of(CODINGS["decathlon"], weights=network.state_dict(), **about))
+    write_content(tmp_path / "net.pt", content_of(CODINGS["decathlon"], weights=network.state_dict(), **about))
     Predictor(tmp_path / "net.pt", "cpu").segment(scan).save(tmp_path / "ours.nii.gz")
     command = ["--run", str(tmp_path / "net.pt"), "--input", str(scan), "--output", str(tmp_path), "--workers", "0"]
     with dispatch.using("auto"):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import resource
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +16,7 @@ from engine.checkpoint import (
     CheckpointWriter,
     find_state,
     load_state,
-    load_weights,
-    putting_back,
-    save_weights,
+    restoring,
     state_name,
     states,
 )
@@ -42,26 +38,6 @@ def write(folder: Path, step: int, keep: int = 2, is_validated: bool = False, **
     state = {**STATE, "value": torch.full((100,), float(step)), **content}
     writer.write(state_name(step, is_validated), state, {"epoch": 1}, {})
     writer.wait()
-
-
-def test_weights_and_settings_come_back(tmp_path: Path) -> None:
-    model = torch.nn.Linear(3, 2)
-    path = tmp_path / "checkpoints" / "best.pt"
-    save_weights(path, {"weights": model.state_dict(), "epoch": 4, "config": {"lr": 0.1}})
-    content = load_weights(path)
-    assert content["epoch"] == 4 and content["config"] == {"lr": 0.1}
-    assert torch.equal(content["weights"]["weight"], model.weight)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best.pt"]
-
-
-def test_a_failed_write_leaves_the_previous_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "best.pt"
-    save_weights(path, {"epoch": 1})
-    with pytest.raises(ValueError, match="other values than plain ones"):
-        save_weights(path, {"epoch": lambda: 2})
-    with mock.patch("torch.save", side_effect=pickle.PicklingError), pytest.raises(pickle.PicklingError):
-        save_weights(path, {"epoch": 2})
-    assert load_weights(path)["epoch"] == 1
 
 
 def test_the_newest_states_are_kept(tmp_path: Path) -> None:
@@ -157,14 +133,14 @@ def test_a_state_that_holds_something_else_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [KeyError("exp_avg"), RuntimeError("size\nmismatch \x1b[31m"), TypeError("float")])
 def test_what_does_not_fit_when_it_is_put_back_is_one_line(error: Exception, tmp_path: Path) -> None:
     message = f"--resume: the checkpoint in .*: {type(error).__name__}: "
-    with pytest.raises(ValueError, match=message) as told, putting_back(tmp_path):
+    with pytest.raises(ValueError, match=message) as told, restoring(tmp_path):
         raise error
     assert str(told.value).isprintable()
 
 
 def test_memory_that_runs_out_while_a_state_is_put_back_is_no_misfit(tmp_path: Path) -> None:
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-    with pytest.raises(RuntimeError, match="can't allocate"), putting_back(tmp_path):
+    with pytest.raises(RuntimeError, match="can't allocate"), restoring(tmp_path):
         raise error
 
 
@@ -233,27 +209,6 @@ def test_what_could_not_be_written_is_told_at_the_next_save(tmp_path: Path) -> N
     with pytest.raises(OSError):
         writer.wait()
     writer.wait()  # told once
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no checkpoint"),
-        (b"not a checkpoint", "can't be read"),
-        ({"weights": {}}, "format"),
-        ({"format": 3, "weights": Evil()}, "can't be read"),
-        ({"format": 3, "weights": {}}, "content is not what was written"),
-    ],
-)
-def test_other_files_are_refused_with_their_path(content: object, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "file.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(ValueError, match=message) as raised:
-        load_weights(path)
-    assert str(path) in str(raised.value)
 
 
 def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ import yaml
 from commands import SMALL
 from test_trained import content_of
 
-from engine.checkpoint import save_weights
 from engine.config import CONFIGS, Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.data import load_data
 from engine.metrics import CaseDice
@@ -32,7 +31,9 @@ from engine.reports import comparison, comparison_pictures
 from engine.reports.comparison import Run, differences, make_rows, notes, unmet_conditions
 from engine.reports.report import END
 from engine.reports.run_tables import write_validation
+from engine.weights_file import write_content
 from launch import compare
+from models import NETWORKS
 
 DEFINITION = "Dice per case and region"
 
@@ -285,8 +286,8 @@ def test_curves_show_every_model(tmp_path: Path) -> None:
     runs = [Run.read(write_run(tmp_path / m, settings("demo", model_name=m))) for m in ("unet", "unetr_monai")]
     comparison_pictures.draw_curves(make_rows(runs), tmp_path / "curves.png")
     found = colours(tmp_path / "curves.png")
-    assert {rgb(comparison_pictures.COLOURS[m]) for m in ("unet", "unetr_monai")} <= found
-    assert rgb(comparison_pictures.COLOURS["unetr"]) not in found
+    assert {rgb(NETWORKS[m].colour) for m in ("unet", "unetr_monai")} <= found
+    assert rgb(NETWORKS["unetr"].colour) not in found
 
 
 @pytest.mark.filterwarnings("error")
@@ -294,7 +295,7 @@ def test_a_run_that_was_never_validated_is_in_the_curves_too(tmp_path: Path) -> 
     run_dir = write_run(tmp_path / "run", settings("demo", model_name="unet"))
     (run_dir / "log.csv").write_text("epoch,loss,val_mean\n1,0.5,\n2,0.4,\n")
     comparison_pictures.draw_curves(make_rows([Run.read(run_dir)]), tmp_path / "curves.png")
-    assert rgb(comparison_pictures.COLOURS["unet"]) in colours(tmp_path / "curves.png")
+    assert rgb(NETWORKS["unet"].colour) in colours(tmp_path / "curves.png")
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +322,7 @@ def test_models_predict_the_same_case_and_a_picture_shows_them(
             "modalities": list(data.store.modalities),
         }
         content = content_of(data.store.coding, **trained, config=to_dict(config))
-        save_weights(run_dir / "checkpoints" / "best.pt", content)
+        write_content(run_dir / "checkpoints" / "best.pt", content)
         runs.append(replace(Run.read(run_dir), cases=data.val, example=data.val[1]))
     store = tmp_path / "store"  # not the cache, for which there may be no place
     predictions = comparison_pictures.predict_example(make_rows(runs), torch.device("cpu"), store)

@@ -1,104 +1,146 @@
-"""Weights between ours and the reference packages: exact both ways, complete, and refused where they do not belong."""
+"""The command that converts: what it writes, replaces and leaves alone."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
-from test_models import HEADS, IMG_SIZE, SMALL, build_pair, build_reference, relative, volumes
+from safetensors.torch import save_file
+from untrained import content_of_files, saved_run
 
-from models import MODELS, build_model
-from models.convert import from_reference, to_reference
+from engine.export.bundle import WEIGHTS, write_bundle
+from engine.trained import load_trained
+from engine.weights_file import WeightsFile, write_content
+from launch.convert import ENDINGS, main
 
-
-@pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_changes_no_bit(name: str) -> None:
-    weights = build_model(name, 2, img_size=IMG_SIZE, **SMALL[name]).state_dict()
-    back = from_reference(name, to_reference(name, weights, HEADS[name]), HEADS[name])
-    assert set(back) == set(weights)
-    assert all(torch.equal(back[key], value) for key, value in weights.items())
+FILE_LIMIT = 20_000  # bytes; the networks here have more
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_reference_loads_trained_weights_strictly(name: str) -> None:
-    ours, reference = build_pair(name)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    reference.load_state_dict(to_reference(name, ours.state_dict(), HEADS[name]), strict=True)
-    with torch.no_grad():
-        assert relative(reference(volumes()), ours(volumes())) < 1e-5
+def test_safetensors_hold_all_that_a_weights_file_does(tmp_path: Path) -> None:
+    run, path = saved_run(tmp_path, "unetr"), tmp_path / "model.safetensors"
+    assert main([str(run), "--to", "safetensors", "--output", str(path)]) == 0
+    before, after = load_trained(run), load_trained(path)
+    for name in ("config", "modalities", "coding", "epoch", "validation", "scans"):
+        assert getattr(after, name) == getattr(before, name)
+    weights = before.network.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in after.network.state_dict().items())
+    for broken, content in (("cut", path.read_bytes()[:5000]), ("empty", b"")):
+        (tmp_path / f"{broken}.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{broken}.safetensors can't be read"):
+            load_trained(tmp_path / f"{broken}.safetensors")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="not a checkpoint of this program's format"):
+        load_trained(tmp_path / "foreign.safetensors")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_reference_weights_survive_the_way_through_ours(name: str) -> None:
-    reference = build_reference(name, 2, IMG_SIZE, **SMALL[name]).state_dict()
-    back = to_reference(name, from_reference(name, reference, HEADS[name]), HEADS[name])
-    assert set(back) == set(reference)
-    assert all(torch.equal(back[key], value) for key, value in reference.items())
+def test_safetensors_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = saved_run(tmp_path, "unet")
+    assert main([str(run), "--to", "safetensors", "--output", "/proc/model.safetensors"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "/proc/model.safetensors" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_as_many_channels_in_as_features_convert_both_ways_and_compute_the_same(name: str) -> None:
-    """The residual block of the stem has no projection then, ours and the references' alike."""
-    widths = {**SMALL[name], "feature_size": 2}
-    torch.manual_seed(0)
-    ours, reference = build_model(name, 2, img_size=IMG_SIZE, **widths), build_reference(name, 2, IMG_SIZE, **widths)
-    ours.load_state_dict(from_reference(name, reference.state_dict(), HEADS[name]), strict=True)
-    with torch.no_grad():
-        assert relative(ours(volumes()), reference(volumes())) < 1e-5
-        for parameter in ours.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        reference.load_state_dict(to_reference(name, ours.state_dict(), HEADS[name]), strict=True)
-        assert relative(reference(volumes()), ours(volumes())) < 1e-5
+def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, path = saved_run(tmp_path, "unet"), tmp_path / "out" / "model.safetensors"
+    stop = mock.Mock(side_effect=lambda *_: signal.raise_signal(signal.SIGTERM))
+    with mock.patch.object(WeightsFile, "write", stop):
+        assert main([str(run), "--to", "safetensors", "--output", str(path)]) == 75
+    assert "stopped by SIGTERM; nothing was written" in capsys.readouterr().err
+    assert not any(path.parent.iterdir())
+
+
+def test_a_file_is_replaced_only_when_asked_and_only_by_something_whole(tmp_path: Path, capsys: Any) -> None:
+    run, path = saved_run(tmp_path, "unet"), tmp_path / "model.safetensors"
+    path.write_text("first")
+    convert = [str(run), "--to", "safetensors", "--output", str(path)]
+    assert main(convert) == 2 and "is there already: " in capsys.readouterr().err
+    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+        assert main([*convert, "--overwrite"]) == 2
+    assert path.read_text() == "first" and sorted(os.listdir(tmp_path)) == ["model.safetensors", "unet"]
+    assert main([*convert, "--overwrite"]) == 0 and load_trained(path).epoch == 7
+    other = tmp_path / "checkpoints" / "model.safetensors"  # a folder of that name which is no run's
+    other.parent.mkdir()
+    other.write_text("first")
+    assert main([*convert[:-1], str(other), "--overwrite"]) == 0 and load_trained(other).epoch == 7
+
+
+def test_what_is_read_and_what_a_run_needs_are_never_replaced(tmp_path: Path, capsys: Any) -> None:
+    run = saved_run(tmp_path, "unet")
+    best = run / "checkpoints" / "best.pt"
+    (run / "config.yaml").touch()
+    shutil.copy(best, best.with_name("last.pt"))
+    shutil.copy(best, tmp_path / "copy.pt")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "copy.pt")
+    write_content(tmp_path / "bundle" / WEIGHTS, torch.load(best, weights_only=True))
+    before = content_of_files(tmp_path)
+    for source, output in ((best, best), (run, best.with_name("last.pt")), ("link.pt", "copy.pt"), (run, "folder")):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        for target in ("--to", "--from"):
+            asked = ["--output", str(tmp_path / output), "--overwrite", "--data.modalities", "[t1c,flair]"]
+            main([str(tmp_path / source), target, "monai", *asked])
+    main([str(tmp_path / "bundle" / WEIGHTS), "--to", "bundle", "--output", str(tmp_path / "bundle"), "--overwrite"])
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 9 and all("choose another --output" in line or "must end in" in line for line in errors)
+    assert content_of_files(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
+    """In a process of its own, for it must not be ended from within a library."""
+    runs, calls = {name: saved_run(tmp_path, name) for name in ("unet", "unetr")}, []
+    for target, (ending, *_) in ENDINGS.items():
+        run, output = runs["unetr" if target == "self_attention_cv" else "unet"], tmp_path / f"old-{target}{ending}"
+        if target == "bundle":
+            write_bundle(output, load_trained(run))
+        else:
+            output.write_bytes(b"old")
+        calls.append([str(run), "--to", target, "--output", str(output), "--overwrite"])
+    before = content_of_files(tmp_path)
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({FILE_LIMIT}, {FILE_LIMIT}))\n"
+        f"from launch.convert import main\nprint([main(arguments) for arguments in {calls}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{[2] * len(ENDINGS)}\n", done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    for line, call in zip(lines, calls, strict=True):
+        assert line.startswith("error: ") and "File too large" in line and call[4] in line
+    assert content_of_files(tmp_path) == before
+
+
+def test_a_file_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, "unet")
+    before = os.umask(0o022)
+    try:
+        for target in ("safetensors", "monai"):
+            output = tmp_path / f"model{ENDINGS[target][0]}"
+            assert main([str(run), "--to", target, "--output", str(output)]) == 0
+            assert stat.S_IMODE(output.stat().st_mode) == 0o644
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs"), [("unetr", "init_conv.conv_down.0"), ("unetr_monai", "encoder1.layer.conv3")]
+    ("options", "message"),
+    [
+        (["--to", "onnx", "--output", "model.pt"], "--output model.pt must end in .onnx"),
+        (["--output", "model.pt"], "give either --to .* or --from"),
+        (["--to", "monai", "--from", "monai", "--output", "model.pt"], "give either --to"),
+        (["--to", "monai", "--output", "model.pt"], "no run with weights"),
+    ],
 )
-def test_a_projection_that_the_widths_call_for_is_missed_and_another_is_foreign(name: str, theirs: str) -> None:
-    wide = to_reference(name, build_model(name, 2, img_size=IMG_SIZE, **SMALL[name]).state_dict(), HEADS[name])
-    projection = {key: value for key, value in wide.items() if key.startswith(theirs)}
-    with pytest.raises(ValueError, match=rf"{len(projection)} keys missing \({theirs}.*, 0 unexpected"):
-        from_reference(name, {key: wide[key] for key in wide if key not in projection}, HEADS[name])
-    equal = build_model(name, 2, img_size=IMG_SIZE, **{**SMALL[name], "feature_size": 2}).state_dict()
-    with pytest.raises(ValueError, match=rf"0 keys missing, {len(projection)} unexpected \({theirs}"):
-        from_reference(name, {**to_reference(name, equal, HEADS[name]), **projection}, HEADS[name])
-
-
-def test_a_perceptron_patch_embedding_becomes_the_convolution_that_equals_it() -> None:
-    torch.manual_seed(0)
-    perceptron = build_reference("unetr_monai", 2, IMG_SIZE, **SMALL["unetr_monai"], proj_type="perceptron")
-    ours = build_model("unetr_monai", 2, img_size=IMG_SIZE, **SMALL["unetr_monai"])
-    ours.load_state_dict(from_reference("unetr_monai", perceptron.state_dict()))
-    with torch.no_grad():
-        assert relative(ours(volumes()), perceptron(volumes())) < 1e-5
-
-
-def test_weights_of_another_architecture_are_refused_by_name() -> None:
-    unet = build_reference("unet", 2, IMG_SIZE, **SMALL["unet"]).state_dict()
-    with pytest.raises(
-        ValueError, match=r"not the weights of the reference of 'unetr': .*missing \(embed\..*unexpected \(model\."
-    ):
-        from_reference("unetr", unet)
-    ours = build_model("unet", 2, img_size=IMG_SIZE, **SMALL["unet"]).state_dict()
-    with pytest.raises(ValueError, match=r"not the weights of our 'unetr_monai': .*unexpected \(bottom\."):
-        to_reference("unetr_monai", ours)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_one_missing_or_foreign_key_is_enough(name: str) -> None:
-    weights = to_reference(name, build_model(name, 2, img_size=IMG_SIZE, **SMALL[name]).state_dict(), HEADS[name])
-    gone = next(key for key in weights if "norm_cross_attn" not in key)
-    with pytest.raises(ValueError, match=f"1 keys missing \\({gone}\\), 0 unexpected"):
-        from_reference(name, {key: value for key, value in weights.items() if key != gone}, HEADS[name])
-    with pytest.raises(ValueError, match=r"0 keys missing, 1 unexpected \(module\.x\)"):
-        from_reference(name, {**weights, "module.x": torch.zeros(1)}, HEADS[name])
-
-
-def test_heads_that_do_not_fit_and_unknown_names_are_refused() -> None:
-    weights = build_model("unetr", 2, img_size=IMG_SIZE, **SMALL["unetr"]).state_dict()
-    with pytest.raises(ValueError, match="num_heads 10 does not fit a projection of 108 rows"):
-        to_reference("unetr", weights)
-    with pytest.raises(ValueError, match="model 'vnet' must be one of unetr, unetr_monai, unet"):
-        from_reference("vnet", weights)
+def test_a_command_line_that_makes_no_sense_is_one_line(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([str(tmp_path), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{message}", line)

@@ -17,9 +17,9 @@ import torch
 from commands import free_port
 from test_predict import ORDER, ROOT, labels_of, make_run, one_rank, run, run_evaluate, run_predict, scans  # noqa: F401  # fixtures
 
-from engine.checkpoint import load_weights, save_weights
 from engine.evaluation import CaseScores
 from engine.metrics import SCORED, CaseDice, case_dice
+from engine.weights_file import read_content, write_content
 from launch import evaluate
 from pipelines.cases import find_cases
 from pipelines.labels import CODINGS, REGIONS, regions_from_labels, tutorial_coding
@@ -86,11 +86,11 @@ def test_a_tutorial_network_is_scored_on_other_data_as_its_files_would_be(
     tmp_path: Path,
 ) -> None:
     """What it calls ET is the core that does not enhance, there."""
-    content = load_weights(run / "checkpoints" / "best.pt")
+    content = read_content(run / "checkpoints" / "best.pt")
     with pytest.warns(UserWarning, match="label 2 is scored"):
         coding = tutorial_coding(CODINGS["decathlon"])
     changes = {"release": coding.release, "tissues": coding.tissues, "regions": list(map(list, coding.regions))}
-    save_weights(tmp_path / "run" / "checkpoints" / "best.pt", content | changes)
+    write_content(tmp_path / "run" / "checkpoints" / "best.pt", content | changes)
     case = find_cases(scans).cases[0]
     files = [tmp_path / "set" / "x" / f"x-{name}.nii.gz" for name in ("t2f", "t1n", "t1c", "t2w", "seg")]
     files[0].parent.mkdir(parents=True)
@@ -222,12 +222,12 @@ def test_evaluating_somebodys_weights_makes_and_fetches_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    content = load_weights(run / "checkpoints" / "best.pt")
+    content = read_content(run / "checkpoints" / "best.pt")
     phantom = {"cases": 9_999, "size_voxels": [64, 64, 64]}
     config = content["config"] | {"data": content["config"]["data"] | {"root": str(tmp_path / "new")} | data}
     config["data"]["phantom"] |= phantom
     config["data"]["store_dir"] = str(tmp_path / "store")
-    save_weights(tmp_path / "given" / "best.pt", content | {"config": config})
+    write_content(tmp_path / "given" / "best.pt", content | {"config": config})
     monkeypatch.setenv("GLIOFORGE_CACHE", str(tmp_path / "cache"))
     makers = [
         mock.patch(f"engine.data.{name}", side_effect=AssertionError) for name in ("download_task01", "make_phantoms")

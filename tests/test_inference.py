@@ -19,11 +19,11 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from test_trained import CONFIG, content_of
 
 from engine import inference
-from engine.checkpoint import save_weights
 from engine.config import to_dict
 from engine.inference import Predictor, Segmentation, compose_labels, describe
 from engine.network import ModelConfig, make_model
 from engine.sliding_window import zscore_nonzero
+from engine.weights_file import write_content
 from pipelines.domain_shift import looks_of, ranges
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
 from pipelines.scans.nifti import read_description, read_nifti
@@ -38,7 +38,7 @@ def write_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
     network = make_model(CONFIG.model, CONFIG.data.crop_size_voxels, 2)
     with torch.no_grad():
         network.get_parameter("head.weight").mul_(20)
-    save_weights(folder / "checkpoints" / "best.pt", content_of(weights=network.state_dict()) | changes)
+    write_content(folder / "checkpoints" / "best.pt", content_of(weights=network.state_dict()) | changes)
     return folder
 
 

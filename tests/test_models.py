@@ -15,7 +15,7 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 import models.vit
-from models import MODELS, build_model, check_img_size, parameter_count
+from models import NETWORKS, build_model, check_img_size, parameter_count
 from models.convert import from_reference, to_reference
 
 IMG_SIZE = (48, 32, 16)
@@ -85,7 +85,7 @@ def relative(ours: Tensor, expected: Tensor) -> float:
     return ((ours - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_output_equals_the_reference_with_the_same_weights(name: str) -> None:
     ours, reference = build_pair(name)
     x = volumes()
@@ -93,7 +93,7 @@ def test_output_equals_the_reference_with_the_same_weights(name: str) -> None:
         assert relative(ours(x), reference(x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_every_gradient_equals_the_reference_in_float64(name: str) -> None:
     ours, reference = (model.double() for model in build_pair(name))
     x, their_x = volumes(dtype=torch.float64).requires_grad_(), volumes(dtype=torch.float64).requires_grad_()
@@ -113,7 +113,7 @@ def test_every_gradient_equals_the_reference_in_float64(name: str) -> None:
 
 def test_parameter_counts_are_those_published() -> None:
     with torch.device("meta"):
-        counts = {name: parameter_count(build_model(name, 4)) for name in MODELS}
+        counts = {name: parameter_count(build_model(name, 4)) for name in NETWORKS}
         monai = build_reference("unetr_monai", 4, (128, 128, 64))
         unet = build_reference("unet", 4, (128, 128, 64))
     unused = sum(parameter.numel() for key, parameter in monai.named_parameters() if UNUSED in key)
@@ -123,7 +123,7 @@ def test_parameter_counts_are_those_published() -> None:
     assert counts["unet"] == parameter_count(unet)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_initial_weights_are_distributed_as_the_reference(name: str) -> None:
     torch.manual_seed(0)
     ours = to_reference(name, build_model(name, 2, img_size=IMG_SIZE, **SMALL[name]).state_dict(), HEADS[name])
@@ -156,7 +156,7 @@ def test_attention_reads_views_of_one_projection(name: str) -> None:
         assert all(view.stride(-1) == 1 for view in views)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_bf16_autocast_stays_near_float32(name: str) -> None:
     ours, _ = build_pair(name)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_models_trace_as_one_graph(name: str) -> None:
     torch.testing.assert_close(compiled(volumes()), model(volumes()))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_smallest_volume_trains(name: str) -> None:
     model = build_model(name, 1, img_size=(16, 16, 16), **SMALL[name])
     model(torch.randn(1, 1, 16, 16, 16)).sum().backward()
@@ -248,10 +248,10 @@ def test_a_wrong_size_is_answered_with_the_nearest_valid_one(
         ({"name": "unetr_monai", "hidden_size": 256}, "256 must be divisible by num_heads 12 .* try hidden_size 264"),
         (
             {"name": "unet", "hidden_size": 64, "dropout": 0.1},
-            "hidden_size 64, dropout 0.1: the unet has no transformer",
+            "hidden_size 64, dropout 0.1: unet does not have this option; it takes feature_size",
         ),
     ],
 )
-def test_options_that_no_model_can_have_are_refused(options: dict, message: str) -> None:
+def test_options_that_no_network_can_have_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(**{"name": "unetr", "in_channels": 4, **options})

@@ -26,13 +26,13 @@ from commands import free_port
 from test_trained import content_of
 
 from engine import evaluation, inference, metrics
-from engine.checkpoint import save_weights
 from engine.config import Config, to_dict
 from engine.data import DataConfig
 from engine.inference import Predictor, Prepared
 from engine.network import ModelConfig, make_model
 from engine.ranks.distributed import Ranks
 from engine.sliding_window import sliding_window_logits
+from engine.weights_file import write_content
 from launch import evaluate, predict
 from pipelines.basics.errors import DataError
 from pipelines.basics.tables import read_table
@@ -69,7 +69,7 @@ def make_run(scans: Path, folder: Path, modalities: tuple[str, ...], seed: int =
     weights = make_model(config.model, config.data.crop_size_voxels, len(modalities)).state_dict()
     content = content_of(CODINGS["decathlon"], weights=weights, config=to_dict(config), modalities=list(modalities))
     content["scans"] = scans_known or {}
-    save_weights(folder / "checkpoints" / "best.pt", content)
+    write_content(folder / "checkpoints" / "best.pt", content)
     return folder
 
 
@@ -590,7 +590,7 @@ def test_weights_that_overflow_leave_no_segmentation_and_name_every_case(
     content = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
     weights = {name: torch.full_like(value, 1e38) for name, value in content["weights"].items()}
     (run / "checkpoints" / "best.pt").unlink()
-    save_weights(run / "checkpoints" / "best.pt", content | {"weights": weights})
+    write_content(run / "checkpoints" / "best.pt", content | {"weights": weights})
     assert run_predict("--runs", run, "--input", scans, "--output", tmp_path / "out") == 1
     told = capsys.readouterr().err
     assert told.count("the logits of this scan are NaN or infinite") == 3

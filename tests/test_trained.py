@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint import save_weights
 from engine.config import Config, to_dict
 from engine.data import DataConfig
 from engine.network import ModelConfig, make_model
-from engine.trained import NOT_DESCRIBING, load_trained
+from engine.trained import NOT_DESCRIPTIVE, load_trained
+from engine.weights_file import write_content
 from pipelines.decathlon import TASK
 from pipelines.labels import CODINGS, Coding, tutorial_coding
 
@@ -43,7 +43,7 @@ def content_of(coding: Coding = CODINGS["brats2018"], **changes: Any) -> dict[st
 @pytest.mark.filterwarnings("ignore:regions 'tutorial'")
 def test_a_network_comes_back_with_all_that_belongs_to_it(tutorial: bool, tmp_path: Path) -> None:
     coding = tutorial_coding(CODINGS["decathlon"]) if tutorial else CODINGS["brats2018"]
-    save_weights(tmp_path / "run" / "checkpoints" / "last.pt", content_of(coding))
+    write_content(tmp_path / "run" / "checkpoints" / "last.pt", content_of(coding))
     trained = load_trained(tmp_path / "run")
     assert trained.config == CONFIG and trained.coding == coding
     assert (trained.modalities, trained.epoch, trained.validation) == (("t1c", "flair"), 7, {"mean": 0.5})
@@ -54,7 +54,7 @@ def test_a_network_comes_back_with_all_that_belongs_to_it(tutorial: bool, tmp_pa
 
 def test_the_best_weights_are_a_runs_own_and_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
     for name, epoch in (("last", 9), ("best", 4)):
-        save_weights(tmp_path / "checkpoints" / f"{name}.pt", content_of(epoch=epoch))
+        write_content(tmp_path / "checkpoints" / f"{name}.pt", content_of(epoch=epoch))
     assert load_trained(tmp_path).epoch == 4
     assert load_trained(tmp_path / "checkpoints" / "last.pt").epoch == 9
 
@@ -76,14 +76,14 @@ def test_the_best_weights_are_a_runs_own_and_a_file_is_taken_as_it_is(tmp_path: 
         ({"weights": None}, "another version.*no 'weights'"),
         ({"regions": [[1], [2]]}, "another version.*regions are .*, must be the labels of TC, WT, ET"),
         ({"weights": {"head.bias": torch.zeros(3)}}, r"unetr: \d+ tensors are missing \("),
-        ({"moments": {}}, "state from which training goes on.*take best.pt"),
-        ({"format": 4}, "newer version of this program, which reads format 3"),
+        ({"moments": {}}, "state to resume training from.*take best.pt"),
+        ({"format": 4}, "newer version of this program; this one reads format 3"),
         ({"format": 1}, "not a checkpoint of this program's format 3"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     content = {key: value for key, value in content_of(**changes).items() if value is not None}
-    save_weights(tmp_path / "odd.pt", content)
+    write_content(tmp_path / "odd.pt", content)
     with pytest.raises(ValueError, match=rf"(?i)odd.pt.*{message}") as told:
         load_trained(tmp_path / "odd.pt")
     assert len(str(told.value)) < 600 and "\n" not in str(told.value)
@@ -92,7 +92,7 @@ def test_files_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     weights = content_of()["weights"]
     weights["head.bias"][1] = torch.nan
-    save_weights(tmp_path / "odd.pt", content_of(weights=weights))
+    write_content(tmp_path / "odd.pt", content_of(weights=weights))
     with pytest.raises(ValueError, match=r"odd.pt: 1 of its tensors hold NaN or Inf \(head.bias\).*train again"):
         load_trained(tmp_path / "odd.pt")
 
@@ -112,7 +112,7 @@ def test_only_what_describes_the_network_and_its_scans_is_taken(tmp_path: Path) 
         "val_cases": ["a"],
     }
     config["train"] |= {"deepspeed": "/elsewhere/ds.json", "epochs": 7, "precision": "bf16"}
-    save_weights(tmp_path / "best.pt", content_of(config=config))
+    write_content(tmp_path / "best.pt", content_of(config=config))
     taken = load_trained(tmp_path / "best.pt").config
     assert (taken.data.root, taken.data.val_cases, taken.train.precision) == (Path("/scans") / TASK, ["a"], "bf16")
     assert not taken.data.download and taken.data.workers is None
@@ -131,10 +131,10 @@ def test_options_of_data_are_known_for_what_they_do() -> None:
     describing = {"root", "release", "regions", "modalities", "val_fraction", "split_seed", "train_cases", "val_cases",
                   "folds", "fold", "spacing_mm", "spacing_axes", "crop_size_voxels", "crops_per_case",
                   "foreground_prob", "pad", "skip_faulty", "phantom"}  # fmt: skip
-    assert {item.name for item in dataclasses.fields(DataConfig)} == describing | set(NOT_DESCRIBING)
+    assert {item.name for item in dataclasses.fields(DataConfig)} == describing | set(NOT_DESCRIPTIVE)
 
 
 @pytest.mark.parametrize("coding", CODINGS.values(), ids=str)
 def test_the_coding_of_each_release_comes_back(coding: Coding, tmp_path: Path) -> None:
-    save_weights(tmp_path / "best.pt", content_of(coding))
+    write_content(tmp_path / "best.pt", content_of(coding))
     assert load_trained(tmp_path / "best.pt").coding == coding

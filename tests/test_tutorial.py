@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from engine.checkpoint import save_weights
 from engine.config import Config, make_parser, parse_config, to_dict
 from engine.network import ModelConfig, make_model
-from engine.reports import comparison, comparison_pictures
+from engine.reports import comparison
 from engine.reports.pictures import COLOURS
+from engine.weights_file import WeightsFile
 from launch import compare
+from models import NETWORKS
 from pipelines.labels import CODINGS
 from pipelines.layouts.names import MODALITIES
 
@@ -72,11 +73,9 @@ def _save_untrained(config: Config) -> None:
     assert config.run_dir is not None
     small = replace(config, model=ModelConfig("unet", feature_size=2), run_dir=None)
     coding = CODINGS["decathlon"]
-    network = make_model(small.model, small.data.crop_size_voxels, len(MODALITIES))
-    content = {"weights": network.state_dict(), "config": to_dict(small), "epoch": 1,
-               "validation": {"mean": 0.0}, "modalities": list(MODALITIES), "release": coding.release,
-               "tissues": dict(coding.tissues), "regions": [list(v) for v in coding.regions], "scans": {}}  # fmt: skip
-    save_weights(config.run_dir / "checkpoints" / "best.pt", content)
+    weights = make_model(small.model, small.data.crop_size_voxels, len(MODALITIES)).state_dict()
+    file = WeightsFile(weights, to_dict(small), 1, {"mean": 0.0}, MODALITIES, coding, {})
+    file.write(config.run_dir / "checkpoints" / "best.pt")
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +135,9 @@ def test_every_picture_is_linked_and_small() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(maker.PICTURE.findall(PAGE.read_text()))))
 def test_pictures_keep_the_colours_of_their_legends(name: str) -> None:
-    palette = comparison_pictures.COLOURS if name == "curves.png" else COLOURS
+    regions, networks = COLOURS.values(), [network.colour for network in NETWORKS.values() if network.published]
     pixels = matplotlib.image.imread(PICTURES / name)[..., :3]
-    for colour in palette.values():
+    for colour in networks if name == "curves.png" else regions:
         assert np.abs(pixels - np.array(to_rgb(colour), np.float32)).max(axis=-1).min() < 0.03, colour
 
 

@@ -1,1 +1,1 @@
-"""Trained networks for other programs: MONAI bundles, safetensors, TorchScript, ONNX, the reference packages."""
+"""Trained networks for other programs: MONAI bundles, torch.export, ONNX, and the reference packages."""

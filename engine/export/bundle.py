@@ -6,10 +6,10 @@
     docs/README.md            how to run it
     scripts/                  code that MONAI lacks
 
-MONAI's own networks get weights under MONAI's names. UNETR of self-attention-cv, which MONAI lacks, comes as code: the
-files of this program that make it up, on the reference operations, so that they need PyTorch alone. A bundle does what
-`engine.inference` does: MONAI's Spacing and Orientation, sliding window with z-scored windows, the probabilities back
-on the scan's own grid, masks above one half, labels in the coding of the training data.
+MONAI's own networks get weights under MONAI's names. One that MONAI lacks comes as code: the files of this program that
+make it up, on the reference operations, so that they need only PyTorch. A bundle does what `engine.inference` does:
+MONAI's Spacing and Orientation, sliding window with z-scored windows, the probabilities back on the scan's own grid,
+masks above one half, labels in the coding of the training data.
 """
 
 from __future__ import annotations
@@ -19,40 +19,34 @@ import json
 import os
 import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import monai
 import numpy as np
 import torch
 
-from engine import sliding_window
 from engine.archive import write_archive
-from engine.export import bundle_steps
-from engine.export.interchange import METADATA, describe, reference_class, reference_weights, widths
+from engine.export.packages import reference_class, reference_weights
 from engine.inference import compose_labels
+from engine.network import widths_of
 from engine.sliding_window import OVERLAP, SIGMA_SCALE, WINDOWS_AT_ONCE
-from engine.trained import Trained
+from engine.trained import TrainedNetwork
 from kernels import attention, instance_norm
-from models import unetr, vit
-from models.convert import PACKAGES
+from models import NETWORKS, BundledCode
+from models.references import Reference
 from pipelines.basics.atomic import own_folder, remove_left_over, temporary_name, write_text
 from pipelines.labels import REGIONS
 from pipelines.layouts.names import MODALITIES, SPELLINGS
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 VERSION = "0.1.0"
+ROOT = Path(__file__).resolve().parents[2]
 SUBFOLDERS = ("configs", "models", "docs", "scripts")
 WEIGHTS = Path("models", "model.pt")
 FILE_NAMES = {modality: (*spellings, f"{modality}_subtrMeanDivStd") for modality, spellings in SPELLINGS.items()}
-"""How the file of a modality ends, of any release."""
+"""How the file name of a modality ends, in any release."""
 PROJECT = re.compile(r"^(?:from|import) (?:engine|kernels|models|pipelines)\b", re.MULTILINE)
-MOVED = {
-    "engine.sliding_window": "scripts.sliding_window",
-    "kernels.attention": "scripts.operations",
-    "kernels.instance_norm": "scripts.operations",
-    "models.vit": "scripts.vit",
-}
 OPERATIONS = '''"""Attention and instance norm in plain PyTorch."""
 
 from __future__ import annotations
@@ -102,7 +96,7 @@ The configuration is code, as that of every MONAI bundle: run only bundles from 
 """
 
 
-def write_bundle(folder: Path, trained: Trained) -> None:
+def write_bundle(folder: Path, trained: TrainedNetwork) -> None:
     """Write a trained network as a MONAI bundle.
 
     Args:
@@ -111,7 +105,8 @@ def write_bundle(folder: Path, trained: Trained) -> None:
         trained: the network and what belongs to it, on the CPU.
 
     Raises:
-        ValueError: another folder, or a subfolder that is a link out of it.
+        ValueError: another folder, or a subfolder that is a link out of it; a network that MONAI lacks and whose code
+            can't go along.
         OSError: it can't be written.
     """
     is_there = os.path.lexists(folder)
@@ -136,7 +131,7 @@ def write_bundle(folder: Path, trained: Trained) -> None:
 def _check_is_bundle(folder: Path) -> None:
     """Refuse what `write_bundle` did not write."""
     try:
-        metadata = json.loads((folder / "configs" / METADATA).read_text())
+        metadata = json.loads((folder / "configs" / "metadata.json").read_text())
     except (OSError, ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict) or "glioforge" not in metadata:
@@ -145,30 +140,40 @@ def _check_is_bundle(folder: Path) -> None:
         own_folder(folder, name)
 
 
-def _write_files(folder: Path, trained: Trained) -> None:
+def _write_files(folder: Path, trained: TrainedNetwork) -> None:
     for name in SUBFOLDERS:
         (folder / name).mkdir(parents=True)
-    is_monais = PACKAGES[trained.config.model.name] == "monai"
-    weights = reference_weights(trained, "monai") if is_monais else trained.network.state_dict()
+    origin = _origin(trained)
+    weights = reference_weights(trained) if isinstance(origin, Reference) else trained.network.state_dict()
     write_archive(weights, folder / WEIGHTS)
-    _write_json(folder / "configs" / METADATA, _metadata(trained))
-    _write_json(folder / "configs" / "inference.json", _inference(trained))
+    _write_json(folder / "configs" / "metadata.json", _metadata(trained))
+    _write_json(folder / "configs" / "inference.json", _inference(trained, origin))
     write_text(folder / "docs" / "README.md", _readme(trained))
-    for name, text in _scripts(with_network=not is_monais).items():
+    for name, text in _scripts(origin).items():
         write_text(folder / "scripts" / f"{name}.py", text)
+
+
+def _origin(trained: TrainedNetwork) -> Reference | BundledCode:
+    """Where a bundle's network comes from: MONAI's class, or code of this program."""
+    name = trained.config.model.name
+    reference, code = NETWORKS[name].reference, NETWORKS[name].bundled_code
+    if reference is not None and reference.package == "monai":
+        return reference
+    if code is None:
+        raise ValueError(f"MONAI does not have our {name}, and its code can't go into a bundle: choose another --to")
+    return code
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=4) + "\n")
 
 
-def _scripts(with_network: bool) -> dict[str, str]:
+def _scripts(origin: Reference | BundledCode) -> dict[str, str]:
     """Content of the Python files of `scripts` by module."""
     files = {"__init__": '"""Code of this bundle that MONAI lacks."""\n'}
-    files["sliding_window"] = _moved(inspect.getsource(sliding_window))
-    files["steps"] = _moved(inspect.getsource(bundle_steps))
-    if with_network:
-        files["vit"], files["unetr"] = _moved(inspect.getsource(vit)), _moved(inspect.getsource(unetr))
+    moved = {"engine.sliding_window": "sliding_window", "engine.export.bundle_steps": "steps"}
+    if isinstance(origin, BundledCode):
+        moved |= {f"models.{module}": module for module in origin.modules}
         sources = [
             inspect.getsource(attention.attention_reference),
             inspect.getsource(instance_norm._is_channels_last),
@@ -176,48 +181,47 @@ def _scripts(with_network: bool) -> dict[str, str]:
             inspect.getsource(instance_norm.instance_norm_reference),
         ]
         files["operations"] = OPERATIONS.format(parts="\n\n".join(sources).strip())
+    renamed = moved | {"kernels.attention": "operations", "kernels.instance_norm": "operations"}
+    for module, name in moved.items():
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        for ours, theirs in renamed.items():
+            source = source.replace(f"\nfrom {ours} import ", f"\nfrom scripts.{theirs} import ")
+        assert not PROJECT.search(source), PROJECT.search(source)
+        files[name] = source
     return files
 
 
-def _moved(source: str) -> str:
-    """A file of this program with its imports of others from the bundle's `scripts`."""
-    for ours, theirs in MOVED.items():
-        source = source.replace(f"\nfrom {ours} import ", f"\nfrom {theirs} import ")
-    assert not PROJECT.search(source), PROJECT.search(source)
-    return source
-
-
-def _network(trained: Trained) -> dict[str, Any]:
+def _network(trained: TrainedNetwork, origin: Reference | BundledCode) -> dict[str, Any]:
     """The network as MONAI's configuration makes it."""
-    if PACKAGES[trained.config.model.name] == "monai":
-        target, arguments = reference_class(trained)
+    if isinstance(origin, Reference):
+        target, arguments = reference_class(trained, origin)
         return {"_target_": target, **arguments}
     return {
-        "_target_": "scripts.unetr.UNETR",
-        "variant": "$SELF_ATTENTION_CV",
+        "_target_": f"scripts.{origin.modules[-1]}.{origin.class_name}",
+        **{argument: f"${constant}" for argument, constant in origin.constants.items()},
         "in_channels": len(trained.modalities),
         "out_channels": len(REGIONS),
         "img_size": list(trained.config.data.crop_size_voxels),
-        **widths(trained.network),
+        **widths_of(trained.config.model),
     }
 
 
-def _label_values(trained: Trained) -> list[int]:
+def _label_values(trained: TrainedNetwork) -> list[int]:
     """Labels of core, oedema and enhancing tumour: of voxels that are in TC, WT or ET alone."""
     return compose_labels(np.eye(len(REGIONS), dtype=bool), trained.coding).tolist()
 
 
-def _channels(trained: Trained) -> list[int]:
+def _channels(trained: TrainedNetwork) -> list[int]:
     """Where Decathlon's 4D files have the modalities."""
     return [MODALITIES.index(modality) for modality in trained.modalities]
 
 
-def _inference(trained: Trained) -> dict[str, Any]:
+def _inference(trained: TrainedNetwork, origin: Reference | BundledCode) -> dict[str, Any]:
     data = trained.config.data
     turned = [{"_target_": "scripts.steps.AxesInOrderd"}] if data.spacing_axes == "patient" else []
     imports = ["$import torch", "$from scripts.steps import find_scans"]
-    if PACKAGES[trained.config.model.name] != "monai":
-        imports.append("$from scripts.unetr import SELF_ATTENTION_CV")
+    if isinstance(origin, BundledCode):
+        imports += [f"$from scripts.{origin.modules[-1]} import {name}" for name in origin.constants.values()]
     return {
         "imports": imports,
         "bundle_root": ".",
@@ -228,7 +232,7 @@ def _inference(trained: Trained) -> dict[str, Any]:
         "file_names": {modality: list(FILE_NAMES[modality]) for modality in trained.modalities},
         "channels": _channels(trained),
         "datalist": "$find_scans(@dataset_dir, @file_names, @channels)",
-        "network_def": _network(trained),
+        "network_def": _network(trained, origin),
         "network": {"_target_": "scripts.steps.ZScoredWindows", "network": "$@network_def.to(@device)"},
         "preprocessing": {
             "_target_": "Compose",
@@ -282,22 +286,22 @@ def _inference(trained: Trained) -> dict[str, Any]:
             "postprocessing": "@postprocessing",
             "device": "@device",
         },
-        "run": [  # MONAI finds `scripts` from here on, in "initialize" not yet
+        "run": [  # MONAI finds `scripts` here; in "initialize" it does not yet
             "$@network_def.load_state_dict(torch.load(@ckpt_path, map_location='cpu', weights_only=True))",
             "$@evaluator.run()",
         ],
     }
 
 
-def _metadata(trained: Trained) -> dict[str, Any]:
-    description = describe(trained)
+def _metadata(trained: TrainedNetwork) -> dict[str, Any]:
+    description = trained.description()
     image = {"type": "image", "modality": "MR", "dtype": "float32", "value_range": [], "is_patch_data": True}
     image["spatial_shape"] = description["crop_size_voxels"]
     return {
         "schema": SCHEMA,
         "version": VERSION,
         "changelog": {VERSION: f"weights of epoch {trained.epoch}"},
-        "monai_version": _plain(monai.__version__),
+        "monai_version": _plain(version("monai")),
         "pytorch_version": _plain(torch.__version__),
         "numpy_version": _plain(np.__version__),
         "required_packages_version": {"nibabel": "5.3"},
@@ -333,15 +337,15 @@ def _metadata(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _title(trained: Trained) -> str:
+def _title(trained: TrainedNetwork) -> str:
     return f"Brain tumour segmentation, {trained.config.model.name}"
 
 
-def _plain(version: str) -> str:
-    return version.split("+")[0]
+def _plain(number: str) -> str:
+    return number.split("+")[0]
 
 
-def _readme(trained: Trained) -> str:
+def _readme(trained: TrainedNetwork) -> str:
     data, (core, oedema, enhancing) = trained.config.data, _label_values(trained)
     files = "; ".join(f"{modality}: ..._{' or _'.join(FILE_NAMES[modality])}" for modality in trained.modalities)
     return README.format(
@@ -349,7 +353,7 @@ def _readme(trained: Trained) -> str:
         modalities=", ".join(trained.modalities),
         source=trained.path.name,
         epoch=trained.epoch,
-        monai=_plain(monai.__version__),
+        monai=_plain(version("monai")),
         files=files,
         channels=_channels(trained),
         spacing=" x ".join(f"{size:g}" for size in data.spacing_mm),

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from engine.checkpoint import states
 from engine.config import CONFIGS, Config, config_from_dict, to_dict
@@ -27,6 +27,7 @@ from engine.metrics import SCORED
 from engine.progress import percent
 from engine.reports.report import is_whole
 from engine.yaml_file import read_yaml
+from models import NETWORKS
 from pipelines.basics.atomic import write_texts
 from pipelines.basics.tables import read_table
 from pipelines.basics.text import brief, markdown, one_line
@@ -37,19 +38,7 @@ from pipelines.layouts.names import MODALITIES
 SCORES = ("mean", *REGIONS)
 
 
-class Published(NamedTuple):
-    """A row of the published table."""
-
-    title: str
-    epochs: int
-    dice: float
-
-
-PUBLISHED = {
-    "unet": Published("UNet", 170, 0.766),
-    "unetr": Published("UNETR of self-attention-cv", 180, 0.769),
-    "unetr_monai": Published("UNETR of MONAI", 180, 0.761),
-}
+PUBLISHED = {name: network.published for name, network in sorted(NETWORKS.items()) if network.published}
 VALIDATION_CASES = "validation cases"
 TASK01_NAME, TASK01_CASES, TASK01_VALIDATION_CASES = "BRATS", 484, 96
 PUBLISHED_CROPS_PER_STEP = 2
@@ -59,12 +48,10 @@ FILES = ("config.yaml", "metrics.json", "validation.csv", "log.csv", "report.htm
 OTHERS = {
     "data": {"root", "download", "release", "store_dir", "store_dtype", "residence", "skip_faulty", "workers",
              "prepare_on", "unprepared", "phantom"},
-    "model": {"name"},
     "train": {"epochs", "batch_size", "accumulate_steps", "save_every_steps", "keep_checkpoints", "precision",
               "zero_stage", "deepspeed", "compile", "cuda_graph", "deterministic", "max_skipped_steps", "device",
               "seed"},
 }  # fmt: skip
-WIDTHS = {"hidden_size", "mlp_dim", "num_heads"}  # of transformers
 
 
 @dataclass(frozen=True)
@@ -143,15 +130,17 @@ class Run:
 
     @property
     def model(self) -> str:
-        """Key of `PUBLISHED`."""
+        """Key of `NETWORKS`."""
         return self.config.model.name
 
     def settings(self) -> dict[str, Any]:
         """What decides what is learned and measured, by the name of its option; epochs and seed are not in it."""
         found: dict[str, Any] = {}
         for group in ("data", "model", "loss", "optim", "train"):
-            left_out = OTHERS.get(group, set()) | (WIDTHS if self.model == "unet" else set())
             values = to_dict(getattr(self.config, group))
+            left_out = OTHERS.get(group, set())
+            if group == "model":
+                left_out = values.keys() - NETWORKS[self.model].widths.keys()
             found |= by_option({name: value for name, value in values.items() if name not in left_out}, f"--{group}.")
         found["--data.modalities"] = found["--data.modalities"] or list(MODALITIES)
         return found | {"crops of a step": self.crops_per_step}
@@ -211,11 +200,13 @@ def unmet_conditions(run: Run) -> list[str]:
     unmet = [
         f"{name} {value}, published {published[name]}"
         for name, value in run.settings().items()
-        if value != published[name]
+        if value != published.get(name, value)
     ]
-    epochs = PUBLISHED[run.model].epochs
-    if run.epochs != epochs:
-        unmet.append(f"{run.epochs} epochs, published {epochs}")
+    figures = PUBLISHED.get(run.model)
+    if figures is None:
+        unmet.append("no figures are published")
+    elif run.epochs != figures.epochs:
+        unmet.append(f"{run.epochs} epochs, published {figures.epochs}")
     return [*_not_task01(run), *unmet]
 
 
@@ -237,7 +228,7 @@ def _not_task01(run: Run) -> list[str]:
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """In what the runs differ beside model, epochs and seed: names of options, and what else."""
-    found: dict[str, Any] = {}  # values by name; the UNet lacks some
+    found: dict[str, Any] = {}  # values by name; not every network has every width
     for run in runs:
         data = run.config.data
         more = {"--data.root": data.root, "--data.release": data.release, "--data.phantom": data.phantom,
@@ -273,13 +264,13 @@ class Row:
 
 
 def make_rows(runs: Sequence[Run]) -> list[Row]:
-    """A row for each model, in the order of `PUBLISHED`.
+    """A row for each model, in the order of their names.
 
     Raises:
         ValueError: two runs of one model with the same seed.
     """
     rows = []
-    for model in PUBLISHED:
+    for model in sorted(NETWORKS):
         of_model = tuple(sorted((run for run in runs if run.model == model), key=lambda run: run.config.train.seed))
         for one, two in zip(of_model, of_model[1:]):
             if one.config.train.seed == two.config.train.seed:
@@ -301,14 +292,13 @@ def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """A line of `HEAD` for each row."""
     cells = []
     for row in rows:
-        published = PUBLISHED[row.model]
         epochs, best = ([run.epochs for run in row.runs], [run.best["epoch"] for run in row.runs])
         cells.append([
-            published.title,
+            NETWORKS[row.model].title,
             _joined(epochs),
             _joined(best),
             *(row.cell(score) for score in SCORES),
-            "not comparable" if row.unmet else f"{percent(published.dice)}",
+            "not comparable" if row.unmet else percent(PUBLISHED[row.model].dice),
         ])  # fmt: skip
     return cells
 
@@ -326,18 +316,19 @@ def notes(rows: Sequence[Row]) -> list[str]:
     counts = {len(row.runs) for row in rows}
     if max(counts) > 1:
         lines.append(f"± is the sample standard deviation over {' or '.join(map(str, sorted(counts)))} seeds.")
-    published = " / ".join(f"{percent(PUBLISHED[row.model].dice)} ({PUBLISHED[row.model].title})" for row in rows)
+    published = [f"{percent(PUBLISHED[row.model].dice)} ({NETWORKS[row.model].title})" for row in rows
+                 if row.model in PUBLISHED]  # fmt: skip
     if any(not row.unmet for row in rows):
         lines.append(
             "Published: best mean Dice, averaged by MONAI's DiceMetric, which weighs cases otherwise where truths lack "
             "a region."
         )
     if any(row.unmet for row in rows):
-        lines.append(f"Not comparable with the published {published}:")
+        lines.append(f"Not comparable with the published {' / '.join(published) or 'figures'}:")
         reasons = dict.fromkeys(reason for row in rows for reason in row.unmet)
         for reason in reasons:
             where = [row for row in rows if reason in row.unmet]
-            who = "" if len(where) == len(rows) else ", ".join(PUBLISHED[row.model].title for row in where) + ": "
+            who = "" if len(where) == len(rows) else ", ".join(NETWORKS[row.model].title for row in where) + ": "
             lines.append(f"- {who}{reason}")
     differing = differences(runs)
     if differing:
@@ -368,6 +359,6 @@ def _plain(row: Row) -> dict[str, Any]:
         "dice": row.dice,
         "mean": {score: statistics.mean(values) if values else None for score, values in known.items()},
         "spread": {score: statistics.stdev(values) if len(values) > 1 else None for score, values in known.items()},
-        "published": PUBLISHED[row.model].dice,
+        "published": PUBLISHED[row.model].dice if row.model in PUBLISHED else None,
         "not_comparable_because": list(row.unmet),
     }

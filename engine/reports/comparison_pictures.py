@@ -20,14 +20,14 @@ from engine.config import Config
 from engine.data import existing_root, list_cases, make_val_loader, prepared
 from engine.metrics import CaseDice, case_dice, scored_regions
 from engine.progress import percent
-from engine.reports.comparison import PUBLISHED, VALIDATION_CASES, Row, Run, differences
+from engine.reports.comparison import VALIDATION_CASES, Row, Run, differences
 from engine.reports.pictures import as_numpy, caption, legend, plt, save, show_slice
 from engine.sliding_window import sliding_window_logits
-from engine.trained import describing, load_trained
+from engine.trained import descriptive_config, load_trained
 from kernels.dice_ce import region_masks
+from models import NETWORKS
 from pipelines.labels import REGIONS
 
-COLOURS = {"unet": "#0072b2", "unetr": "#d55e00", "unetr_monai": "#009e73"}
 SLICES = 3
 
 
@@ -36,8 +36,8 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     figure, (above, below) = plt.subplots(2, 1, figsize=(6, 7.6), layout="constrained", sharex=True)
     for row in rows:
         for index, run in enumerate(row.runs):
-            style: dict[str, Any] = {"color": COLOURS[row.model], "alpha": 1.0 if len(row.runs) == 1 else 0.6}
-            label = None if index else f"{PUBLISHED[row.model].title}, best {row.cell('mean')}"
+            style: dict[str, Any] = {"color": NETWORKS[row.model].colour, "alpha": 1.0 if len(row.runs) == 1 else 0.6}
+            label = None if index else f"{NETWORKS[row.model].title}, best {row.cell('mean')}"
             dice = [(r["epoch"], 100 * r["val_mean"]) for r in run.history if r.get("val_mean") is not None]  # type: ignore[operator]
             loss = [(r["epoch"], r["loss"]) for r in run.history if r["loss"] is not None]
             above.plot([epoch for epoch, _ in loss], [value for _, value in loss], lw=1.2, **style)
@@ -89,7 +89,7 @@ def predict_example(rows: Sequence[Row], device: torch.device, store_dir: Path |
     """
     first = rows[0].runs[0]
     assert first.example is not None
-    config = describing(first.config)
+    config = descriptive_config(first.config)
     config = replace(config, data=replace(config.data, store_dir=store_dir))
     cases = list_cases(config.data, existing_root(config.data)).select([first.example])
     store = prepared(config.data, cases)
@@ -122,7 +122,7 @@ def draw_predictions(predictions: Predictions, path: Path) -> None:
     for model, (masks, counts) in predictions.of_models.items():
         dice = [percent(None if math.isnan(value) else value) for value in counts.dice()]
         scores = "  ".join(f"{region} {value}" for region, value in zip(REGIONS, dice))
-        shown[model] = (f"{PUBLISHED[model].title}   Dice {scores}", masks)
+        shown[model] = (f"{NETWORKS[model].title}   Dice {scores}", masks)
     size = (2.2 * SLICES, 2.65 * len(shown) + 0.5)
     figure, rows = plt.subplots(len(shown), SLICES, figsize=size, layout="constrained", squeeze=False)
     for row, (title, masks) in zip(rows, shown.values()):
