@@ -174,6 +174,6 @@ def label_grid(grid: Grid, shape: Sequence[int], label_affine: np.ndarray, spaci
 
 def oriented(volume: np.ndarray, orientation: np.ndarray) -> np.ndarray:
     """Flip and permute the first three axes, as nibabel's `apply_orientation`; a view."""
-    # An axis of one voxel is as it was; np.flip would leave it a negative stride, which torch refuses.
+    # An axis of one voxel needs no flip; np.flip would give it a negative stride, which torch refuses.
     flipped = tuple(int(axis) for axis in np.flatnonzero(orientation[:, 1] == -1) if volume.shape[axis] > 1)
     return np.flip(volume, flipped).transpose(*np.argsort(orientation[:, 0]), *range(3, volume.ndim))

@@ -66,7 +66,7 @@ def resample_label(label_XYZ: np.ndarray, affine: np.ndarray, grid: Grid) -> np.
     Args:
         label_XYZ: uint8 (X, Y, Z) in file orientation, any memory order.
         affine: (4, 4), voxel index to mm, of the label's own file.
-        grid: from `target_grid` of this shape and affine: ties are decided by its last bit.
+        grid: from `label_grid`, or `target_grid` of this shape and affine: its last bit decides ties.
 
     Returns:
         uint8 (X', Y', Z') in RAS, C order.
@@ -95,8 +95,8 @@ class BackToFile:
         affine: (4, 4), voxel index to mm, of the file.
         device: where volumes are.
 
-    Along independent axes it is a product with one matrix an axis, two numbers in a row. Else grid_sample on the full
-    grid, in float64, as `resample_image`.
+    Where the axes are independent, this is a product with one matrix per axis, of two numbers per row. Otherwise it is
+    grid_sample on the full grid, in float64, as in `resample_image`.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class BackToFile:
 
     def __call__(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
         """Float32 (X', Y', Z') on the prepared grid to float32 (X, Y, Z) of the file, on the same device."""
-        volume_XYZ = self._toturned_grid(volume_XYZ)
+        volume_XYZ = self._to_turned(volume_XYZ)
         if self.grid.turn is None:
             return volume_XYZ
         flipped = np.flatnonzero(self.grid.turn[:, 1] == -1).tolist()
         return volume_XYZ.permute([int(axis) for axis in self.grid.turn[:, 0]]).flip(flipped).contiguous()
 
-    def _toturned_grid(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
+    def _to_turned(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
         axes = [int(axis) for axis in self.grid.orientation[:, 0]]
         spaced = volume_XYZ.permute(axes).flip(self.grid.flipped)
         if self._is_same:
@@ -134,7 +134,7 @@ class BackToFile:
 
 
 def axis_weights(shape: Sequence[int], affine: np.ndarray, grid: Grid) -> list[Weights] | None:
-    """The weights of `resample_image` along each axis of the file as turned; None where these are not independent.
+    """The weights of `resample_image` along each axis of the file as turned; None where the axes are not independent.
 
     Args:
         shape: (X, Y, Z) of the file.
@@ -156,9 +156,9 @@ def axis_weights(shape: Sequence[int], affine: np.ndarray, grid: Grid) -> list[W
 class Weights:
     """Linear interpolation along one axis: input[low] * low_weight + input[high] * high_weight.
 
-    Positions carry the rounding of MONAI's normalised grid, 1e-14 off an integer here and there. It must stay: a zero
-    voxel beside the head becomes 1e-11 by it, and z-scoring the non-zero voxels then counts it (6321 voxels, 1.9 %, of
-    BraTS-GLI-00000-000). Two float32 weights keep it on both sides, one weight near 1 would lose it.
+    Positions carry the rounding of MONAI's normalised grid, here and there 1e-14 off an integer. It must stay: it turns
+    zero voxels beside the head into 1e-11, and the z-score of the non-zero voxels then counts them (6321 voxels, 1.9 %,
+    of BraTS-GLI-00000-000). Two float32 weights keep it on both sides; one weight near 1 would lose it.
     """
 
     low: torch.Tensor
@@ -220,8 +220,7 @@ def channels_last(volume_XYZC: np.ndarray) -> np.ndarray:
 def _axis_positions(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequence[int]) -> list[torch.Tensor]:
     """Where along each axis of the input the voxels of the output lie, float64, in grid_sample's own arithmetic.
 
-    Args:
-        matrix: (4, 4), index of the output to index of the input, diagonal but for the translation.
+    `matrix` (4, 4) takes an index of the output to one of the input; it is diagonal apart from the translation.
     """
     theta = _normalised(matrix, shape, shape_out)
     positions = []
@@ -250,7 +249,7 @@ def _normalised(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequence[in
 
 
 def _nearest_indices(theta: torch.Tensor, axis: int, size: int, size_out: int) -> np.ndarray:
-    """The voxel that each output voxel takes along one axis, by torch's own arithmetic: a ramp is sampled."""
+    """The input voxel of each output voxel along one axis, by torch's own arithmetic: a ramp is sampled."""
     size_in_3d, size_out_3d = [1, 1, 1], [1, 1, 1]
     size_in_3d[axis], size_out_3d[axis] = size, size_out
     grid = affine_grid(theta[:, :3], [1, 1, *size_out_3d], align_corners=False)

@@ -259,7 +259,7 @@ def test_a_file_without_orientation_is_told_to_take_its_neighbours_header(tmp_pa
     other = "t1c" if blank == "flair" else "flair"
     with pytest.raises(CaseError, match="mm apart") as caught:
         read_case(case, CODING)
-    reason = "without origin" if how in diagonals else "its voxel size alone, sform and qform unset"
+    reason = "without origin" if how in diagonals else "only its voxel size, sform and qform unset"
     assert f"That of {path} is {reason}" in caught.value.problem
     assert f"(fslcpgeom {tmp_path / other}.nii.gz {path}); resampling would move them" in caught.value.remedy
 

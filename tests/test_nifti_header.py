@@ -88,7 +88,7 @@ FAULTS: dict[str, tuple[Callable[[nib.Nifti1Header], None], str, str]] = {
     "qform_no_pixdim": (put(pixdim={3: 0.0}, sform_code=0), r"no voxel size.* and sform_code is 0", "Copy the header"),
     "metres_not_meant": (
         put(xyzt_units=1),
-        r"1000 x 1500 x 2000 mm.*head's scan are .* to 50 mm; .*states metres",
+        r"1000 x 1500 x 2000 mm.*scans of heads they are .* to 50 mm; .*states metres",
         "2 mm",
     ),
     "micron_not_meant": (
@@ -128,8 +128,8 @@ FAULTS_2 = {
     "near_2_to_the_61": (put(dim={1: 2**61, 2: 2**61, 3: 2**61}), r"voxels, at most 536870912 are read"),
     "product_wraps_to_0": (put(dim={1: 2**32, 2: 2**32, 3: 1}), r"18446744073709551616 voxels"),
     "offset_near_2_to_the_63": (put(vox_offset=2**63 - 1024), r"truncated: the header announces 9223372036854775"),
-    "slope_beyond_float32": (put(scl_slope=1e300, scl_inter=0), r"finite numbers that float32 holds"),
-    "slope_below_float32": (put(scl_slope=1e-300, scl_inter=0), r"finite numbers that float32 holds"),
+    "slope_beyond_float32": (put(scl_slope=1e300, scl_inter=0), r"must be finite in float32"),
+    "slope_below_float32": (put(scl_slope=1e-300, scl_inter=0), r"must be finite in float32"),
     "line_ends": (put(eol_check={2: 10, 3: 0}), r"EOL check"),
 }
 

@@ -33,7 +33,7 @@ def test_every_coding_that_has_the_values_is_offered_and_no_other(values: tuple[
     fits = {name for name, coding in CODINGS.items() if set(values) <= set(coding.values)}
     found = offered(values, release)
     assert set(found) == fits and len(found) == len(fits)
-    assert "its documentation names, values alone don't tell which" in remedy(values, release)
+    assert "its documentation names; the values alone don't say which" in remedy(values, release)
 
 
 def test_labels_of_2018_read_as_those_of_2023_are_offered_2018s_before_2024s() -> None:

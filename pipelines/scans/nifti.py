@@ -1,15 +1,15 @@
 """Read NIfTI files and check the files of a case, without a wasted copy; write segmentations.
 
 A file is read, inflated in one call (`file_bytes`) and viewed as an array, once its header is known to be
-sound (`nifti_header`). NIfTI data are in Fortran order, X fastest. They stay so: a case is one (C, Z, Y, X)
+sound (`nifti_header`). NIfTI data are in Fortran order, X fastest, and stay so: a case is one (C, Z, Y, X)
 buffer, filled channel by channel, and seen as (X, Y, Z, C). Bringing (240, 240, 155, 4) into C order takes 190 ms
 blockwise and 490 to 840 ms by a plain copy, against 100 ms for inflating it; resampling reads it as it is
 (`resample.resample_image`), and only the result, a quarter of the size, is brought into C order.
 
-Every fault of a file is one `CaseError`: which file, what is wrong, what the rule is, what to do. The traps of real
-data that are no faults: a label with `sform_code` 0 beside images with 1 (affines are compared as maps, at the corner
+Every fault of a file is one `CaseError`: which file, what is wrong, what the rule is, what to do. Real data also holds
+traps that are not faults: a label with `sform_code` 0 beside images with 1 (affines are compared as maps, at the corner
 voxels), label maps of float32, label maps with a scale factor ("1" reads as 0.99999997, so they are rounded, not cast),
-members of a gzip file one after another, axes of length 1 after the third.
+gzip files of several members, axes of length 1 after the third.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ else:
 __all__ = ["RawCase", "affine_fault", "read_case", "read_grid", "read_nifti", "write_nifti"]
 
 CORNER_TOLERANCE_MM = 1e-2
-_RESAMPLE_FIRST = f"Resample them to one grid (the preprocessed BraTS files are on one), {WITHOUT_IT}"
-# What says where the voxels lie; the rest of a header can hold names, dates and notes.
+_RESAMPLE_FIRST = f"Resample them to one grid (the preprocessed BraTS files share one), {WITHOUT_IT}"
+# The fields that say where the voxels lie; the rest of a header can hold names, dates and notes.
 _QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 _GEOMETRY = ("xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z", *_QFORM)
 
@@ -68,7 +68,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a `.nii` or `.nii.gz` file.
 
     Args:
-        path: the file; that it is compressed is seen from its content.
+        path: the file; its content, not its name, shows whether it is compressed.
 
     Returns:
         array: (X, Y, Z, ...) in file order and Fortran order, read-only; in the file's dtype where the header gives no
@@ -76,8 +76,8 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         affine: (4, 4) float64, voxel index to mm (RAS+), whatever unit the header states.
 
     Raises:
-        CaseError: missing, unreadable, empty, truncated or damaged file, no regular one, not NIfTI, a dtype that is no
-            number, a size that no head has, an affine that can't be inverted, or too little memory.
+        CaseError: missing, unreadable, empty, truncated or damaged file, not a regular file, not NIfTI, a dtype that
+            is not a number, a size that no head has, an affine that can't be inverted, or too little memory.
     """
     array, header = _read(path)
     return array, header.affine
@@ -91,7 +91,7 @@ def _read(path: Path) -> tuple[np.ndarray, NiftiHeader]:
         check_extensions(path, data, header)
         array = np.frombuffer(data, header.dtype, header.voxels, header.offset).reshape(header.shape, order="F")
         if header.slope is not None and header.intercept is not None:
-            with np.errstate(over="ignore", invalid="ignore"):  # Inf, which is found later
+            with np.errstate(over="ignore", invalid="ignore"):  # makes Inf, which is found later
                 array = array.astype(np.float32, order="K")
                 array *= np.float32(header.slope)
                 array += np.float32(header.intercept)
@@ -124,11 +124,7 @@ def _memory_for(path: Path) -> Iterator[None]:
 
 
 def read_description(path: Path) -> str:
-    """What the header of a file says of it (`descrip`).
-
-    Raises:
-        CaseError: as `read_grid`.
-    """
+    """The description in the header of a file (`descrip`). Raises CaseError as `read_grid`."""
     return bytes(_header_of(path).fields["descrip"].item()).decode("utf-8", "replace")
 
 
@@ -138,15 +134,15 @@ def write_nifti(
     """Write a volume, whole or not at all.
 
     Args:
-        path: `.nii.gz`, or `.nii`, which is not compressed; in any letter case.
+        path: `.nii.gz`, or `.nii` for no compression; in any letter case.
         array: (X, Y, Z) or (X, Y, Z, C), of a dtype that NIfTI has.
         affine: (4, 4), voxel index to mm (RAS+).
-        like: a file on the same grid, whose NIfTI version, units and codes of sform and qform the new one takes, and
-            nothing else: descriptions and extensions can name a patient. None: NIfTI-1, mm.
-        description: what the header says of it, at most 79 characters.
+        like: a file on the same grid; the new one takes its NIfTI version, units, sform and qform codes and nothing
+            else, as descriptions and extensions can name a patient. None: NIfTI-1, mm.
+        description: for the header, at most 79 characters.
 
     Raises:
-        ValueError: a path of another ending.
+        ValueError: a path with another ending.
         OSError: it can't be written.
         CaseError: `like` can't be read.
     """
@@ -161,13 +157,13 @@ def write_nifti(
     image.header["descrip"] = description
     data = image.to_bytes()
     if path.name.lower().endswith(".gz"):
-        data = igzip.compress(data, 2)  # of a label map 1 % is left
+        data = igzip.compress(data, 2)  # leaves 1 % of a label map
     with replacing(path, "wb") as file:
         file.write(data)
 
 
 def _on_grid_of(source: NiftiHeader, array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
-    """An image whose header has the geometry of another, in its unit: software that passes over units overlays them."""
+    """An image with the geometry of another header, in its unit: software that ignores units still overlays them."""
     is_nifti2 = isinstance(source.fields, nib.Nifti2Header)
     header = nib.Nifti2Header() if is_nifti2 else nib.Nifti1Header()
     header.set_data_dtype(array.dtype)
@@ -191,19 +187,18 @@ def read_case(case: Case, coding: Coding) -> RawCase:
         the volumes in file orientation.
 
     Raises:
-        CaseError: any fault of `read_nifti`; a wrong number of dimensions; a channel that the 4D file has not; images
-            and label of different shapes or affines; NaN or Inf voxels; a modality that is the same everywhere; a label
-            value that is no integer or not in the coding; too little memory.
+        CaseError: any fault of `read_nifti`; a wrong number of dimensions; a channel that the 4D file does not have;
+            images and label of different shapes or affines; NaN or Inf voxels; a modality that is the same everywhere;
+            a label value that is not an integer or not in the coding; too little memory.
     """
     with _memory_for(case.images[0]):
         buffer_CZYX, grid = _read_4d(case) if case.channels is not None else _read_3d(case)
         label, label_affine = None, None
         if case.label is not None:
-            array, header = _read(case.label)
-            array, label_affine = _spatial(case.label, array), header.affine
-            _check_same_grid(_FileGrid(case.label, array.shape, header), grid)
-            label = to_labels(case.label, array, coding)
-    return RawCase(buffer_CZYX.transpose(3, 2, 1, 0), label, grid.header.affine, label_affine)
+            array, label_grid = _read_one_3d(case.label)
+            _check_same_grid(label_grid, grid)
+            label, label_affine = to_labels(case.label, array, coding), label_grid.affine
+    return RawCase(buffer_CZYX.transpose(3, 2, 1, 0), label, grid.affine, label_affine)
 
 
 @dataclass(frozen=True)
@@ -212,20 +207,29 @@ class _FileGrid:
     shape: tuple[int, ...]  # (X, Y, Z)
     header: NiftiHeader
 
+    @property
+    def affine(self) -> np.ndarray:
+        return self.header.affine
+
 
 def _read_3d(case: Case) -> tuple[np.ndarray, _FileGrid]:
-    buffer_CZYX, first = np.empty(0), None
+    array, first = _read_one_3d(case.images[0])
+    buffer_CZYX = np.empty((len(case.images), *array.shape[::-1]), np.float32)
     for index, path in enumerate(case.images):
-        array, header = _read(path)
-        array = _spatial(path, array)
-        grid = _FileGrid(path, array.shape, header)
-        if first is None:
-            first = grid
-            buffer_CZYX = np.empty((len(case.images), *array.shape[::-1]), np.float32)
+        array, grid = (array, first) if index == 0 else _read_one_3d(path)
         _check_same_grid(grid, first)
         _fill(buffer_CZYX[index], array, path, "")
-    assert first is not None, "a case has at least one image"
     return buffer_CZYX, first
+
+
+def _read_one_3d(path: Path) -> tuple[np.ndarray, _FileGrid]:
+    """A file as (X, Y, Z); axes of length 1 after the third are dropped."""
+    array, header = _read(path)
+    if array.ndim < 3 or any(n > 1 for n in array.shape[3:]):
+        problem = f"shape {array.shape} has {array.ndim} dimensions, must have 3 (X, Y, Z)"
+        raise CaseError(path, problem, "Give one 3D file per modality, or list it as a 4D file")
+    array = array.reshape(array.shape[:3], order="F")
+    return array, _FileGrid(path, array.shape, header)
 
 
 def _read_4d(case: Case) -> tuple[np.ndarray, _FileGrid]:
@@ -248,22 +252,14 @@ def _read_4d(case: Case) -> tuple[np.ndarray, _FileGrid]:
 
 
 def _fill(channel_ZYX: np.ndarray, array_XYZ: np.ndarray, path: Path, which: str) -> None:
-    """One modality into its place in a case, checked."""
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, and is found
+    """Put one modality into its place in a case, and check it."""
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, which is found
         channel_ZYX[:] = array_XYZ.T
     check_image(path, channel_ZYX.T, which, maybe_infinite=array_XYZ.dtype.kind == "f")
 
 
-def _spatial(path: Path, array: np.ndarray) -> np.ndarray:
-    """The array as (X, Y, Z); axes of length 1 after the third are dropped."""
-    if array.ndim < 3 or any(n > 1 for n in array.shape[3:]):
-        problem = f"shape {array.shape} has {array.ndim} dimensions, must have 3 (X, Y, Z)"
-        raise CaseError(path, problem, "Give one 3D file per modality, or list it as a 4D file")
-    return array.reshape(array.shape[:3], order="F")
-
-
 def _check_same_grid(grid: _FileGrid, first: _FileGrid) -> None:
-    shape, affine, first_affine = grid.shape, grid.header.affine, first.header.affine
+    shape, affine, first_affine = grid.shape, grid.affine, first.affine
     if shape != first.shape:
         problem = f"shape {shape} differs from {first.shape} of {first.path}; the files of a case share a grid"
         raise CaseError(grid.path, problem, _RESAMPLE_FIRST)
@@ -277,11 +273,11 @@ def _check_same_grid(grid: _FileGrid, first: _FileGrid) -> None:
     )
     for blank, other in ((grid, first), (first, grid)):
         if blank.header.is_blank and not other.header.is_blank:
-            lack = "without origin" if blank.header.has_orientation else "its voxel size alone, sform and qform unset"
+            lack = "without origin" if blank.header.has_orientation else "only its voxel size, sform and qform unset"
             raise CaseError(
                 grid.path,
                 f"{problem}. That of {blank.path} is {lack}, as written by software that ignores orientation",
                 f"If its voxels are in the order of {other.path}, copy that file's header (fslcpgeom {other.path} "
-                f"{blank.path}); resampling would move them. Else resample it to one grid, {WITHOUT_IT}",
+                f"{blank.path}); resampling would move them. Otherwise resample it to one grid, {WITHOUT_IT}",
             )
     raise CaseError(grid.path, problem, _RESAMPLE_FIRST)

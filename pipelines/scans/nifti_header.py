@@ -1,9 +1,9 @@
 """What the header of a NIfTI file says: shape, type, scaling, and where the voxels lie, in mm.
 
-nibabel takes it apart, so the affine is its best one: sform, else qform, else the voxel size. It mends some fields and
-logs that without the file's name; here what it mends by guessing is an error, or a warning with the name, once a file.
-Two things differ from it. Lengths are brought to mm where the header states metres or micrometres, which nibabel and
-MONAI pass over. ITK's vector images, (X, Y, Z, 1, C), are the 4D images that they are: (X, Y, Z, C).
+nibabel parses it, so the affine is its best one: sform, else qform, else the voxel size. It repairs some fields and
+logs that without the file's name; here what it repairs by guessing is an error, or one warning per file with its name.
+Two things differ from nibabel. Lengths are converted to mm where the header states metres or micrometres, which nibabel
+and MONAI ignore. ITK's vector images, (X, Y, Z, 1, C), are read as the 4D images that they are: (X, Y, Z, C).
 
 A header can announce anything, so a size that no scan of a head has is an error before memory is taken for it.
 """
@@ -32,11 +32,8 @@ log = logging.getLogger(__name__)
 
 WITHOUT_IT = "or move the case away (off the list, where one names it)"
 SPACING_MM = (0.02, 50.0)  # of scans of heads: the finest are of specimens, the coarsest a few thick slices
-LEAST_MM, FINE_MM = (
-    60.0,
-    0.25,
-)  # a head's scan is at least so long, unless its voxels are of a usual size: a part of one
-MOST_MM = 2000.0  # along an axis of a scan, as long as its table
+LEAST_MM, FINE_MM = 60.0, 0.25  # a scan with finer voxels is at least this long; others may be part of a head
+MOST_MM = 2000.0  # along an axis, the length of a scanner's table
 FARTHEST_MM = 1e5  # of the first voxel from the scanner's centre
 MOST_VOXELS = 1 << 29  # 2 GiB in float32; a BraTS case has 36 million, an 0.5 mm scan 70 million a modality
 LARGEST = float(np.finfo(np.float32).max)
@@ -44,22 +41,22 @@ _UNITS = {1: ("metres", 1e3), 2: ("mm", 1.0), 3: ("micrometres", 1e-3)}  # xyzt_
 _CORRECT_AFFINE = (
     f"Correct the sform, qform or unit (xyzt_units: 1 metres, 2 mm, 3 micrometres) of its header, {WITHOUT_IT}"
 )
-_SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)  # it would say what it mends, and not in which file
+_SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)  # it would log repairs without the file's name
 
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """What is needed of a header.
+    """The part of a header that reading needs.
 
     Args:
         shape: (X, Y, Z, ...).
         dtype: of the voxels in the file: integers or real numbers, in its byte order.
         offset: of the first voxel, in bytes.
-        slope, intercept: of the values, None where they are as stored.
+        slope, intercept: of the values, None where they are not scaled.
         affine: (4, 4) float64, voxel index to mm (RAS+).
-        mm_per_unit: what the header's own lengths were multiplied with.
+        mm_per_unit: the factor by which the header's own lengths were multiplied.
         has_orientation: whether sform or qform is set.
-        fields: all others.
+        fields: all fields, as nibabel has them.
     """
 
     shape: tuple[int, ...]
@@ -84,17 +81,17 @@ class NiftiHeader:
 
     @property
     def is_blank(self) -> bool:
-        """Whether it looks as written by software that ignores orientation."""
+        """Whether it looks as if written by software that ignores orientation."""
         # ITK's identity has X and Y negative here.
         return not self.has_orientation or np.array_equal(self.affine, np.diag(np.diag(self.affine)))
 
 
 def parse_header(path: Path, head: bytes) -> NiftiHeader:
-    """What a file's first bytes say.
+    """The header in a file's first bytes.
 
     Args:
         path: for messages.
-        head: its first 544 bytes or more, or all where there are fewer.
+        head: its first 544 bytes or more, or all if there are fewer.
 
     Raises:
         CaseError: not NIfTI, or a header that is damaged or states what no scan of a head has.
@@ -104,9 +101,9 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
     if fields["sizeof_hdr"] != kind.sizeof_hdr:
         problem = f"damaged NIfTI header: sizeof_hdr is {fields['sizeof_hdr']}, must be {kind.sizeof_hdr}"
         raise CaseError(path, problem, COPY_AGAIN)
-    stored = fields.copy()  # before nibabel mends it
+    stored = fields.copy()  # before nibabel repairs it
     try:
-        fields.check_fix(_SILENT, 40)  # of nibabel's levels, that on which it refuses a file
+        fields.check_fix(_SILENT, 40)  # the level at which nibabel refuses a file
         shape = tuple(int(n) for n in fields.get_data_shape())
         dtype = fields.get_data_dtype()
     except (nib.spatialimages.HeaderDataError, ValueError, OverflowError) as error:
@@ -152,8 +149,8 @@ def _check_voxels(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
 def _offset(path: Path, fields: nib.Nifti1Header) -> int:
     offset, least = float(fields["vox_offset"]), fields.single_vox_offset
     if not (offset >= least and offset.is_integer()):  # nibabel reads voxels out of the header where it is 0
-        problem = f"damaged NIfTI header: voxels are said to begin at byte {offset:g} (vox_offset), the header ends at"
-        raise CaseError(path, f"{problem} {least}", f"{COPY_AGAIN}, or set vox_offset to {least} if they begin there")
+        problem = f"damaged NIfTI header: voxels begin at byte {offset:g} (vox_offset), but the header ends at {least}"
+        raise CaseError(path, problem, f"{COPY_AGAIN}, or set vox_offset to {least} if they begin there")
     return int(offset)
 
 
@@ -162,9 +159,9 @@ def _scaling(path: Path, fields: nib.Nifti1Header) -> tuple[float | None, float 
     if slope == 0 or not math.isfinite(slope):
         return None, None
     if not abs(intercept) <= LARGEST or not 1 / LARGEST <= abs(slope) <= LARGEST:
-        problem = f"its scaling is {slope:g} * voxel + {intercept:g} (scl_slope, scl_inter), must be of finite numbers"
-        remedy = f"Set scl_inter of its header to 0 and scl_slope to 1 if nothing is to be scaled, {WITHOUT_IT}"
-        raise CaseError(path, f"{problem} that float32 holds", remedy)
+        problem = f"its scaling is {slope:g} * voxel + {intercept:g} (scl_slope, scl_inter), must be finite in float32"
+        remedy = f"Set scl_inter of its header to 0 and scl_slope to 1 if nothing needs scaling, {WITHOUT_IT}"
+        raise CaseError(path, problem, remedy)
     return (None, None) if (slope, intercept) == (1, 0) else (slope, intercept)
 
 
@@ -172,7 +169,7 @@ def _affine(path: Path, fields: nib.Nifti1Header, stored: nib.Nifti1Header) -> n
     """nibabel's best affine (4, 4), in the header's own unit."""
     for code in ("sform_code", "qform_code"):
         if fields[code] != stored[code]:
-            _warn(path, f"{code} is {stored[code]}, which NIfTI does not define: taken as 0, not set")
+            _warn(path, f"{code} is {stored[code]}, which NIfTI does not define: taken as 0 (not set)")
     if not fields["sform_code"]:
         _check_pixdim(path, stored, bool(fields["qform_code"]))
     try:
@@ -180,27 +177,26 @@ def _affine(path: Path, fields: nib.Nifti1Header, stored: nib.Nifti1Header) -> n
     except (nib.spatialimages.HeaderDataError, ValueError) as error:
         quaternion = [float(fields[f"quatern_{axis}"]) for axis in "bcd"]
         problem = f"its qform can't be read ({error}): quaternion {quaternion}, must be at most 1 long"
-        raise CaseError(
-            path, problem, f"Correct the quaternion in its header or set the sform, {WITHOUT_IT}"
-        ) from error
+        remedy = f"Correct the quaternion in its header or set the sform, {WITHOUT_IT}"
+        raise CaseError(path, problem, remedy) from error
 
 
 def _check_pixdim(path: Path, stored: nib.Nifti1Header, has_qform: bool) -> None:
-    """Voxel size and handedness as the file has them, where the affine is made of them."""
+    """Check voxel size and handedness as stored, for an affine that is made of them."""
     handedness, *sizes = (float(n) for n in stored["pixdim"][: 1 + min(3, max(1, int(stored["dim"][0])))])
     if 0 in sizes:
         lacking = "sform_code is 0" if has_qform else "sform_code and qform_code are 0"
         problem = f"states no voxel size: pixdim is {sizes}, and {lacking}"
-        raise CaseError(path, problem, f"Copy the header of the scan that it was made from, {WITHOUT_IT}")
+        raise CaseError(path, problem, f"Copy the header of the scan it was made from, {WITHOUT_IT}")
     if any(size < 0 for size in sizes):
-        _warn(path, f"pixdim is {sizes}: the sign is passed over, as by nibabel")
+        _warn(path, f"pixdim is {sizes}: the sign is ignored, as by nibabel")
     if has_qform and handedness not in (-1, 0, 1):
         _warn(path, f"pixdim[0], the handedness of the qform, is {handedness:g}, not 1 or -1, and is taken as 1")
 
 
 @lru_cache(4096)
 def _warn(path: Path, what: str) -> None:
-    log.warning("%s: %s", path, what)  # once, for a file is read again and again
+    log.warning("%s: %s", path, what)  # only once, though a file is read many times
 
 
 def affine_fault(affine: np.ndarray) -> str | None:
@@ -214,7 +210,7 @@ def affine_fault(affine: np.ndarray) -> str | None:
     if sizes.min() < SPACING_MM[0] or sizes.max() > SPACING_MM[1]:
         x, y, z = sizes
         low, high = SPACING_MM
-        return f"its voxels are {x:.4g} x {y:.4g} x {z:.4g} mm, those of a head's scan are {low:g} to {high:g} mm"
+        return f"its voxels are {x:.4g} x {y:.4g} x {z:.4g} mm, in scans of heads they are {low:g} to {high:g} mm"
     if np.abs(affine[:3, 3]).max() > FARTHEST_MM:
         return f"its first voxel is at {affine[:3, 3].tolist()} mm, at most {FARTHEST_MM:g} from the scanner's centre"
     return None
@@ -232,7 +228,7 @@ def _extent_fault(shape: tuple[int, ...], affine: np.ndarray) -> str | None:
 
 
 def check_extensions(path: Path, data: bytes, header: NiftiHeader) -> None:
-    """Refuse a file whose header extensions, of no use here, do not end where its voxels begin: a sign of damage.
+    """Refuse a file whose header extensions (not used here) run into its voxels: a sign of damage.
 
     Raises:
         CaseError: one of them is shorter than its own size, or reaches into the voxels.
@@ -243,8 +239,6 @@ def check_extensions(path: Path, data: bytes, header: NiftiHeader) -> None:
     while header.offset - position >= 16:
         size = int(np.frombuffer(data, f"{header.fields.endianness}i4", 1, position)[0])
         if size < 8 or position + size > header.offset:
-            problem = (
-                f"damaged NIfTI header: an extension of {size} bytes at byte {position}, voxels from {header.offset}"
-            )
-            raise CaseError(path, problem, COPY_AGAIN)
+            problem = f"an extension of {size} bytes at byte {position}, voxels from {header.offset}"
+            raise CaseError(path, f"damaged NIfTI header: {problem}", COPY_AGAIN)
         position += size

@@ -1,4 +1,4 @@
-"""What the voxels of a case may be: finite numbers, not all the same, and label values of the coding."""
+"""Checks of a case's voxels: finite, not all the same, and label values of the coding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_image(path: Path, array_XYZ: np.ndarray, which: str = "", maybe_infini
         path: its file, for messages.
         array_XYZ: its voxels, in Fortran order.
         which: " in channel 2", where the file has several.
-        maybe_infinite: False where they were integers.
+        maybe_infinite: False if they were integers.
 
     Raises:
         CaseError: NaN or Inf voxels, or all voxels are the same.
@@ -47,11 +47,11 @@ def to_labels(path: Path, array: np.ndarray, coding: Coding) -> np.ndarray:
 
     Args:
         path: its file, for messages.
-        array: as it is in the file, scaled.
+        array: as in the file, scaled.
         coding: the values that it may hold.
 
     Raises:
-        CaseError: a value that is no integer or not in the coding.
+        CaseError: a value that is not an integer or not in the coding.
     """
     labels = _exact_uint8(array)
     if labels is None and array.dtype.kind == "f":
@@ -68,7 +68,7 @@ def to_labels(path: Path, array: np.ndarray, coding: Coding) -> np.ndarray:
 
 def _exact_uint8(array: np.ndarray) -> np.ndarray | None:
     """The array as uint8; None where that changes a value."""
-    with np.errstate(invalid="ignore"):  # NaN and huge values become numbers that they don't equal
+    with np.errstate(invalid="ignore"):  # NaN and huge values turn into other numbers
         labels = array.astype(np.uint8, order="K")
     return labels if np.array_equal(labels, array) else None
 
@@ -87,9 +87,8 @@ def _rounded(path: Path, array: np.ndarray) -> np.ndarray:
 def _coding_remedy(found: list[int], coding: Coding) -> str:
     """What to do about label values outside the coding: every coding that has them, the likeliest first.
 
-    Likelier is one with fewer values that were not found, then one that means more of the found ones as the coding
-    asked for does, then a later one. What each takes the values outside for is said: a wrong choice makes another
-    tissue of them.
+    A coding is likelier if fewer of its values were not found, then if more of the found ones mean what they mean in
+    the requested coding, then if it is later. The remedy says which tissue each coding makes of the values outside.
     """
     outside = [value for value in found if value not in coding.values]
     fits = [other for other in reversed(CODINGS.values()) if set(found) <= set(other.values)]
@@ -105,6 +104,6 @@ def _coding_remedy(found: list[int], coding: Coding) -> str:
         for other in sorted(fits, key=unlikeliness)
     ]
     return (
-        "Correct the label map, or choose the --data.release that its documentation names, values alone don't tell "
+        "Correct the label map, or choose the --data.release that its documentation names; the values alone don't say "
         f"which: {', '.join(offers)}"
     )
