@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -408,15 +408,15 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path: 
 def test_a_case_that_is_not_done_when_the_disk_is_full_leaves_none_of_its_files(
     tmp_path: Path, cases: CaseSet, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, write = tmp_path / "store", prepared_case.write_whole
+    folder, replacing = tmp_path / "store", prepared_case.replacing
 
-    def write_or_be_full(path: Path, *args: Any) -> Any:
-        if path.name.startswith("case1-") and path.name.endswith(kind):
-            with files_of_at_most(10):
-                return write(path, *args)
-        return write(path, *args)
+    @contextmanager
+    def replacing_or_full(path: Path, *args: Any) -> Iterator[Any]:
+        is_full = path.name.startswith("case1-") and path.name.endswith(kind)
+        with files_of_at_most(10) if is_full else nullcontext(), replacing(path, *args) as file:
+            yield file
 
-    monkeypatch.setattr(prepared_case, "write_whole", write_or_be_full)
+    monkeypatch.setattr(prepared_case, "replacing", replacing_or_full)
     with pytest.raises(StoreError, match=rf"no space left \(.*\), writing case1-.*{kind}"):
         prepare(cases, folder, SPACING, workers=1)
     assert sorted({path.name.split("-")[0] for path in folder.iterdir()}) == ["case0", "index.json"]

@@ -1,14 +1,15 @@
-"""One prepared case: what it is known by, which files it has, and how they are made. `preparing.store` holds many."""
+"""One prepared case: its key, its files, and how they are made and read. store.py holds many."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ import numpy as np
 import torch
 from isal import isal_zlib
 
-from pipelines.basics.errors import CaseError
+from pipelines.basics.atomic import replacing
+from pipelines.basics.errors import CaseError, DataError
 from pipelines.cases import Case
 from pipelines.geometry import label_grid, target_grid
 from pipelines.labels import Coding
-from pipelines.preparing.store_files import FileHash, hash_file, is_unchanged, write_array, write_whole
+from pipelines.preparing.file_hashes import FileHash, hash_file, is_unchanged
 from pipelines.resample import resample_image, resample_label
 from pipelines.scans.nifti import read_case
 from pipelines.spacing import Spacing
@@ -29,12 +31,22 @@ FORMAT = 3
 StoreDtype = Literal["float32", "float16"]
 FOREGROUND_VOXELS = 4096
 _NAME_LENGTH = 150
+_PIECE = 1 << 22
 _INTENSITIES = "as in the files, resampled; not normalised"
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is asked of each case, for a worker."""
+class PrepareOptions:
+    """How cases are prepared, and where to.
+
+    Attributes:
+        folder: of the store.
+        modalities: channels of the images.
+        coding: of the labels.
+        spacing: of the result.
+        dtype: of the images on disk.
+        device: that resamples.
+    """
 
     folder: Path
     modalities: tuple[str, ...]
@@ -43,8 +55,8 @@ class Task:
     dtype: StoreDtype
     device: Literal["cpu", "gpu"]
 
-    def key(self, case: Case, digests: Sequence[str]) -> str:
-        """Hash of what is asked and of the content of the files, given by their hashes."""
+    def key(self, case: Case, hashes: Mapping[Path, FileHash]) -> str:
+        """Hash of these options and of the content of a case's files."""
         asked = {
             "format": FORMAT,
             "name": case.name,
@@ -53,7 +65,7 @@ class Task:
             "label_values": self.coding.values,  # other values are other checks
             "spacing_mm": self.spacing.mm,
             "spacing_axes": self.spacing.axes,
-            "files": list(digests),
+            "files": [hashes[path].digest for path in files_of(case)],
             "labelled": case.label is not None,
         }
         if self.dtype != "float32":
@@ -61,36 +73,51 @@ class Task:
         return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+class StoreError(DataError):
+    """The store's folder can't be written; `needed` is the size in bytes of what was to be written."""
+
+    def __init__(self, folder: Path, problem: str, needed: int) -> None:
+        super().__init__(folder, problem, needed)
+        self.folder = folder
+        self.problem = problem
+        self.needed = needed
+
+    def __str__(self) -> str:
+        size = f" It needs about {self.needed / 1e6:.1f} MB more." if self.needed else ""
+        return (
+            f"store {self.folder}: {self.problem}.{size} Free space there or change its permissions, or choose another "
+            "folder with --data.store_dir. Cases that are done stay done."
+        )
+
+
 def files_of(case: Case) -> list[Path]:
-    """The files that a case is made from, the label last."""
+    """The scans of a case, the label last."""
     return [*case.images, *([] if case.label is None else [case.label])]
 
 
 def stem_of(name: str, key: str) -> str:
-    """What the names of a case's files begin with; a file system takes names of 255 bytes, and a case any."""
+    """How the names of a case's files begin. A case may have any name, a file 255 bytes."""
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:_NAME_LENGTH]}-{key[:12]}"
 
 
-def read_record(task: Task, case: Case, key: str) -> dict[str, Any] | None:
+def read_record(options: PrepareOptions, case: Case, key: str) -> dict[str, Any] | None:
     """The `.json` of a case; None unless it and all its arrays are there, whole."""
     stem = stem_of(case.name, key)
     try:
-        content = json.loads((task.folder / f"{stem}.json").read_bytes())
+        content = json.loads((options.folder / f"{stem}.json").read_bytes())
         record = content["record"]
         if content["crc32"] != _crc_of_record(record) or record["key"] != key:
             return None
-        sizes = {kind: (task.folder / f"{stem}.{kind}.npy").stat().st_size for kind in record["files"]}
+        sizes = {kind: (options.folder / f"{stem}.{kind}.npy").stat().st_size for kind in record["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if all(sizes[kind] == file["bytes"] for kind, file in record["files"].items()) else None
 
 
-def prepare_case(task: Task, case: Case) -> tuple[dict[str, Any], dict[str, FileHash]]:
+def prepare_case(options: PrepareOptions, case: Case) -> tuple[dict[str, Any], dict[str, FileHash]]:
     """Prepare one case, in a worker: its record, and the hashes of its files."""
     hashes = hash_files(case)
-    record = read_record(task, case, key_of(task, case, hashes))
-    if record is None:
-        record = build(task, case, hashes)
+    record = read_record(options, case, options.key(case, hashes)) or build(options, case, hashes)
     return record, {str(path.absolute()): known for path, known in hashes.items()}
 
 
@@ -99,25 +126,21 @@ def hash_files(case: Case) -> dict[Path, FileHash]:
     return {path: hash_file(path) for path in files_of(case)}
 
 
-def key_of(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> str:
-    """`Task.key` of a case whose files were hashed."""
-    return task.key(case, [hashes[path].digest for path in files_of(case)])
-
-
-def build(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> dict[str, Any]:
-    """Make the files of a case, the `.json` last; returns what that holds.
+def build(options: PrepareOptions, case: Case, hashes: Mapping[Path, FileHash]) -> dict[str, Any]:
+    """Make the files of a case, the `.json` last; returns its record.
 
     Raises:
-        CaseError: the scans are faulty, or were changed meanwhile. StoreError: the disk is full or can't be written.
+        CaseError: the scans are faulty, or were changed meanwhile.
+        StoreError: the disk is full or can't be written.
     """
-    key = key_of(task, case, hashes)
-    raw = read_case(case, task.coding)
+    key = options.key(case, hashes)
+    raw = read_case(case, options.coding)
     for path, known in hashes.items():
         if not is_unchanged(path, known) and hash_file(path).digest != known.digest:
             raise CaseError(path, "was changed while it was prepared", "Run again when it is whole")
     source_shape = raw.image.shape[:3]
-    grid = target_grid(source_shape, raw.affine, task.spacing)
-    if task.device == "gpu":
+    grid = target_grid(source_shape, raw.affine, options.spacing)
+    if options.device == "gpu":
         from pipelines.loading.raw import resample_case  # which imports the store
 
         arrays = {"image": resample_case(raw, grid, torch.device("cuda"))}
@@ -125,19 +148,19 @@ def build(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> dict[str, 
         arrays = {"image": resample_image(raw.image, raw.affine, grid)}
     if raw.label is not None and raw.label_affine is not None:
         # As MONAI: the label on its own affine, which decides its ties, in the shape of the image.
-        own = label_grid(grid, source_shape, raw.label_affine, task.spacing)
+        own = label_grid(grid, source_shape, raw.label_affine, options.spacing)
         arrays["label"] = resample_label(raw.label, raw.label_affine, own)
         arrays["foreground"] = foreground_voxels(arrays["label"])
     scale = None
-    if task.dtype == "float16":
+    if options.dtype == "float16":
         arrays["image"], scale = to_float16(arrays["image"])
     record = {
         "format": FORMAT,
         "name": case.name,
         "key": key,
-        "modalities": list(task.modalities),
-        "spacing_mm": list(task.spacing.mm),
-        "spacing_axes": task.spacing.axes,
+        "modalities": list(options.modalities),
+        "spacing_mm": list(options.spacing.mm),
+        "spacing_axes": options.spacing.axes,
         "shape": list(grid.shape),
         "affine": grid.affine.tolist(),
         "source_shape": list(source_shape),
@@ -146,7 +169,7 @@ def build(task: Task, case: Case, hashes: Mapping[Path, FileHash]) -> dict[str, 
         "intensities": _INTENSITIES,
         "scale": scale,
     }
-    return _write(task.folder / stem_of(case.name, key), arrays, record)
+    return _write(options.folder / stem_of(case.name, key), arrays, record)
 
 
 def _write(stem: Path, arrays: Mapping[str, np.ndarray], record: dict[str, Any]) -> dict[str, Any]:
@@ -156,26 +179,51 @@ def _write(stem: Path, arrays: Mapping[str, np.ndarray], record: dict[str, Any])
         the record, with the sizes and checksums of the arrays.
     """
     paths = {kind: stem.with_name(f"{stem.name}.{kind}.npy") for kind in arrays}
-    about, needed = stem.with_name(f"{stem.name}.json"), sum(array.nbytes for array in arrays.values())
-    files: dict[str, dict[str, int]] = {}
+    about, files = stem.with_name(f"{stem.name}.json"), {}
     try:
         for kind, array in arrays.items():
-            size, crc = write_whole(paths[kind], partial(write_array, array), needed)
-            files[kind] = {"bytes": size, "crc32": crc}
+            with replacing(paths[kind], "wb") as file:
+                crc = write_array(array, file)
+                files[kind] = {"bytes": file.tell(), "crc32": crc}
         record = record | {"files": files}
-        content = json.dumps({"record": record, "crc32": _crc_of_record(record)}).encode()
-        write_whole(about, lambda file: file.write(content), needed)
-    except BaseException:
+        with replacing(about) as file:
+            file.write(json.dumps({"record": record, "crc32": _crc_of_record(record)}))
+    except BaseException as error:
         if not about.exists():
             for path in paths.values():
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            what = f"{'no space left' if full else 'not writable'} ({error.strerror})"
+            needed = sum(array.nbytes for array in arrays.values())
+            raise StoreError(stem.parent, f"{what}, writing {Path(error.filename).name}", needed) from error
         raise
     return record
 
 
+def write_array(array: np.ndarray, file: Any) -> int:
+    """Write a C-ordered array as `.npy`; returns the checksum of all that was written."""
+    # Not np.save: its OSError on a full disk has no errno.
+    assert array.flags.c_contiguous
+    header, data = BytesIO(), array.reshape(-1).view(np.uint8)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    file.write(header.getbuffer())
+    file.write(data)
+    return isal_zlib.crc32(data, isal_zlib.crc32(header.getbuffer()))
+
+
+def checksum(path: Path) -> int:
+    """Of a whole file, read piece by piece. Raises OSError."""
+    crc, buffer = 0, memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            crc = isal_zlib.crc32(buffer[:size], crc)
+    return crc
+
+
 def to_float16(image_XYZC: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """float16, and what to multiply each channel with to have the image again; zero exactly where the image is."""
+    """float16, and the factor of each channel that restores the image; zero exactly where the image is."""
     peak = np.maximum(np.abs(image_XYZC).max(axis=(0, 1, 2)), np.finfo(np.float32).tiny)
     scale = np.exp2(np.ceil(np.log2(peak)) - 15).astype(np.float32)  # to at most 2^15, of 65504
     compact = (image_XYZC / scale).astype(np.float16)
@@ -185,7 +233,7 @@ def to_float16(image_XYZC: np.ndarray) -> tuple[np.ndarray, list[float]]:
 
 
 def foreground_voxels(label_XYZ: np.ndarray) -> np.ndarray:
-    """int32 (K, 3): the voxels of label > 0, in C order; of more than `FOREGROUND_VOXELS` so many, evenly taken."""
+    """int32 (K, 3): the voxels of label > 0 in C order, or of these `FOREGROUND_VOXELS`, evenly spaced."""
     voxels = np.argwhere(label_XYZ > 0)
     if len(voxels) > FOREGROUND_VOXELS:
         voxels = voxels[np.linspace(0, len(voxels) - 1, FOREGROUND_VOXELS).round().astype(np.int64)]

@@ -41,18 +41,18 @@ from pipelines.basics.processes import run_on_cases
 from pipelines.cases import Case, CaseSet
 from pipelines.geometry import target_grid
 from pipelines.labels import Coding
+from pipelines.preparing.file_hashes import FileHash, add_to_index, is_unchanged, read_index
 from pipelines.preparing.prepared_case import (
+    PrepareOptions,
     StoreDtype,
-    Task,
     build,
+    checksum,
     files_of,
     hash_files,
-    key_of,
     prepare_case,
     read_record,
     stem_of,
 )
-from pipelines.preparing.store_files import FileHash, checksum, is_unchanged, make_folder, read_index, remember
 from pipelines.scans.nifti import read_case
 from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
 
@@ -65,18 +65,18 @@ class Store:
     """Prepared volumes of some cases, read-only; `prepare` makes it.
 
     Args:
-        task: what was asked of each case.
+        options: how they were prepared, and where to.
         case_set: the cases, in this order.
         records: what the `.json` of each case records.
     """
 
-    def __init__(self, task: Task, case_set: CaseSet, records: Sequence[Mapping[str, Any]]) -> None:
-        self.folder = task.folder
+    def __init__(self, options: PrepareOptions, case_set: CaseSet, records: Sequence[Mapping[str, Any]]) -> None:
+        self.folder = options.folder
         self.names = case_set.names
         self.modalities = case_set.modalities
         self.coding: Coding = case_set.coding
-        self.spacing_mm: tuple[float, float, float] = task.spacing.mm
-        self._task, self._cases = task, case_set.cases
+        self.spacing_mm: tuple[float, float, float] = options.spacing.mm
+        self._options, self._cases = options, case_set.cases
         self._records = tuple(records)
         self._index = {name: i for i, name in enumerate(self.names)}
         self._found_whole: set[tuple[int, str]] = set()
@@ -176,9 +176,9 @@ class Store:
         case, remedy = self._cases[i], "put the scans of this case back as they were, or leave the case out"
         try:
             hashes = hash_files(case)
-            if key_of(self._task, case, hashes) != self._records[i]["key"]:
+            if self._options.key(case, hashes) != self._records[i]["key"]:
                 raise DataError(f"{fault}, and the scans of {case.name} have changed since: {remedy}")
-            build(self._task, case, hashes)
+            build(self._options, case, hashes)
         except CaseError as error:
             raise DataError(f"{fault}, and can't be made again: {error}") from error
 
@@ -215,17 +215,20 @@ def prepare(
             no cases, or all are faulty, the folder can't be written, or the disk is full.
     """
     folder = Path(store_dir).absolute()
-    task = Task(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, device)
+    options = PrepareOptions(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, device)
     remove_left_over(folder)
-    records = _complete_cases(task, case_set)
+    records = _complete_cases(options, case_set)
     pending = [case for case, record in zip(case_set.cases, records, strict=True) if record is None]
     if pending:
-        make_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(folder, f"not writable ({error.strerror})", 0) from error
         started = time.perf_counter()
         done, faults = {}, []
         known: dict[str, FileHash] = {}
         try:
-            for case, result in run_on_cases(partial(prepare_case, task), pending, workers, "Preparing"):
+            for case, result in run_on_cases(partial(prepare_case, options), pending, workers, "Preparing"):
                 if isinstance(result, CaseError):
                     faults.append((case.name, result))
                 else:
@@ -234,7 +237,7 @@ def prepare(
         except StoreError as error:
             raise StoreError(folder, error.problem, error.needed * (len(pending) - len(done))) from error
         finally:
-            remember(folder, known)
+            add_to_index(folder, known)
         failed = any(isinstance(fault, CaseFailure) for _, fault in faults)
         if faults and (not skip_faulty or failed or len(faults) == len(case_set.cases)):
             raise _faults_error(faults, len(case_set.cases))
@@ -243,7 +246,7 @@ def prepare(
         log.info("prepared %d cases in %.1f s: %s", len(done), time.perf_counter() - started, folder)
         records = [record or done.get(case.name) for case, record in zip(case_set.cases, records, strict=True)]
     whole = [case.name for case, record in zip(case_set.cases, records, strict=True) if record is not None]
-    return Store(task, case_set.select(whole), [record for record in records if record is not None])
+    return Store(options, case_set.select(whole), [record for record in records if record is not None])
 
 
 def check_cases(
@@ -263,11 +266,11 @@ def check_cases(
     Returns:
         the faults, in the order of the cases.
     """
-    task = partial(_check_case, case_set.coding, patient_spacing(spacing), crop_size)
+    check = partial(_check_case, case_set.coding, patient_spacing(spacing), crop_size)
     order = {name: i for i, name in enumerate(case_set.names)}
     faults = {
         case.name: result
-        for case, result in run_on_cases(task, case_set.cases, workers, "Checking")
+        for case, result in run_on_cases(check, case_set.cases, workers, "Checking")
         if isinstance(result, CaseError)
     }
     return [faults[name] for name in sorted(faults, key=order.__getitem__)]
@@ -286,19 +289,19 @@ def _faults_error(faults: Sequence[tuple[str, CaseError]], cases: int) -> DataEr
     return DataError(f"{len(faults)} of {cases} cases can't be prepared (the others are done and stay):{lines}")
 
 
-def _complete_cases(task: Task, case_set: CaseSet) -> list[dict[str, Any] | None]:
+def _complete_cases(options: PrepareOptions, case_set: CaseSet) -> list[dict[str, Any] | None]:
     """The record of each case that is prepared, by the hashes that the index knows."""
     if not case_set.cases:
         raise DataError("there are no cases to prepare: check --data.root")
-    index = read_index(task.folder)
-    return [_complete_case(task, case, index) for case in case_set.cases]
+    index = read_index(options.folder)
+    return [_complete_case(options, case, index) for case in case_set.cases]
 
 
-def _complete_case(task: Task, case: Case, index: Mapping[str, FileHash]) -> dict[str, Any] | None:
-    digests = []
+def _complete_case(options: PrepareOptions, case: Case, index: Mapping[str, FileHash]) -> dict[str, Any] | None:
+    hashes = {}
     for path in files_of(case):
         known = index.get(str(path.absolute()))
         if known is None or not is_unchanged(path, known):
             return None
-        digests.append(known.digest)
-    return read_record(task, case, task.key(case, digests))
+        hashes[path] = known
+    return read_record(options, case, options.key(case, hashes))
