@@ -31,7 +31,6 @@ from jsonargparse import Namespace
 
 from engine.inference import Predictor, Prepared, describe
 from engine.parser import Parser
-from engine.progress import CaseBar
 from engine.ranks.command import run_command
 from engine.ranks.distributed import Ranks, gather, init_ranks
 from engine.stages import BatchEnds, in_stages, in_words
@@ -39,6 +38,7 @@ from launch.inputs import find
 from launch.options import add_network_options, in_own_options, naming_own_options
 from pipelines.basics.atomic import cannot_write, make_writable
 from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.progress_bar import show_progress
 from pipelines.basics.tables import append_row, read_table, write_table
 from pipelines.basics.text import first_few, printable
 from pipelines.cases import Case
@@ -269,12 +269,11 @@ def predict_cases(predictor: Predictor, waiting: Sequence[Case], output: Output,
 
     mine = waiting[ranks.rank :: ranks.world_size]
     rows: list[Row] = []
-    with CaseBar("Segmenting", len(mine), ranks.is_first) as bar:
-        for case, outcome in in_stages(mine, read, lambda _, scan: predictor.probabilities(scan), write):
-            if isinstance(outcome, DataError):
-                outcome = Row(case.name, error=in_own_options(f"{case.name}: {outcome}"))
-            rows.append(outcome)
-            bar.advance()
+    found = in_stages(mine, read, lambda _, scan: predictor.probabilities(scan), write)
+    for case, outcome in show_progress(found, "Segmenting", len(mine), is_shown=ranks.is_first):
+        if isinstance(outcome, DataError):
+            outcome = Row(case.name, error=in_own_options(f"{case.name}: {outcome}"))
+        rows.append(outcome)
     return rows
 
 

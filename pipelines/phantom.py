@@ -28,8 +28,6 @@ from pathlib import Path
 
 import numpy as np
 from isal import igzip
-from rich.console import Console
-from rich.progress import track
 
 from pipelines.anatomy import (
     CENTRE_MM,
@@ -46,6 +44,7 @@ from pipelines.basics.atomic import remove_left_over, replacing, write_text
 from pipelines.basics.errors import DataError
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.processes import cores
+from pipelines.basics.progress_bar import show_progress
 
 nib = Lazy("nibabel")
 log = logging.getLogger(__name__)
@@ -181,11 +180,8 @@ def make_phantoms(
         threads = min(workers or cores(), 8, len(missing))
         with ThreadPoolExecutor(threads) as pool:  # NumPy and isal let go of the GIL
             jobs = pool.map(lambda i: _write_case(folder, names[i], size, spacing, seed, i), missing)
-            console = Console(stderr=True)
-            if not console.is_terminal:
-                log.info("making %d synthetic cases: %s", len(missing), folder)
-            hidden = not console.is_terminal
-            for _ in track(jobs, "Synthetic cases", total=len(missing), console=console, disable=hidden):
+            log.debug("synthetic cases: %s", folder)
+            for _ in show_progress(jobs, "Making", len(missing), "synthetic case"):
                 pass
     if not (folder / "dataset.json").is_file():
         write_text(folder / "dataset.json", json.dumps(_dataset_json(names), indent=2))

@@ -63,7 +63,7 @@ sys.exit({status})
 """
 
 
-def program(path: Path, line: str = "segmenting 1 cases", status: int = 0, before: float = 0.2) -> list[str]:
+def program(path: Path, line: str = "segmenting 1 case", status: int = 0, before: float = 0.2) -> list[str]:
     return [sys.executable, "-c", PROGRAM.format(path=path, line=line, status=status, before=before)]
 
 

@@ -27,10 +27,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from pipelines.basics.errors import CaseError, CaseFailure, DataError
+from pipelines.basics.progress_bar import show_progress
 
 if TYPE_CHECKING:
     from pipelines.cases import Case
@@ -74,15 +72,8 @@ def run_on_cases(
         finished = _where_it_is_faster(task, cases, cores())
     else:
         finished = _by_workers(task, cases, min(workers, len(cases)))
-    console = Console(stderr=True)
-    columns = (TextColumn(f"{title} {len(cases)} cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with contextlib.closing(finished), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        row = bar.add_task(title, total=len(cases))
-        if not console.is_terminal:
-            log.info("%s %d cases", title.lower(), len(cases))
-        for case, result in finished:
-            bar.advance(row)
-            yield case, result
+    with contextlib.closing(finished):
+        yield from show_progress(finished, title, len(cases))
 
 
 def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:

@@ -1,0 +1,34 @@
+"""A progress bar over cases: on a terminal; elsewhere a line in the log when the work begins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def show_progress(
+    results: Iterable[T], verb: str, total: int, noun: str = "case", is_shown: bool = True
+) -> Iterator[T]:
+    """Pass on the results of cases and count them.
+
+    Args:
+        results: one for each case. verb: as "Segmenting". total: number of cases. noun: for one of them.
+        is_shown: False on all ranks but one.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    title = f"{verb} {total} {noun}{'' if total == 1 else 's'}"
+    console = Console(stderr=True)
+    if is_shown and not console.is_terminal:
+        log.info(title.lower())
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (is_shown and console.is_terminal and total)) as bar:
+        task = bar.add_task(title, total=total)
+        for result in results:
+            bar.advance(task)
+            yield result
