@@ -6,23 +6,25 @@
     segmentation = predictor.segment(["case_flair.nii.gz", "case_t1.nii.gz", "case_t1ce.nii.gz", "case_t2.nii.gz"])
     segmentation.save("case_segmentation.nii.gz")
 
-A scan is resampled and oriented as those that the network was trained on, predicted by sliding window (windows are
-z-scored one by one, as training crops are), and the probabilities of the three regions are resampled to the scan's own
-grid, linearly, where those above one half make the masks.
+A scan is resampled and oriented like those that the network was trained on, and predicted by sliding window (windows
+are z-scored one by one, as training crops are). The probabilities of the three regions are resampled linearly to the
+scan's own grid, where those above one half make the masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import file_digest, sha256
 from itertools import chain, combinations
 from pathlib import Path
+from threading import Condition
 
 import numpy as np
 import torch
 
-from engine.precision import prepare_network, set_tf32
+from engine.precision import prepare_network, tf32
 from engine.sliding_window import sliding_window_logits
 from engine.trained import TrainedNetwork, load_trained
 from kernels import dispatch
@@ -50,13 +52,13 @@ from pipelines.scans.nifti_header import affine_fault
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scan as a network takes it.
+    """A scan as the network takes it.
 
     Attributes:
         image_1CXYZ: float32 on the prepared grid, not normalised, on the CPU.
         grid: that grid.
         shape, affine: of the scan's file.
-        warnings: what about it is not as in training.
+        warnings: how it differs from the training data.
     """
 
     image_1CXYZ: torch.Tensor
@@ -68,17 +70,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What was found in a scan, on the scan's own grid.
+    """The regions found in a scan, on the scan's own grid.
 
     Attributes:
-        masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET, each where its own probability is above one half. They need not be
-            nested; `labels` is, and so what is written and scored: see `compose_labels`.
+        masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET, each where its probability is above one half. They may not be nested;
+            the regions of `labels`, which are written and scored, are: see `compose_labels`.
         affine: (4, 4), voxel index to mm (RAS+).
         coding: of the label map.
-        probabilities_RXYZ: float32 (3, X, Y, Z), where they were asked for.
-        warnings: what about the scan is not as in training.
-        like: the scan's file, whose header a saved one takes.
-        made_by: what found it, see `Predictor.made_by`; a saved one says so.
+        probabilities_RXYZ: float32 (3, X, Y, Z), if asked for.
+        warnings: how the scan differs from the training data.
+        like: the scan's file; a saved segmentation gets its header.
+        made_by: see `Predictor.made_by`; a saved segmentation's header says it.
     """
 
     masks_RXYZ: np.ndarray
@@ -90,7 +92,7 @@ class Segmentation:
     made_by: str = ""
 
     def masks_as(self, coding: Coding) -> np.ndarray:
-        """The masks as a coding means them, bool (3, X, Y, Z); what the tutorial calls enhancing is not, elsewhere."""
+        """The masks as a coding defines them, bool (3, X, Y, Z): only the tutorial counts its label 2 as enhancing."""
         if self.coding.release == TUTORIAL != coding.release:
             core, whole, non_enhancing = self.masks_RXYZ
             return np.stack([core | non_enhancing, whole, core & ~non_enhancing])
@@ -100,7 +102,7 @@ class Segmentation:
         """uint8 (X, Y, Z). See `compose_labels`.
 
         Args:
-            coding: of the result, or the release that has it; None: that of the network's training data.
+            coding: of the result, or a release that has it; None: the coding of the network's training data.
 
         Raises:
             ValueError: an unknown release.
@@ -109,7 +111,7 @@ class Segmentation:
         return compose_labels(self.masks_as(coding), coding)
 
     def save(self, path: Path | str, coding: Coding | str | None = None) -> None:
-        """Write the label map as NIfTI, with the scan's grid, units and codes, and a description of how it was made.
+        """Write the label map as NIfTI, with the scan's grid, units and codes, and how it was made in its header.
 
         Args:
             path: a name that ends in `.nii.gz`, or in `.nii` for a file that is not compressed. coding: as in `labels`.
@@ -126,7 +128,7 @@ class Segmentation:
         """Write float32 (X, Y, Z, 3): TC, WT, ET, to a path as in `save`.
 
         Raises:
-            ValueError: they were not kept, or another ending.
+            ValueError: they were not kept, or the path has another ending.
             OSError: it can't be written.
         """
         if self.probabilities_RXYZ is None:
@@ -139,7 +141,7 @@ class Segmentation:
 
 
 def describe(coding: Coding | None, made_by: str) -> str:
-    """What the header of a saved file says of it, in at most 79 characters, by which two of a kind are told.
+    """How a saved file was made, in at most 79 characters, for its header.
 
     Args:
         coding: of a label map; None for probabilities. made_by: from `Predictor.made_by`.
@@ -149,7 +151,7 @@ def describe(coding: Coding | None, made_by: str) -> str:
     else:
         kind = f"{coding.release} labels"
         usual = CODINGS.get(coding.release)
-        if usual and usual.tissues != coding.tissues:  # the values of a dataset.json of one's own
+        if usual and usual.tissues != coding.tissues:  # from a dataset.json with other values
             kind += f" {sha256(repr(sorted(coding.tissues.items())).encode()).hexdigest()[:6]}"
     return f"glioforge: {kind}{', ' if made_by else ''}{made_by}"
 
@@ -157,15 +159,22 @@ def describe(coding: Coding | None, made_by: str) -> str:
 class Predictor:
     """One trained network, or several whose probabilities are averaged.
 
+    Kernels and TF32 are set as for the network only while a predictor works; the process's own setting then returns.
+    Threads may share a predictor. Predictors of different settings wait for each other.
+
     Args:
-        runs: a run's folder or a weights file, or several; of an ensemble all must have the same modalities, spacing
-            and label coding, while networks and crops may differ.
-        device: "auto" takes a GPU where there is one; or torch's name of a device.
-        flips: average over all eight mirror images too, for eight times the time.
+        runs: a run's folder or a weights file, or several. Members of an ensemble must have the same modalities,
+            spacing and label coding; networks and crops may differ.
+        device: "auto" takes a GPU if there is one; or torch's name of a device.
+        flips: average over all eight mirror images too, which takes eight times as long.
         kernels: "auto", "triton" or "reference", as in training.
 
+    Attributes:
+        kernels_taken: a line for the log, what `kernels` means on this device and why.
+        made_by: the weights and the way of predicting; anything else gives another segmentation.
+
     Raises:
-        ValueError: as `load_trained`; runs that do not go together.
+        ValueError: as `load_trained`; runs that do not go together; kernels that the device can't run.
     """
 
     def __init__(
@@ -177,7 +186,8 @@ class Predictor:
     ) -> None:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
-        self.kernels_taken = dispatch.use(kernels, self.device)
+        with dispatch.using(kernels, self.device) as self.kernels_taken:
+            self._kernels = kernels
         paths = [runs] if isinstance(runs, str | Path) else list(runs)
         if not paths:
             raise ValueError("no run is given: name a run's folder or a weights file")
@@ -187,16 +197,15 @@ class Predictor:
         self.modalities, self.coding = first.modalities, first.coding
         hashes = sorted(_file_hash(member.path) for member in self.members)
         self.made_by = f"weights {sha256(''.join(hashes).encode()).hexdigest()[:12]}{', flips' if flips else ''}"
-        """The weights and the way of predicting: with others, a segmentation is another one."""
         self.spacing = first.config.data.spacing
-        # Halves are faster on a GPU alone; on a CPU they would be slower and less exact.
+        # On a CPU half precision would be slower and less exact.
         self._networks = [
             prepare_network(member.network, member.config.train.precision if self.device.type == "cuda" else "float32")
             for member in self.members
         ]
-        if self.device.type == "cuda":
-            in_tf32 = all(member.config.train.precision == "tf32" for member in self.members)
-            set_tf32(in_tf32)
+        self._in_tf32 = self.device.type == "cuda" and all(
+            member.config.train.precision == "tf32" for member in self.members
+        )
         axes = (2, 3, 4)
         subsets = chain.from_iterable(combinations(axes, count) for count in range(4)) if flips else [()]
         self._mirrored = list(subsets)
@@ -210,15 +219,15 @@ class Predictor:
         """Segment a scan.
 
         Args:
-            images: NIfTI files, one for each of `modalities`, in any order where every name tells its modality
-                (`case_t1ce.nii.gz`), else in that of `modalities`; or a mapping, modality to file; one 4D file with
-                them on its last axis; or an array (C, X, Y, Z).
+            images: NIfTI files, one for each of `modalities`, in any order if every name contains its modality
+                (`case_t1ce.nii.gz`), else in the order of `modalities`; or a mapping from modality to file; one 4D
+                file with them on its last axis; or an array (C, X, Y, Z).
             affine: of an array, (4, 4), voxel index to mm (RAS+).
             probabilities: keep them.
 
         Raises:
-            ValueError: a file that can't be read, or not the images that the network needs; one image given twice;
-                weights that give NaN or infinite numbers for it.
+            ValueError: a file that can't be read; other images than the network needs; one image given twice; weights
+                that give NaN or infinite numbers for it.
         """
         if isinstance(images, np.ndarray):
             if affine is None or images.ndim != 4 or len(images) != len(self.modalities):
@@ -239,7 +248,7 @@ class Predictor:
         """The case that files make up; see `segment`.
 
         Raises:
-            ValueError: as `pipelines.layouts.order.in_order`, or other images in one file than modalities.
+            ValueError: as `pipelines.layouts.order.in_order`; a 4D file with more or fewer images than modalities.
         """
         given = list(images) if isinstance(images, Mapping) else None
         if isinstance(images, Mapping):
@@ -257,7 +266,7 @@ class Predictor:
         return Case(name, in_order(files, self.modalities, given), None, None)
 
     def read(self, case: Case) -> RawCase:
-        """The files of a case, checked; its label too, where it has one.
+        """The files of a case, checked; its label too, if it has one.
 
         Raises:
             CaseError: a fault, with its path.
@@ -265,7 +274,7 @@ class Predictor:
         return read_case(case, self.coding)
 
     def prepare(self, raw: RawCase) -> Prepared:
-        """Resampled and oriented as in training; on the CPU, in any thread.
+        """Resample and orient a scan as in training; on the CPU, in any thread.
 
         Raises:
             DataError: one image is given as two modalities.
@@ -283,21 +292,22 @@ class Predictor:
 
     @torch.no_grad()
     def probabilities(self, scan: Prepared) -> torch.Tensor:
-        """Of the three regions on the prepared grid: float32 (3, X', Y', Z'), on the device.
+        """Probabilities of the three regions on the prepared grid: float32 (3, X', Y', Z'), on the device.
 
         Raises:
-            DataError: logits that are NaN or infinite, of which a sigmoid would make a segmentation.
+            DataError: logits that are NaN or infinite; their sigmoid would pass for a segmentation.
         """
         image = scan.image_1CXYZ.to(self.device)
         total: torch.Tensor | None = None
         extremes: list[torch.Tensor] = []
-        for member, network in zip(self.members, self._networks, strict=True):
-            for axes in self._mirrored:
-                window = member.config.data.crop_size_voxels
-                logits = sliding_window_logits(network, image.flip(axes) if axes else image, window)
-                extremes += torch.aminmax(logits)  # NaN where any is
-                part = (logits.flip(axes) if axes else logits).sigmoid_()[0]
-                total = part if total is None else total.add_(part)
+        with self._settings():
+            for member, network in zip(self.members, self._networks, strict=True):
+                for axes in self._mirrored:
+                    window = member.config.data.crop_size_voxels
+                    logits = sliding_window_logits(network, image.flip(axes) if axes else image, window)
+                    extremes += torch.aminmax(logits)  # NaN where any is
+                    part = (logits.flip(axes) if axes else logits).sigmoid_()[0]
+                    total = part if total is None else total.add_(part)
         assert total is not None
         if not torch.stack(extremes).isfinite().all():  # waits for the device, once a case
             raise DataError(self._overflow())
@@ -317,21 +327,58 @@ class Predictor:
     def finish(
         self, scan: Prepared, probabilities_RXYZ: torch.Tensor, keep: bool = False, like: Path | None = None
     ) -> Segmentation:
-        """From the prepared grid to the scan's own; in any thread.
+        """Resample probabilities to the scan's own grid and make the masks; in any thread.
 
         Args:
-            scan: what was predicted. probabilities_RXYZ: what `probabilities` gave for it.
-            keep: the probabilities too. like: file whose header a saved segmentation takes.
+            scan: what was predicted. probabilities_RXYZ: from `probabilities`.
+            keep: the probabilities too. like: file whose header a saved segmentation gets.
         """
-        back = BackToFile(scan.grid, scan.shape, scan.affine, probabilities_RXYZ.device)
         masks = np.empty((len(REGIONS), *scan.shape), bool)
         kept = np.empty(masks.shape, np.float32) if keep else None
-        for i, region in enumerate(probabilities_RXYZ):  # one at a time, for the memory
-            values = back(region)
-            masks[i] = (values > 0.5).cpu().numpy()
-            if kept is not None:
-                kept[i] = values.cpu().numpy()
+        with self._settings():
+            back = BackToFile(scan.grid, scan.shape, scan.affine, probabilities_RXYZ.device)
+            for i, region in enumerate(probabilities_RXYZ):  # one at a time, for the memory
+                values = back(region)
+                masks[i] = (values > 0.5).cpu().numpy()
+                if kept is not None:
+                    kept[i] = values.cpu().numpy()
         return Segmentation(masks, scan.affine, self.coding, kept, scan.warnings, like, self.made_by)
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """Within it, the process has this predictor's kernels and TF32."""
+        with _SETTINGS.holding(self._kernels, self.device, self._in_tf32):
+            yield
+
+
+class _ProcessSettings:
+    """Kernels and TF32 of the process. Threads that need the same ones share them, others wait until they are free."""
+
+    def __init__(self) -> None:
+        self.is_free, self.users = Condition(), 0
+        self.held: object = None
+        self.restore = ExitStack()
+
+    @contextmanager
+    def holding(self, kernels: dispatch.Kernels, device: torch.device, in_tf32: bool) -> Iterator[None]:
+        wanted = (kernels, device, in_tf32)
+        with self.is_free:
+            self.is_free.wait_for(lambda: self.users == 0 or self.held == wanted)
+            if self.users == 0:
+                self.restore.enter_context(dispatch.using(kernels, device))
+                self.restore.enter_context(tf32(in_tf32))
+            self.held, self.users = wanted, self.users + 1
+        try:
+            yield
+        finally:
+            with self.is_free:
+                self.users -= 1
+                if self.users == 0:
+                    self.restore.close()
+                    self.is_free.notify_all()
+
+
+_SETTINGS = _ProcessSettings()
 
 
 def _file_hash(path: Path) -> str:
@@ -340,10 +387,10 @@ def _file_hash(path: Path) -> str:
 
 
 def _raw(image_CXYZ: np.ndarray, affine: np.ndarray) -> RawCase:
-    """An array as a scan that was read.
+    """An array in the form of a scan that was read.
 
     Raises:
-        ValueError: no voxels, voxels that are no finite real numbers, or an affine that maps no volume.
+        ValueError: no voxels, voxels that are not finite real numbers, or an affine that maps no volume.
     """
     affine = np.asarray(affine, np.float64)
     if not image_CXYZ.size or image_CXYZ.dtype.kind not in "buif" or not np.isfinite(image_CXYZ).all():
@@ -360,9 +407,9 @@ def _raw(image_CXYZ: np.ndarray, affine: np.ndarray) -> RawCase:
 def compose_labels(masks_RXYZ: np.ndarray, coding: Coding) -> np.ndarray:
     """A label map from overlapping regions.
 
-    Enhancing tumour goes before core, and core before the rest of the whole tumour, so a voxel of an inner region is in
-    the outer ones too. Core that does not enhance is the coding's non-enhancing tumour, or necrosis where it has no
-    such value: the regions do not tell the two apart. `engine.metrics.written_regions` gives the result's regions.
+    Enhancing tumour overrides core, and core overrides the rest of the whole tumour, so a voxel of an inner region is
+    in the outer ones too. The regions do not say which core that does not enhance is necrosis: it is the coding's
+    non-enhancing tumour, or necrosis if there is no such value. `engine.metrics.written_regions` gives the regions back.
 
     Args:
         masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET. coding: of the result.

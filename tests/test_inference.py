@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import shutil
+import signal
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -22,8 +28,10 @@ from engine import inference
 from engine.config import to_dict
 from engine.inference import Predictor, Segmentation, compose_labels, describe
 from engine.network import ModelConfig, make_model
-from engine.sliding_window import zscore_nonzero
+from engine.precision import tf32
+from engine.sliding_window import sliding_window_logits, zscore_nonzero
 from engine.weights_file import write_content
+from kernels import dispatch
 from pipelines.domain_shift import looks_of, ranges
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
 from pipelines.scans.nifti import read_description, read_nifti
@@ -97,9 +105,9 @@ def test_files_names_arrays_and_a_4d_file_give_the_same(run: Path, scan: np.ndar
     expected = predictor.segment(scan, AFFINE).labels()
     for images in ([t1c, flair], [flair, t1c], {"t2f": flair, "T1ce": t1c}, stacked, [str(stacked)]):
         np.testing.assert_array_equal(predictor.segment(images).labels(), expected)
-    untold = [shutil.copy(path, tmp_path / f"{i}.nii.gz") for i, path in enumerate((flair, t1c))]
-    assert (predictor.segment(untold).labels() != expected).any()
-    np.testing.assert_array_equal(predictor.segment({"flair": untold[0], "t1c": untold[1]}).labels(), expected)
+    unnamed = [shutil.copy(path, tmp_path / f"{i}.nii.gz") for i, path in enumerate((flair, t1c))]
+    assert (predictor.segment(unnamed).labels() != expected).any()
+    np.testing.assert_array_equal(predictor.segment({"flair": unnamed[0], "t1c": unnamed[1]}).labels(), expected)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +123,7 @@ def test_files_names_arrays_and_a_4d_file_give_the_same(run: Path, scan: np.ndar
         (["absent.nii", "also.nii"], "absent.nii: there is no such file"),
     ],
 )
-def test_other_images_than_the_network_needs_are_refused(images: Any, message: str, run: Path) -> None:
+def test_images_that_the_network_does_not_take_are_refused(images: Any, message: str, run: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Predictor(run, "cpu").segment(images)
 
@@ -138,16 +146,73 @@ def test_a_4d_file_of_more_images_than_modalities_is_refused(run: Path, scan: np
         (np.zeros((2, 8, 8, 8)), np.full((4, 4), np.nan), "can't be inverted"),
     ],
 )
-def test_arrays_that_are_no_scans_are_refused(image: np.ndarray, affine: np.ndarray, message: str, run: Path) -> None:
+def test_arrays_that_are_not_scans_are_refused(image: np.ndarray, affine: np.ndarray, message: str, run: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Predictor(run, "cpu").segment(image, affine)
 
 
-@pytest.mark.gpu
-def test_a_network_trained_in_float32_predicts_in_float32_on_a_gpu_too(run: Path) -> None:
-    torch.backends.cudnn.allow_tf32 = True
-    Predictor(run, "cuda")
-    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+def process_state() -> tuple[object, ...]:
+    """What a library must leave as it is."""
+    backends = torch.backends
+    return (
+        dispatch._mode, torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32, backends.cudnn.benchmark,
+        backends.cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
+        torch.is_grad_enabled(), torch.get_default_dtype(), dict(os.environ), list(warnings.filters),
+        [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], logging.getLogger().handlers[:],
+        logging.getLogger().level, np.geterr(),
+    )  # fmt: skip
+
+
+def tf32_predictor(run: Path) -> Predictor:
+    """As one on a GPU, of a network that was trained in TF32."""
+    predictor = Predictor(run, "cpu")
+    predictor._in_tf32 = True
+    return predictor
+
+
+@pytest.mark.parametrize("matmul", ["highest", "medium"])
+def test_a_predictor_leaves_its_users_process_as_it_was(
+    matmul: str, run: Path, scan: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels and TF32 are set only while it works, in turn with a predictor that sets others, and after an error."""
+    seen: list[tuple[str, bool, str]] = []
+
+    def looking(network: Any, *rest: Any) -> torch.Tensor:
+        precision = torch.get_float32_matmul_precision()
+        seen.append((dispatch._mode, torch.backends.cudnn.allow_tf32, precision))
+        return sliding_window_logits(network, *rest)
+
+    monkeypatch.setattr(inference, "sliding_window_logits", looking)
+    with dispatch.using("auto", "cpu"), tf32(False):
+        torch.set_float32_matmul_precision(matmul)
+        before = process_state()
+        plain = Predictor(run, "cpu", kernels="reference")
+        assert process_state() == before
+        fast = tf32_predictor(run)
+        for predictor in (plain, fast, plain):
+            assert process_state() == before
+            predictor.segment(scan, AFFINE)
+        assert process_state() == before
+        assert seen == [("reference", False, "highest"), ("auto", True, "high"), ("reference", False, "highest")]
+        monkeypatch.setattr(inference, "sliding_window_logits", mock.Mock(side_effect=RuntimeError("lost")))
+        with pytest.raises(RuntimeError, match="lost"):
+            fast.segment(scan, AFFINE)
+        assert process_state() == before
+
+
+def test_predictors_of_other_settings_wait_for_each_other(run: Path, scan: np.ndarray) -> None:
+    """And those of the same settings work at once: the next scan is finished while this one is predicted."""
+    plain, fast = Predictor(run, "cpu"), tf32_predictor(run)
+    waiting = threading.Thread(target=lambda: fast.segment(scan, AFFINE))
+    with plain._settings():
+        plain.segment(scan, AFFINE)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(plain.segment, scan, AFFINE).result(timeout=60)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive() and not torch.backends.cudnn.allow_tf32
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_a_saved_segmentation_lies_on_the_scans_grid(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
@@ -210,7 +275,7 @@ def test_an_ensemble_is_the_mean_of_its_members(run: Path, scan: np.ndarray, tmp
         {"release": "brats2023"},
     ],
 )
-def test_runs_that_do_not_go_together_are_no_ensemble(changes: dict[str, Any], run: Path, tmp_path: Path) -> None:
+def test_an_ensemble_of_runs_that_do_not_match_is_refused(changes: dict[str, Any], run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="an ensemble's runs must share it"):
         Predictor([run, write_run(tmp_path, **changes)], "cpu")
 
@@ -241,9 +306,7 @@ def test_labels_of_nested_regions_give_the_regions_back(release: str) -> None:
 
 
 @pytest.mark.parametrize(("release", "values"), [("decathlon", (1, 2, 3)), ("brats2023", (2, 1, 3))])
-def test_what_the_tutorial_calls_enhancing_is_written_as_what_does_not_enhance(
-    release: str, values: tuple[int, ...]
-) -> None:
+def test_what_the_tutorial_calls_enhancing_is_written_as_non_enhancing(release: str, values: tuple[int, ...]) -> None:
     """Label 2 of `dataset.json`, which its networks find as ET, is non-enhancing tumour, and 3 is enhancing."""
     with pytest.warns(UserWarning, match="label 2 is scored as enhancing"):
         coding = tutorial_coding(CODINGS["decathlon"])
@@ -290,7 +353,7 @@ def test_weights_that_overflow_give_an_error_and_no_segmentation(
         predictor.segment(scan, AFFINE)
 
 
-def test_a_logit_that_is_infinite_is_no_probability_of_one(
+def test_an_infinite_logit_is_not_a_probability_of_one(
     run: Path, scan: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor = Predictor(run, "cpu", flips=True)
