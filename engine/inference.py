@@ -409,7 +409,7 @@ def compose_labels(masks_RXYZ: np.ndarray, coding: Coding) -> np.ndarray:
 
     Enhancing tumour overrides core, and core overrides the rest of the whole tumour, so a voxel of an inner region is
     in the outer ones too. The regions do not say which core that does not enhance is necrosis: it is the coding's
-    non-enhancing tumour, or necrosis if there is no such value. `engine.metrics.written_regions` gives the regions back.
+    non-enhancing tumour, or necrosis if it has no such value. `engine.metrics.written_regions` inverts this.
 
     Args:
         masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET. coding: of the result.
