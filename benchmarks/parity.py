@@ -41,7 +41,7 @@ from benchmarks.report import OURS
 from benchmarks.training import BATCH, FULL, SMALL, Plain, Scene, Size, Variant, free
 from engine.config import Config
 from engine.data import DataConfig, list_cases, load_data, obtain_root
-from engine.metrics import case_dice, summarise
+from engine.metrics import summarise
 from engine.network import ModelConfig, make_model
 from engine.precision import set_up_torch
 from engine.progress import percent
@@ -135,14 +135,9 @@ def score_ours(trainer: Trainer) -> dict[str, Any]:
         return score(trainer, network)
 
 
-@torch.no_grad()
 def score(trainer: Trainer, network: torch.nn.Module) -> dict[str, Any]:
     """Dice of a network on the trainer's validation cases."""
-    cases = []
-    for name, image, labels in trainer.val_loader or ():
-        image, labels = image.to(DEVICE), labels.to(DEVICE)
-        cases.append(case_dice(name, trainer.masks(network, image), region_masks(labels, trainer.regions)[0]))
-    return summarise(cases)
+    return summarise(trainer.validator.score(network)[0])
 
 
 def train_all(scene: Scene, config: DataConfig, steps: int, seed: int, with_bf16: bool) -> dict[str, Curve]:

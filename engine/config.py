@@ -42,26 +42,26 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     kernels: Kernels = "auto"
-    """Attention, instance norm and loss by fused Triton kernels or by plain PyTorch; auto: the faster that works."""
+    """Attention, instance norm and loss by fused Triton kernels or plain PyTorch; auto: the faster one that works."""
     run_dir: Path | None = None
     """Folder of logs, checkpoints and pictures. None: `runs/<config>-<model>-<time>`."""
     resume: str | None = field(default=None, metadata={"bare": "auto"})
-    """Continue a run: its folder; alone or `auto`: `run_dir`, begun if it has no checkpoint yet, or else the newest
-    folder in `runs/`."""
+    """Resume a run: its folder. Alone or `auto`: `run_dir`, which starts if it has no checkpoint yet, or else the
+    newest run in `runs/`."""
 
     def __post_init__(self) -> None:
-        """Refuse what can be known to be wrong before any work is done."""
+        """Refuse what is known to be wrong before any work is done."""
         refuse([f"--{fault}" for fault in faults(self)])
         check_folds(self.data.folds, self.data.fold, self.data.train_cases, self.data.val_cases)
         if self.data.download and self.data.root is None:
-            raise ValueError("--data.download needs --data.root, the folder that the scans go to")
+            raise ValueError("--data.download needs --data.root, the folder to download to")
         if self.data.unprepared and self.data.skip_faulty:
             raise ValueError(
-                "--data.skip_faulty true finds faulty scans when they are prepared, --data.unprepared true prepares "
-                "none: leave one of the two out, or find the faults first with launch/prepare.py --check"
+                "--data.skip_faulty true finds faulty scans by preparing them, which --data.unprepared true does not "
+                "do: leave out one of the two, or find faulty scans first with launch/prepare.py --check"
             )
         if self.loss.dice_weight == self.loss.ce_weight == 0:
-            raise ValueError("--loss.dice_weight 0 and --loss.ce_weight 0 leave nothing to train by: raise one of them")
+            raise ValueError("--loss.dice_weight 0 and --loss.ce_weight 0 leave no loss to train by: raise one of them")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_portable_dict(config: Config) -> dict[str, Any]:
-    """As `to_dict`, with paths that mean the same from any folder, and without what is about one run's folder.
+    """As `to_dict`, with absolute paths, and without what is about one run's folder.
 
     Raises:
-        ValueError: a path that is not UTF-8, which no file of options takes.
+        ValueError: a path that is not UTF-8, which YAML can't hold.
     """
     values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
     for group, name in (("data", "root"), ("data", "store_dir"), ("train", "deepspeed")):
@@ -86,10 +86,10 @@ def to_portable_dict(config: Config) -> dict[str, Any]:
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
-    """A configuration from what `to_dict` made of one.
+    """The inverse of `to_dict`.
 
     Raises:
-        ValueError: options that there are not, or values that they refuse.
+        ValueError: unknown options, or values that they refuse.
     """
     parser, faults = make_parser(""), list[str]()
     found = parser.read_values(parser.flatten(values, "", faults), faults)
@@ -109,14 +109,14 @@ def parse_config(parser: Parser, args: list[str] | None = None) -> tuple[Config,
 
     Args:
         parser: what `make_parser` gave, with the options that a command adds.
-        args: command line; None takes the process's own.
+        args: command line; None: the process's own.
 
     Returns:
         The configuration, and the parser's namespace for a command's own options.
 
     Raises:
-        ValueError: an option that there is not, values that their options refuse or that contradict each other, a file
-            that holds no options, `--resume` without a run to resume.
+        ValueError: an unknown option, values that options refuse or that contradict each other, a file without options,
+            `--resume` without a run to resume.
     """
     words = list(sys.argv[1:] if args is None else args)
     given = {each.name: each.raw for each in parser.split(words, [])}
@@ -137,16 +137,16 @@ def parse_config(parser: Parser, args: list[str] | None = None) -> tuple[Config,
 
 
 def find_run(resume: str, run_dir: str | None) -> Path | None:
-    """The run folder that `--resume` means: named itself, by `--run_dir`, or the newest in `runs/`.
+    """The run folder that `--resume` means: the one it names, `--run_dir`, or the newest in `runs/`.
 
-    None for `auto` with a `--run_dir` that has no checkpoint yet: a job that is started again whenever it was stopped
-    can always be given both.
+    None for `auto` with a `--run_dir` that has no checkpoint yet, so that a job that a scheduler restarts can always
+    give both.
 
     Args:
         resume, run_dir: the options as typed.
 
     Raises:
-        ValueError: no run to go on with.
+        ValueError: there is no run to resume.
     """
     try:
         folder = convert(run_dir if resume == "auto" else resume, Path | None)

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class PhantomConfig:
-    """Synthetic scans, made where no `--data.root` is given."""
+    """Synthetic scans, made if no `--data.root` is given."""
 
     cases: int = number(20, least=2, most=10_000)
     """Number of synthetic cases."""
@@ -51,56 +51,56 @@ class DataConfig:
     """A Decathlon task folder, a folder of BraTS cases, nnU-Net's raw folder, or a JSON or CSV list. None: synthetic
     scans."""
     download: bool = False
-    """Fetch Decathlon Task01_BrainTumour (7.1 GB) into `root` first; resumable, checked."""
+    """First download Decathlon Task01_BrainTumour (7.1 GB) to `root`; resumable, with a checksum."""
     release: Release | None = None
-    """Label coding of the scans, where file names leave it open."""
+    """Label coding of the scans, if their file names don't tell."""
     regions: Literal["release", "tutorial"] = "release"
-    """TC, WT, ET from the release's coding, or with the published tutorial's swapped one (Decathlon only)."""
+    """TC, WT and ET by the release's coding, or by the published tutorial's swapped one (Decathlon only)."""
     modalities: list[str] | None = None
-    """Channels of the network, of flair, t1, t1c, t2, in the order given: flair,t1c. None: all that there are."""
+    """Channels of the network in order, out of flair, t1, t1c, t2; e.g. flair,t1c. None: all that the scans have."""
     val_fraction: float = number(0.2, least=0, below=1)
-    """Share of the cases held out, by the rule of MONAI's DecathlonDataset."""
+    """Fraction of the cases held out, chosen as MONAI's DecathlonDataset does."""
     split_seed: int = number(0, least=0, most=MOST_SEED)
     """Seed of that split."""
     train_cases: list[str] | None = None
-    """Names of the training cases, in place of the split."""
+    """Names of the training cases, instead of a split."""
     val_cases: list[str] | None = None
-    """Names of the validation cases, in place of the split."""
+    """Names of the validation cases, instead of a split."""
     folds: int = number(0, least=0, most=MANY)
-    """Split into so many folds instead, by `split_seed`: each case validates in one of them. 0: by `val_fraction`."""
+    """Split into this many folds by `split_seed`, each case validating in one of them. 0: split by `val_fraction`."""
     fold: int | None = number(None, least=0, most=MANY)
     """The fold that validates, from 0; the others train."""
     spacing_mm: tuple[float, float, float] = number((1.5, 1.5, 2.0), least=0.1, most=100)
     """Voxel size of the prepared volumes in mm, along the patient's axes R, A and S."""
     spacing_axes: SpacingAxes = "patient"
-    """patient: `spacing_mm` is R, A, S however a file stores its axes; file: its first, second and third axis, as in
-    MONAI and the published tutorial. No difference for files whose axes are in this order, as those of BraTS."""
+    """patient: `spacing_mm` is R, A, S, however a file stores its axes; file: its first, second and third axis, as in
+    MONAI and the published tutorial. The same for files with their axes in this order, such as those of BraTS."""
     crop_size_voxels: tuple[int, int, int] = number((128, 128, 64), least=1, most=2048)
-    """Training crop; also the network's input size."""
+    """Size of the training crops, and of the network's input."""
     crops_per_case: int = number(1, least=1, most=MANY)
-    """Crops drawn from each case in an epoch."""
+    """Crops drawn from each case per epoch."""
     foreground_prob: float = number(0.0, least=0, most=1)
-    """Share of the crops centred on a tumour voxel; 0 is the uniform cropping of the tutorial."""
+    """Fraction of the crops centred on a tumour voxel; 0: crops are uniform, as in the tutorial."""
     pad: bool = False
     """Pad volumes smaller than the crop with zeros, instead of refusing them."""
     store_dir: Path | None = None
     """Folder of the prepared volumes. None: below `$GLIOFORGE_CACHE`, else `~/.cache/glioforge`."""
     store_dtype: StoreDtype = "float32"
-    """Images on disk and in memory; float16 takes half the bytes, and no voxel is off by more than 0.05 % of itself."""
+    """Of images on disk and in memory; float16 halves the bytes and changes no voxel by more than 0.05 %."""
     residence: Residence = "auto"
-    """Where volumes are during training: gpu, pinned (page-locked memory) or mapped (the store's files, by way of the
-    page cache); auto: the first of these that fits, on a CPU mapped."""
+    """Where volumes are during training: gpu, pinned (page-locked memory) or mapped (the store's files, through the
+    page cache); auto: the first of these that fits; on a CPU, mapped."""
     skip_faulty: bool = False
-    """Leave out cases that can't be read, with a warning that names each, instead of stopping."""
+    """Skip cases that can't be read, with a warning for each, instead of stopping."""
     workers: int | None = number(None, least=1, most=1024)
-    """Processes that prepare volumes. None: one for each core, where that is faster than none."""
+    """Processes that prepare volumes. None: one per core, if that is faster."""
     augment: Augment = field(default_factory=Augment)
-    """Extra augmentations beside flip, scale and shift; all off."""
+    """Extra augmentations besides flip, scale and shift; all off."""
     prepare_on: Literal["cpu", "gpu"] = "cpu"
-    """gpu: resample scans by DALI on the GPU when they are prepared."""
+    """gpu: prepare scans by DALI on the GPU."""
     unprepared: bool = False
-    """Make training crops from the scans at each step, and prepare the validation cases alone: nothing to store, but
-    every step pays for decoding."""
+    """Prepare only the validation cases, and make training crops from the scans at each step: nothing to store, but
+    every step decodes scans."""
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     """Synthetic scans."""
 

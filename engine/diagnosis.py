@@ -1,12 +1,13 @@
-"""Where a training that broke down broke first: which cases, which layer.
+"""Where the numbers of a diverged training break down first: in which layer.
 
-A pass over the batch at hand, with the output of every layer and its gradient looked at in the order in which they come
-about. It costs a pass or two and is made once, before the run gives up.
+One more pass over the same batch checks the output of every layer, then their gradients, in the order in which they are
+computed. It costs a pass or two, once, before the run gives up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ class Diverged(ValueError):
 def first_nonfinite(
     model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], image: Tensor, labels: Tensor
 ) -> str | None:
-    """What is the first not to be finite in a pass over this batch, or None.
+    """The first non-finite tensor of a pass over this batch, in words, or None.
 
     Args:
-        model: plain, for a compiled one has no hooks. loss_of: (logits, labels) -> scalar.
+        model: uncompiled, so that hooks work. loss_of: (logits, labels) -> scalar.
         image: (B, C, X, Y, Z). labels: as `loss_of` takes them.
     """
     if not torch.isfinite(image).all():
@@ -30,14 +31,11 @@ def first_nonfinite(
     outputs: list[tuple[str, Tensor]] = []
     layers = [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
 
-    def noting(name: str) -> Callable:
-        def note(module: torch.nn.Module, inputs: tuple, output: object) -> None:
-            if isinstance(output, Tensor):
-                outputs.append((name, output))
+    def record(name: str, module: torch.nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((name, output))
 
-        return note
-
-    hooks = [module.register_forward_hook(noting(name)) for name, module in layers]
+    hooks = [module.register_forward_hook(partial(record, name)) for name, module in layers]
     try:
         logits = model(image)
     finally:

@@ -1,12 +1,12 @@
-"""AdamW that looks at its gradients before it takes a step, and the learning rate by step.
+"""AdamW that checks its gradients before a step, and the learning rate of each step.
 
-A step without waiting for the device: the norm of all gradients is a tensor, and so is whether it is finite. The fused
-AdamW of torch takes both, `grad_scale` to divide the gradients by (the loss's scale, and what clipping asks for) and
-`found_inf` to leave everything as it is. Under ZeRO, DeepSpeed gives this optimizer flat shards in place of the
-parameters; then the norm is summed over ranks. So all stages and precisions share this one way, DeepSpeed's own
-clipping, loss scaling and checks are off, and the host reads the results a step later, with the losses.
+A step never waits for the device: the norm of all gradients is a tensor, and so is whether it is finite. torch's fused
+AdamW takes both: it divides the gradients by `grad_scale` (the loss's scale, times what clipping asks for) and, if
+`found_inf` is 1, changes nothing. Under ZeRO, DeepSpeed gives this optimizer flat shards instead of the parameters, and
+the norm is summed over ranks. So all stages and precisions work in the same way, DeepSpeed's own clipping, loss scaling
+and checks are off, and the host reads the results a step later, with the losses.
 
-torch's AdamW and not DeepSpeed's, which builds for minutes and is no faster on these models.
+It is torch's AdamW rather than DeepSpeed's, which builds for minutes and is no faster on these models.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ class OptimConfig:
     weight_decay: float = number(1e-5, least=0, most=1000)
     """Decoupled weight decay."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or a cosine to zero at the last step."""
+    """Learning rate after the warm-up: constant, or a cosine that reaches zero at the last step."""
     warmup_steps: int = number(0, least=0, most=1000 * MANY)
     """Steps of linear warm-up."""
     grad_clip: float = number(0.0, least=0, most=1000 * MANY)
-    """Largest norm of all gradients together; a step with more is scaled down. 0: no limit."""
+    """Largest norm of all gradients together; above it they are scaled down. 0: no limit."""
     ema_decay: float = number(0.0, least=0, below=1)
-    """Validate and keep an exponential moving average of the weights, e.g. 0.999; 0: the weights themselves."""
+    """Validate and save an exponential moving average of the weights with this decay, e.g. 0.999. 0: no average."""
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW that clips, unscales, and leaves out a step whose gradients are not finite.
+    """Fused AdamW that clips, unscales, and skips a step whose gradients are not finite.
 
     Args:
         parameters: float32.
         config: learning rate, weight decay, clipping.
         scales_loss: dynamic loss scaling, for fp16: multiply the loss by `scale` before its backward.
-        is_sharded: each rank holds other elements of the gradients (ZeRO 1 and up, several ranks).
+        is_sharded: each rank has different elements of the gradients (ZeRO 1 and up, several ranks).
 
     Attributes:
         scale: of the loss, float32 (); 1 without loss scaling.
         norm: of the gradients of the last step, before clipping, float32 ().
-        found_inf: 1 where the last step was left out, else 0, float32 ().
-        in_row: steps left out in a row, float32 (); with loss scaling those alone that a lower scale can't help.
+        found_inf: 1 if the last step was skipped, else 0, float32 ().
+        in_row: steps skipped in a row, float32 (); with loss scaling, only those that a lower scale can't help.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step from the gradients that are there."""
+        """One step by the current gradients."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         total = torch.linalg.vector_norm(norms)
@@ -90,27 +90,27 @@ class GuardedAdamW(torch.optim.AdamW):
         if self.grad_clip:
             self.grad_scale *= (self.norm / self.grad_clip).nan_to_num(1.0, 1.0).clamp(min=1)
         super().step()
-        self._note()
+        self._count_skipped()
 
     @torch.no_grad()
     def skip(self) -> None:
-        """Take note of a step that was left out before it came here (DeepSpeed's ZeRO 3 looks at the norm itself)."""
+        """Count a step that DeepSpeed skipped itself: at ZeRO 3 it checks the norm before it calls `step`."""
         self.found_inf, self.norm = torch.ones_like(self.found_inf), torch.full_like(self.norm, math.nan)
-        self._note()
+        self._count_skipped()
 
     def scalars(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the moments."""
+        """What a checkpoint needs besides the moments."""
         scale = float(self.scale) if self.scales_loss else None
         return {"scale": scale, "growth": int(self._growth), "in_row": float(self.in_row)}
 
     def load_scalars(self, values: dict[str, Any]) -> None:
-        """Take `scalars` back."""
+        """Restore what `scalars` gave."""
         if self.scales_loss and values["scale"] is not None:
             self.scale.fill_(values["scale"])
         self._growth.fill_(values["growth"])
         self.in_row.fill_(values["in_row"])
 
-    def _note(self) -> None:
+    def _count_skipped(self) -> None:
         final = self.found_inf if not self.scales_loss else self.found_inf * (self.scale <= 1)
         self.in_row = (self.in_row + final) * self.found_inf
         if self.scales_loss:
@@ -118,7 +118,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Rate of step 0, 1, ... `total_steps` - 1: linear warm-up, then constant or a cosine towards zero."""
+    """Learning rate of step 0 to `total_steps` - 1: linear warm-up, then constant or a cosine towards zero."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":

@@ -162,7 +162,7 @@ def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
     drawn = {}
     names = list(dict.fromkeys([data.val[0], *places]))  # on this rank, whichever validated them
     for name, image, labels in make_val_loader(config.data, config.train.validation, data.store, names, device):
-        prediction, truth = trainer.masks(trained.network, image), region_masks(labels, trainer.regions)[0]
+        prediction, truth = trainer.validator.masks(trained.network, image), region_masks(labels, trainer.regions)[0]
         scored = metrics.case_dice(name, prediction, truth)
         scan, truth_masks, predicted = (pictures.as_numpy(array) for array in (image[0, 0], truth, prediction))
         if name == data.val[0]:

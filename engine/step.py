@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class LossConfig:
 
     ce: Literal["multihot", "argmax", "bce"] = "bce"
     """multihot: softmax against the multi-hot target (MONAI today); argmax: against its argmax (MONAI before October
-    2022, and so the tutorial); bce: binary, which is what overlapping regions call for."""
+    2022, and so the tutorial); bce: binary, the right one for overlapping regions."""
     dice_weight: float = number(1.0, least=0, most=MANY)
     """Weight of the Dice term."""
     ce_weight: float = number(1.0, least=0, most=MANY)
@@ -51,41 +51,52 @@ class TrainConfig:
     epochs: int = number(180, least=1, most=MANY)
     """Passes over the training cases."""
     batch_size: int = number(2, least=1, most=65_536)
-    """Crops per rank and pass."""
+    """Crops per GPU (or process) and pass."""
     accumulate_steps: int = number(1, least=1, most=MANY)
-    """Passes whose gradients are averaged in one optimizer step."""
+    """Passes averaged into one optimizer step."""
     save_every_steps: int = number(0, least=0, most=1000 * MANY)
-    """Write a checkpoint after so many optimizer steps too; 0: after validations alone."""
+    """Also write a checkpoint every so many optimizer steps; 0: only at validations."""
     keep_checkpoints: int = number(2, least=1, most=MANY)
-    """Checkpoints to resume from that are kept, the newest; the one before steps in where the newest is damaged."""
+    """How many of the newest checkpoints to keep; if the newest is damaged, a run resumes from the one before."""
     val_every_epochs: int = number(5, least=1, most=MANY)
-    """Validate after this many epochs, and after the last."""
+    """Validate every so many epochs, and after the last."""
     validation: Literal["center_crop", "full_volume"] = "center_crop"
-    """Dice on the centre crop of the tutorial, or by sliding window on the full prepared volume."""
+    """Dice on the centre crop, as in the tutorial, or on the full prepared volume by sliding window."""
     score: Literal["label_map", "masks"] = "label_map"
-    """What validations score and choose the best weights by: the regions of the label map that is written (ET within TC
-    within WT), or the network's overlapping masks, as the published tutorial."""
+    """What validations score, and so choose the best weights by: the regions of the label map that would be written (ET
+    within TC within WT), or the network's overlapping masks, as in the published tutorial."""
     patience: int = number(0, least=0, most=MANY)
     """Stop after so many validations without a better mean Dice; 0: never."""
     precision: Precision = "float32"
-    """tf32: float32 with products in TF32 on a GPU; bf16, fp16: torch autocast, fp16 with loss scaling. Weights,
-    gradients, losses and Dice are float32 in each."""
+    """tf32: float32 with TF32 products on a GPU; bf16, fp16: torch autocast, fp16 with loss scaling. Weights,
+    gradients, losses and Dice are always float32."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO: 1 shards the optimizer's states over ranks, 2 the gradients too, 3 the weights too."""
+    """DeepSpeed ZeRO: 1 shards the optimizer's states over ranks, 2 also the gradients, 3 also the weights."""
     deepspeed: Path | None = None
-    """A DeepSpeed JSON file; what it sets goes before the options here."""
+    """DeepSpeed JSON file; it overrides the options here."""
     compile: bool = False
-    """Compile the network with torch.compile; validation runs it as it is."""
+    """Compile the network with torch.compile; validation runs it uncompiled."""
     cuda_graph: bool = False
-    """Replay forward and backward as one CUDA graph: for small batches, where launches take longer than the work."""
+    """Replay forward and backward as one CUDA graph: faster for small batches, where launches take longer than work."""
     deterministic: bool = False
-    """The same bits at each run on a GPU too, from slower algorithms; a CPU's are the same in any case."""
+    """Slower algorithms that give the same bits in every run on a GPU; on a CPU the bits are always the same."""
     max_skipped_steps: int = number(10, least=1, most=MANY)
-    """Give up, with a diagnosis, after so many steps in a row whose gradients are not finite."""
+    """Stop with a diagnosis after so many steps in a row with non-finite gradients."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
     seed: int = number(0, least=0, most=MOST_SEED)
-    """Seed of the weights and of every random draw of the pipelines."""
+    """Seed of the weights and of all random draws of the pipelines."""
+
+
+class StepValues(NamedTuple):
+    """The values of a pass: numbers, or tensors () on the device."""
+
+    loss: Any
+    dice_loss: Any
+    ce_loss: Any
+    gradient_norm: Any
+    was_skipped: Any  # 1 or 0
+    skipped_in_row: Any
 
 
 class TrainingStep:
@@ -102,8 +113,7 @@ class TrainingStep:
     Attributes:
         done: optimizer steps so far, of `total_steps`. A run resumed by another number of ranks has steps of another
             size, and `done` counts in those. taken: steps actually taken since the run began.
-        values: float32 (6,) of the last pass, on the device: loss, Dice loss, CE, gradient norm, 1 if the step was
-            skipped, steps skipped in a row.
+        values: `StepValues` of the last pass as one tensor (6,), float32, on the device.
 
     Raises:
         ValueError: options that do not go together.
@@ -141,7 +151,7 @@ class TrainingStep:
         )  # fmt: skip
         self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
         self.cuda_graph = CudaGraphPass(self._plain_pass, self.model) if train.cuda_graph else None
-        self.values = torch.zeros(6, device=ranks.device)
+        self.values = torch.zeros(len(StepValues._fields), device=ranks.device)
         module = self.engine.module
         self.ddp = module if isinstance(module, DistributedDataParallel) else None
         self._has_bucket_order = self.ddp is None
@@ -162,9 +172,11 @@ class TrainingStep:
             loss = self.loss(image, labels)
             self.backward(loss)
         self.update()
-        optimizer = self.optimizer
-        terms = [loss.loss.detach(), loss.dice.detach(), loss.ce.detach()]
-        self.values = torch.stack([*terms, optimizer.norm, optimizer.found_inf, optimizer.in_row])
+        values = StepValues(
+            loss.loss.detach(), loss.dice.detach(), loss.ce.detach(),
+            self.optimizer.norm, self.optimizer.found_inf, self.optimizer.in_row,
+        )  # fmt: skip
+        self.values = torch.stack(values)
         return loss
 
     def loss(self, image: Tensor, labels: Tensor) -> DiceCE:

@@ -1,10 +1,10 @@
 """The training loop: crops in, weights and a table of Dice out.
 
 An epoch draws `crops_per_case` crops of every training case. Every few epochs the validation cases are scored and a
-checkpoint is written, in the background. The draws of an epoch depend only on its number and the seed, and a checkpoint
-holds all else, so a run that was stopped at any step goes on as if it had not been, at another number of ranks too.
+checkpoint is written in the background. The draws of an epoch depend only on its number and the seed, and a checkpoint
+holds everything else: a run stopped at any step resumes as if it had never stopped, on another number of ranks too.
 
-A step is never waited for: its losses, and whether its gradients were finite, are read when the next one is under way.
+The loop never waits for a step: its losses, and whether its gradients were finite, are read during the next one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from engine import checkpoint, memory, metrics
 from engine.config import Config, to_portable_dict
 from engine.data import Data, make_loaders
 from engine.diagnosis import Diverged, first_nonfinite
+from engine.epoch_sums import EpochSums, epoch_means
 from engine.progress import DataWait, LateValues, TrainingProgress
 from engine.ranks.distributed import Ranks, gather
 from engine.ranks.memory_limits import is_out_of_memory, limit_bytes
@@ -28,20 +29,17 @@ from engine.ranks.signals import TrainingStopped
 from engine.ranks.stop_signal import StopSignal
 from engine.reports.run_tables import EpochLog, write_validation
 from engine.sharding import full_moments, full_weights, load_moments
-from engine.sliding_window import sliding_window_logits
-from engine.step import TrainingStep
+from engine.step import StepValues, TrainingStep
+from engine.validation import Validator
 from engine.weights_file import WeightsFile
-from kernels.dice_ce import region_masks
 from models import parameter_count
-from pipelines.basics.text import first_few
 from pipelines.domain_shift import filled, looks_of_store
 from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)
 
-SMALL = 10_000_000  # parameters of a network whose memory on a CPU is not worth the two seconds of foretelling it
-QUICK_VALIDATION_S = 10.0  # a state written before it would be waited for longer than it could save
-SUMS = 5  # of an epoch: loss, Dice loss and CE over passes with a finite loss, those passes, steps left out
+SMALL = 10_000_000  # parameters; on a CPU, estimating a smaller network's memory is not worth two seconds
+QUICK_VALIDATION_S = 10.0  # a checkpoint before so short a validation would take longer than it could save
 
 
 class Trainer:
@@ -55,7 +53,7 @@ class Trainer:
         settings: DeepSpeed's own, see `engine.deepspeed_json`.
 
     Raises:
-        ValueError: options that do not fit together, or a run that can't be resumed.
+        ValueError: options that do not go together, or a run that can't be resumed.
     """
 
     def __init__(
@@ -70,7 +68,8 @@ class Trainer:
         assert config.run_dir is not None
         self.run_dir = config.run_dir
         self.regions = data.store.coding.regions
-        self.train_loader, self.val_loader = make_loaders(config.data, config.train, ranks, data)
+        self.train_loader, val_loader = make_loaders(config.data, config.train, ranks, data)
+        self.validator = Validator(config, ranks, data.store.coding, val_loader)
         self.steps = len(self.train_loader) // config.train.accumulate_steps  # optimizer steps of an epoch
         state = self._read_state() if config.resume else None
         if state:
@@ -83,7 +82,7 @@ class Trainer:
         self.writer = checkpoint.CheckpointWriter(self.run_dir / "checkpoints", config.train.keep_checkpoints)
         self.epoch, self.first_batch = 0, 0
         self.rate = self.step.rate  # of the epoch's first step
-        self.sums = torch.zeros(SUMS, device=ranks.device)
+        self.sums = EpochSums(ranks.device)
         self.history: list[dict[str, Any]] = []
         self.cases: list[metrics.CaseDice] = []
         self.best: dict[str, Any] = {"epoch": None, "mean": None}
@@ -117,7 +116,7 @@ class Trainer:
                     if self._is_patience_over():
                         break
                     self._fit_epoch(epoch, progress, stop, records)
-                if self.history and "val_mean" not in self.history[-1]:  # --train.epochs lowered to what was done
+                if self.history and "val_mean" not in self.history[-1]:  # --train.epochs was lowered
                     row = self.history.pop()
                     self._close_epoch(row | self.validate(progress), progress, records)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -133,41 +132,11 @@ class Trainer:
 
     def validate(self, progress: TrainingProgress | None = None) -> dict[str, Any]:
         """Score the validation cases of all ranks; returns the columns that the log gains."""
-        started, scored, finite = time.perf_counter(), [], []
         with self.step.evaluating() as network:
-            for name, image, labels in self.val_loader or ():
-                image, labels = image.to(self.ranks.device), labels.to(self.ranks.device)
-                logits, truth = self.logits(network, image), region_masks(labels, self.regions)[0]
-                masks = self.masks_of(logits)
-                finite.append(torch.stack(torch.aminmax(logits)).isfinite().all())
-                scored.append((name, metrics.count_voxels(name, masks, truth)))
-                if progress:
-                    progress.validating(len(scored))
-        own = [metrics.CaseDice.of(name, counts) for name, counts in scored]
-        broken = [case.name for case, is_finite in zip(own, finite, strict=True) if not is_finite]
-        found = gather((own, broken, time.perf_counter() - started), self.ranks)
-        cases, overflowed, seconds = zip(*found, strict=True)
-        _warn_of_overflow(sorted(name for part in overflowed for name in part))
-        self.cases = sorted((case for part in cases for case in part), key=lambda case: case.name)
+            self.cases, seconds = self.validator.score(network, progress)
         summary = metrics.summarise(self.cases)
         return {"val_mean": summary["mean"], **{f"val_{region}": summary[region] for region in REGIONS},
-                "val_seconds": max(seconds)}  # fmt: skip
-
-    def masks(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
-        """What is scored, bool (R, X, Y, Z), of a batch (1, C, X, Y, Z) as the validation loader gives it."""
-        return self.masks_of(self.logits(network, image))
-
-    @torch.no_grad()
-    def logits(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
-        """Logits (1, R, X, Y, Z) of such a batch, by the way that is validated."""
-        if self.config.train.validation == "full_volume":
-            return sliding_window_logits(network, image, self.config.data.crop_size_voxels)
-        return network(image)
-
-    def masks_of(self, logits: torch.Tensor) -> torch.Tensor:
-        """What is scored of logits (1, R, X, Y, Z): bool (R, X, Y, Z)."""
-        masks = (logits > 0)[0]  # sigmoid(x) > 0.5
-        return metrics.scored_regions(masks, self.data.store.coding, self.config.train.score)
+                "val_seconds": seconds}  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
         """What `metrics.json` holds: definition, last and best validation, length."""
@@ -188,11 +157,11 @@ class Trainer:
         row = self._train_epoch(epoch, progress, stop)
         is_due = (epoch + 1) % train.val_every_epochs == 0 or epoch + 1 == train.epochs
         if is_due:
-            if not self._validates_quickly():  # a scheduler may not have the patience for it
+            if not self._validates_quickly():  # a scheduler may kill the job meanwhile
                 self._save()
             row |= self.validate(progress)
         self.epoch, self.first_batch = epoch + 1, 0
-        self.sums.zero_()
+        self.sums.values.zero_()
         self._close_epoch(row, progress, records)
 
     def _close_epoch(self, row: dict[str, Any], progress: TrainingProgress, records: EpochLog | None) -> None:
@@ -216,35 +185,21 @@ class Trainer:
             done = self.step.done
             self.step(*batch)
             stepped = self.step.done > done
-            self._add(self.step.values, stepped)
+            self.sums.add(self.step.values, stepped)
             values = late.push(self.step.values)
-            progress.step(values[0] if values else None, self.step.done, samples)
+            progress.step(StepValues(*values).loss if values else None, self.step.done, samples)
             self._give_up_if_due(values, batch)
             if stepped:
                 self._stop_or_save(stop)
         if batch:
             self._give_up_if_due(late.last(), batch)
-        losses, skipped = self._means(gather(self.sums.tolist(), self.ranks))
+        losses, skipped = epoch_means(gather(self.sums.values.tolist(), self.ranks))
         seconds = time.perf_counter() - started
         return {"epoch": epoch + 1, "step": self.step.taken, "lr": self.rate, **losses, "skipped_steps": skipped,
                 "samples_per_s": passes * samples / seconds, "data_wait": wait.seconds() / seconds}  # fmt: skip
 
-    def _add(self, values: torch.Tensor, stepped: bool) -> None:
-        losses = values[:3]
-        is_finite = losses.isfinite().all()
-        left_out = values[4:5] if stepped else torch.zeros_like(values[4:5])
-        self.sums += torch.cat([losses.where(is_finite, 0), is_finite.float()[None], left_out])
-
-    @staticmethod
-    def _means(sums: list[list[float]]) -> tuple[dict[str, float | None], int]:
-        """Losses over the passes of all ranks, and steps left out (which all ranks leave out together)."""
-        count = sum(rank[3] for rank in sums)
-        names = ("loss", "dice_loss", "ce_loss")
-        means = {name: sum(rank[i] for rank in sums) / count if count else None for i, name in enumerate(names)}
-        return means, int(sums[0][4])
-
     def _stop_or_save(self, stop: StopSignal) -> None:
-        """After a step: a checkpoint where one is due within the epoch, and the end where a signal asks for it."""
+        """After a step: save a checkpoint if one is due within the epoch, and stop if a signal asked for it."""
         asked = stop.due()
         is_within = self.train_loader.position[1] < len(self.train_loader)
         if asked or (is_within and self._is_save_due()):
@@ -255,19 +210,19 @@ class Trainer:
 
     def _give_up_if_due(self, values: list[float] | None, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         limit = self.config.train.max_skipped_steps
-        if not values or values[5] < limit:
+        if not values or StepValues(*values).skipped_in_row < limit:
             return
         epoch, done = self.train_loader.position
         with self.step.inspecting() as network:
             try:
                 found = first_nonfinite(network, lambda *pair: self.step.loss_of(*pair).loss, *batch)
-            except RuntimeError as error:  # every layer's gradient at once may be too much
+            except RuntimeError as error:  # the gradients of all layers may need too much memory
                 if not is_out_of_memory(error):
                     raise
                 found = None
         names = ", ".join(self.train_loader.names_of(epoch, done - 1))
         findings = [part for part in gather(found and f"{found}, for crops of {names}", self.ranks) if part]
-        where = f"first in {'; '.join(findings[:3])}" if findings else "where, could not be found out"
+        where = f"first in {'; '.join(findings[:3])}" if findings else "in a layer that could not be found"
         raise Diverged(
             f"the gradients were not finite in {limit} steps in a row, up to step {self.step.done} of epoch "
             f"{epoch + 1}; {where}; lower --optim.lr ({self.config.optim.lr:g}), give it --optim.warmup_steps or "
@@ -289,7 +244,7 @@ class Trainer:
         return every > 0 and self.step.done % every == 0
 
     def _validates_quickly(self) -> bool:
-        """Whether the last validation was over soon; the same on all ranks, and False before the first."""
+        """Whether the last validation was short; the same on all ranks, and False before the first."""
         seconds = [row["val_seconds"] for row in self.history if "val_seconds" in row]
         return bool(seconds) and seconds[-1] < QUICK_VALIDATION_S
 
@@ -303,11 +258,11 @@ class Trainer:
             write_validation(self.run_dir, self.cases, self.summary())
 
     def _save(self, weights_files: tuple[str, ...] = ()) -> None:
-        """Copy all that training needs to go on, and write it in the background."""
+        """Copy everything that training needs to resume, and write it in the background."""
         step, average = self.step, self.step.average
         weights = full_weights(step.model)
         averaged = average.full_weights() if average else None
-        rank = {"sums": self.sums.tolist(), "random": _random_states(self.ranks.device)}
+        rank = {"sums": self.sums.values.tolist(), "random": _random_states(self.ranks.device)}
         state = {
             "weights": weights,
             "average": {"weights": averaged, "steps": average.steps} if average else None,
@@ -334,7 +289,7 @@ class Trainer:
         self.writer.write(name, state, about, {name: file for name in weights_files})
 
     def _read_state(self) -> dict[str, Any]:
-        """The newest state that is whole, the same on all ranks."""
+        """The newest intact state, the same on all ranks."""
         folder = self.run_dir / "checkpoints"
         path = checkpoint.find_state(folder) if self.ranks.is_first else None
         path = gather(path, self.ranks)[0]
@@ -355,21 +310,18 @@ class Trainer:
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
         self.cases = [metrics.CaseDice(**case) for case in state["cases"]]
         epoch, batch = self.train_loader.load_state_dict(state["loader"])
-        if epoch == self.epoch:  # else the position is the end of the epoch before
+        if epoch == self.epoch:  # else the position is the end of the previous epoch
             self.first_batch = batch
         step.taken, self.rate = state["taken"], state.get("rate", self.rate)
         step.done = self.epoch * self.steps + self.first_batch // self.config.train.accumulate_steps
+        self.sums.restore([rank["sums"] for rank in ranks], self.ranks)
         if len(ranks) == self.ranks.world_size:
-            self.sums += torch.tensor(ranks[self.ranks.rank]["sums"], device=self.ranks.device)
             _set_random_states(ranks[self.ranks.rank]["random"], self.ranks.device)
         else:
             log.warning(
                 "saved by %d rank(s), resumed by %d: a step has another number of crops, unless --train.batch_size or "
                 "--train.accumulate_steps makes up for it", len(ranks), self.ranks.world_size,
             )  # fmt: skip
-            if self.ranks.is_first:
-                self.sums += torch.tensor([rank["sums"] for rank in ranks], device=self.ranks.device).sum(0)
-                self.sums[4] = ranks[0]["sums"][4]  # steps that all ranks left out together
         within = f", step {self.first_batch // self.config.train.accumulate_steps} of {self.steps}"
         log.info("resumed %s after epoch %d of %d%s", self.run_dir, self.epoch, self.config.train.epochs,
                  within if self.first_batch else "")  # fmt: skip
@@ -397,17 +349,7 @@ class Trainer:
             self.ranks.device,
             world_size=self.ranks.world_size,
             ema=config.optim.ema_decay > 0,
-            volume_bytes=self.train_loader.gpu_bytes + (self.val_loader.gpu_bytes if self.val_loader else 0),
-        )
-
-
-def _warn_of_overflow(names: Sequence[str]) -> None:
-    if names:
-        log.warning(
-            "the logits of %d validation cases are NaN or infinite (%s) and count as background: lower --optim.lr, or "
-            "take --train.precision bf16 instead of fp16",
-            len(names),
-            first_few(names),
+            volume_bytes=sum(loader.gpu_bytes for loader in (self.train_loader, self.validator.loader) if loader),
         )
 
 

@@ -140,7 +140,7 @@ def test_the_launchers_local_rank_is_no_error() -> None:
         (("--train.batch_size", "0"), "train.batch_size 0 must be at least 1"),
         (("--data.val_fraction", "2"), "--data.val_fraction 2 must be below 1"),
         (("--data.folds", "5"), "--data.folds 5 without --data.fold: .*0 to 4"),
-        (("--loss.ce_weight", "0", "--loss.dice_weight", "0"), "leave nothing to train by"),
+        (("--loss.ce_weight", "0", "--loss.dice_weight", "0"), "leave no loss to train by"),
         (("--data.fold", "1"), "--data.fold 1 needs --data.folds"),
         (("--data.folds", "5", "--data.fold", "0", "--data.val_cases", "[a]"), "two ways to split"),
         (
@@ -149,7 +149,7 @@ def test_the_launchers_local_rank_is_no_error() -> None:
         ),
         (
             ("--data.unprepared", "true", "--data.skip_faulty", "true"),
-            "--data.skip_faulty true finds faulty scans when",
+            "--data.skip_faulty true finds faulty scans by",
         ),
     ],
 )

@@ -33,6 +33,7 @@ from engine.ranks.distributed import Ranks
 from engine.ranks.signals import TrainingStopped
 from engine.step import LossConfig, TrainConfig, TrainingStep
 from engine.trainer import Trainer
+from engine.validation import Validator
 from engine.weights_file import read_content
 from kernels.dice_ce import region_masks
 from models import build_model
@@ -239,9 +240,9 @@ def test_a_validation_scores_the_label_map_that_is_written_or_the_masks_where_as
     for score in ("label_map", "masks"):
         trainer = make(score, score=score)
         row = trainer.validate()
-        assert trainer.val_loader is not None
+        assert trainer.validator.loader is not None
         with trainer.step.evaluating() as network:
-            for name, image, labels in trainer.val_loader:
+            for name, image, labels in trainer.validator.loader:
                 masks = (network(image) > 0)[0]
                 written = regions_from_labels(compose_labels(masks.numpy(), coding), coding)
                 expected = torch.from_numpy(written) if score == "label_map" else masks
@@ -260,19 +261,19 @@ def test_a_validation_names_the_cases_whose_logits_are_not_finite(
     value: float, make: Callable[..., Trainer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They count as background; without a word a run of NaN looked like one that learns nothing."""
-    trainer, logits, seen = make("run"), Trainer.logits, []
+    trainer, logits, seen = make("run"), Validator.logits, []
 
-    def broken(self: Trainer, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    def broken(self: Validator, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
         seen.append(image)
         found = logits(self, network, image)
         return found * value if len(seen) == 1 else found
 
     trainer.validate()
     assert not caplog.records
-    monkeypatch.setattr(Trainer, "logits", broken)
+    monkeypatch.setattr(Validator, "logits", broken)
     trainer.validate()
-    assert trainer.val_loader is not None
-    first = next(iter(trainer.val_loader))[0]
+    assert trainer.validator.loader is not None
+    first = next(iter(trainer.validator.loader))[0]
     assert [record.getMessage() for record in caplog.records][0].startswith(
         f"the logits of 1 validation cases are NaN or infinite ({first}) and count as background: lower --optim.lr"
     )
