@@ -12,12 +12,12 @@ A label map holds one tissue code per voxel, and what a code means changed betwe
     brats2024-ped  2024 on, children       enhancing       non-enhancing   cyst            oedema
 
 "non-enhancing" of decathlon, brats2017 and brats2018 includes the necrosis. Codes {1, 2, 3} and {1, 2, 3, 4} fit
-several rows, so a coding is never guessed from the values: it comes from `dataset.json`'s label names, the files'
-names, or the user.
+several rows, so a coding is never guessed from the values: it comes from the label names in `dataset.json`, the
+files' names, or the user.
 
-What is scored is the same for all: TC (tumour core: everything but oedema), WT (whole tumour: everything) and ET
-(enhancing tumour), always in this order. They overlap, so a region map has one channel per region. The cavity that
-surgery leaves is no tumour (BraTS 2024, arXiv:2405.18368) and in none of them.
+The scored regions are the same for all: TC (tumour core: everything but oedema), WT (whole tumour: everything) and ET
+(enhancing tumour), always in this order. They overlap, so a region map has one channel per region. The cavity left by
+surgery is not tumour (BraTS 2024, arXiv:2405.18368) and belongs to no region.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Coding:
 
     Args:
         release: name of the coding, a key of `CODINGS` or `TUTORIAL`.
-        tissues: label value -> tissue; background (0) is left out.
+        tissues: label value -> tissue, without background (0).
         regions: the label values of TC, WT and ET, in that order.
     """
 
@@ -96,11 +96,11 @@ _ABBREVIATED = {
 
 
 def _tissue(name: str) -> str | None:
-    """The tissue that a label name of a `dataset.json` speaks of; None where it speaks of none."""
+    """The tissue that a label name in a `dataset.json` means; None where it means none."""
     text = name.lower().strip().replace("_", "-").replace(" ", "-")
     if "edema" in text:
         return OEDEMA
-    if "non-enhanc" in text or "nonenhanc" in text:  # before "enhanc"; a joint "necrotic and non-enhancing" is this too
+    if "non-enhanc" in text or "nonenhanc" in text:  # before "enhanc"; "necrotic and non-enhancing" is this too
         return NON_ENHANCING
     if "necro" in text:
         return NECROSIS
@@ -119,8 +119,8 @@ def coding_from_dataset_json(labels: Mapping[str, Any]) -> Coding:
             name -> label value; or region -> its label values, {"whole tumor": [1, 2, 3], "tumor core": [2, 3], ...}.
 
     Raises:
-        ValueError: a value is not an integer from 0 to 255 or is there twice, a name is not a known tissue or region,
-            or oedema or enhancing tumour is missing.
+        ValueError: a value is not an integer from 0 to 255 or is used twice, a name is not a known tissue or region, or
+            oedema or enhancing tumour is missing.
     """
     if any(isinstance(value, list) for value in labels.values()):
         return _coding_from_regions(labels)
@@ -132,7 +132,7 @@ def coding_from_dataset_json(labels: Mapping[str, Any]) -> Coding:
         if value == 0 and tissue is None:
             continue
         if tissue is None or value == 0 or value in tissues:
-            problem = "is there twice" if value in tissues else "is the background" if tissue else "is no known tissue"
+            problem = "is used twice" if value in tissues else "is the background" if tissue else "is no known tissue"
             raise ValueError(
                 f"label {value} is named {brief(name)}, which {problem}: name it edema, non-enhancing tumor, "
                 "necrosis or enhancing tumour in dataset.json, or give the release"
@@ -147,7 +147,7 @@ def coding_from_dataset_json(labels: Mapping[str, Any]) -> Coding:
 
 
 def _coding_of(tissues: dict[int, str]) -> Coding:
-    """The newest release's coding that is this, else one of its own, called after Decathlon."""
+    """The newest release's coding with these tissues, else a new one under Decathlon's name."""
     known = (coding for coding in reversed(CODINGS.values()) if coding.tissues == tissues)
     return next(known, _coding("decathlon", tissues))
 
@@ -169,7 +169,7 @@ _REGION_NAMES = {
 
 
 def _coding_from_regions(labels: Mapping[str, Any]) -> Coding:
-    """The coding of nested regions: what is whole tumour alone is oedema, what is core alone does not enhance."""
+    """The coding of nested regions: whole tumour outside the core is oedema, the core outside ET does not enhance."""
     members: dict[str, set[int]] = {}
     for name, values in labels.items():
         word = re.sub("[-_ ]", "", name.lower())
@@ -177,7 +177,7 @@ def _coding_from_regions(labels: Mapping[str, Any]) -> Coding:
         found = {_label_value(value, name) for value in (values if isinstance(values, list) else [values])}
         if region is None and found != {0}:
             raise ValueError(
-                f"label {brief(name)} is no region that is scored: name them whole tumor, tumor core and enhancing "
+                f"label {brief(name)} is not a scored region: name them whole tumor, tumor core and enhancing "
                 "tumor in dataset.json, or give the release"
             )
         if region:
@@ -195,8 +195,8 @@ def _coding_from_regions(labels: Mapping[str, Any]) -> Coding:
 def tutorial_coding(coding: Coding) -> Coding:
     """The published MONAI tutorial's reading of Decathlon labels: 2 for enhancing, 3 for non-enhancing tumour.
 
-    `dataset.json` names them the other way round (Project-MONAI/tutorials#1355). It exists to compare with figures that
-    were made with it: TC and WT are unaffected, ET is another region.
+    `dataset.json` names them the other way round (Project-MONAI/tutorials#1355). It exists for comparison with figures
+    made with it: TC and WT are unaffected, ET is another region.
 
     Raises:
         ValueError: the coding is not Decathlon's.

@@ -1,6 +1,6 @@
 """The MONAI transforms of the published tutorial: the oracle that the store and the DALI graphs are compared with.
 
-The chain, in today's MONAI names (`AsChannelFirstd` became `EnsureChannelFirstd`, `ToTensord` is no longer needed):
+The chain, under MONAI's current names (`AsChannelFirstd` became `EnsureChannelFirstd`, `ToTensord` is not needed):
 
     load, channel first, labels to regions, Spacing 1.5 x 1.5 x 2.0 mm, Orientation RAS             `prepare_steps`
     training: random crop, flip of the first axis, z-score of the non-zero voxels, scale, shift     `train_steps`
@@ -10,7 +10,7 @@ As in the tutorial, a label map is split into regions before it is resampled: th
 neighbour. The engine resamples the label map and splits it in the loss; both must agree on every voxel.
 
 The regions come from the release's coding. MONAI's transform of nearly the same name,
-`ConvertToMultiChannelBasedOnBratsClassesd`, knows the codes 1, 2 and 4 (or 3) alone, and finds no ET in Decathlon.
+`ConvertToMultiChannelBasedOnBratsClassesd`, knows only the codes 1, 2 and 4 (or 3), and finds no ET in Decathlon.
 Source: https://github.com/Project-MONAI/tutorials, 3d_segmentation/brats_segmentation_3d.ipynb.
 """
 
@@ -76,7 +76,7 @@ class LabelsToRegionsd(MapTransform):
 def case_to_dict(case: Case) -> dict[str, Any]:
     """A case as MONAI's dictionary: "name", "image" (one path or one per modality), "channels", "label".
 
-    A label that the case does not have is left out; the transforms need one.
+    "label" is missing for a case without one; the transforms need it.
     """
     images = [str(path) for path in case.images]
     entry: dict[str, Any] = {"name": case.name, "image": images, "channels": case.channels}
@@ -88,7 +88,7 @@ def case_to_dict(case: Case) -> dict[str, Any]:
 
 
 def prepare_steps(coding: Coding, spacing_mm: Sequence[float] = SPACING_MM) -> list[Any]:
-    """From files to (C, X, Y, Z) image and (3, X, Y, Z) regions at `spacing_mm`, in RAS; what the store does once."""
+    """From files to (C, X, Y, Z) image and (3, X, Y, Z) regions at `spacing_mm`, in RAS; the store does this once."""
     return [
         LoadImaged(keys=KEYS),
         EnsureChannelFirstd(keys=KEYS),
@@ -100,7 +100,7 @@ def prepare_steps(coding: Coding, spacing_mm: Sequence[float] = SPACING_MM) -> l
 
 
 def train_steps(crop_size: Sequence[int]) -> list[Any]:
-    """Crop, flip, z-score, scale and shift of one training sample; what the DALI graph does."""
+    """Crop, flip, z-score, scale and shift of one training sample, as in the DALI graph."""
     return [
         RandSpatialCropd(keys=KEYS, roi_size=tuple(crop_size), random_size=False),
         RandFlipd(keys=KEYS, prob=0.5, spatial_axis=0),
@@ -125,9 +125,9 @@ def seed_transforms(
 
     Args:
         coding: of the label maps.
-        crop_size: (X, Y, Z) in voxels. MONAI pads nothing: a smaller volume gives a smaller crop.
+        crop_size: (X, Y, Z) in voxels. MONAI does not pad: a smaller volume gives a smaller crop.
         spacing_mm: voxel size after resampling, along the axes of the files.
-        train: random crop and augmentation; False for the centre crop of validation.
+        train: random crop and augmentation, or the centre crop of validation.
 
     Returns:
         A transform to {"image": float32 (C, X, Y, Z), "label": float32 (3, X, Y, Z) of TC, WT, ET, ...}.

@@ -1,1 +1,1 @@
-"""Files, tables, text, values and processes, as every part of the project uses them."""
+"""Files, tables, text, options and processes: helpers that every part of the project uses."""

@@ -1,8 +1,8 @@
-"""Where a process keeps what it can make again, and a home folder for the packages that want one.
+"""The cache folder, and a home folder for the packages that want one.
 
-A container's or a cluster's user may have no entry in the system's list of users, no HOME, or one (`/`) that can't be
-written to. Matplotlib, Triton, PyTorch and DeepSpeed each keep caches of their own below it. This file imports nothing
-heavy, for it is needed before them.
+The user of a container or a cluster may have no entry in the system's list of users, no HOME, or one (`/`) that can't
+be written to. Matplotlib, Triton, PyTorch and DeepSpeed each keep caches below it. This file is needed before them, so
+it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def cache_dir() -> Path:
     """Where prepared volumes and synthetic scans go: `GLIOFORGE_CACHE`, else `$XDG_CACHE_HOME/glioforge`, else in home.
 
     Raises:
-        ValueError: there is none of them, or it can't be made.
+        ValueError: there is no such place, or it can't be made.
     """
     folder = _chosen_cache() or (Path.home() / ".cache" / "glioforge" if _has_home() else None)
     if folder is None:
         raise ValueError(
-            "there is no place for prepared volumes and synthetic scans, as this user has no home folder to write to: "
+            "there is no place for prepared volumes and synthetic scans: this user has no home folder to write to: "
             "set GLIOFORGE_CACHE (or XDG_CACHE_HOME) to a folder"
         )
     try:
@@ -39,9 +39,9 @@ def cache_dir() -> Path:
 
 
 def give_home() -> None:
-    """See that HOME can be written to and that the user has a name, for the packages that are imported after this.
+    """Make sure that HOME can be written to and that the user has a name, for the packages that are imported later.
 
-    Where it can't, HOME is a folder in the cache, else one of this user's alone among the system's temporary ones.
+    If it can't, HOME becomes a folder in the cache, else a private one among the system's temporary folders.
     """
     if not any(map(os.environ.get, _NAMES)):
         try:
@@ -57,9 +57,9 @@ def give_home() -> None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             about = folder.lstat()
-        except OSError:  # told by `cache_dir`, where the cache is needed
+        except OSError:  # reported by `cache_dir`, if the cache is needed
             continue
-        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid():  # nobody else's: code is run from there
+        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid():  # of nobody else: code is run from there
             os.environ["HOME"] = str(folder)
             return
 

@@ -1,12 +1,11 @@
-"""Values of options: the bounds that a field of a dataclass declares, and what text stands for.
+"""Values of options: the bounds that a field of a dataclass declares, and how text becomes a value.
 
 An option's type is that of its field, one of
 
     bool   int   float   str   Path   Literal[...]   list[X]   tuple[X, X, X]   each also as `X | None`
 
-and its bounds stand beside its default, `lr: float = number(1e-4, least=0, most=1000)`. What people type, what a YAML
-file holds and what a dataclass is made of in Python all pass through `convert`, so that every number is one, finite and
-within its bounds.
+and its bounds stand beside its default, `lr: float = number(1e-4, least=0, most=1000)`. Command lines, YAML files and
+dataclasses made in Python all pass through `convert`, so that every number is finite and within its bounds.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ _SHOWN = 80  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number, or each of several, must keep to; None is no bound.
+    """The bounds of a number, or of each of several; None is no bound.
 
     Attributes:
-        least, most: the smallest and the largest that is right.
+        least, most: the smallest and the largest allowed.
         above, below: the same, themselves excluded.
         rising: of several numbers, none may be smaller than the one before it.
-        example: several that are right, for messages.
+        example: several allowed ones, for messages.
     """
 
     least: float | None = None
@@ -60,7 +59,7 @@ class Bounds:
     example: Any = None
 
     def broken_by(self, value: float) -> str:
-        """The bound that a number breaks, in words; empty where it keeps to all."""
+        """The bound that a number breaks, in words; empty if it breaks none."""
         if isinstance(value, float) and not math.isfinite(value):
             return "finite"
         return next((words for words, bound, holds in self._each() if not holds(value, bound)), "")
@@ -80,17 +79,17 @@ NO_BOUNDS = Bounds()
 
 
 class Misfit(ValueError):
-    """A value that an option can't have; says what it must be, to be read after `must be`."""
+    """A value that an option can't have; the message says what it must be, and follows the words `must be`."""
 
 
 def number(default: Any, **bounds: Any) -> Any:
-    """A field of a dataclass that holds a number, or several, within `Bounds`."""
+    """A dataclass field for a number, or several, within `Bounds`."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(example=default, **bounds)})
 
 
 def describe(kind: Any, bounds: Bounds) -> str:
     """What a value of this type must be: `a whole number, at least 1`."""
-    kind, origin, inner = _taken_apart(kind)
+    kind, origin, inner = _unwrapped(kind)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin in (list, tuple):
@@ -109,13 +108,14 @@ def convert(raw: Any, kind: Any, bounds: Bounds = NO_BOUNDS) -> Any:
     """The value of an option.
 
     Args:
-        raw: text, several words of a command line in a list, or what YAML, JSON or Python has in its place.
-        kind: the option's type. bounds: of its numbers.
+        raw: text, a list of words from a command line, or a value from YAML, JSON or Python.
+        kind: the option's type.
+        bounds: of its numbers.
 
     Raises:
-        Misfit: it can't be one.
+        Misfit: it is not such a value.
     """
-    given, (kind, origin, inner) = kind, _taken_apart(kind)
+    given, (kind, origin, inner) = kind, _unwrapped(kind)
     is_optional, is_path = kind is not given, Path in (kind, *inner)
     if raw is None or (raw == "null" and is_optional and kind is not str and not is_path):
         if is_optional:
@@ -135,10 +135,9 @@ def convert(raw: Any, kind: Any, bounds: Bounds = NO_BOUNDS) -> Any:
 
 
 def faults(config: Any, prefix: str = "") -> Iterator[str]:
-    """What is wrong with the fields of a dataclass and of those in it: a sentence each, which begins with the name.
+    """What is wrong with the fields of a dataclass and those nested in it: a sentence each, which begins with the name.
 
-    Args:
-        config: of option groups or values. prefix: of its options' names, `--data.`.
+    `prefix` is that of the options' names, such as `--data.`.
     """
     kinds = get_type_hints(type(config))
     for item in dataclasses.fields(config):
@@ -155,11 +154,7 @@ def faults(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def refuse(found: Sequence[str]) -> None:
-    """Tell all faults of a command line or a configuration.
-
-    Raises:
-        ValueError: there are any; one is a line, several a list.
-    """
+    """Raise ValueError for the faults of a command line or a configuration, if any: one is a line, several a list."""
     distinct = list(dict.fromkeys(found))
     if len(distinct) == 1:
         raise ValueError(distinct[0])
@@ -173,24 +168,24 @@ def bounds_of(field: dataclasses.Field) -> Bounds:
 
 
 def shown(raw: Any) -> str:
-    """A value in a message: as it is typed, on one line, not too long."""
+    """A value for a message: as typed, on one line, not too long."""
     if isinstance(raw, list) and all(isinstance(word, str) for word in raw):
         raw = " ".join(raw)
     if isinstance(raw, int) and abs(raw) >= 10**_SHOWN:
         return f"(of more than {_SHOWN} digits)"
     if isinstance(raw, dict | list | tuple):
-        raw = reprlib.repr(raw)  # shared parts may make it endless
+        raw = reprlib.repr(raw)  # shared parts can make the whole text enormous
     text = "null" if raw is None else str(raw).lower() if isinstance(raw, bool) else str(raw)
     return shortened(printable(text[: _SHOWN + 1]), _SHOWN) or "'' (nothing)"
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """The name that was meant, where one is near enough; else empty."""
+    """The name that was probably meant, empty if none is close enough."""
     return next(iter(difflib.get_close_matches(name, names, n=1)), "")
 
 
 def plain(value: Any) -> Any:
-    """Values as JSON, YAML and `torch.load(weights_only=True)` take them; `convert` gives the same values back."""
+    """Values in the types that JSON, YAML and `torch.load(weights_only=True)` take; `convert` reverses it."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -200,15 +195,15 @@ def plain(value: Any) -> Any:
 
 def is_several(kind: Any) -> bool:
     """Whether an option of this type has several values."""
-    return _taken_apart(kind)[1] in (list, tuple)
+    return _unwrapped(kind)[1] in (list, tuple)
 
 
 def path_text(path: Path) -> str:
-    """A path as text that `convert` takes for the same path: one that begins with `~` is no home folder."""
+    """A path as text that `convert` reads as the same path: a leading `~` is not taken for the home folder."""
     return f"./{path}" if str(path).startswith("~") else str(path)
 
 
-def _taken_apart(kind: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+def _unwrapped(kind: Any) -> tuple[Any, Any, tuple[Any, ...]]:
     """A type without `| None`, its origin (list, tuple, Literal), and the types or choices in it."""
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
@@ -216,7 +211,7 @@ def _taken_apart(kind: Any) -> tuple[Any, Any, tuple[Any, ...]]:
 
 
 def _several(raw: Any, kind: Any, bounds: Bounds) -> Any:
-    _, origin, inner = _taken_apart(kind)
+    _, origin, inner = _unwrapped(kind)
     rule = describe(kind, bounds)
     if isinstance(raw, str):
         raw = [raw]
@@ -237,7 +232,7 @@ def _several(raw: Any, kind: Any, bounds: Bounds) -> Any:
 
 
 def _words(words: list[str], rule: str, commas: bool) -> list[str]:
-    """The items of a list of which one may be `[a, b]`, and several be separated by blanks or commas."""
+    """The items of a list, given as `[a, b]` or separated by blanks or commas."""
     line = " ".join(words).strip()
     if commas and line.startswith("[") and line.endswith("]"):
         try:
@@ -288,7 +283,7 @@ def _text(raw: Any) -> str | None:
 
 
 def _path(raw: Any) -> Path | None:
-    """Text exactly as it is, but for a leading `~/`, which a shell leaves where it is not a word's first character."""
+    """Text as it is, except a leading `~/`, which a shell does not expand within a word (`--root=~/scans`)."""
     if isinstance(raw, Path):
         return raw
     if not isinstance(raw, str) or not raw or "\0" in raw:

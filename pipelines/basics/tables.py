@@ -2,7 +2,7 @@
 
 A spreadsheet runs a cell that begins with =, +, - or @ as a formula, and a table may hold the names of somebody else's
 files. Such a cell gets an apostrophe in front, as spreadsheets themselves mark text; numbers stay numbers. A name that
-is not UTF-8 is written with escapes (see `pipelines.basics.text`). Reading takes both away and gives what was written.
+is not UTF-8 is written with escapes (see `pipelines.basics.text`). Reading undoes both and returns what was written.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.basics.atomic import open_own, write_text
+from pipelines.basics.errors import DataError
 from pipelines.basics.text import encodable, shortened
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r＝＋－＠]")  # noqa: RUF001  # some spreadsheets take the wide signs, too
@@ -25,11 +26,13 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
     """Write a table whole, in UTF-8.
 
     Args:
-        path: the file. columns: the first line. rows: values by column; one that is missing or None is left empty.
+        path: the file.
+        columns: the first line.
+        rows: values by column; a missing one, or None, becomes an empty cell.
 
     Raises:
         OSError: it can't be written.
-        ValueError: a row has a value of no column.
+        ValueError: a row has a value without a column.
     """
     write_text(path, table_text(columns, rows))
 
@@ -40,11 +43,11 @@ def table_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str
 
 
 def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
-    """Add a row to a table that `write_table` began, by one call, so that several processes may. No link is followed.
+    """Add a row to a table of `write_table` in one call, so that several processes may. No link is followed.
 
     Raises:
         OSError: it can't be written; `filename` is `path`.
-        ValueError: the row has a value of no column, or the table is a link.
+        ValueError: the row has a value without a column, or the table is a link.
     """
     try:
         with open_own(path) as file:
@@ -57,14 +60,15 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     """Read what `write_table` wrote, or a copy that a spreadsheet saved with commas.
 
     Args:
-        path: the file. columns: what its first line must hold, in this order; None: anything.
+        path: the file.
+        columns: what its first line must hold, in this order; None: anything.
 
     Returns:
-        the rows, values by column; empty lines are passed over.
+        the rows, values by column, without empty lines.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it is no such table, or damaged, with its path and line.
+        ValueError: it is not such a table, or damaged; the message has path and line.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -72,23 +76,38 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
         raise ValueError(f"{path} is not a UTF-8 table: {error}") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{path}, line {line}: it holds NUL bytes: the file was probably not written to its end")
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        raise ValueError(f"{path}, line {line}: it holds NUL bytes: the file is probably incomplete")
     head: list[str] | None = None
     rows = []
-    try:
-        for cells in filter(None, lines):
-            if head is None:
-                head = _head(path, cells, columns)
-            elif len(cells) != len(head):
-                raise ValueError(f"{path}, line {lines.line_num}: {len(cells)} cells, must be {len(head)}")
-            else:
-                rows.append(dict(zip(head, map(from_cell, cells), strict=True)))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {lines.line_num}: {error}") from error
+    for line, cells in csv_rows(path, text):
+        if head is None:
+            head = _head(path, cells, columns)
+        elif len(cells) != len(head):
+            raise ValueError(f"{path}, line {line}: {len(cells)} cells, must be {len(head)}")
+        else:
+            rows.append(dict(zip(head, map(from_cell, cells), strict=True)))
     if head is None:
         raise ValueError(f"{path} is empty, and must begin with the names of its columns")
     return rows
+
+
+def csv_rows(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """The rows of CSV text that are not empty, each with the number of its first line.
+
+    Raises:
+        DataError: a quote that is not closed, or doubled, or a field that is too long; it names path and line.
+    """
+    reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1
+    try:
+        for row in reader:
+            if row:
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {line}: {error}: put a field that holds quotes or separators in quotes, double its own "
+            'quotes (""), and keep it to 131072 characters'
+        ) from error
 
 
 def _head(path: Path, cells: list[str], columns: Sequence[str] | None) -> list[str]:
@@ -102,7 +121,7 @@ def _head(path: Path, cells: list[str], columns: Sequence[str] | None) -> list[s
 
 
 def to_cell(value: Any) -> Any:
-    """A value as it is written; `from_cell` gives the text of it again."""
+    """A value as it is written; `from_cell` gives back its text."""
     if not isinstance(value, str):
         return value
     text = encodable(_ESCAPED.sub(lambda found: r"\u005c" + found[0][1:], value))

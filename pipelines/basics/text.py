@@ -1,7 +1,7 @@
-"""Text that comes from users (names of cases, files and folders) as it is shown.
+"""How text from users (names of cases, files and folders) is shown.
 
-A file's name on Linux is bytes. Python holds those that are not UTF-8 as lone surrogates, which no file in UTF-8 and no
-font takes, so they are shown as their escapes, `\\udce9` for byte 0xE9, wherever a name is written or printed.
+A file's name on Linux is bytes. Python holds bytes that are not UTF-8 as lone surrogates, which no UTF-8 file and no
+font can hold, so they appear as escapes, `\\udce9` for byte 0xE9, wherever a name is written or printed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ _MARKDOWN = re.compile(r"[\\`*\[<|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def encodable(text: str) -> str:
-    """The text with lone surrogates as escapes, and all else as it is; UTF-8 can hold it."""
+    """The text with lone surrogates as escapes, so that UTF-8 can hold it."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def as_text(text: str) -> str:
-    """The text with escapes for characters that steer a terminal or can't be encoded; tabs and line ends stay."""
+    """The text with escapes for characters that control a terminal or can't be encoded; tabs and line ends stay."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def printable(text: str) -> str:
-    """The text on one line: lone surrogates, line breaks and other characters that are not printed as escapes."""
+    """The text on one line: line breaks, lone surrogates and other unprintable characters as escapes."""
     return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
 
 
@@ -35,17 +35,17 @@ def shortened(text: str, limit: int = 80) -> str:
 
 
 def brief(value: Any, limit: int = 80) -> str:
-    """A value as Python writes it, cut where it is long."""
+    """A value as Python writes it, cut if long."""
     return shortened(repr(value), limit)
 
 
 def markdown(text: str) -> str:
-    """The text as Markdown and HTML show it, in a cell of a table too. An underscore within a word needs no escape."""
+    """The text escaped for Markdown and HTML, for table cells too. An underscore within a word needs no escape."""
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))
 
 
 def one_line(message: object, limit: int | None = None) -> str:
-    """A message, as that of an error, on one line, of at most `limit` characters."""
+    """A message, such as an error, on one line of at most `limit` characters."""
     return printable(" ".join(str(message).split()))[:limit]
 
 

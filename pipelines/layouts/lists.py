@@ -7,13 +7,12 @@ its labels mean, so the release is always asked for. MONAI's datalists are read 
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.tables import csv_rows
 from pipelines.basics.text import brief, shortened
 from pipelines.basics.text_files import read_json, read_text
 from pipelines.labels import Coding
@@ -72,9 +71,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """
     text = read_text(path, "save it as CSV UTF-8")
     first = text.lstrip().split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
     columns: list[str] | None = None
-    for line, row in _rows(path, reader):
+    for line, row in csv_rows(path, text, max(",;\t", key=first.count)):
         if not any(field.strip() for field in row):
             continue
         where = f"{path}, line {line}"
@@ -84,9 +82,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             if len(set(named)) < len(named):
                 raise DataError(f"{where}: columns {', '.join(columns)}: name each once")
             continue
-        if len(row) > len(columns) and any(field.strip() for field in row[len(columns) :]):
+        if any(field.strip() for field in row[len(columns) :]):
             raise DataError(
-                f"{where}: {brief(', '.join(row))} has {len(row)} fields, and the first row {len(columns)} columns"
+                f"{where}: {brief(', '.join(row))} has {len(row)} fields, but the first row {len(columns)} columns"
             )
         fields = list(zip(columns, row, strict=False))
         for column, field in fields:
@@ -95,28 +93,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         yield where, {column: field for column, field in fields if column in named}
 
 
-def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """The rows, each with the number of its first line."""
-    line = 1
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, line {line}: {error}: a field with quotes or separators in it stands in quotes, its own "
-                'quotes doubled (""), and has at most 131072 characters'
-            ) from error
-        yield line, row
-        line = reader.line_num + 1
-
-
 def _record_case(where: str, record: Any, order: Sequence[str], listed_in: Path) -> FoundCase:
     if not isinstance(record, dict):
-        raise DataError(
-            f"{where} is {brief(record)} and must be a record, with name, {', '.join(MODALITIES)} and label"
-        )
+        raise DataError(f"{where} is {brief(record)} and must be a record with name, {', '.join(MODALITIES)} and label")
     values, twice = _values(where, record)
     name = values.pop("name", None)
     if name is None:

@@ -1,13 +1,13 @@
-"""Data sets that one JSON file describes: a Decathlon task, MONAI's datalists, nnU-Net's raw folders.
+"""Data sets described by one JSON file: a Decathlon task, MONAI's datalists, nnU-Net's raw folders.
 
 * A Medical Segmentation Decathlon task: a folder with `dataset.json`. One 4D image per case; "modality" names its last
   axis, "labels" names the label values, "training" lists the cases. Order is the file's: the split depends on it.
-* MONAI's datalist: the same "training", "validation" and "testing" lists, of which "image" is a 4D file or a list of 3D
-  files, and the rest may be missing: which modality a file is then comes from its name, and what the labels mean from
-  the user. The cases under "validation" validate.
+* MONAI's datalist: the same lists, "training", "validation" and "testing". "image" is a 4D file or a list of 3D files.
+  The rest may be missing: then a file's name says its modality, and the user what the labels mean. The cases under
+  "validation" validate.
 * nnU-Net's raw folder: `dataset.json` with "channel_names", "labels" and "file_ending"; the files are
   `imagesTr/CASE_0000.nii.gz`, one for each channel, `labelsTr/CASE.nii.gz` and `imagesTs/`, or are listed under
-  "dataset". Its first version has a Decathlon's `dataset.json` over such files.
+  "dataset". Its first version has a Decathlon `dataset.json` beside such files.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _LISTS = ("training", "validation", "test", "testing")
 
 
 def describes_task(content: Any) -> bool:
-    """Whether the content of a JSON file is that of a task or a datalist, and not a plain list of records."""
+    """Whether the content of a JSON file is a task or a datalist, not a plain list of records."""
     return isinstance(content, dict) and any(key in content for key in (*_LISTS, "channel_names", "modality"))
 
 
 def from_task(
     path: Path, asked: Coding | None, with_test: bool, unlabelled_as: Coding | None = None
 ) -> tuple[Coding, list[FoundCase]]:
-    """The cases that a `dataset.json` or a datalist describes, in its order; those for testing where asked.
+    """The cases that a `dataset.json` or a datalist describes, in its order; `with_test` adds those for testing.
 
     Raises:
         DataError: the file is malformed, a modality or label name is unknown, or it does not say what labels mean.
@@ -64,7 +64,7 @@ def from_task(
 
 
 def _channels(path: Path, info: Mapping[str, Any]) -> dict[str, int]:
-    """Which channel each modality is, in the order of channels; empty where the file does not say."""
+    """The channel of each modality, in the order of channels; empty where the file does not say."""
     key = next((key for key in ("modality", "channel_names", "modalities") if info.get(key) is not None), None)
     names = info[key] if key else {}
     if isinstance(names, list):
@@ -100,7 +100,7 @@ def _coding(path: Path, info: Mapping[str, Any], found: Sequence[FoundCase], unl
 
 
 def _listed(path: Path, info: Mapping[str, Any], channels: Mapping[str, int], with_test: bool) -> list[FoundCase]:
-    # Decathlon's cases are of one patient each, and its split is MONAI's whatever they are called.
+    # Decathlon has one case per patient, and its split is MONAI's, whatever the cases are called.
     is_decathlon = all(isinstance(info.get(key), dict) for key in ("modality", "labels"))
     found = []
     for key in _LISTS if with_test else _LISTS[:2]:
@@ -123,7 +123,7 @@ def _entry(path: Path, where: str, entry: Any, channels: Mapping[str, int]) -> F
     images = [image] if isinstance(image, str) and image.strip() else image
     if not isinstance(images, list) or not images:
         raise DataError(f'{where} is {brief(entry)} and must be {{"image": file or files, "label": file}}')
-    label = _path_in(path, entry, "label", where)
+    label = _label_path(path, entry, where)
     paths = [path.parent / require_text(item, f"{where}: image") for item in images]
     if paths[0].name.startswith("._"):
         return None
@@ -146,8 +146,8 @@ def _text_in(entry: Mapping[str, Any], key: str, where: str) -> str | None:
     return None if value is None else require_text(value, f"{where}: {key}")
 
 
-def _path_in(listed_in: Path, entry: Mapping[str, Any], key: str, where: str) -> Path | None:
-    text = _text_in(entry, key, where)
+def _label_path(listed_in: Path, entry: Mapping[str, Any], where: str) -> Path | None:
+    text = _text_in(entry, "label", where)
     return listed_in.parent / text if text else None
 
 
@@ -219,7 +219,7 @@ def _nnunet_listed(path: Path, dataset: Any, channels: Mapping[str, int]) -> Ite
         if not isinstance(images, list) or len(images) != len(channels):
             raise DataError(f"{where} is {brief(entry)} and must have images, {len(channels)} files, and label, a file")
         paths = [path.parent / require_text(item, f"{where}: images") for item in images]
-        label = _path_in(path, entry, "label", where)
+        label = _label_path(path, entry, where)
         yield listed_case(name, path, dict(zip(channels, paths, strict=True)), label, patient_of(name))
 
 
