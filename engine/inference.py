@@ -30,7 +30,7 @@ from engine.trained import TrainedNetwork, load_trained
 from kernels import dispatch
 from pipelines.basics.errors import DataError
 from pipelines.cases import Case
-from pipelines.domain_shift import looks_of, same_image, unlike
+from pipelines.domain_shift import duplicate_channels, scan_statistics, shift_warnings
 from pipelines.geometry import Grid, target_grid
 from pipelines.labels import (
     CODINGS,
@@ -283,10 +283,10 @@ class Predictor:
         grid = target_grid(shape, raw.affine, self.spacing)
         image_XYZC = resample_image(raw.image, raw.affine, grid)
         known = self.members[0].scans
-        fault = same_image(image_XYZC, known, self.modalities)
+        fault = duplicate_channels(image_XYZC, known, self.modalities)
         if fault:
             raise DataError(fault)
-        warnings = unlike(looks_of(image_XYZC, raw.affine), known, self.modalities)
+        warnings = shift_warnings(scan_statistics(image_XYZC, raw.affine), known, self.modalities)
         image = torch.from_numpy(image_XYZC).permute(3, 0, 1, 2)[None].contiguous()
         return Prepared(image, grid, shape, raw.affine, tuple(warnings))
 

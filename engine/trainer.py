@@ -33,7 +33,7 @@ from engine.step import StepValues, TrainingStep
 from engine.validation import Validator
 from engine.weights_file import WeightsFile
 from models import parameter_count
-from pipelines.domain_shift import filled, looks_of_store
+from pipelines.domain_shift import background_warning, store_statistics
 from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ class Trainer:
         self.cases: list[metrics.CaseDice] = []
         self.best: dict[str, Any] = {"epoch": None, "mean": None}
         in_store = [name for name in data.train if name in data.store.names] or data.store.names
-        self.scans = looks_of_store(data.store, in_store) if ranks.is_first else {}
-        advice = filled(self.scans, data.store.modalities)
+        self.scans = store_statistics(data.store, in_store) if ranks.is_first else {}
+        advice = background_warning(self.scans, data.store.modalities)
         if advice:
             log.warning(advice)
         if state:

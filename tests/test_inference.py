@@ -32,7 +32,7 @@ from engine.precision import tf32
 from engine.sliding_window import sliding_window_logits, zscore_nonzero
 from engine.weights_file import write_content
 from kernels import dispatch
-from pipelines.domain_shift import looks_of, ranges
+from pipelines.domain_shift import ranges, scan_statistics
 from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
 from pipelines.scans.nifti import read_description, read_nifti
 
@@ -254,7 +254,8 @@ def test_a_scan_looks_alike_however_its_axes_are_stored(scan: np.ndarray) -> Non
     turn = ornt_transform(io_orientation(AFFINE), axcodes2ornt("PIR"))
     turned = AFFINE @ inv_ornt_aff(turn, scan.shape[1:])
     prepared = np.moveaxis(scan, 0, -1)
-    assert looks_of(prepared, turned) == looks_of(prepared, AFFINE) and looks_of(prepared, AFFINE)["spacing_mm"][2] == 2
+    assert scan_statistics(prepared, turned) == scan_statistics(prepared, AFFINE)
+    assert scan_statistics(prepared, AFFINE)["spacing_mm"][2] == 2
 
 
 def test_an_ensemble_is_the_mean_of_its_members(run: Path, scan: np.ndarray, tmp_path: Path) -> None:
@@ -317,7 +318,7 @@ def test_what_the_tutorial_calls_enhancing_is_written_as_non_enhancing(release: 
 
 
 def test_a_segmentation_carries_the_warnings(scan: np.ndarray, tmp_path: Path) -> None:
-    known = ranges([looks_of(np.moveaxis(scan, 0, -1).astype(np.float32), np.diag([0.5, 0.5, 0.5, 1.0]))])
+    known = ranges([scan_statistics(np.moveaxis(scan, 0, -1).astype(np.float32), np.diag([0.5, 0.5, 0.5, 1.0]))])
     found = Predictor(write_run(tmp_path, scans=known), "cpu").segment(scan, AFFINE)
     assert found.warnings[0].startswith("voxels are up to 2 mm long, in training they were up to 0.5 mm")
 
@@ -331,7 +332,7 @@ def test_one_image_given_as_two_modalities_is_refused(run: Path, scan: np.ndarra
     with pytest.raises(ValueError, match="again.nii.gz is the same file as"):
         predictor.segment([t1c, tmp_path / "again.nii.gz"])
     for images, affine in (([t1c, tmp_path / "copied.nii.gz"], None), (np.stack([scan[0], scan[0]]), AFFINE)):
-        with pytest.raises(ValueError, match="t1c and flair are one and the same image"):
+        with pytest.raises(ValueError, match="t1c and flair are the same image"):
             predictor.segment(images, affine)
 
 

@@ -131,7 +131,7 @@ def test_early_interrupt_ends_the_run_once_the_workers_are_there_and_spares_thei
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
-@pytest.mark.parametrize("seconds_before_each_start", [0, 3])
+@pytest.mark.parametrize("seconds_before_each_start", [0, 1])
 @pytest.mark.parametrize("killed", ["b", "abcd"])
 def test_a_case_whose_process_is_killed_is_named_and_the_others_are_done(
     killed: str, seconds_before_each_start: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
