@@ -8,16 +8,16 @@
 Every network takes (B, in_channels, X, Y, Z) and gives logits (B, out_channels, X, Y, Z). They know nothing of devices,
 precision or distribution; initial weights follow the references' own distributions.
 
-To add one: its file here, its entry in `NETWORKS`, and a test. Training, conversion, comparison and benchmarks read all
-they need from the entry; what its empty fields rule out is refused.
+To add one: its file here, its entry in `NETWORKS`, and a test. All else reads the entry, and refuses what its empty
+fields rule out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -27,27 +27,11 @@ from models.unet import UNet
 from models.unetr import MONAI, SELF_ATTENTION_CV, UNETR, Variant
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """Published figures: epochs of training, and the best mean Dice, as a fraction."""
 
     epochs: int
     dice: float
-
-
-@dataclass(frozen=True)
-class BundledCode:
-    """Code that goes into a MONAI bundle with a network that MONAI lacks.
-
-    Fields:
-        modules: files of `models`, imported ones first; the last has the class.
-        class_name: of the network; takes in_channels, out_channels, img_size and its widths.
-        constants: more arguments of the class: constants in its file, by name.
-    """
-
-    modules: tuple[str, ...]
-    class_name: str
-    constants: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -56,14 +40,13 @@ class Network:
 
     Fields:
         build: from (in_channels, out_channels, img_size) and, by keyword, `widths` (and `dropout`) to the module.
-        title: how tables and pictures call it.
-        colour: of its curves, #rrggbb.
-        widths: its width options, names of fields of `--model`, with their published values.
-        size_divisor: what the volume must be a multiple of, on each axis.
-        has_dropout: whether it takes `dropout`.
-        reference: the package's class that it equals; None: its weights can't be converted.
-        published: its figures; None: there is nothing to compare with.
-        bundled_code: None: a MONAI bundle takes MONAI's class, where `reference` is MONAI's.
+        title, colour: in tables and pictures.
+        widths: the options of `--model` that it has, with their published values.
+        size_divisor: each axis of a volume must be a multiple of it.
+        reference: the class of another package that it equals; None: its weights can't be converted.
+        published: None: there are no figures to compare with.
+        bundled_as: how a MONAI bundle makes it from its file here: "_target_", the class in that file, and constants of
+            the file by argument. Empty where MONAI has the network, or it can't be bundled.
     """
 
     build: Callable[..., nn.Module]
@@ -74,7 +57,7 @@ class Network:
     has_dropout: bool = False
     reference: Reference | None = None
     published: Published | None = None
-    bundled_code: BundledCode | None = None
+    bundled_as: Mapping[str, str] = field(default_factory=dict)
 
 
 def _build_unetr(
@@ -113,7 +96,7 @@ NETWORKS: dict[str, Network] = {
         has_dropout=True,
         reference=SELF_ATTENTION_CV_UNETR,
         published=Published(180, 0.769),
-        bundled_code=BundledCode(("vit", "unetr"), "UNETR", {"variant": "SELF_ATTENTION_CV"}),
+        bundled_as={"_target_": "models.unetr.UNETR", "variant": "SELF_ATTENTION_CV"},
     ),
     "unetr_monai": Network(
         partial(_build_unetr, MONAI),
@@ -143,7 +126,7 @@ def find_network(name: str) -> Network:
     """The entry of a network.
 
     Raises:
-        ValueError: there is no network of this name.
+        ValueError: there is no such network.
     """
     if name not in NETWORKS:
         raise ValueError(f"model {name!r} must be one of {', '.join(NETWORKS)}")
@@ -151,11 +134,7 @@ def find_network(name: str) -> Network:
 
 
 def check_img_size(img_size: Sequence[int], divisor: int) -> None:
-    """Refuse a volume size that a network cannot take.
-
-    Args:
-        img_size: voxels on X, Y and Z.
-        divisor: what each must be a multiple of.
+    """Refuse voxels on X, Y and Z that are not all multiples of `divisor`.
 
     Raises:
         ValueError: naming the nearest valid size (the larger of two equally near).
@@ -201,15 +180,15 @@ def build_model(
     """
     network = find_network(name)
     check_img_size(img_size, network.size_divisor)
-    given = {option: width for option, width in widths.items() if width is not None}
+    given: dict[str, Any] = {option: width for option, width in widths.items() if width is not None}
     for option, size in {"in_channels": in_channels, "out_channels": out_channels, **given}.items():
         if size < 1:
             raise ValueError(f"{option} {size} must be at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout} must be a probability from 0 up to, but not including, 1")
-    options = {"dropout": dropout} if network.has_dropout or dropout else {}
-    known = [*network.widths, *(["dropout"] if network.has_dropout else [])]
-    unknown = [f"{option} {value}" for option, value in (given | options).items() if option not in known]
+    usual = {**network.widths, **({"dropout": 0.0} if network.has_dropout else {})}
+    given |= {"dropout": dropout} if dropout else {}
+    unknown = [f"{option} {value}" for option, value in given.items() if option not in usual]
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: {name} does not have this option; it takes {', '.join(known)}")
-    return network.build(in_channels, out_channels, img_size, **{**network.widths, **given, **options})
+        raise ValueError(f"{', '.join(unknown)}: {name} does not have this option; it takes {', '.join(usual)}")
+    return network.build(in_channels, out_channels, img_size, **usual | given)

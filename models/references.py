@@ -38,29 +38,25 @@ PATCHES = "vit.patch_embedding.patch_embeddings."
 UNUSED = re.compile(r"vit\.blocks\.\d+\.norm_cross_attn\.(weight|bias)")
 
 
-def _unchanged(state_dict: StateDict, num_heads: int) -> StateDict:
-    return state_dict
-
-
 @dataclass(frozen=True)
 class Reference:
     """A class of another package that computes what one of our networks does.
 
     Fields:
         package: as `launch/convert.py --to` and `--from` name it.
-        class_name: the class, with its module.
-        arguments: the class's, from (in_channels, out_channels, img_size, widths).
+        class_name: with its module.
+        arguments: of the class, from (in_channels, out_channels, img_size, widths).
         keys: our key -> the package's.
-        incoming, outgoing: what else to change in a state dict with the package's keys, before they become ours and
-            after they were; the second argument is the number of heads.
+        incoming, outgoing: further changes to a state dict with the package's keys, on the way to ours and back; the
+            second argument is the number of heads.
     """
 
     package: str
     class_name: str
     arguments: Callable[[int, int, Sequence[int], Mapping[str, int]], dict[str, Any]]
     keys: Mapping[str, str]
-    incoming: Callable[[StateDict, int], StateDict] = _unchanged
-    outgoing: Callable[[StateDict, int], StateDict] = _unchanged
+    incoming: Callable[[StateDict, int], StateDict] = lambda state_dict, num_heads: state_dict
+    outgoing: Callable[[StateDict, int], StateDict] = lambda state_dict, num_heads: state_dict
 
 
 def _block_pairs(ours: str, theirs: str, names: dict[str, str]) -> Pairs:
@@ -81,26 +77,17 @@ def _unetr_keys() -> dict[str, str]:
     for i in range(NUM_LAYERS):
         ours, theirs = f"vit.blocks.{i}", f"transformer.block_list.{i}"
         bare += _block_pairs(ours, theirs, {"attention.qkv": "mhsa.to_qvk", "attention.out": "mhsa.W_0"})
-        biased += _block_pairs(
-            ours, theirs, {"norm1": "norm_1", "norm2": "norm_2", "mlp.0": "linear.0", "mlp.3": "linear.3"}
-        )
+        names = {"norm1": "norm_1", "norm2": "norm_2", "mlp.0": "linear.0", "mlp.3": "linear.3"}
+        biased += _block_pairs(ours, theirs, names)
     for level, layer in ((1, 3), (2, 6), (3, 9)):
         bare += [(f"skip{level}.ups.{j}", f"z{layer}_blue_conv.blocks.{j}.block") for j in range(4 - level)]
-    bare += [
-        ("decoder3.up", "z12_deconv.block"),
-        ("decoder2.up", "z9_deconv.block"),
-        ("decoder1.up", "z6_deconv.block"),
-        ("decoder0.up", "z3_deconv.block"),
-    ]
     convs = {"conv1": "conv_block.0", "conv2": "conv_block.3", "conv3": "conv_down.0"}
-    for ours, theirs in (
-        ("stem", "init_conv"),
-        ("decoder3.block", "z9_conv"),
-        ("decoder2.block", "z6_conv"),
-        ("decoder1.block", "z3_conv"),
-        ("decoder0.block", "out_conv.0"),
-    ):
-        biased += _block_pairs(ours, theirs, convs)
+    biased += _block_pairs("stem", "init_conv", convs)
+    blocks = ((3, "z12_deconv", "z9_conv"), (2, "z9_deconv", "z6_conv"), (1, "z6_deconv", "z3_conv"),
+              (0, "z3_deconv", "out_conv.0"))  # fmt: skip
+    for level, up, block in blocks:
+        bare.append((f"decoder{level}.up", f"{up}.block"))
+        biased += _block_pairs(f"decoder{level}.block", block, convs)
     return _keys(bare, biased) | {"vit.position_embedding": "embed.position_embeddings.abs_pos_enc"}
 
 
@@ -154,17 +141,8 @@ def _unetr_monai_keys() -> dict[str, str]:
     for i in range(NUM_LAYERS):
         ours = theirs = f"vit.blocks.{i}"
         bare += _block_pairs(ours, theirs, {"attention.qkv": "attn.qkv"})
-        biased += _block_pairs(
-            ours,
-            theirs,
-            {
-                "attention.out": "attn.out_proj",
-                "norm1": "norm1",
-                "norm2": "norm2",
-                "mlp.0": "mlp.linear1",
-                "mlp.3": "mlp.linear2",
-            },
-        )
+        names = {"attention.out": "attn.out_proj", "mlp.0": "mlp.linear1", "mlp.3": "mlp.linear2"}
+        biased += _block_pairs(ours, theirs, {**names, "norm1": "norm1", "norm2": "norm2"})
     convs = {"conv1": "conv1.conv", "conv2": "conv2.conv"}
     projected = {**convs, "conv3": "conv3.conv"}
     for level in (1, 2, 3):

@@ -33,8 +33,7 @@ from engine.network import widths_of
 from engine.sliding_window import OVERLAP, SIGMA_SCALE, WINDOWS_AT_ONCE
 from engine.trained import TrainedNetwork
 from kernels import attention, instance_norm
-from models import NETWORKS, BundledCode
-from models.references import Reference
+from models import NETWORKS
 from pipelines.basics.atomic import own_folder, remove_left_over, temporary_name, write_text
 from pipelines.labels import REGIONS
 from pipelines.layouts.names import MODALITIES, SPELLINGS
@@ -47,6 +46,7 @@ WEIGHTS = Path("models", "model.pt")
 FILE_NAMES = {modality: (*spellings, f"{modality}_subtrMeanDivStd") for modality, spellings in SPELLINGS.items()}
 """How the file name of a modality ends, in any release."""
 PROJECT = re.compile(r"^(?:from|import) (?:engine|kernels|models|pipelines)\b", re.MULTILINE)
+MODELS = re.compile(r"^from (models\.\w+) import ", re.MULTILINE)
 OPERATIONS = '''"""Attention and instance norm in plain PyTorch."""
 
 from __future__ import annotations
@@ -105,8 +105,7 @@ def write_bundle(folder: Path, trained: TrainedNetwork) -> None:
         trained: the network and what belongs to it, on the CPU.
 
     Raises:
-        ValueError: another folder, or a subfolder that is a link out of it; a network that MONAI lacks and whose code
-            can't go along.
+        ValueError: another folder, or a subfolder that is a link out of it; a network that can't be bundled.
         OSError: it can't be written.
     """
     is_there = os.path.lexists(folder)
@@ -143,67 +142,65 @@ def _check_is_bundle(folder: Path) -> None:
 def _write_files(folder: Path, trained: TrainedNetwork) -> None:
     for name in SUBFOLDERS:
         (folder / name).mkdir(parents=True)
-    origin = _origin(trained)
-    weights = reference_weights(trained) if isinstance(origin, Reference) else trained.network.state_dict()
+    network, imports, code = _network(trained)
+    weights = trained.network.state_dict() if code else reference_weights(trained)
     write_archive(weights, folder / WEIGHTS)
     _write_json(folder / "configs" / "metadata.json", _metadata(trained))
-    _write_json(folder / "configs" / "inference.json", _inference(trained, origin))
+    _write_json(folder / "configs" / "inference.json", _inference(trained, network, imports))
     write_text(folder / "docs" / "README.md", _readme(trained))
-    for name, text in _scripts(origin).items():
+    for name, text in _scripts(code).items():
         write_text(folder / "scripts" / f"{name}.py", text)
-
-
-def _origin(trained: TrainedNetwork) -> Reference | BundledCode:
-    """Where a bundle's network comes from: MONAI's class, or code of this program."""
-    name = trained.config.model.name
-    reference, code = NETWORKS[name].reference, NETWORKS[name].bundled_code
-    if reference is not None and reference.package == "monai":
-        return reference
-    if code is None:
-        raise ValueError(f"MONAI does not have our {name}, and its code can't go into a bundle: choose another --to")
-    return code
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=4) + "\n")
 
 
-def _scripts(origin: Reference | BundledCode) -> dict[str, str]:
-    """Content of the Python files of `scripts` by module."""
+def _scripts(code: str) -> dict[str, str]:
+    """Content of the Python files of `scripts` by module; `code` is the network's, `models.NAME`, or empty."""
+    names = {"engine.sliding_window": "sliding_window", "engine.export.bundle_steps": "steps",
+             "kernels.attention": "operations", "kernels.instance_norm": "operations"}  # fmt: skip
     files = {"__init__": '"""Code of this bundle that MONAI lacks."""\n'}
-    moved = {"engine.sliding_window": "sliding_window", "engine.export.bundle_steps": "steps"}
-    if isinstance(origin, BundledCode):
-        moved |= {f"models.{module}": module for module in origin.modules}
-        sources = [
-            inspect.getsource(attention.attention_reference),
-            inspect.getsource(instance_norm._is_channels_last),
-            inspect.getsource(instance_norm._normalise),
-            inspect.getsource(instance_norm.instance_norm_reference),
-        ]
-        files["operations"] = OPERATIONS.format(parts="\n\n".join(sources).strip())
-    renamed = moved | {"kernels.attention": "operations", "kernels.instance_norm": "operations"}
-    for module, name in moved.items():
+    modules = ["engine.sliding_window", "engine.export.bundle_steps", *([code] if code else [])]
+    for module in modules:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-        for ours, theirs in renamed.items():
+        modules += [name for name in MODELS.findall(source) if name not in modules]
+        names |= {name: name.removeprefix("models.") for name in modules if name not in names}
+        for ours, theirs in names.items():
             source = source.replace(f"\nfrom {ours} import ", f"\nfrom scripts.{theirs} import ")
         assert not PROJECT.search(source), PROJECT.search(source)
-        files[name] = source
+        files[names[module]] = source
+    if code:
+        parts = (attention.attention_reference, instance_norm._is_channels_last, instance_norm._normalise,
+                 instance_norm.instance_norm_reference)  # fmt: skip
+        files["operations"] = OPERATIONS.format(parts="\n\n".join(inspect.getsource(part) for part in parts).strip())
     return files
 
 
-def _network(trained: TrainedNetwork, origin: Reference | BundledCode) -> dict[str, Any]:
-    """The network as MONAI's configuration makes it."""
-    if isinstance(origin, Reference):
-        target, arguments = reference_class(trained, origin)
-        return {"_target_": target, **arguments}
-    return {
-        "_target_": f"scripts.{origin.modules[-1]}.{origin.class_name}",
-        **{argument: f"${constant}" for argument, constant in origin.constants.items()},
+def _network(trained: TrainedNetwork) -> tuple[dict[str, Any], list[str], str]:
+    """The network as MONAI's configuration makes it, the imports that this takes, and its file where MONAI lacks it.
+
+    Raises:
+        ValueError: MONAI lacks it, and its code can't go into a bundle.
+    """
+    model, size = trained.config.model, trained.config.data.crop_size_voxels
+    reference, constants = NETWORKS[model.name].reference, dict(NETWORKS[model.name].bundled_as)
+    if reference and reference.package == "monai":
+        target, arguments = reference_class(trained, reference)
+        return {"_target_": target, **arguments}, [], ""
+    if not constants:
+        raise ValueError(f"MONAI lacks our {model.name}, and its code can't go into a bundle: choose another --to")
+    code, _, name = constants.pop("_target_").rpartition(".")
+    scripts = code.replace("models.", "scripts.")
+    network = {
+        "_target_": f"{scripts}.{name}",
+        **{argument: f"${constant}" for argument, constant in constants.items()},
         "in_channels": len(trained.modalities),
         "out_channels": len(REGIONS),
-        "img_size": list(trained.config.data.crop_size_voxels),
-        **widths_of(trained.config.model),
+        "img_size": list(size),
+        **widths_of(model),
     }
+    return network, [f"$from {scripts} import {constant}" for constant in constants.values()], code
 
 
 def _label_values(trained: TrainedNetwork) -> list[int]:
@@ -216,14 +213,11 @@ def _channels(trained: TrainedNetwork) -> list[int]:
     return [MODALITIES.index(modality) for modality in trained.modalities]
 
 
-def _inference(trained: TrainedNetwork, origin: Reference | BundledCode) -> dict[str, Any]:
+def _inference(trained: TrainedNetwork, network: dict[str, Any], imports: list[str]) -> dict[str, Any]:
     data = trained.config.data
     turned = [{"_target_": "scripts.steps.AxesInOrderd"}] if data.spacing_axes == "patient" else []
-    imports = ["$import torch", "$from scripts.steps import find_scans"]
-    if isinstance(origin, BundledCode):
-        imports += [f"$from scripts.{origin.modules[-1]} import {name}" for name in origin.constants.values()]
     return {
-        "imports": imports,
+        "imports": ["$import torch", "$from scripts.steps import find_scans", *imports],
         "bundle_root": ".",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "ckpt_path": "$@bundle_root + '/models/model.pt'",
@@ -232,7 +226,7 @@ def _inference(trained: TrainedNetwork, origin: Reference | BundledCode) -> dict
         "file_names": {modality: list(FILE_NAMES[modality]) for modality in trained.modalities},
         "channels": _channels(trained),
         "datalist": "$find_scans(@dataset_dir, @file_names, @channels)",
-        "network_def": _network(trained, origin),
+        "network_def": network,
         "network": {"_target_": "scripts.steps.ZScoredWindows", "network": "$@network_def.to(@device)"},
         "preprocessing": {
             "_target_": "Compose",
