@@ -54,7 +54,7 @@ Network = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Case:
+class InferenceCase:
     """A network and its window.
 
     Fields:
@@ -94,11 +94,11 @@ def demo_unetr() -> torch.nn.Module:
 cheap = partial(torch.nn.Conv3d, CHANNELS, REGIONS, 1)
 published_unetr = partial(build_model, "unetr", CHANNELS, REGIONS)
 CASES = (
-    Case("cheap network", cheap, (128, 128, 64)),
-    Case("cheap network", cheap, (48, 48, 48), NATIVE),
-    Case("demo UNETR", demo_unetr, (48, 48, 48), SMALL),
-    *((Case("UNETR", published_unetr, (128, 128, 64)),) if IS_GPU else ()),
-    *((Case("UNETR in bf16", published_unetr, (128, 128, 64), dtype=torch.bfloat16),) if IS_GPU else ()),
+    InferenceCase("cheap network", cheap, (128, 128, 64)),
+    InferenceCase("cheap network", cheap, (48, 48, 48), NATIVE),
+    InferenceCase("demo UNETR", demo_unetr, (48, 48, 48), SMALL),
+    *((InferenceCase("UNETR", published_unetr, (128, 128, 64)),) if IS_GPU else ()),
+    *((InferenceCase("UNETR in bf16", published_unetr, (128, 128, 64), dtype=torch.bfloat16),) if IS_GPU else ()),
 )
 
 
@@ -152,7 +152,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 @torch.inference_mode()
-def measure(case: Case, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+def measure(case: InferenceCase, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """A row for each variant: median seconds of a volume, its rounds, peak memory, windows that the network saw."""
     network, image = case.network(), volume(case.size)
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -217,7 +217,7 @@ def write_json(rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def bench_inference(benchmark: Any, case: Case) -> None:
+def bench_inference(benchmark: Any, case: InferenceCase) -> None:
     """Every variant in turns; the table is printed with `-s`."""
     rows = benchmark.pedantic(partial(measure, case, rounds=3), rounds=1)
     benchmark.extra_info["rows"] = rows

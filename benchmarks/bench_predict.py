@@ -67,7 +67,7 @@ sys.exit(status)
 
 
 @dataclass(frozen=True)
-class Work:
+class PredictionTask:
     """What all variants do.
 
     Fields:
@@ -79,7 +79,7 @@ class Work:
     windows: int
 
     @classmethod
-    def of(cls, weights: Path, files: Sequence[Path]) -> Work:
+    def of(cls, weights: Path, files: Sequence[Path]) -> PredictionTask:
         """Count the windows of the first file, which stands for all."""
         data = load_trained(weights).config.data
         shape, affine = read_grid(files[0])
@@ -89,7 +89,7 @@ class Work:
 
 
 @dataclass
-class Variant:
+class PredictionVariant:
     """One way to predict.
 
     Fields:
@@ -104,7 +104,7 @@ class Variant:
     runs: list[dict[str, float]] = field(default_factory=list)
     differing: float = 0.0
 
-    def command(self, work: Work, output: Path) -> list[str]:
+    def command(self, work: PredictionTask, output: Path) -> list[str]:
         """The program as a user calls it; on a GPU from Python, to ask for PyTorch's peak afterwards."""
         as_file = [str(ROOT / self.program.replace(".", "/")) + ".py"]
         called = ["-c", WITH_PEAK.format(program=self.program)] if IS_GPU else as_file
@@ -113,11 +113,11 @@ class Variant:
         return [sys.executable, *called, *given, *self.options]
 
 
-def variants() -> list[Variant]:
+def variants() -> list[PredictionVariant]:
     """Ours first."""
-    monai = partial(Variant, program="benchmarks.monai_predict", weights_option="--run")
+    monai = partial(PredictionVariant, program="benchmarks.monai_predict", weights_option="--run")
     return [
-        Variant(OURS, "launch.predict", "--runs"),
+        PredictionVariant(OURS, "launch.predict", "--runs"),
         monai("MONAI, 2 workers", options=("--workers", "2")),
         monai("MONAI", options=("--workers", "0")),
     ]
@@ -185,7 +185,7 @@ def compare(ours: Sequence[Path], others: Sequence[Path]) -> tuple[float, float]
     return differing / voxels, labelled / voxels
 
 
-def measure(work: Work, ways: Sequence[Variant], rounds: int) -> None:
+def measure(work: PredictionTask, ways: Sequence[PredictionVariant], rounds: int) -> None:
     """Fill in `runs` and `differing` of each variant; the first is ours.
 
     Raises:
@@ -206,7 +206,7 @@ def measure(work: Work, ways: Sequence[Variant], rounds: int) -> None:
                 check_alike(way, labelled)
 
 
-def check_alike(way: Variant, labelled: float) -> None:
+def check_alike(way: PredictionVariant, labelled: float) -> None:
     """Refuse to compare the speed of programs that do not do the same.
 
     Args:
@@ -224,7 +224,7 @@ def check_alike(way: Variant, labelled: float) -> None:
         )
 
 
-def rows_of(work: Work, ways: Sequence[Variant]) -> list[dict[str, Any]]:
+def rows_of(work: PredictionTask, ways: Sequence[PredictionVariant]) -> list[dict[str, Any]]:
     """Medians and peaks of each variant."""
     rows = []
     for way in ways:
@@ -295,17 +295,19 @@ def files_of(count: int, folder: Path) -> list[Path]:
     return links
 
 
-def measure_all(model: str, cases: int, rounds: int, run: Path | None = None) -> tuple[Work, list[dict[str, Any]]]:
+def measure_all(
+    model: str, cases: int, rounds: int, run: Path | None = None
+) -> tuple[PredictionTask, list[dict[str, Any]]]:
     """All variants on so many cases."""
     weights = run.resolve() if run else short_run(model)
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        work, ways = Work.of(weights, files_of(cases, Path(folder))), variants()
+        work, ways = PredictionTask.of(weights, files_of(cases, Path(folder))), variants()
         measure(work, ways, rounds)
     return work, rows_of(work, ways)
 
 
-def report(work: Work, rows: list[dict[str, Any]]) -> Path:
+def report(work: PredictionTask, rows: list[dict[str, Any]]) -> Path:
     """Print a table and write the JSON file; its path."""
     config = load_trained(work.weights).config
     network: dict[str, Any] = {"model": config.model.name, "window": list(config.data.crop_size_voxels)}

@@ -47,7 +47,7 @@ def test_monais_program_gives_our_segmentations(name: Any, seed: int, tmp_path: 
         assert monai_predict.main(command) == 0
     differing, labelled = bench_predict.compare([tmp_path / "ours.nii.gz"], [tmp_path / scan.name])
     assert differing <= 1e-3 and 0.02 < labelled < 0.98
-    assert bench_predict.Work.of(tmp_path / "net.pt", [scan]).windows == 3 * 3 * 2
+    assert bench_predict.PredictionTask.of(tmp_path / "net.pt", [scan]).windows == 3 * 3 * 2
 
 
 PROGRAM = """
@@ -110,7 +110,7 @@ def test_predicting_programs_take_turns_after_a_round_that_does_not_count(
 ) -> None:
     ways = bench_predict.variants()
     turns = predicting(monkeypatch, {way.name: labelled(100 + i) for i, way in enumerate(ways)})
-    work = bench_predict.Work(tmp_path / "net.pt", (tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"), 8)
+    work = bench_predict.PredictionTask(tmp_path / "net.pt", (tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"), 8)
     bench_predict.measure(work, ways, rounds=2)
     assert turns == [way.name for way in ways] * 3
     rows = bench_predict.rows_of(work, ways)
@@ -129,13 +129,13 @@ def test_times_of_programs_that_do_not_do_the_same_are_refused(
     ways = bench_predict.variants()
     predicting(monkeypatch, {way.name: labelled(monais if "MONAI" in way.name else ours) for way in ways})
     with pytest.raises(ValueError, match=says):
-        bench_predict.measure(bench_predict.Work(tmp_path, (tmp_path / "a.nii.gz",), 8), ways, 1)
+        bench_predict.measure(bench_predict.PredictionTask(tmp_path, (tmp_path / "a.nii.gz",), 8), ways, 1)
 
 
 def test_both_programs_are_called_as_users_do(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    work = bench_predict.Work(tmp_path / "net.pt", (tmp_path / "a.nii.gz",), 8)
+    work = bench_predict.PredictionTask(tmp_path / "net.pt", (tmp_path / "a.nii.gz",), 8)
     ours, workers, plain = (way.command(work, tmp_path / "out") for way in bench_predict.variants())
     parsed = predict.make_parser().parse_args(ours[2:])
     assert parsed.runs == [work.weights] and parsed.input == list(work.files) and Path(ours[1]).is_file()
