@@ -82,12 +82,13 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 
 def once_per_shape(make: _Function) -> _Function:
-    """Cache a function of shapes and dtypes; `torch.compile`, which warns of caches, traces the function itself."""
+    """Cache a function of a shape and more. Not while tracing: sizes may be symbols, and Dynamo warns of caches."""
     cached = cache(make)
 
     @wraps(make)
-    def call(*args: Any) -> Any:
-        return make(*args) if torch.compiler.is_compiling() else cached(*args)
+    def call(shape: torch.Size, *others: Any) -> Any:
+        is_traced = torch.compiler.is_compiling() or torch.SymInt in map(type, shape)
+        return make(shape, *others) if is_traced else cached(shape, *others)
 
     return call  # type: ignore[return-value]
 

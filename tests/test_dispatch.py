@@ -17,9 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_paths import not_interpreted
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import dispatch, workloads
+from kernels.attention import flash_attention
+from kernels.dice_ce import dice_ce_loss
+from kernels.instance_norm import instance_norm
 
 
 @pytest.fixture(autouse=True)
@@ -300,6 +304,14 @@ def test_a_key_is_made_once_for_a_shape() -> None:
 
     keys = [key(torch.zeros(size).shape, torch.float32) for size in (2, 3, 2)]
     assert keys[0] == keys[2] == "(2,) torch.float32" and len(made) == 2
+
+
+def test_operations_can_be_traced_with_symbolic_sizes() -> None:
+    x, labels = torch.randn(2, 3, 4, 5, 6), torch.zeros(2, 4, 5, 6, dtype=torch.uint8)
+    loss = partial(dice_ce_loss, regions=((1,), (2,), (3,)), check_labels=False)
+    for function, args in ((instance_norm, (x,)), (loss, (x, labels)), (flash_attention, 3 * (x[0],))):
+        traced = make_fx(lambda *args, function=function: function(*args), tracing_mode="symbolic")(*args)
+        torch.testing.assert_close(traced(*args), function(*args))
 
 
 def test_gradients_are_ordered_by_the_arguments_of_the_forward() -> None:
