@@ -1,8 +1,8 @@
 """From a command line and YAML files to checked options: the parser of every command.
 
-jsonargparse declares and explains the options. It does not read them, because it takes each value for YAML: a folder
-`null` would be none, and one called `# x` a comment. Here a value means what its option's type says: see
-`pipelines.basics.option_values`. Whatever is wrong is told at once, and misspelt names with those that were meant.
+jsonargparse only prints the help. It would read each value as YAML: a folder `null` would become None, and one called
+`# x` a comment. Here the type of the option decides what a value means: see `pipelines.basics.option_values`. All mistakes are
+reported together, and a misspelt name with the one that was probably meant.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 from types import GenericAlias
 from typing import Any, Literal, TypeVar, get_type_hints
 
-import jsonargparse
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from engine.yaml_file import parse_yaml, read_yaml
 from pipelines.basics.option_values import (
@@ -34,10 +33,7 @@ from pipelines.basics.option_values import (
     shown,
 )
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-_NO_SETTINGS = ("config", "print_config")  # what a file can't hold
-
+_NOT_IN_FILES = ("config", "print_config")
 
 T = TypeVar("T")
 
@@ -47,8 +43,8 @@ class Option:
     """An option of a command.
 
     Attributes:
-        kind: its type, as `pipelines.basics.option_values` knows them. bounds: of its numbers. default: if not given.
-        bare: its value where it is named alone; None where it needs one.
+        kind: its type, one of those in `pipelines.basics.option_values`. bounds: of its numbers. default: if it is not given.
+        bare: its value if it is given without one; None: it needs one.
         is_flag: it takes no value on the command line. is_required, is_positional: as in argparse.
     """
 
@@ -61,12 +57,12 @@ class Option:
     is_positional: bool = False
 
 
-_OF_LAUNCHERS = Option(str)  # --local_rank, which DeepSpeed's passes; the environment says the same
+_LOCAL_RANK = Option(str)  # given by DeepSpeed's launcher, and ignored: the environment says the same
 
 
 @dataclass(frozen=True)
 class Given:
-    """What was given for an option or a group of them: as it was written, and where, for messages."""
+    """An option, or a group of them, as it was written, and where, for messages."""
 
     name: str
     raw: Any
@@ -84,17 +80,17 @@ class Parser:
         self.description, self.usage = description, usage
         self.options: dict[str, Option] = {}
         self.groups: set[str] = set()
-        self._declared: list[Callable[[ArgumentParser], Any]] = []  # what `--help` explains
-        self.add_argument("--config", type=Path, help="YAML file of options; the command line goes before it.")
-        self.add_argument("--print_config", action="store_true", help="Print all options as such a file, and end.")
+        self._declared: list[Callable[[ArgumentParser], Any]] = []  # for `--help`
+        self.add_argument("--config", type=Path, help="YAML file; command-line options override it.")
+        self.add_argument("--print_config", action="store_true", help="Print all options as such a file, and exit.")
 
     def add_argument(self, name: str, *, bounds: Bounds = NO_BOUNDS, **declared: Any) -> None:
-        """An option of this command alone.
+        """Add an option of this command alone.
 
         Args:
-            name: with its dashes; without them, of a positional one.
+            name: with dashes, or without them for a positional argument.
             bounds: of its numbers.
-            declared: as argparse takes them: type, choices, nargs, default, required, help, action="store_true".
+            declared: type, choices, nargs, default, required, help and action="store_true", as in argparse.
         """
         is_flag, is_positional = declared.get("action") == "store_true", not name.startswith("-")
         kind: Any = Literal[tuple(declared["choices"])] if "choices" in declared else declared.get("type", str)
@@ -102,16 +98,16 @@ class Parser:
         self.options[name.lstrip("-")] = Option(
             kind,
             bounds,
-            declared.get("default", False if is_flag else None),
-            True if is_flag else None,
-            is_flag,
-            is_positional or declared.get("required", False),
-            is_positional,
+            default=declared.get("default", False if is_flag else None),
+            bare=True if is_flag else None,
+            is_flag=is_flag,
+            is_required=is_positional or declared.get("required", False),
+            is_positional=is_positional,
         )
         self._declared.append(lambda parser: parser.add_argument(name, **declared))
 
     def add_dataclass(self, kind: type) -> None:
-        """An option for each field of a dataclass, and a group for each dataclass in it."""
+        """Add an option for each field of a dataclass, and a group for each dataclass in it."""
         self._add_fields(kind, "")
         self._declared.append(lambda parser: parser.add_class_arguments(kind, as_group=False))
 
@@ -121,12 +117,12 @@ class Parser:
         """Read a command line.
 
         Args:
-            args: None takes the process's own. defaults: with those of options that were not given.
-            before: files that are read before those of the command line.
+            args: None: the process's own. defaults: whether options that were not given have theirs.
+            before: files to read before those of the command line.
 
         Raises:
-            ValueError: whatever is wrong with it, all at once.
-            SystemExit: `--help` or `--print_config` has been answered.
+            ValueError: everything that is wrong with it.
+            SystemExit: after `--help` or `--print_config`.
         """
         words = list(sys.argv[1:] if args is None else args)
         if "--help" in words or "-h" in words:
@@ -147,31 +143,32 @@ class Parser:
         for name, value in {**preset, **found, "config": files or None}.items():
             namespace[name] = value
         if namespace.get("print_config"):
-            values = {name: value for name, value in namespace.as_dict().items() if name not in _NO_SETTINGS}
+            values = {name: value for name, value in namespace.as_dict().items() if name not in _NOT_IN_FILES}
             print(yaml.safe_dump(plain(values), sort_keys=False), end="")
             raise SystemExit(0)
         return namespace
 
     def print_help(self) -> None:
         """Every option with its type, its default and its help."""
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of a dataclass's fields
         parser = ArgumentParser(description=self.description, usage=self.usage, print_config=None)
         for declare in self._declared:
             declare(parser)
-        for action in parser._actions:  # `--name+` and a group's file are jsonargparse's own ways, which are not ours
+        for action in parser._actions:  # jsonargparse offers `--name+` and a file for each group; we don't
             action.option_strings = [name for name in action.option_strings if not name.endswith("+")]
             if action.dest in self.groups:
                 action.metavar, action.help = "'{NAME: VALUE, ...}'", "Several of these at once."
         parser.print_help()
 
     def split(self, words: Sequence[str], faults: list[str]) -> list[Given]:
-        """The options of a command line with their values as they stand there; `faults` gets what belongs to none."""
+        """The options of a command line with their values as written; appends what is no option to `faults`."""
         given: list[Given] = []
         starts = [i for i, word in enumerate(words) if word.startswith("--")]
-        loose = list(words[: starts[0] if starts else len(words)])  # words that no option takes
+        loose = list(words[: starts[0] if starts else len(words)])  # words before, between or after options
         for start, end in zip(starts, [*starts[1:], len(words)]):
             name, equals, value = words[start][2:].partition("=")
             values = [*([value] if equals else []), *words[start + 1 : end]]
-            option = _OF_LAUNCHERS if name == "local_rank" else self.options.get(name)
+            option = _LOCAL_RANK if name == "local_rank" else self.options.get(name)
             if option is None and name not in self.groups:
                 faults.append(self._unknown("--", name))
                 continue
@@ -184,15 +181,15 @@ class Parser:
             elif not values:
                 what = describe(option.kind, option.bounds) if option else "{option: value, ...}"
                 faults.append(f"--{name} needs a value: {what}")
-            elif option is not _OF_LAUNCHERS:
+            elif option is not _LOCAL_RANK:
                 given.append(Given(name, values[0] if len(values) == 1 else values))
         positional = [name for name, option in self.options.items() if option.is_positional]
         given += [Given(name, word, "") for name, word in zip(positional, loose)]
-        faults += [f"{shown(word)} belongs to no option; see --help" for word in loose[len(positional) :]]
+        faults += [f"unexpected argument {shown(word)}; see --help" for word in loose[len(positional) :]]
         return given
 
     def read_values(self, given: Iterable[Given], faults: list[str]) -> dict[str, Any]:
-        """The values by option, of which a later one goes before an earlier one; `faults` gets what can't be one."""
+        """Values by option, where a later one overrides an earlier one; appends wrong values to `faults`."""
         found: dict[str, Any] = {}
         for each in given:
             option = self.options.get(each.name)
@@ -211,11 +208,11 @@ class Parser:
         return found
 
     def flatten(self, values: Any, where: str, faults: list[str], prefix: str = "") -> list[Given]:
-        """The options in nested groups, in order; `faults` gets what is no option or no group."""
+        """The options in nested groups, in order; appends unknown names to `faults`."""
         if not isinstance(values, dict):
             faults.append(
-                f"{where}{prefix.rstrip('.') or 'the file'} is {shown(values)} and must be a group of options, as "
-                "{name: value}; leave it out to take the defaults"
+                f"{where}{prefix.rstrip('.') or 'the file'} is {shown(values)} and must be a group of options, "
+                "{name: value}; leave it out for the defaults"
             )
             return []
         given: list[Given] = []
@@ -223,7 +220,7 @@ class Parser:
             name = f"{prefix}{key}"
             if name in self.groups:
                 given += self.flatten(value, where, faults, f"{name}.")
-            elif name in self.options and name not in _NO_SETTINGS:
+            elif name in self.options and name not in _NOT_IN_FILES:
                 given.append(Given(name, value, where))
             else:
                 faults.append(self._unknown(where, name))
@@ -243,11 +240,11 @@ class Parser:
         return name if self.options[name].is_positional else f"--{name}"
 
     def _unknown(self, where: str, name: str) -> str:
-        """That there is no such option, and which may have been meant: by its last part, else by its letters."""
+        """A message that also names the options that may have been meant: by the last part, else by similar letters."""
         wanted = name.replace("-", "_").lower()
         last = wanted.rpartition(".")[2]
         known = (n for n, option in self.options.items() if not option.is_positional)
-        names = [n for n in (*known, *self.groups) if where == "--" or n not in _NO_SETTINGS]
+        names = [n for n in (*known, *self.groups) if where == "--" or n not in _NOT_IN_FILES]
         meant = [n for n in names if n.rpartition(".")[2] == last]
         if not meant:
             part = nearest(last, [n.rpartition(".")[2] for n in names])
@@ -258,7 +255,7 @@ class Parser:
 
 
 def build(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """A dataclass, and those in it, from the values of its options; where there is none, the default."""
+    """A dataclass, and those in it, from the values of its options, or else their defaults."""
     kinds = get_type_hints(kind)
     given: dict[str, Any] = {}
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # a dataclass

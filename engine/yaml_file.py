@@ -1,8 +1,8 @@
-"""YAML files of options, read so that nothing in them is taken for something else.
+"""YAML files of options, read so that no value is mistaken for another.
 
-Scalars stay the text that they are (`00001`, `1e-4`, `on`); what they mean is for the option's type to say. Only
-`null`, `~` and nothing at all are none. Refused by file and line: keys that are given twice, of which YAML's own reader
-takes the last; and anchors, by which a small file can stand for a huge one.
+Scalars stay text (`00001`, `1e-4`, `on`): the type of the option decides what they mean. Only `null`, `~` and an empty
+value are None. Errors name file and line. Duplicate keys are an error, because YAML's own reader silently takes the
+last, and so are anchors, by which a small file can stand for a huge one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import yaml
 from pipelines.basics.option_values import shown
 from pipelines.basics.text import one_line
 
-_LIMIT = 2**20  # bytes; a file of options has some hundred
+_LIMIT = 2**20  # bytes; an options file has a few hundred
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "seq", "map")}
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """What YAML allows and options have no use for."""
+    """YAML that options have no use for."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,27 +35,25 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if getattr(event, "anchor", None):
-            raise _Refused(problem="anchors (&, *) are not taken: write the value out", problem_mark=event.start_mark)
+            raise _Refused(problem="anchors (&, *) are not allowed: write the value out", problem_mark=event.start_mark)
         node = super().compose_node(parent, index)
         if node.tag not in _TAGS:
-            raise _Refused(problem=f"tags ({shown(node.tag)}) are not taken", problem_mark=node.start_mark)
+            raise _Refused(problem=f"tags ({shown(node.tag)}) are not allowed", problem_mark=node.start_mark)
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for index, (key, _) in enumerate(node.value):
             if isinstance(key, yaml.ScalarNode) and key.value in names[:index]:
-                raise _Refused(
-                    problem=f"{key.value} is given twice: leave one of the two out", problem_mark=key.start_mark
-                )
+                raise _Refused(problem=f"{key.value} is given twice: remove one", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a file; scalars as text, None where they are null.
+    """The content of a file; scalars as text, or None where they are null.
 
     Raises:
-        ValueError: it can't be read, is no file of options, or no YAML.
+        ValueError: it can't be read, or is not an options file.
     """
     try:
         mode = path.stat().st_mode
@@ -72,24 +70,20 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(content: bytes, name: str) -> Any:
-    """As `read_yaml`, of its bytes.
-
-    Args:
-        name: where they come from, for messages.
-    """
+    """As `read_yaml`, from bytes; `name` says in messages where they come from."""
     try:
         return yaml.load(content.decode("utf-8-sig"), _Loader)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no YAML: byte {error.start} is not UTF-8; save it as UTF-8") from error
+        raise ValueError(f"{name} is not YAML: byte {error.start} is not UTF-8; save it as UTF-8") from error
     except RecursionError as error:
-        raise ValueError(f"{name} is no file of options: its brackets are nested too deeply") from error
+        raise ValueError(f"{name} is not an options file: its brackets are nested too deeply") from error
     except _Refused as error:
         raise ValueError(f"{name}, {_place(error)}: {error.problem}") from error
     except yaml.MarkedYAMLError as error:
         hint = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
-        raise ValueError(f"{name} is no YAML: {_place(error)}: {error.problem}{hint}") from error
+        raise ValueError(f"{name} is not YAML: {_place(error)}: {error.problem}{hint}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no YAML: {one_line(error)}") from error
+        raise ValueError(f"{name} is not YAML: {one_line(error)}") from error
 
 
 def _place(error: yaml.MarkedYAMLError) -> str:

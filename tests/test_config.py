@@ -117,8 +117,8 @@ def test_a_typo_in_a_file_is_an_error_that_names_it(tmp_path: Path) -> None:
         (b"data:\n  phantom:\n", "mine.yaml: data.phantom is null and must be a group"),
         (b"", "mine.yaml: the file is null and must be a group"),
         (b"[1, 2]", "mine.yaml: the file is .* and must be a group"),
-        (b"data: [\n", "mine.yaml is no YAML"),
-        (b"\xff\xfe", "mine.yaml is no YAML"),
+        (b"data: [\n", "mine.yaml is not YAML"),
+        (b"\xff\xfe", "mine.yaml is not YAML"),
     ],
 )
 def test_a_file_that_holds_no_options_is_named(content: bytes, message: str, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_all_faults_are_told_at_once_with_their_places(tmp_path: Path) -> None:
     assert str(told.value).splitlines() == [
         "6 options can't be used:",
         "  there is no option --bla; --help lists all",
-        "  more belongs to no option; see --help",
+        "  unexpected argument more; see --help",
         f"  {file}: there is no option modle; did you mean model?",
         f"  {file}: optim.lr .nan must be finite",
         "  --train.epochs 0 must be at least 1",
