@@ -1,6 +1,6 @@
-"""What resuming a run will do, told before anything is done: the run folder may be somebody else's.
+"""What resuming a run will do, logged before anything is done: the run folder may be somebody else's.
 
-Its `config.yaml` says what to do, as in any run, and may have been changed since the checkpoint was written.
+Its `config.yaml` decides, as in any run, and may have been changed since the checkpoint was written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipelines.basics.text import printable
 log = logging.getLogger(__name__)
 
 WRITTEN = ("checkpoints", "logs", "tensorboard", "run.log", ".lock")
-"""Folders that a run writes to, and files that it appends to; it replaces all others."""
+"""Folders that a run writes to, and files that it appends to; all others it replaces."""
 
 
 def refuse_links(run_dir: Path) -> None:
@@ -33,7 +33,7 @@ def refuse_links(run_dir: Path) -> None:
                 below(run_dir, name, path.name)
 
 
-def tell_what_resuming_does(config: Config) -> None:
+def log_effects_of_resuming(config: Config) -> None:
     """Log how the configuration differs from that of the newest checkpoint, and what it writes elsewhere."""
     assert config.run_dir is not None
     recorded = checkpoint.recorded_config(config.run_dir / "checkpoints")

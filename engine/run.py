@@ -29,7 +29,7 @@ from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.ranks.terminal import LogFile, PlainFormatter
 from engine.reports import pictures, report
 from engine.reports.run_tables import write_log, write_validation
-from engine.resume import refuse_links, tell_what_resuming_does
+from engine.resume import log_effects_of_resuming, refuse_links
 from engine.trained import load_trained
 from engine.trainer import Trainer
 from kernels import dispatch
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def start_run(read: Callable[[], Config]) -> int:
-    """Read a configuration and train by it; returns the exit status, see `run_command`."""
+    """Read a configuration and train with it; returns the exit status, see `run_command`."""
     config: Config | None = None
 
     def work() -> None:
@@ -51,27 +51,25 @@ def start_run(read: Callable[[], Config]) -> int:
         config = read()
         run(config)
 
-    return run_command(work, lambda: _how_to_go_on(config))
+    return run_command(work, lambda: _how_to_resume(config))
 
 
 def run(config: Config) -> None:
     """Train as `config` says and write the run folder: logs, checkpoints, tables, pictures, report.
 
     Raises:
-        ValueError, OSError: a value, a scan or a folder that can't be used, before training starts where it can be
-            known by then.
+        ValueError, OSError: a value, a scan or a folder that can't be used, before training starts if possible.
     """
     with torch.device("meta"):
-        # Refuses sizes that do not fit before any data are prepared.
-        make_model(config.model, config.data.crop_size_voxels, channels=1)
+        make_model(config.model, config.data.crop_size_voxels, channels=1)  # refuses sizes before data are prepared
     to_portable_dict(config)  # refuses paths that `config.yaml` can't hold
     ranks = init_ranks(config.train.device)
     paths_taken = dispatch.use(config.kernels, ranks.device)
     config.run_dir = gather(config.run_dir, ranks)[0]  # its default holds the time, which differs between ranks
     run_dir = config.run_dir
     assert run_dir is not None
-    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]  # before any rank makes them
-    config.resume = gather(config.resume, ranks)[0]  # a shared file system may show a checkpoint to some ranks first
+    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]  # before a rank makes them
+    config.resume = gather(config.resume, ranks)[0]  # on a shared file system some ranks may see a checkpoint first
 
     refuse_links(run_dir)
     lock = None
@@ -79,7 +77,7 @@ def run(config: Config) -> None:
         lock = _claim(run_dir, is_resumed=config.resume is not None) if ranks.is_first else None
         trainer = _begin(config, ranks, run_dir, paths_taken)
     except (ValueError, OSError, KeyboardInterrupt, SystemExit):
-        if lock:  # else the folder is another job's, which may have made it since
+        if lock:  # else the folder is another job's
             _remove_folders(new)
         raise
     trainer.fit()
@@ -94,7 +92,7 @@ def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Tra
     _start_log(run_dir, ranks)
     config, settings = apply_deepspeed_json(config, ranks.world_size)
     if config.resume and ranks.is_first:
-        tell_what_resuming_does(config)
+        log_effects_of_resuming(config)
     data = first_on_node(lambda: load_data(config.data), ranks)
     torch.manual_seed(config.train.seed)
     model = make_model(config.model, config.data.crop_size_voxels, len(data.store.modalities))
@@ -109,7 +107,7 @@ def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Tra
     if ranks.is_first:
         _write_config(config, run_dir)
         _draw_sample(trainer, data, run_dir / "samples.png")
-        # Written last: of a run that goes on it would say that it is over.
+        # A resumed run is not finished any more.
         (run_dir / "report.html").unlink(missing_ok=True)
     return trainer
 
@@ -209,10 +207,10 @@ def _print_table(summary: dict) -> None:
 
 
 def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
-    """Make the folder this run's own, for as long as the file that is returned is open.
+    """Lock the run folder for as long as the returned file is open.
 
     Raises:
-        ValueError: another process trains in it, it holds a run that this one would write over, or a link leads out.
+        ValueError: another job is training in it, it holds a run that this one would overwrite, or a link leads out.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -220,26 +218,26 @@ def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
     except OSError as error:
         raise cannot_write(f"--run_dir {run_dir}", error, "give another folder") from error
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of those that it starts
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by this process alone, not by those that it starts
     except (BlockingIOError, PermissionError) as error:
         raise ValueError(
-            f"--run_dir {run_dir}: another job trains in this folder; wait until it ends, or give another folder"
+            f"--run_dir {run_dir}: another job is training in this folder; wait until it ends, or give another folder"
         ) from error
     except OSError as error:
         log.debug("%s: no locks here: %s", run_dir, error)
     if not is_resumed and checkpoint.states(run_dir / "checkpoints"):
         raise ValueError(
-            f"--run_dir {run_dir} holds a run with checkpoints, which a new one would replace: go on with it by "
+            f"--run_dir {run_dir} holds a run with checkpoints, which a new one would replace: resume it with "
             f"--resume {run_dir}, or give another folder"
         )
     return lock
 
 
 def _remove_folders(new: Sequence[Path]) -> None:
-    """Remove the run folder that a failed start made, with its log, and the folders above that it made, if empty.
+    """Remove the folders that a failed start made: the run's, with its log, and those above it if they are empty.
 
     Args:
-        new: those folders, the run's own first; empty if that was there before.
+        new: those folders, the run's own first; empty if it existed before.
     """
     for folder in new[:1]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -249,9 +247,9 @@ def _remove_folders(new: Sequence[Path]) -> None:
 
 
 def _start_log(run_dir: Path, ranks: Ranks) -> None:
-    """Everything in a file, and lines on the terminal from the first rank alone.
+    """Log everything to files, and from the first rank also to the terminal.
 
-    The file is `run.log`, the first rank's; of several ranks each also writes one of its own, `logs/rank-0003.log`.
+    The first rank writes `run.log`; of several ranks, each also writes its own file, `logs/rank-0003.log`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     files = [own_folder(run_dir, "logs") / f"rank-{ranks.rank:04d}.log"] if ranks.world_size > 1 else []
@@ -268,10 +266,10 @@ def _start_log(run_dir: Path, ranks: Ranks) -> None:
         if ranks.is_first:
             logging.getLogger(name).handlers = list(handlers)
     if not ranks.is_first:
-        logging.getLogger().handlers = handlers  # with the warnings of other packages, too
+        logging.getLogger().handlers = handlers  # includes the warnings of other packages
 
 
-def _how_to_go_on(config: Config | None) -> str:
+def _how_to_resume(config: Config | None) -> str:
     saved = checkpoint.states(config.run_dir / "checkpoints") if config and config.run_dir else []
     if config and saved:
         return f"{saved[0]} is saved; the same command with --resume {config.run_dir} continues from it"
@@ -281,6 +279,6 @@ def _how_to_go_on(config: Config | None) -> str:
 
 
 def _write_config(config: Config, run_dir: Path) -> None:
-    """`config.yaml`, from which `--resume` continues and anyone can start the same run again, from any folder."""
+    """Write `config.yaml`, for `--resume` and for anyone who starts the same run again, from any folder."""
     with replacing(run_dir / "config.yaml") as file:
         yaml.safe_dump(to_portable_dict(config), file, sort_keys=False)

@@ -12,7 +12,7 @@ from test_checkpoint import write
 
 from engine.config import Config, to_portable_dict
 from engine.data import DataConfig, PhantomConfig
-from engine.resume import changed_options, refuse_links, tell_what_resuming_does, written_elsewhere
+from engine.resume import changed_options, log_effects_of_resuming, refuse_links, written_elsewhere
 from engine.run import run
 from engine.step import TrainConfig
 
@@ -65,6 +65,6 @@ def test_a_record_by_anybody_is_compared(config: object, tmp_path: Path, caplog:
     record = folder / "step-00000001" / "about.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"config": config}))
     with caplog.at_level(logging.INFO):
-        tell_what_resuming_does(Config(data=DataConfig(root=Path("/scans")), run_dir=tmp_path))
+        log_effects_of_resuming(Config(data=DataConfig(root=Path("/scans")), run_dir=tmp_path))
     assert ("--resume: --data" in caplog.text) == isinstance(config, dict)
     assert all(message.isprintable() for message in caplog.messages)

@@ -113,12 +113,12 @@ def test_a_folder_in_which_another_job_trains_is_refused(finished: Path) -> None
     with open(finished / "runs" / "one" / ".lock", "a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         done = train(finished, "--resume", "runs/one", "--train.epochs", "3")
-    assert done.returncode == 2 and "error: --run_dir runs/one: another job trains in this folder" in done.stderr
+    assert done.returncode == 2 and "error: --run_dir runs/one: another job is training in this folder" in done.stderr
 
 
 def test_a_run_is_not_written_over(finished: Path) -> None:
     run = finished / "runs" / "one"
-    with pytest.raises(ValueError, match=f"go on with it by --resume {run}, or give another folder"):
+    with pytest.raises(ValueError, match=f"resume it with --resume {run}, or give another folder"):
         _claim(run, is_resumed=False)
     _claim(run, is_resumed=True).close()
 
@@ -137,10 +137,10 @@ def test_a_folder_that_another_job_made_meanwhile_is_left_alone(
 ) -> None:
     def refuse(run_dir: Path, is_resumed: bool) -> None:
         (run_dir / "checkpoints").mkdir(parents=True)  # by a job that was started in the same second
-        raise ValueError("another job trains in this folder")
+        raise ValueError("another job is training in this folder")
 
     monkeypatch.setattr("engine.run._claim", refuse)
-    with pytest.raises(ValueError, match="another job trains"):
+    with pytest.raises(ValueError, match="another job is training"):
         run(Config(run_dir=tmp_path / "run", train=TrainConfig(device="cpu")))
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
