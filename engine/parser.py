@@ -1,7 +1,7 @@
 """From a command line and YAML files to checked options: the parser of every command.
 
 jsonargparse only prints the help. It would read each value as YAML: a folder `null` would become None, and one called
-`# x` a comment. Here the type of the option decides what a value means: see `pipelines.basics.option_values`. All mistakes are
+`# x` a comment. Here the type of the option decides what a value means: see `basics.option_values`. All mistakes are
 reported together, and a misspelt name with the one that was probably meant.
 """
 
@@ -43,7 +43,7 @@ class Option:
     """An option of a command.
 
     Attributes:
-        kind: its type, one of those in `pipelines.basics.option_values`. bounds: of its numbers. default: if it is not given.
+        kind: its type, one of those in `basics.option_values`. bounds: of its numbers. default: if it is not given.
         bare: its value if it is given without one; None: it needs one.
         is_flag: it takes no value on the command line. is_required, is_positional: as in argparse.
     """

@@ -1,8 +1,8 @@
 """The shapes of a synthetic head with a tumour, drawn from distances in mm; `pipelines.phantom` makes scans of them.
 
-Everything is smooth random fields, distances and ramps: a surface is where a distance is zero, and a tissue's occupancy
-rises from 0 to 1 over at least a voxel around it. The draws are taken from one generator in the order of the code, so a
-head is a function of its seed: another order makes other phantoms.
+Everything is made of smooth random fields, distances and ramps: a surface is where a distance is zero, and a tissue's
+occupancy rises from 0 to 1 over at least a voxel around it. All draws come from one generator in the order of the code,
+so a seed always gives the same head, and another order of the code would give other heads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEMI_AXES_MM = (64.0, 83.0, 71.0)
 class Field:
     """Smooth random fields on a box of the head's grid.
 
-    `axes` are the voxel centres in mm along x, y, z; `voxel_mm` is the mean voxel edge, the least width of a ramp.
+    `axes` are the voxel centres in mm along x, y, z; `voxel_mm` is the mean voxel edge, the minimum width of a ramp.
     """
 
     rng: np.random.Generator
@@ -55,14 +55,14 @@ def _bspline_matrix(axis_mm: np.ndarray, extent_mm: float, cell_mm: float) -> np
 
 
 def _ellipsoid(p: Sequence[np.ndarray], centre: Sequence[float], semi_axes: Sequence[float]) -> np.ndarray:
-    """Depth in mm, about, inside an ellipsoid: positive inside."""
+    """Approximate depth in mm below the surface of an ellipsoid, positive inside."""
     square = sum(((a - c) / s) ** 2 for a, c, s in zip(p, centre, semi_axes, strict=True))
     return (1 - np.sqrt(square)) * np.float32(min(semi_axes))
 
 
 @dataclass
 class Anatomy:
-    """Occupancies from 0 to 1 over the box, and what the tumour needs to know.
+    """Occupancies from 0 to 1 over the box, and the distances that the tumour depends on.
 
     Args:
         brain: bool mask.
@@ -147,7 +147,7 @@ def draw_seat(rng: np.random.Generator) -> Seat:
 
 
 def draw_tumour(f: Field, p: Sequence[np.ndarray], seat: Seat, anatomy: Anatomy, enhances: bool) -> Tumour:
-    """The tumour at coordinates p, in the brain and out of the ventricles."""
+    """The tumour at coordinates p, inside the brain and outside the ventricles."""
     distance = np.sqrt(sum(((a - c) / s) ** 2 for a, c, s in zip(p, seat.centre, seat.stretch, strict=True)))
     rough = f.smooth(18) * np.float32(0.28) + f.smooth(8) * np.float32(0.09)
     room = np.minimum(anatomy.surface - 2, 1.5 - anatomy.ventricle)
@@ -168,7 +168,7 @@ def draw_tumour(f: Field, p: Sequence[np.ndarray], seat: Seat, anatomy: Anatomy,
 
 
 def draw_distractors(f: Field, p: Sequence[np.ndarray], anatomy: Anatomy) -> tuple[np.ndarray, np.ndarray]:
-    """Occupancies of what is bright and no tumour: white-matter lesions with ventricular caps, and vessels."""
+    """Occupancies of bright structures that are not tumour: white-matter lesions with ventricular caps, and vessels."""
     spots = np.full(f.shape, -1e3, dtype=np.float32)
     for _ in range(f.rng.integers(2, 9)):
         side = 1 if f.rng.random() < 0.5 else -1

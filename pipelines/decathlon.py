@@ -1,10 +1,10 @@
 """Download Task01 (brain tumours, 7.1 GB) of the Medical Segmentation Decathlon.
 
-Address and MD5 are those of `monai.apps.DecathlonDataset`, and so is the layout: <folder>/Task01_BrainTumour.tar and
-<folder>/Task01_BrainTumour/. What differs is what a long download needs: it continues where it broke off (HTTP Range
-into `.tar.part`), a `.tar` has passed its checksum, and the task folder appears only when all is unpacked.
-The archive's paths are not trusted: a member that is a link, a device, or points outside ends in an error before
-anything is written. macOS's `._*` companions are left out.
+Address, MD5 and layout are those of `monai.apps.DecathlonDataset`: <folder>/Task01_BrainTumour.tar and
+<folder>/Task01_BrainTumour/. Unlike MONAI's, the download continues where it broke off (HTTP Range into `.tar.part`), a
+`.tar` has passed its checksum, and the task folder appears only once everything is unpacked.
+The archive's paths are not trusted: a member that is a link or a device, or points outside, is an error before anything
+is written. macOS's `._*` companion files are skipped.
 """
 
 from __future__ import annotations
@@ -40,35 +40,36 @@ URL = "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task01_BrainTumour.tar"
 MD5 = "240a19d752f0d9e9101544901065d872"
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30
-_ATTEMPTS = 4  # in a row without a byte gained
-_WAIT_S = 2.0  # before the second of them, doubling
+_ATTEMPTS = 4  # in a row that gain no byte
+_WAIT_S = 2.0  # before the second, doubling
 
 
 def download_task01(folder: Path, url: str = URL, md5: str = MD5) -> Path:
-    """Fetch and unpack Task01; do nothing where it is there, continue where it was interrupted.
+    """Fetch and unpack Task01, unless it is there already; continue an interrupted download.
 
     Args:
         folder: where the archive and the task folder go.
-        url, md5: of the archive, in hexadecimal; a mirror may be given.
+        url: of the archive; a mirror will do.
+        md5: of the archive, in hexadecimal.
 
     Returns:
         the task folder, which holds `dataset.json`.
 
     Raises:
-        DataError: the network refuses (with what to put where by hand), the checksum differs, the archive is unsafe or
-            no Task01, or the task folder is there without `dataset.json`.
+        DataError: the network fails (the message says what to put where by hand), the checksum differs, the archive is
+            unsafe or not Task01, or the task folder has no `dataset.json`.
     """
     folder = Path(folder)
     task, archive = folder / TASK, folder / f"{TASK}.tar"
     if (task / "dataset.json").is_file():
         return task
     if task.exists():
-        raise DataError(f"{task} is there but has no dataset.json: complete it, or move it away and run again")
+        raise DataError(f"{task} exists but has no dataset.json: complete it, or move it away and run again")
     folder.mkdir(parents=True, exist_ok=True)
     text = TextColumn("{task.description}")
     with Progress(text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
         if archive.is_file():
-            _check_md5(archive, md5, progress, "move it away, or replace it by a whole one, and run again")
+            _check_md5(archive, md5, progress, "move it away, or replace it with a complete one, and run again")
         else:
             part = archive.with_name(archive.name + ".part")
             _fetch(url, part, archive, md5, progress)
@@ -84,7 +85,7 @@ def download_task01(folder: Path, url: str = URL, md5: str = MD5) -> Path:
 
 
 def _fetch(url: str, part: Path, archive: Path, md5: str, progress: Progress) -> None:
-    """Fetch the whole of url into part, from where part ends; try again while that gains anything."""
+    """Fetch the rest of url into part; try again as long as that gains anything."""
     bar = progress.add_task(f"download {TASK}", total=None)
     failures = 0
     while True:
@@ -101,7 +102,7 @@ def _fetch(url: str, part: Path, archive: Path, md5: str, progress: Progress) ->
         if failures >= _ATTEMPTS:
             raise DataError(
                 f"cannot download {url}: {reason}. Run again to continue, or do it by hand: fetch that file elsewhere "
-                f"(md5 {md5}), put it at {archive}, and run again. A folder that is unpacked already goes to "
+                f"(md5 {md5}), put it at {archive}, and run again. A folder that is already unpacked goes to "
                 f"{archive.with_suffix('')}"
             ) from reason
         log.warning("download of %s broke off (%s): trying again", url, reason)
@@ -114,7 +115,7 @@ def _fetch_rest(url: str, part: Path, progress: Progress, bar: TaskID) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing beyond what is here; the checksum tells whether that is right
+        if error.code == 416 and start:  # nothing left to fetch; the checksum shows whether it is right
             return
         raise
     with response:
@@ -156,7 +157,7 @@ def _check_md5(path: Path, md5: str, progress: Progress, remedy: str) -> None:
 
 
 def _unpack(archive: Path, task: Path, progress: Progress) -> None:
-    """Unpack beside the task folder, then rename: the folder is whole or not there."""
+    """Unpack beside the task folder, then rename: the folder is complete or does not exist."""
     staging = archive.with_name(f".{TASK}.unpacking")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -170,7 +171,7 @@ def _unpack(archive: Path, task: Path, progress: Progress) -> None:
             raise DataError(f"{archive} holds no {TASK}/dataset.json: it is not Task01; move it away and run again")
         os.replace(staging / TASK, task)
     except tarfile.TarError as error:
-        raise DataError(f"{archive} is no readable tar archive ({error}): move it away and run again") from error
+        raise DataError(f"{archive} is not a readable tar archive ({error}): move it away and run again") from error
     except OSError as error:
         raise DataError(
             f"{archive} can't be unpacked to {task} ({error.strerror}): free space in {task.parent}, as much as the "

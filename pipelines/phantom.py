@@ -10,10 +10,10 @@ They let everything run without a download: trials, tests, benchmarks. They are 
    which is partial volume.
 3. Tumour by a distance whose level sets are roughened at two scales: oedema (finger-like, it prefers white matter)
    around a core, whose shell enhances and whose inside is necrotic. One case in ten does not enhance: its ET is empty.
-4. Intensities by tissue and modality, drawn anew for each case; texture, bias field, noise; background exactly 0.
+4. Intensities by tissue and modality, drawn for each case; texture, bias field, noise; background exactly 0.
 
-What makes it more than thresholding: contrasts vary between cases, oedema fades out at its border, FLAIR and T2 also
-show white-matter lesions and caps on the ventricles, T1c also vessels and choroid plexus, and T2 all CSF.
+Thresholding does not solve them: contrasts vary between cases, oedema fades out at its border, FLAIR and T2 also show
+white-matter lesions and caps on the ventricles, T1c also vessels and choroid plexus, and T2 all CSF.
 
 Labels are Decathlon's: 1 oedema, 2 non-enhancing core (with necrosis), 3 enhancing rim.
 """
@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from isal import igzip
 
 from pipelines.anatomy import (
     CENTRE_MM,
@@ -40,18 +39,18 @@ from pipelines.anatomy import (
     draw_seat,
     draw_tumour,
 )
-from pipelines.basics.atomic import remove_left_over, replacing, write_text
+from pipelines.basics.atomic import remove_left_over, write_text
 from pipelines.basics.errors import DataError
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.processes import cores
 from pipelines.basics.progress_bar import show_progress
+from pipelines.scans.nifti import write_nifti
 
 nib = Lazy("nibabel")
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it whenever the same parameters give other voxels
 _MIN_VOXELS = 16
-_GZIP_LEVEL = 1
 _MARKER = "phantom.json"
 
 _TISSUES = ("csf", "grey", "white", "oedema", "necrosis", "solid", "rim", "lesion", "vessel")
@@ -96,7 +95,7 @@ def _modality(
 
 
 def _box(size: Sequence[int]) -> tuple[tuple[slice, slice, slice], list[np.ndarray]]:
-    """The slices that can hold brain (the rest is zero, and most of the work saved), and their voxel centres in mm."""
+    """The slices that can hold brain (skipping the rest saves most of the work), and their voxel centres in mm."""
     slices, axes = [], []
     for n, extent, centre, semi in zip(size, HEAD_MM, CENTRE_MM, (82.0, 98.0, 96.0), strict=True):
         mm = (np.arange(n, dtype=np.float32) + 0.5) * np.float32(extent / n)
@@ -107,12 +106,12 @@ def _box(size: Sequence[int]) -> tuple[tuple[slice, slice, slice], list[np.ndarr
 
 
 def draw_phantom(size: tuple[int, int, int], seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """One case: a function of its arguments alone.
+    """One case; it depends on nothing but the arguments.
 
     Args:
-        size: voxels (X, Y, Z); the whole head is always in them.
+        size: voxels (X, Y, Z), which always hold the whole head.
         seed: of the set.
-        index: of the case in the set. One in every ten has no enhancing tumour.
+        index: of the case in the set. One in ten has no enhancing tumour.
 
     Returns:
         image int16 (X, Y, Z, 4) with FLAIR, T1w, T1gd, T2w; label uint8 (X, Y, Z).
@@ -147,15 +146,15 @@ def make_phantoms(
     spacing_mm: tuple[float, float, float] | None = None,
     workers: int | None = None,
 ) -> Path:
-    """Write a set of phantoms as a Decathlon task; do nothing where it is there, finish it where it was interrupted.
+    """Write a set of phantoms as a Decathlon task; a finished set is left alone, an interrupted one is finished.
 
     Args:
-        folder: the task folder, made where it is not there.
-        cases: how many, named BRATS_001 and on.
+        folder: the task folder, made if missing.
+        cases: how many, named BRATS_001 and so on.
         size: voxels (X, Y, Z), at least 16 on each axis.
         seed: of the set. Case i of a seed is the same whatever `cases` is.
-        spacing_mm: voxel size to state in the affine. None is the head's 240 x 240 x 155 mm over `size`, so 1 mm at
-            full size. Another value scales the head with it: it always fills the field of view alike.
+        spacing_mm: voxel size in the affine. None is 240 x 240 x 155 mm over `size`, so 1 mm at full size. Another
+            value scales the head with it, so that it fills the field of view alike.
         workers: threads; None is one per core, at most 8 (a full-size case takes about 0.7 GB).
 
     Returns:
@@ -189,18 +188,18 @@ def make_phantoms(
 
 
 def _claim(folder: Path, parameters: dict[str, object]) -> None:
-    """Mark the folder with the parameters before its first file; refuse it where it holds anything else."""
+    """Mark the folder with the parameters before its first file; refuse it if it holds anything else."""
     marker = folder / _MARKER
     if marker.is_file():
         present = json.loads(marker.read_text())
         if present != parameters:
             raise DataError(
-                f"{folder} holds phantoms made with {present}, and {parameters} are asked for: give another folder, "
-                "or delete this one"
+                f"{folder} holds phantoms made with {present}, not with {parameters}: give another folder, or delete "
+                "this one"
             )
         return
     if folder.exists() and not (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
-        raise DataError(f"{folder} is not empty and no folder of phantoms (no {_MARKER} in it): give another folder")
+        raise DataError(f"{folder} is not empty and not a folder of phantoms (no {_MARKER}): give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(marker, json.dumps(parameters))
 
@@ -215,17 +214,12 @@ def _write_case(
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
     affine[1, 3] = (size[1] - 1) * spacing[1]  # the origin of BraTS: (0, 239, 0) at full size
     for path, array in zip(_paths(folder, name), draw_phantom(size, seed, index), strict=True):
-        image = nib.Nifti1Image(array, affine)
-        image.header.set_xyzt_units("mm")
-        image.set_sform(affine, code=1)
-        image.set_qform(affine, code=1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, "wb") as file:
-            file.write(igzip.compress(image.to_bytes(), _GZIP_LEVEL, mtime=0))
+        write_nifti(path, array, affine)
 
 
 def _dataset_json(names: Sequence[str]) -> dict[str, object]:
-    """The fields of the real Task01, and their spelling."""
+    """The fields of the real Task01, in its spelling."""
     return {
         "name": "BRATS",
         "description": "Synthetic gliomas: drawn, not scanned",

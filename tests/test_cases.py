@@ -1,9 +1,11 @@
-"""The split of cases: MONAI's, by patient."""
+"""Cases of a data set with every fault named, and their split: MONAI's, by patient."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import decathlon, touch
+from datasets import brats_2018, brats_2023, decathlon, touch
 from monai.apps import DecathlonDataset
 from monai.data.utils import partition_dataset
 
 from pipelines.basics.errors import DataError
-from pipelines.cases import Case, CaseSet, find_cases, split_cases
+from pipelines.basics.text import as_text
+from pipelines.cases import Case, CaseSet, find_cases, split_cases, survey_cases
 from pipelines.labels import CODINGS
 
 
@@ -31,6 +34,115 @@ def test_finding_cases_imports_no_package_that_takes_seconds() -> None:
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_any_subset_of_modalities_in_any_order(tmp_path: Path) -> None:
+    brats_2023(tmp_path, "BraTS-GLI-00002-000")
+    found = find_cases(tmp_path, modalities=["t2w", "flair"])
+    assert found.modalities == ("t2", "flair")
+    assert [p.name[20:] for p in found.cases[0].images] == ["t2w.nii.gz", "t2f.nii.gz"]
+
+
+@pytest.mark.parametrize("modalities", [[], ["pet"], ["t1", "T1w"]])
+def test_modalities_that_are_unknown_or_repeated_are_refused(tmp_path: Path, modalities: list[str]) -> None:
+    with pytest.raises(DataError, match="flair, t1, t1c, t2"):
+        find_cases(brats_2023(tmp_path, "BraTS-GLI-00002-000"), modalities=modalities)
+
+
+def test_a_missing_modality_is_an_error_in_every_case_that_lacks_it(tmp_path: Path) -> None:
+    for number in range(4):
+        brats_2023(tmp_path, f"BraTS-GLI-0000{number}-000")
+    for number in (1, 3):
+        (tmp_path / f"BraTS-GLI-0000{number}-000" / f"BraTS-GLI-0000{number}-000-t2w.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"00001-000: modality t2 is missing; it has flair, t1, t1c") as caught:
+        find_cases(tmp_path)
+    assert "00003-000" in str(caught.value) and "00002-000" not in str(caught.value)
+    assert len(find_cases(tmp_path, modalities=["flair", "t1c"]).cases) == 4
+
+
+def test_a_modality_that_no_case_has_is_one_error(tmp_path: Path) -> None:
+    decathlon(tmp_path, range(30), modality={"0": "FLAIR", "1": "T1w"})
+    with pytest.raises(DataError, match="no case has t2; they have flair, t1: .*--data.modalities") as caught:
+        find_cases(tmp_path, modalities=["flair", "t2"])
+    assert "BRATS" not in str(caught.value)
+
+
+def test_every_fault_of_every_case_is_listed_at_once(tmp_path: Path) -> None:
+    for number in range(30):
+        brats_2023(tmp_path / "many", f"BraTS-GLI-{number:05d}-000")
+    gone = sorted((tmp_path / "many").rglob("*-t2w.nii.gz"))[:25]
+    for path in gone:
+        path.unlink()
+    twins = tmp_path / "many" / "BraTS-GLI-00029-000"
+    touch(twins, "BraTS-GLI-00029-000-t2f.nii")
+    brats_2023(tmp_path / "many" / "again", "BraTS-GLI-00028-000")
+    survey = survey_cases(tmp_path / "many")
+    assert survey.total == 31 and len(survey.faults) == 27
+    assert set(survey.usable.names) == {f"BraTS-GLI-{number:05d}-000" for number in (25, 26, 27, 28)}
+    with pytest.raises(DataError, match="many: 27 of 31 cases are faulty") as caught:
+        find_cases(tmp_path / "many")
+    text = str(caught.value)
+    for path in (*(path.parent for path in gone), twins):
+        assert text.count(f"\n  {path}: ") == 1
+    assert "case BraTS-GLI-00028-000: another case has this name" in text
+    assert text.count("Add the file, move the case away, or train") == 1
+
+
+def test_cases_without_label_are_skipped_with_a_warning_and_kept_for_prediction(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    brats_2023(tmp_path, "BraTS-GLI-00000-000")
+    folder = brats_2023(tmp_path, "BraTS-GLI-00001-000")
+    (folder / "BraTS-GLI-00001-000-seg.nii.gz").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert find_cases(tmp_path).names == ("BraTS-GLI-00000-000",)
+    assert "BraTS-GLI-00001-000" in caplog.text
+    assert find_cases(tmp_path, labelled=False).cases[1].label is None
+    with pytest.raises(DataError, match="none of its 1 cases has a label"):
+        find_cases(folder)
+
+
+def test_two_cases_of_one_name_are_refused(tmp_path: Path) -> None:
+    for grade in ("HGG", "LGG"):
+        brats_2018(tmp_path / grade, "Brats18_1")
+    with pytest.raises(
+        DataError, match=r"LGG/Brats18_1: case Brats18_1: another case has this name \(.*HGG/Brats18_1\)"
+    ):
+        find_cases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        (os.fsdecode(b"BraTS2021_M\xfcller"), "BraTS2021_M\\udcfcller is not plain text in UTF-8"),
+        ("BraTS2021_a\x1b[31m", "BraTS2021_a\\x1b[31m is not plain text"),
+        ("BraTS2021_a\nb", "BraTS2021_a\\nb is not plain text"),
+        (f"BraTS2021_{'x' * 220}", "has 230 bytes; files are named after it: at most 200"),
+        (f"BraTS2021_{'é' * 101}", "has 212 bytes"),
+    ],
+)
+def test_a_name_that_files_and_tables_cannot_have_is_a_fault_of_its_case(tmp_path: Path, case: str, said: str) -> None:
+    brats_2018(tmp_path, "BraTS2021_00000")
+    touch(tmp_path / case, *(f"{part}.nii.gz" for part in ("flair", "t1", "t1ce", "t2", "seg")))
+    survey = survey_cases(tmp_path)
+    assert survey.usable.names == ("BraTS2021_00000",) and survey.total == 2
+    (fault,) = survey.faults
+    assert said in str(fault)
+    for text in (str(fault), str(fault.path), fault.problem, str(pickle.loads(pickle.dumps(fault)))):
+        assert as_text(text) == text
+    with pytest.raises(DataError, match="1 of 2 cases are faulty") as caught:
+        find_cases(tmp_path)
+    str(caught.value).encode()
+
+
+def test_a_root_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"M\xfcller")
+    brats_2018(root, "BraTS2021_00000")
+    with pytest.raises(DataError, match=r"M\\udcfcller is not plain text in UTF-8.*rename that folder"):
+        find_cases(root)
+
+
+# Splits
 
 
 def some_cases(count: int) -> CaseSet:

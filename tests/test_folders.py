@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import pytest
 from datasets import ALL, brats_2018, brats_2023, decathlon, touch
 
 from pipelines.basics.errors import DataError
-from pipelines.basics.text import as_text
 from pipelines.cases import Case, find_cases, survey_cases
 from pipelines.labels import CODINGS
 
@@ -88,88 +85,6 @@ def test_the_misnamed_label_of_brats_2020_is_found(tmp_path: Path) -> None:
     assert find_cases(tmp_path).cases[0].label == folder / "W39_1998.09.19_Segm.nii"
 
 
-def test_any_subset_of_modalities_in_any_order(tmp_path: Path) -> None:
-    brats_2023(tmp_path, "BraTS-GLI-00002-000")
-    found = find_cases(tmp_path, modalities=["t2w", "flair"])
-    assert found.modalities == ("t2", "flair")
-    assert [p.name[20:] for p in found.cases[0].images] == ["t2w.nii.gz", "t2f.nii.gz"]
-
-
-@pytest.mark.parametrize("modalities", [[], ["pet"], ["t1", "T1w"]])
-def test_modalities_that_are_unknown_or_repeated_are_refused(tmp_path: Path, modalities: list[str]) -> None:
-    with pytest.raises(DataError, match="flair, t1, t1c, t2"):
-        find_cases(brats_2023(tmp_path, "BraTS-GLI-00002-000"), modalities=modalities)
-
-
-def test_a_missing_modality_is_an_error_in_every_case_that_lacks_it(tmp_path: Path) -> None:
-    for number in range(4):
-        brats_2023(tmp_path, f"BraTS-GLI-0000{number}-000")
-    for number in (1, 3):
-        (tmp_path / f"BraTS-GLI-0000{number}-000" / f"BraTS-GLI-0000{number}-000-t2w.nii.gz").unlink()
-    with pytest.raises(DataError, match=r"00001-000: modality t2 is missing; it has flair, t1, t1c") as caught:
-        find_cases(tmp_path)
-    assert "00003-000" in str(caught.value) and "00002-000" not in str(caught.value)
-    assert len(find_cases(tmp_path, modalities=["flair", "t1c"]).cases) == 4
-
-
-def test_a_modality_that_no_case_has_is_one_error(tmp_path: Path) -> None:
-    decathlon(tmp_path, range(30), modality={"0": "FLAIR", "1": "T1w"})
-    with pytest.raises(DataError, match="no case has t2; they have flair, t1: .*--data.modalities") as caught:
-        find_cases(tmp_path, modalities=["flair", "t2"])
-    assert "BRATS" not in str(caught.value)
-
-
-def test_every_fault_of_every_case_is_listed_at_once(tmp_path: Path) -> None:
-    for number in range(30):
-        brats_2023(tmp_path / "many", f"BraTS-GLI-{number:05d}-000")
-    gone = sorted((tmp_path / "many").rglob("*-t2w.nii.gz"))[:25]
-    for path in gone:
-        path.unlink()
-    twins = tmp_path / "many" / "BraTS-GLI-00029-000"
-    touch(twins, "BraTS-GLI-00029-000-t2f.nii")
-    brats_2023(tmp_path / "many" / "again", "BraTS-GLI-00028-000")
-    survey = survey_cases(tmp_path / "many")
-    assert survey.total == 31 and len(survey.faults) == 27
-    assert set(survey.usable.names) == {f"BraTS-GLI-{number:05d}-000" for number in (25, 26, 27, 28)}
-    with pytest.raises(DataError, match="many: 27 of 31 cases are faulty") as caught:
-        find_cases(tmp_path / "many")
-    text = str(caught.value)
-    for path in (*(path.parent for path in gone), twins):
-        assert text.count(f"\n  {path}: ") == 1
-    assert "case BraTS-GLI-00028-000: another case has this name" in text
-    assert text.count("Add the file, move the case away, or train") == 1
-
-
-def test_every_listed_file_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
-    decathlon(tmp_path, [1, 2, 3])
-    gone = [tmp_path / name for name in ("imagesTr/BRATS_001.nii.gz", "labelsTr/BRATS_001.nii.gz")]
-    gone.append(tmp_path / "labelsTr/BRATS_003.nii.gz")
-    for path in gone:
-        path.unlink()
-    survey = survey_cases(tmp_path)
-    assert [fault.path for fault in survey.faults] == gone
-    assert survey.usable.names == ("BRATS_002",) and survey.total == 3
-    (tmp_path / "list.json").write_text(
-        json.dumps([{"name": name, "flair": f"{name}.nii.gz", "label": "labelsTr/BRATS_002.nii.gz"} for name in "ab"])
-    )
-    faults = survey_cases(tmp_path / "list.json", release="brats2018").faults
-    assert [fault.path for fault in faults] == [tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"]
-
-
-def test_cases_without_label_are_left_out_said_and_kept_for_prediction(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    brats_2023(tmp_path, "BraTS-GLI-00000-000")
-    folder = brats_2023(tmp_path, "BraTS-GLI-00001-000")
-    (folder / "BraTS-GLI-00001-000-seg.nii.gz").unlink()
-    with caplog.at_level(logging.WARNING):
-        assert find_cases(tmp_path).names == ("BraTS-GLI-00000-000",)
-    assert "BraTS-GLI-00001-000" in caplog.text
-    assert find_cases(tmp_path, labelled=False).cases[1].label is None
-    with pytest.raises(DataError, match="none of its 1 cases has a label"):
-        find_cases(folder)
-
-
 def test_mixed_releases_are_counted_and_an_explicit_one_selects(tmp_path: Path) -> None:
     brats_2023(tmp_path, "BraTS-GLI-00000-000")
     brats_2018(tmp_path, "BraTS20_Training_001")
@@ -226,15 +141,6 @@ def test_two_files_of_one_kind_are_refused_by_name(tmp_path: Path) -> None:
         find_cases(tmp_path)
 
 
-def test_two_cases_of_one_name_are_refused(tmp_path: Path) -> None:
-    for grade in ("HGG", "LGG"):
-        brats_2018(tmp_path / grade, "Brats18_1")
-    with pytest.raises(
-        DataError, match=r"LGG/Brats18_1: case Brats18_1: another case has this name \(.*HGG/Brats18_1\)"
-    ):
-        find_cases(tmp_path)
-
-
 def test_a_folder_without_cases_says_what_was_looked_for(tmp_path: Path) -> None:
     touch(tmp_path, "scan.nii.gz", "deep/er/than/this/x_flair.nii.gz")
     with pytest.raises(DataError, match=r"no cases found.*dataset.json.*_flair/_t1/_t1ce/_t2.*-t2f"):
@@ -244,14 +150,6 @@ def test_a_folder_without_cases_says_what_was_looked_for(tmp_path: Path) -> None
         find_cases(tmp_path)
     with pytest.raises(DataError, match="nowhere does not exist"):
         find_cases(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("contrast", ["t1Gd", "T1c", "t1gd", "T1CE", "t1post", "t1_ce"])
-@pytest.mark.parametrize("mark", ["_", "-"])
-def test_no_spelling_of_the_contrast_image_is_passed_over(tmp_path: Path, contrast: str, mark: str) -> None:
-    touch(tmp_path / "case", *(f"case{mark}{part}.nii.gz" for part in ("FLAIR", "T1", contrast, "T2", "seg")))
-    found = find_cases(tmp_path, "brats2018")
-    assert found.modalities == ALL and found.cases[0].images[2].name == f"case{mark}{contrast}.nii.gz"
 
 
 def test_scans_that_no_rule_knows_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -340,12 +238,6 @@ def test_bids_folders_are_named_by_patient_and_session(tmp_path: Path) -> None:
     assert list(found.patients) == ["sub-07"]
 
 
-def test_time_points_of_brats_2024_are_of_one_patient(tmp_path: Path) -> None:
-    for case in ("BraTS-GLI-02062-100", "BraTS-GLI-02062-101", "BraTS-GLI-02063-100"):
-        brats_2023(tmp_path, case)
-    assert list(find_cases(tmp_path).patients) == ["BraTS-GLI-02062", "BraTS-GLI-02063"]
-
-
 # Links, folders and names that can't be used
 
 
@@ -422,37 +314,6 @@ def test_a_folder_that_cannot_be_read_is_a_fault_and_the_others_are_used(
     shut.add(tmp_path)
     with pytest.raises(DataError, match=r"no cases found.*\n.*can't be read \(Permission denied\)"):
         find_cases(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("case", "said"),
-    [
-        (os.fsdecode(b"BraTS2021_M\xfcller"), "BraTS2021_M\\udcfcller is not plain text in UTF-8"),
-        ("BraTS2021_a\x1b[31m", "BraTS2021_a\\x1b[31m is not plain text"),
-        ("BraTS2021_a\nb", "BraTS2021_a\\nb is not plain text"),
-        (f"BraTS2021_{'x' * 220}", "has 230 bytes; files are named after it: at most 200"),
-        (f"BraTS2021_{'é' * 101}", "has 212 bytes"),
-    ],
-)
-def test_a_name_that_files_and_tables_cannot_have_is_a_fault_of_its_case(tmp_path: Path, case: str, said: str) -> None:
-    brats_2018(tmp_path, "BraTS2021_00000")
-    touch(tmp_path / case, *(f"{part}.nii.gz" for part in ("flair", "t1", "t1ce", "t2", "seg")))
-    survey = survey_cases(tmp_path)
-    assert survey.usable.names == ("BraTS2021_00000",) and survey.total == 2
-    (fault,) = survey.faults
-    assert said in str(fault)
-    for text in (str(fault), str(fault.path), fault.problem, str(pickle.loads(pickle.dumps(fault)))):
-        assert as_text(text) == text
-    with pytest.raises(DataError, match="1 of 2 cases are faulty") as caught:
-        find_cases(tmp_path)
-    str(caught.value).encode()
-
-
-def test_a_root_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> None:
-    root = tmp_path / os.fsdecode(b"M\xfcller")
-    brats_2018(root, "BraTS2021_00000")
-    with pytest.raises(DataError, match=r"M\\udcfcller is not plain text in UTF-8.*rename that folder"):
-        find_cases(root)
 
 
 # Real scans

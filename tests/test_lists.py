@@ -146,10 +146,3 @@ def test_a_list_without_labels_needs_no_release(tmp_path: Path) -> None:
     touch(tmp_path, "x.nii.gz")
     (tmp_path / "list.csv").write_text("name,t1\na,x.nii.gz\n")
     assert find_cases(tmp_path / "list.csv", labelled=False).names == ("a",)
-
-
-def test_a_broken_link_in_a_list_is_named_as_such(tmp_path: Path) -> None:
-    (tmp_path / "x.nii.gz").symlink_to("gone.nii.gz")
-    (tmp_path / "list.csv").write_text("name,t1\na,x.nii.gz\n")
-    with pytest.raises(DataError, match="x.nii.gz: is a link to gone.nii.gz, which does not exist"):
-        find_cases(tmp_path / "list.csv", labelled=False)

@@ -75,14 +75,6 @@ def test_affine_is_nibabels_best(tmp_path: Path, sform_code: int, qform_code: in
     np.testing.assert_array_equal(read_nifti(tmp_path / "a.nii.gz")[1], nib.load(tmp_path / "a.nii.gz").affine)
 
 
-def test_gzip_of_several_members_is_read_whole(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.nii", voxels(0))
-    content = path.read_bytes()
-    parts = (content[:100], content[100:400], content[400:])
-    (tmp_path / "b.nii.gz").write_bytes(b"".join(gzip.compress(part) for part in parts))
-    np.testing.assert_array_equal(read_nifti(tmp_path / "b.nii.gz")[0], voxels(0))
-
-
 def test_case_is_stacked_in_the_order_of_its_files(tmp_path: Path) -> None:
     raw = read_case(make_case(tmp_path), CODING)
     assert raw.image.dtype == np.float32 and raw.image.shape == (*SHAPE, 2)

@@ -37,14 +37,6 @@ def test_decathlon_test_images_are_cases_only_where_no_label_is_needed(tmp_path:
     assert unlabelled.names == ("BRATS_001", "BRATS_002", "BRATS_900") and unlabelled.cases[2].label is None
 
 
-@pytest.mark.parametrize("part", ["imagesTr", "labelsTr"])
-def test_a_file_that_dataset_json_lists_and_is_not_there_is_named(tmp_path: Path, part: str) -> None:
-    missing = decathlon(tmp_path, [1, 2]) / part / "BRATS_002.nii.gz"
-    missing.unlink()
-    with pytest.raises(DataError, match=rf"{missing}: case BRATS_002: listed in .*dataset.json"):
-        find_cases(tmp_path)
-
-
 def test_hidden_entries_of_dataset_json_are_ignored(tmp_path: Path) -> None:
     entry = {"image": "./imagesTr/BRATS_001.nii.gz", "label": "./labelsTr/BRATS_001.nii.gz"}
     hidden = {key: value.replace("BRATS", "._BRATS") for key, value in entry.items()}
@@ -92,11 +84,6 @@ def test_a_dataset_json_that_is_no_brain_tumour_task_is_refused(
     ("content", "message"),
     [
         (b'{"modality": ', "dataset.json is not valid JSON"),
-        (b'{"training": [], "x": ' + b"[" * 100_000, "dataset.json is not valid JSON"),
-        (b'{"training": [' + b"9" * 5000 + b"]}", "dataset.json is not valid JSON"),
-        (b'{"training": [], "training": [1]}', "the key 'training' is given twice"),
-        ('{"training": "é"}'.encode("latin-1"), "dataset.json is not in UTF-8"),
-        ('{"training": []}'.encode("utf-16"), "dataset.json is not in UTF-8"),
         (b"[]", "this file is neither"),
         (b"null", "this file is neither"),
         (b"{}", "this file is neither"),

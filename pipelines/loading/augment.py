@@ -11,17 +11,17 @@ In the order of the pipeline, which is nnU-Net's (spatial, noise, blur, multipli
     dropout      whole modalities become zero, never all of them
     (jitter)
 
-The affine comes before the z-score, so that the statistics are those of the voxels that the network sees. The others
-come after it, because their ranges are in units of the z-score, and before the jitter, which ends the published chain.
+The affine comes before the z-score, so that the statistics are those of the voxels the network sees. The others come
+after it, because their ranges are in units of the z-score, and before the jitter, which ends the published chain.
 
-Background is exactly zero before the affine and in a z-scored crop. It stays zero in the bias field and the dropout.
-The affine and the blur let it mix with the head at the rim; what the affine brings in from outside the crop is zero.
-Noise covers it as any other voxel, and gamma moves it to another value: zero is the mean there, not the minimum.
+Background is exactly zero before the affine and in a z-scored crop. The bias field and the dropout keep it zero. The
+affine and the blur mix it with the head at the rim; the affine fills with zeros from outside the crop. Noise changes it
+like any other voxel, and gamma moves it to another value: zero is the mean there, not the minimum.
 
-Each augmentation stands behind an `if` of the pipeline (DALI's conditionals), so that the samples of a batch that it
-does not fire for cost nothing and keep their bits; one that is off adds no operator at all. Random numbers are drawn in
-Python alone, from the generator of the sample. DALI's own random state is not used: a run that resumes could not move
-it. The functions of nodes run on a CPU and a GPU alike, and only in pipelines defined with `enable_conditionals`.
+Each augmentation stands behind an `if` of the pipeline (DALI's conditionals), so that samples for which it does not fire
+cost nothing and keep their bits; one that is off adds no operator at all. Random numbers are drawn only in Python, from
+the generator of the sample. DALI's own random state is not used, as a resumed run could not restore it. The pipeline
+functions run on CPU and GPU nodes alike, and only in pipelines defined with `enable_conditionals`.
 
 Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS.
 """
@@ -70,7 +70,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Augment:
-    """Extra augmentations of the training crops: a probability of 0 is off, and each other option is its range.
+    """Extra augmentations of the training crops: a probability of 0 is off, the other options are ranges.
 
     Raises:
         ValueError: a probability outside 0 to 1, a range that is empty or makes no sense.
@@ -79,9 +79,9 @@ class Augment:
     affine_prob: float = number(0.0, least=0, most=1)
     """Probability of a random rotation and scaling of image and label about the centre of the crop."""
     affine_rotate_range_degrees: Triple = number((15.0, 15.0, 15.0), least=0, most=180)
-    """Largest rotation about X, Y and Z, either way; of the voxel grid, as MONAI rotates, not of millimetres."""
+    """Largest rotation about X, Y and Z, either way; of the voxel grid, as in MONAI, not of millimetres."""
     affine_scale_range: Triple = number((0.2, 0.2, 0.2), least=0, below=1)
-    """Scaling along X, Y and Z by 1 - range to 1 + range, each by itself; above 1 the head shrinks, as in MONAI."""
+    """Scaling along X, Y and Z by 1 - range to 1 + range, independently; above 1 the head shrinks, as in MONAI."""
     noise_prob: float = number(0.0, least=0, most=1)
     """Probability of Gaussian noise."""
     noise_std: float = number(0.1, above=0, most=1000)
@@ -89,17 +89,17 @@ class Augment:
     blur_prob: float = number(0.0, least=0, most=1)
     """Probability of a Gaussian blur."""
     blur_sigma_range_voxels: tuple[float, float] = number((0.5, 1.0), above=0, most=100, rising=True)
-    """Standard deviation of the blur, drawn for each axis by itself."""
+    """Range of the standard deviation of the blur, drawn for each axis independently."""
     bias_field_prob: float = number(0.0, least=0, most=1)
     """Probability of a smooth bias field, the same for all modalities."""
     bias_field_coeff_range: tuple[float, float] = number((0.0, 0.1), least=-3, most=3, rising=True)
     """Range of the 20 coefficients of its logarithm, a Legendre polynomial of degree 3."""
     gamma_prob: float = number(0.0, least=0, most=1)
-    """Probability of a gamma curve, which keeps minimum and maximum of the image."""
+    """Probability of a gamma curve, which keeps the image's minimum and maximum."""
     gamma_range: tuple[float, float] = number((0.7, 1.5), above=0, most=100, rising=True)
     """Range of its exponent."""
     dropout_prob: float = number(0.0, least=0, most=1)
-    """Probability that a modality is set to zero, for each by itself; one at least is left."""
+    """Probability of setting a modality to zero, for each independently; at least one is kept."""
 
     def __post_init__(self) -> None:
         refuse([f"--data.augment.{fault}" for fault in faults(self)])
@@ -110,7 +110,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class AugmentDraw:
-    """What chance decided for one sample; None where an augmentation is off or did not fire.
+    """The random draws of one sample; None where an augmentation is off or did not fire.
 
     Attributes:
         affine: rotation in degrees about the axes and factor of scaling along them.
@@ -153,7 +153,7 @@ def draw_augment(rng: np.random.Generator, augment: Augment, channels: int) -> A
     bias_field = uniform(augment.bias_field_prob, *([c] * len(BIAS_TERMS) for c in augment.bias_field_coeff_range))
     gamma = uniform(augment.gamma_prob, *([g] for g in augment.gamma_range))
     dropout = rng.random(channels) if augment.dropout_prob else np.ones(channels)
-    dropped = (dropout < augment.dropout_prob) & (dropout < dropout.max())  # where all would go, one of them stays
+    dropped = (dropout < augment.dropout_prob) & (dropout < dropout.max())  # if all would go, one stays
     return AugmentDraw(
         affine=None if affine is None else (affine[:3], tuple(1 + s for s in affine[3:])),
         noise=None if noise is None else (math.copysign(noise[0], noise[1]), int(noise[2])),

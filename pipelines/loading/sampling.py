@@ -1,10 +1,10 @@
-"""Which crop of which case comes next, what chance does to it, and where in the volume it lies.
+"""Which crop of which case comes next, its random draws, and where in the volume it lies.
 
 Randomness. A sample's draws come from a counter-based generator (Philox: the key holds the seed, the counter the epoch
-and the position in the epoch). They depend on nothing else: not on the number of threads or ranks, not on what was
-drawn before. So a run resumes by arithmetic, and epoch 5 is the same whether or not epochs 0 to 4 were asked for.
+and the position in the epoch). They depend on nothing else: not on the number of threads or ranks, not on earlier
+draws. So a run resumes by arithmetic, and epoch 5 is the same whether or not epochs 0 to 4 were drawn.
 
-The order of an epoch is a permutation of its samples, padded from its own start, so every rank has as many.
+The order of an epoch is a permutation of its samples, padded from its own start, so that all ranks have equally many.
 
 Axes. Volumes are (X, Y, Z, C); X, Y, Z are the axes of RAS.
 """
@@ -29,10 +29,10 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class CropDraw:
-    """What chance decided for one sample.
+    """The random draws of one sample.
 
     Attributes:
-        start: first voxel of the crop, in the volume as padded to at least the crop size.
+        start: first voxel of the crop, in the volume padded to at least the crop size.
         flip: whether the first spatial axis is reversed.
         scale: the image is multiplied by 1 + scale; 0 where not drawn.
         shift: added to the image after that; 0 where not drawn.
@@ -45,9 +45,9 @@ class CropDraw:
 
 
 def generator(seed: int, epoch: int, position: int, stream: int = 0) -> np.random.Generator:
-    """A generator of a sample; `position` -1 is the order of the epoch. Streams of one sample are independent.
+    """The generator of a sample; `position` -1 is for the order of the epoch. Streams of one sample are independent.
 
-    Philox steps the low counter word itself.
+    Philox advances the low counter word itself.
     """
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, stream, epoch, position + 1]))
 
@@ -64,7 +64,7 @@ def draw_sample(
     """CropDraw the crop, flip, scale and shift of one sample.
 
     The start is uniform over all crops that fit, as in MONAI's RandSpatialCrop; with probability `foreground_prob` the
-    crop is centred on a random tumour voxel instead, and pushed back inside the volume where it would leave it.
+    crop is centred on a random tumour voxel instead, and shifted to stay inside the volume.
 
     Args:
         seed: of the run.
@@ -87,7 +87,7 @@ def draw_sample(
     return CropDraw((int(start[0]), int(start[1]), int(start[2])), bool(flip), float(scale), float(shift))
 
 
-@lru_cache(4)  # every batch asks for it
+@lru_cache(4)  # needed for every batch
 def epoch_order(seed: int, epoch: int, samples: int, multiple: int) -> NDArray[np.int64]:
     """A fresh permutation of `samples`, padded from its own start to a multiple of `multiple`; read-only."""
     order = np.resize(generator(seed, epoch, -1).permutation(samples), -(-samples // multiple) * multiple)
@@ -110,7 +110,7 @@ def copy_crop(volume: NDArray, start: Sequence[int], out: NDArray) -> None:
 
 
 def overlap(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[tuple, tuple]:
-    """Where in the volume a crop comes from, and where in the crop that goes: three slices each."""
+    """The part of the volume that a crop covers, and its place in the crop: three slices each."""
     padding = [max(n - dim, 0) // 2 for n, dim in zip(size[:3], shape[:3], strict=True)]
     first = [int(a) - p for a, p in zip(start, padding, strict=True)]
     source = tuple(slice(max(a, 0), min(a + n, dim)) for a, n, dim in zip(first, size, shape, strict=False))

@@ -131,14 +131,14 @@ def read_description(path: Path) -> str:
 def write_nifti(
     path: Path, array: np.ndarray, affine: np.ndarray, like: Path | None = None, description: str = ""
 ) -> None:
-    """Write a volume, whole or not at all.
+    """Write a volume, whole or not at all; the same volume gives the same bytes.
 
     Args:
         path: `.nii.gz`, or `.nii` for no compression; in any letter case.
         array: (X, Y, Z) or (X, Y, Z, C), of a dtype that NIfTI has.
         affine: (4, 4), voxel index to mm (RAS+).
         like: a file on the same grid; the new one takes its NIfTI version, units, sform and qform codes and nothing
-            else, as descriptions and extensions can name a patient. None: NIfTI-1, mm.
+            else, as descriptions and extensions can name a patient. None: NIfTI-1, mm, both codes 1.
         description: for the header, at most 79 characters.
 
     Raises:
@@ -152,12 +152,14 @@ def write_nifti(
     if source is None:
         image = nib.Nifti1Image(array, affine)
         image.header.set_xyzt_units("mm")
+        image.set_sform(affine, code=1)
+        image.set_qform(affine, code=1)
     else:
         image = _on_grid_of(source, array, affine)
     image.header["descrip"] = description
     data = image.to_bytes()
     if path.name.lower().endswith(".gz"):
-        data = igzip.compress(data, 2)  # leaves 1 % of a label map
+        data = igzip.compress(data, 2, mtime=0)  # leaves 1 % of a label map
     with replacing(path, "wb") as file:
         file.write(data)
 
