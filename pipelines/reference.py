@@ -38,8 +38,9 @@ from monai.transforms import (
 
 from pipelines.cases import Case
 from pipelines.labels import Coding
+from pipelines.spacing import DEFAULT_SPACING
 
-SPACING_MM = (1.5, 1.5, 2.0)
+SPACING_MM = DEFAULT_SPACING.mm
 KEYS = ("image", "label")
 
 

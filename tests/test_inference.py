@@ -118,7 +118,7 @@ def test_files_names_arrays_and_a_4d_file_give_the_same(run: Path, scan: np.ndar
             r"3 files \(a.nii, .*\) for 2 modalities: give the files of t1c, flair",
         ),
         ({"flair": "a.nii"}, r"no t1c among a.nii \(flair\)"),
-        ({"flair": "a_t1c.nii", "t1c": "a_flair.nii"}, "a_t1c.nii is given as flair, and its name says t1c"),
+        ({"flair": "a_t1c.nii", "t1c": "a_flair.nii"}, "a_t1c.nii is given as flair, but its name says t1c"),
         (np.zeros((3, 8, 8, 8)), r"an array is \(3, 8, 8, 8\) without an affine"),
         (["absent.nii", "also.nii"], "absent.nii: there is no such file"),
     ],

@@ -66,7 +66,7 @@ def test_a_json_list_may_hold_4d_images(tmp_path: Path) -> None:
         ([{"name": "a", "flairr": "x.nii.gz"}], "case a has flairr"),
         ([{"name": "a", "image": "x.nii.gz"}], "case a has image.*modalities"),
         ([{"name": "a", "flair": "x.nii.gz", "t2f": "y.nii.gz"}], "flair x.*t2f y.*two for one modality"),
-        ([{"name": "a", "flair": "x.nii.gz", "t1": "x.nii.gz"}], "flair x.*t1 x.*a file is given twice"),
+        ([{"name": "a", "flair": "x.nii.gz", "t1": "./x.nii.gz"}], "flair x.*t1 ./x.*a file is given twice"),
         (3, "lists no cases"),
         ({"modalities": "t1", "cases": {"a": {}}}, "lists no cases"),
     ],

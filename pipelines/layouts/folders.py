@@ -22,7 +22,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.basics.errors import CaseError, DataError
@@ -43,16 +42,8 @@ _UNTIL_2013 = re.compile(r"_subtrmeandivstd$|^otmulticlass$|^VSD\.Brain.*\.\d+$"
 _YEARS_OF = {"brats2013": "until 2016", "brats2018": "2017 to 2022", "brats2023": "2023", "brats2024-ped": "2024 on"}
 _DEPTH = 3
 _OF_THE_DISK = "lost+found"  # at the root of a file system, closed to all but root
+_Scan = tuple[Path, Path]  # the path whose name says what it is, and the file; they differ on Kaggle
 _MOVE_AWAY = "Change its permissions, or move it out of the data set"
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What is in a folder, sorted by name: its scans, each with the path whose name says what it is; its folders."""
-
-    scans: tuple[tuple[Path, Path], ...]
-    folders: tuple[Path, ...]
-    faults: tuple[CaseError, ...]
 
 
 def from_folders(
@@ -67,11 +58,11 @@ def from_folders(
         raise DataError(f"{root} does not exist: give a Decathlon task folder, a BraTS folder, or a .json or .csv list")
     found: list[FoundCase] = []
     unused: list[Path] = []  # scans that belong to no case
-    for folder, contents in _walk(root, _DEPTH):
-        case = _folder_case(folder, root, contents)
+    for folder, scans, faults in _walk(root, _DEPTH):
+        case = _folder_case(folder, root, scans, faults)
         if case:
             found.append(case)
-        unused += case.unused if case else [named for named, _ in contents.scans]
+        unused += case.unused if case else [named for named, _ in scans]
     readable = [case for case in found if case.files]
     if not readable:
         raise _nothing_found(root, unused, found)
@@ -86,24 +77,15 @@ def from_folders(
     return asked, [case for case in found if id(case) in fitting or not case.files]
 
 
-def _walk(folder: Path, depth: int) -> Iterator[tuple[Path, _Contents]]:
-    """A folder and those below it, sorted."""
-    contents = _contents_of(folder)
-    yield folder, contents
-    here = os.path.realpath(folder)
-    for below in contents.folders if depth else ():
-        # A link to a folder above it would come round again.
-        if not below.is_symlink() or not Path(here).is_relative_to(os.path.realpath(below)):
-            yield from _walk(below, depth - 1)
-
-
-def _contents_of(folder: Path) -> _Contents:
-    scans: list[tuple[Path, Path]] = []
+def _walk(folder: Path, depth: int) -> Iterator[tuple[Path, list[_Scan], list[CaseError]]]:
+    """A folder and those below it, sorted, each with its scans and its faults."""
+    scans: list[_Scan] = []
     folders: list[Path] = []
     faults: list[CaseError] = []
     entries = _entries(folder)
     if isinstance(entries, CaseError):
-        return _Contents((), (), (entries,))
+        yield folder, [], [entries]
+        return
     for path, is_folder in entries:
         is_named = modality_of(path) is not None or is_label(path)
         if is_folder and not is_named:
@@ -116,7 +98,12 @@ def _contents_of(folder: Path) -> _Contents:
                 faults.append(scan)
             else:
                 scans.append((path, scan))
-    return _Contents(tuple(scans), tuple(folders), tuple(faults))
+    yield folder, scans, faults
+    here = os.path.realpath(folder)
+    for below in folders if depth else ():
+        # A link to a folder above would lead here again.
+        if not below.is_symlink() or not Path(here).is_relative_to(os.path.realpath(below)):
+            yield from _walk(below, depth - 1)
 
 
 def _entries(folder: Path) -> list[tuple[Path, bool]] | CaseError:
@@ -155,14 +142,16 @@ def _within(folder: Path) -> Path | CaseError:
     return scans[0]
 
 
-def _folder_case(folder: Path, root: Path, contents: _Contents) -> FoundCase | None:
+def _folder_case(
+    folder: Path, root: Path, scans: Sequence[_Scan], other_faults: Sequence[CaseError]
+) -> FoundCase | None:
     """The case in a folder; None where no file is named like an image."""
     files: dict[str, Path] = {}
     path_named: dict[str, Path] = {}
     unused: list[Path] = []
-    faults = list(contents.faults)
+    faults = [*other_faults]
     is_twice = False  # reported once: a folder of many cases has as many duplicates as files
-    for named, scan in contents.scans:
+    for named, scan in scans:
         key = modality_of(named) or ("label" if is_label(named) else None)
         if key is None:
             unused.append(named)

@@ -42,18 +42,20 @@ class FoundCase:
 def listed_case(
     name: str,
     listed_in: Path,
-    files: Mapping[str, Path],
-    label: Path | None,
+    files: Mapping[str, str | Path],
+    label: str | Path | None,
     patient: str | None,
     channels: Mapping[str, int] | None = None,
     faults: Sequence[CaseError] = (),
 ) -> FoundCase:
-    """A case that a file names; each of its files that does not exist, or is not a file, is added to its faults."""
+    """A case that a file names, with paths relative to it; files that don't exist, or are none, add to its faults."""
+    paths = {modality: listed_in.parent / file for modality, file in files.items()}
+    label_path = listed_in.parent / label if label else None
     missing = f"case {name}: listed in {listed_in}, but does not exist"
-    paths = dict.fromkeys([*files.values(), label])
-    found = [file_fault(path, missing, "Put the file there, or correct the list") for path in paths if path]
-    all_faults = (*(fault for fault in found if fault), *faults)
-    return FoundCase(name, listed_in, files, channels, label, faults=all_faults, patient=patient)
+    distinct = filter(None, dict.fromkeys([*paths.values(), label_path]))
+    of_files = [file_fault(path, missing, "Put the file there, or correct the list") for path in distinct]
+    all_faults = (*filter(None, of_files), *faults)
+    return FoundCase(name, listed_in, paths, channels, label_path, faults=all_faults, patient=patient)
 
 
 def unstated_coding(path: Path, found: Sequence[FoundCase], unlabelled_as: Coding | None, remedy: str = "") -> Coding:

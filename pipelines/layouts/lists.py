@@ -108,17 +108,16 @@ def _record_case(where: str, record: Any, order: Sequence[str], listed_in: Path)
             f'{", ".join(MODALITIES)}, label and patient, or in JSON with "modalities" (the order of the last axis of '
             "a 4D file) name, image and label"
         )
-    paths = {key: listed_in.parent / value for key, value in values.items()}
     faults = []
-    if twice or len(set(paths.values())) < len(paths):
+    if twice or len(set(map(Path, values.values()))) < len(values):
         listed = ", ".join(f"{key} {value}" for key, value in [*values.items(), *twice])
         problem = f"{where}: case {name}: {listed}: a file is given twice, or two for one modality"
-        faults.append(CaseError(listed_in, problem, "Correct the list: one file for each modality"))
-    label, channels = paths.pop("label", None), None
-    if "image" in paths:
+        faults = [CaseError(listed_in, problem, "Correct the list: one file for each modality")]
+    label, channels = values.pop("label", None), None
+    if "image" in values:
         channels = {modality: i for i, modality in enumerate(order)}
-        paths = dict.fromkeys(order, paths["image"])
-    return listed_case(name, listed_in, paths, label, patient, channels, faults)
+        values = dict.fromkeys(order, values["image"])
+    return listed_case(name, listed_in, values, label, patient, channels, faults)
 
 
 def _values(where: str, record: Mapping[Any, Any]) -> tuple[dict[str, str], list[tuple[str, str]]]:

@@ -123,7 +123,7 @@ def _entry(path: Path, where: str, entry: Any, channels: Mapping[str, int]) -> F
     images = [image] if isinstance(image, str) and image.strip() else image
     if not isinstance(images, list) or not images:
         raise DataError(f'{where} is {brief(entry)} and must be {{"image": file or files, "label": file}}')
-    label = _label_path(path, entry, where)
+    label = _text_in(entry, "label", where)
     paths = [path.parent / require_text(item, f"{where}: image") for item in images]
     if paths[0].name.startswith("._"):
         return None
@@ -144,11 +144,6 @@ def _text_in(entry: Mapping[str, Any], key: str, where: str) -> str | None:
     """What an entry has under a key, None where that is missing or null. Raises DataError where it is not text."""
     value = entry.get(key)
     return None if value is None else require_text(value, f"{where}: {key}")
-
-
-def _label_path(listed_in: Path, entry: Mapping[str, Any], where: str) -> Path | None:
-    text = _text_in(entry, "label", where)
-    return listed_in.parent / text if text else None
 
 
 def _by_modality(where: str, paths: Sequence[Path], channels: Mapping[str, int]) -> dict[str, Path]:
@@ -218,9 +213,8 @@ def _nnunet_listed(path: Path, dataset: Any, channels: Mapping[str, int]) -> Ite
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list) or len(images) != len(channels):
             raise DataError(f"{where} is {brief(entry)} and must have images, {len(channels)} files, and label, a file")
-        paths = [path.parent / require_text(item, f"{where}: images") for item in images]
-        label = _label_path(path, entry, where)
-        yield listed_case(name, path, dict(zip(channels, paths, strict=True)), label, patient_of(name))
+        files = dict(zip(channels, [require_text(item, f"{where}: images") for item in images], strict=True))
+        yield listed_case(name, path, files, _text_in(entry, "label", where), patient_of(name))
 
 
 def _nnunet_folder(

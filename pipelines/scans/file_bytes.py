@@ -73,15 +73,11 @@ class ScanFile:
         if not start:
             raise CaseError(path, "empty file: 0 bytes", COPY_AGAIN)
         self._is_gzip = start[:2] == _GZIP_MAGIC
-        self.head = self._inflated_head(start) if self._is_gzip else start
+        self.head, is_whole = _inflate(path, start, _HEAD_BYTES, _SMALLEST_SLICE) if self._is_gzip else (start, True)
+        if len(self.head) < _HEAD_BYTES and not is_whole:
+            raise self._ends_early()
         if not self.head:
             raise CaseError(path, "empty gzip: nothing inside", COPY_AGAIN)
-
-    def _inflated_head(self, start: bytes) -> bytes:
-        head, is_whole = _inflate(self._path, start, _HEAD_BYTES, _SMALLEST_SLICE)
-        if len(head) < _HEAD_BYTES and not is_whole:
-            raise self._ends_early()
-        return head
 
     def content(self, needed: int, what: str) -> bytes:
         """The content, at least as long as is needed.

@@ -88,7 +88,7 @@ def _read(path: Path) -> tuple[np.ndarray, NiftiHeader]:
         scan = ScanFile(path, file)
         header = parse_header(path, scan.head)
         data = scan.content(header.file_bytes, f"shape {header.shape} of {header.dtype}")
-        check_extensions(path, data, header)
+        check_extensions(data, header)
         array = np.frombuffer(data, header.dtype, header.voxels, header.offset).reshape(header.shape, order="F")
         if header.slope is not None and header.intercept is not None:
             with np.errstate(over="ignore", invalid="ignore"):  # makes Inf, which is found later
@@ -194,47 +194,35 @@ def read_case(case: Case, coding: Coding) -> RawCase:
             a label value that is not an integer or not in the coding; too little memory.
     """
     with _memory_for(case.images[0]):
-        buffer_CZYX, grid = _read_4d(case) if case.channels is not None else _read_3d(case)
+        buffer_CZYX, first = _read_4d(case) if case.channels is not None else _read_3d(case)
         label, label_affine = None, None
         if case.label is not None:
-            array, label_grid = _read_one_3d(case.label)
-            _check_same_grid(label_grid, grid)
-            label, label_affine = to_labels(case.label, array, coding), label_grid.affine
-    return RawCase(buffer_CZYX.transpose(3, 2, 1, 0), label, grid.affine, label_affine)
+            array, header = _read_one_3d(case.label)
+            _check_same_grid(header, first)
+            label, label_affine = to_labels(case.label, array, coding), header.affine
+    return RawCase(buffer_CZYX.transpose(3, 2, 1, 0), label, first.affine, label_affine)
 
 
-@dataclass(frozen=True)
-class _FileGrid:
-    path: Path
-    shape: tuple[int, ...]  # (X, Y, Z)
-    header: NiftiHeader
-
-    @property
-    def affine(self) -> np.ndarray:
-        return self.header.affine
-
-
-def _read_3d(case: Case) -> tuple[np.ndarray, _FileGrid]:
+def _read_3d(case: Case) -> tuple[np.ndarray, NiftiHeader]:
     array, first = _read_one_3d(case.images[0])
     buffer_CZYX = np.empty((len(case.images), *array.shape[::-1]), np.float32)
     for index, path in enumerate(case.images):
-        array, grid = (array, first) if index == 0 else _read_one_3d(path)
-        _check_same_grid(grid, first)
+        array, header = (array, first) if index == 0 else _read_one_3d(path)
+        _check_same_grid(header, first)
         _fill(buffer_CZYX[index], array, path, "")
     return buffer_CZYX, first
 
 
-def _read_one_3d(path: Path) -> tuple[np.ndarray, _FileGrid]:
+def _read_one_3d(path: Path) -> tuple[np.ndarray, NiftiHeader]:
     """A file as (X, Y, Z); axes of length 1 after the third are dropped."""
     array, header = _read(path)
     if array.ndim < 3 or any(n > 1 for n in array.shape[3:]):
         problem = f"shape {array.shape} has {array.ndim} dimensions, must have 3 (X, Y, Z)"
         raise CaseError(path, problem, "Give one 3D file per modality, or list it as a 4D file")
-    array = array.reshape(array.shape[:3], order="F")
-    return array, _FileGrid(path, array.shape, header)
+    return array.reshape(array.shape[:3], order="F"), header
 
 
-def _read_4d(case: Case) -> tuple[np.ndarray, _FileGrid]:
+def _read_4d(case: Case) -> tuple[np.ndarray, NiftiHeader]:
     assert case.channels is not None
     (path,) = case.images
     array, header = _read(path)
@@ -250,7 +238,7 @@ def _read_4d(case: Case) -> tuple[np.ndarray, _FileGrid]:
     buffer_CZYX = np.empty((len(case.channels), z, y, x), np.float32)
     for index, channel in enumerate(case.channels):
         _fill(buffer_CZYX[index], array[..., channel], path, f" in channel {channel}")
-    return buffer_CZYX, _FileGrid(path, (x, y, z), header)
+    return buffer_CZYX, header
 
 
 def _fill(channel_ZYX: np.ndarray, array_XYZ: np.ndarray, path: Path, which: str) -> None:
@@ -260,11 +248,11 @@ def _fill(channel_ZYX: np.ndarray, array_XYZ: np.ndarray, path: Path, which: str
     check_image(path, channel_ZYX.T, which, maybe_infinite=array_XYZ.dtype.kind == "f")
 
 
-def _check_same_grid(grid: _FileGrid, first: _FileGrid) -> None:
-    shape, affine, first_affine = grid.shape, grid.affine, first.affine
-    if shape != first.shape:
-        problem = f"shape {shape} differs from {first.shape} of {first.path}; the files of a case share a grid"
-        raise CaseError(grid.path, problem, _RESAMPLE_FIRST)
+def _check_same_grid(header: NiftiHeader, first: NiftiHeader) -> None:
+    shape, first_shape, affine, first_affine = header.shape[:3], first.shape[:3], header.affine, first.affine
+    if shape != first_shape:
+        problem = f"shape {shape} differs from {first_shape} of {first.path}; the files of a case share a grid"
+        raise CaseError(header.path, problem, _RESAMPLE_FIRST)
     corners = np.array([[x, y, z, 1] for x in (0, shape[0] - 1) for y in (0, shape[1] - 1) for z in (0, shape[2] - 1)])
     distance = float(np.linalg.norm((corners @ (affine - first_affine).T)[:, :3], axis=1).max())
     if distance <= CORNER_TOLERANCE_MM:
@@ -273,13 +261,13 @@ def _check_same_grid(grid: _FileGrid, first: _FileGrid) -> None:
         f"its affine {affine[:3].tolist()} differs from {first_affine[:3].tolist()} of {first.path}: corners are up to "
         f"{distance:.3g} mm apart, {CORNER_TOLERANCE_MM} mm is allowed"
     )
-    for blank, other in ((grid, first), (first, grid)):
-        if blank.header.is_blank and not other.header.is_blank:
-            lack = "without origin" if blank.header.has_orientation else "only its voxel size, sform and qform unset"
+    for blank, other in ((header, first), (first, header)):
+        if blank.is_blank and not other.is_blank:
+            lack = "without origin" if blank.has_orientation else "only its voxel size, sform and qform unset"
             raise CaseError(
-                grid.path,
+                header.path,
                 f"{problem}. That of {blank.path} is {lack}, as written by software that ignores orientation",
                 f"If its voxels are in the order of {other.path}, copy that file's header (fslcpgeom {other.path} "
                 f"{blank.path}); resampling would move them. Otherwise resample it to one grid, {WITHOUT_IT}",
             )
-    raise CaseError(grid.path, problem, _RESAMPLE_FIRST)
+    raise CaseError(header.path, problem, _RESAMPLE_FIRST)

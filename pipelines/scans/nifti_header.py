@@ -49,6 +49,7 @@ class NiftiHeader:
     """The part of a header that reading needs.
 
     Args:
+        path: of the file.
         shape: (X, Y, Z, ...).
         dtype: of the voxels in the file: integers or real numbers, in its byte order.
         offset: of the first voxel, in bytes.
@@ -59,6 +60,7 @@ class NiftiHeader:
         fields: all fields, as nibabel has them.
     """
 
+    path: Path
     shape: tuple[int, ...]
     dtype: np.dtype
     offset: int
@@ -90,7 +92,7 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
     """The header in a file's first bytes.
 
     Args:
-        path: for messages.
+        path: of the file.
         head: its first 544 bytes or more, or all if there are fewer.
 
     Raises:
@@ -121,7 +123,7 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
         raise CaseError(path, f"{fault}; its header states {unit} (xyzt_units {units})", _CORRECT_AFFINE)
     codes = int(fields["sform_code"]), int(fields["qform_code"])
     offset = _offset(path, fields)
-    return NiftiHeader(shape, dtype, offset, slope, intercept, affine, mm_per_unit, any(codes), fields)
+    return NiftiHeader(path, shape, dtype, offset, slope, intercept, affine, mm_per_unit, any(codes), fields)
 
 
 def _kind(path: Path, head: bytes) -> type[nib.Nifti1Header]:
@@ -227,7 +229,7 @@ def _extent_fault(shape: tuple[int, ...], affine: np.ndarray) -> str | None:
     return f"shape {shape} is {listing} mm, a scan of a head is at most {MOST_MM:g} mm long"
 
 
-def check_extensions(path: Path, data: bytes, header: NiftiHeader) -> None:
+def check_extensions(data: bytes, header: NiftiHeader) -> None:
     """Refuse a file whose header extensions (not used here) run into its voxels: a sign of damage.
 
     Raises:
@@ -240,5 +242,5 @@ def check_extensions(path: Path, data: bytes, header: NiftiHeader) -> None:
         size = int(np.frombuffer(data, f"{header.fields.endianness}i4", 1, position)[0])
         if size < 8 or position + size > header.offset:
             problem = f"an extension of {size} bytes at byte {position}, voxels from {header.offset}"
-            raise CaseError(path, f"damaged NIfTI header: {problem}", COPY_AGAIN)
+            raise CaseError(header.path, f"damaged NIfTI header: {problem}", COPY_AGAIN)
         position += size
