@@ -106,15 +106,13 @@ def _grid_of(shape: Sequence[int], affine: np.ndarray, spacing: Spacing, turn: n
     if _is_same_grid(shape, affine, spaced_shape, spaced_affine):
         spaced_affine = affine
     orientation = ornt.ornt_transform(ornt.io_orientation(spaced_affine), ornt.axcodes2ornt("RAS"))
-    final_affine = spaced_affine @ ornt.inv_ornt_aff(orientation, spaced_shape)
-    x, y, z = (spaced_shape[int(axis)] for axis in np.argsort(orientation[:, 0]))
-    return Grid((x, y, z), final_affine, spaced_shape, spaced_affine, orientation, turn)
+    return Grid(*turned_grid(spaced_shape, spaced_affine, orientation), spaced_shape, spaced_affine, orientation, turn)
 
 
 def turned_grid(
     shape: Sequence[int], affine: np.ndarray, turn: np.ndarray | None
 ) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape and affine of a file after its turn, as it is resampled."""
+    """Shape and affine of a volume after a turn (nibabel's orientation); None: it is not turned."""
     x, y, z = shape
     if turn is None:
         return (x, y, z), affine

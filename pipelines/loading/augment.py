@@ -18,12 +18,11 @@ Background is exactly zero before the affine and in a z-scored crop. The bias fi
 affine and the blur mix it with the head at the rim; the affine fills with zeros from outside the crop. Noise changes it
 like any other voxel, and gamma moves it to another value: zero is the mean there, not the minimum.
 
-Each augmentation stands behind an `if` of the pipeline (DALI's conditionals), so that samples for which it does not fire
-cost nothing and keep their bits; one that is off adds no operator at all. Random numbers are drawn only in Python, from
-the generator of the sample. DALI's own random state is not used, as a resumed run could not restore it. The pipeline
-functions run on CPU and GPU nodes alike, and only in pipelines defined with `enable_conditionals`.
-
-Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS.
+Each augmentation stands behind an `if` of the pipeline (DALI's conditionals), so that samples for which it does not
+fire cost nothing and keep their bits; one that is off adds no operator at all. Random numbers are drawn only in Python,
+from the generator of the sample. DALI's own random state is not used, as a resumed run could not restore it. The
+pipeline functions run on CPU and GPU nodes alike, and only in pipelines defined with `enable_conditionals`. Axes.
+Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS.
 """
 
 from __future__ import annotations
