@@ -161,7 +161,7 @@ def list_cases(config: DataConfig, root: Path) -> CaseSet:
         return find_cases(root, config.release, config.modalities, config.regions)
     survey = survey_cases(root, config.release, config.modalities, config.regions)
     for fault in survey.faults:
-        log.warning("left out: %s", fault)
+        log.warning("skipped: %s", fault)
     if not survey.usable.cases:
         raise DataError(f"{root}: each of its {survey.total} cases has a fault")
     return survey.usable
@@ -197,7 +197,7 @@ def load_data(config: DataConfig) -> Data:
     store = prepared(config, cases.select([name for name in cases.names if name in {*train, *val}]))
     train, val = (tuple(name for name in names if name in store.names) for names in (train, val))
     if not train:
-        raise DataError("every training case has a fault and was left out (--data.skip_faulty): nothing to train on")
+        raise DataError("every training case is faulty and was skipped (--data.skip_faulty): nothing to train on")
     for use, names in (("train on", train), ("validate on", val)):
         _say_tumours(store, names, use)
     return Data(store, train, val)

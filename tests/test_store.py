@@ -565,7 +565,7 @@ def test_faulty_cases_are_left_out_only_where_that_is_asked_for(
         caplog.clear()
         store = prepare(cases, tmp_path / "store", SPACING, workers=1, skip_faulty=True)
         assert store.names == tuple(name for name in cases.names if name != "case1")
-        assert "left out: case case1" in caplog.text and cases.cases[1].images[0].name in caplog.text
+        assert "skipped: case case1" in caplog.text and cases.cases[1].images[0].name in caplog.text
     whole = prepare(cases.select(store.names), tmp_path / "store", SPACING, workers=1)
     for i in range(len(store)):
         np.testing.assert_array_equal(store.image(i), whole.image(i))

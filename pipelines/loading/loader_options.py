@@ -18,28 +18,18 @@ Residence = Literal["auto", "gpu", "pinned", "mapped"]
 class CropOptions:
     """Random crops: all that decides which come, beside the cases and the number of ranks.
 
-    Attributes:
-        crop_size: (X, Y, Z) in voxels.
-        batch_size: crops per step on this rank.
-        seed: of the order and of every draw.
-        crops_per_case: crops of each case in an epoch.
-        accumulate_steps: an epoch has a multiple of so many batches.
-        foreground_prob: share of crops centred on a random tumour voxel; 0 is the published experiment.
-        augment: flip, scale and shift; crops stay random without it.
-        extras: extra augmentations.
-
     Raises:
         ValueError: a value outside its bounds.
     """
 
-    crop_size: Size
-    batch_size: int = number(2, least=1)
-    seed: int = 0
-    crops_per_case: int = number(1, least=1)
-    accumulate_steps: int = number(1, least=1)
-    foreground_prob: float = number(0.0, least=0, most=1)
-    augment: bool = True
-    extras: Augment = field(default_factory=Augment)
+    crop_size: Size  # (X, Y, Z) in voxels
+    batch_size: int = number(2, least=1)  # crops per step on this rank
+    seed: int = 0  # of the order and of every draw
+    crops_per_case: int = number(1, least=1)  # in an epoch
+    accumulate_steps: int = number(1, least=1)  # an epoch has a multiple of so many batches
+    foreground_prob: float = number(0.0, least=0, most=1)  # share centred on a tumour voxel; published: 0
+    augment: bool = True  # flip, scale and shift; crops stay random without
+    extras: Augment = field(default_factory=Augment)  # extra augmentations
 
     def __post_init__(self) -> None:
         refuse(list(faults(self)))
@@ -49,28 +39,19 @@ class CropOptions:
 class LoaderOptions:
     """What a loader needs beside its cases and crops: whose share it loads, and where batches go.
 
-    Attributes:
-        device: where the pipeline runs and the batches are; "cuda" alone is torch's current GPU.
-        rank, world_size: of this process.
-        ranks_on_node: processes that share the memory of a node.
-        pad: fill volumes smaller than the crop with zeros, symmetrically, instead of refusing them.
-        threads: DALI's CPU threads.
-        residence: where prepared volumes are meanwhile (volumes.py).
-        dtype, memory_format: of the images.
-
     Raises:
-        ValueError: a value that makes no sense.
+        ValueError: no such device or rank.
     """
 
-    device: torch.device = torch.device("cpu")
-    rank: int = 0
+    device: torch.device = torch.device("cpu")  # of pipeline and batches; "cuda" alone is torch's current GPU
+    rank: int = 0  # of this process
     world_size: int = 1
-    ranks_on_node: int = 1
-    pad: bool = False
-    threads: int = 2
-    residence: Residence = "auto"
-    dtype: torch.dtype = torch.float32
-    memory_format: torch.memory_format = torch.channels_last_3d
+    ranks_on_node: int = 1  # processes that share the memory of a node
+    pad: bool = False  # fill volumes smaller than the crop with zeros, symmetrically, instead of refusing them
+    threads: int = 2  # DALI's, on the CPU
+    residence: Residence = "auto"  # where prepared volumes stay during training, see volumes.py
+    dtype: torch.dtype = torch.float32  # of the images
+    memory_format: torch.memory_format = torch.channels_last_3d  # of the images
 
     def __post_init__(self) -> None:
         if self.device.type not in ("cpu", "cuda"):

@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.cases import CaseSet
-from pipelines.geometry import label_grid, target_grid
+from pipelines.geometry import target_grid
 from pipelines.loading.dali import BUFFERS, Batch, Stream
 from pipelines.loading.loader_options import DEFAULT_OPTIONS, CropOptions, LoaderOptions
 from pipelines.loading.loaders import CropLoader
 from pipelines.loading.raw import ImageOnGrid, ResampleInputs, raw_pipeline
 from pipelines.loading.sampling import CropDraw, copy_crop
-from pipelines.preparing.prepared_case import foreground_voxels
-from pipelines.resample import resample_label
+from pipelines.preparing.prepared_case import foreground_voxels, prepared_label
 from pipelines.scans.nifti import read_case, read_grid
 from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
 
@@ -101,11 +100,8 @@ class ScanSource:
     def decode(self, i: int) -> DecodedCase:
         """Read a case, and resample its label. Raises CaseError as `read_case`."""
         raw = read_case(self.cases[i], self.coding)
-        assert raw.label is not None and raw.label_affine is not None, "loaders refuse cases without a label"
-        shape = raw.label.shape
-        grid = target_grid(shape, raw.affine, self.spacing)
-        own = label_grid(grid, shape, raw.label_affine, self.spacing)
-        label = resample_label(raw.label, raw.label_affine, own)
+        grid = target_grid(raw.image.shape[:3], raw.affine, self.spacing)
+        label = prepared_label(raw, grid, self.spacing)
         if i not in self._foreground:
             self._foreground[i] = foreground_voxels(label)
         return DecodedCase(ImageOnGrid.of(raw.image, raw.affine, grid), label[..., None])

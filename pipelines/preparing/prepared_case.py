@@ -20,11 +20,11 @@ from isal import isal_zlib
 from pipelines.basics.atomic import replacing
 from pipelines.basics.errors import CaseError, DataError
 from pipelines.cases import Case
-from pipelines.geometry import label_grid, target_grid
+from pipelines.geometry import Grid, label_grid, target_grid
 from pipelines.labels import Coding
 from pipelines.preparing.file_hashes import FileHash, hash_file, is_unchanged
 from pipelines.resample import resample_image, resample_label
-from pipelines.scans.nifti import read_case
+from pipelines.scans.nifti import RawCase, read_case
 from pipelines.spacing import Spacing
 
 FORMAT = 3
@@ -37,23 +37,14 @@ _INTENSITIES = "as in the files, resampled; not normalised"
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How cases are prepared, and where to.
+    """How cases are prepared, and where to."""
 
-    Attributes:
-        folder: of the store.
-        modalities: channels of the images.
-        coding: of the labels.
-        spacing: of the result.
-        dtype: of the images on disk.
-        device: that resamples.
-    """
-
-    folder: Path
-    modalities: tuple[str, ...]
-    coding: Coding
-    spacing: Spacing
-    dtype: StoreDtype
-    device: Literal["cpu", "gpu"]
+    folder: Path  # of the store
+    modalities: tuple[str, ...]  # channels of the images
+    coding: Coding  # of the labels
+    spacing: Spacing  # of the result
+    dtype: StoreDtype  # of the images on disk
+    device: Literal["cpu", "gpu"]  # that resamples
 
     def key(self, case: Case, hashes: Mapping[Path, FileHash]) -> str:
         """Hash of these options and of the content of a case's files."""
@@ -146,10 +137,8 @@ def build(options: PrepareOptions, case: Case, hashes: Mapping[Path, FileHash]) 
         arrays = {"image": resample_case(raw, grid, torch.device("cuda"))}
     else:
         arrays = {"image": resample_image(raw.image, raw.affine, grid)}
-    if raw.label is not None and raw.label_affine is not None:
-        # As MONAI: the label on its own affine, which decides its ties, in the shape of the image.
-        own = label_grid(grid, source_shape, raw.label_affine, options.spacing)
-        arrays["label"] = resample_label(raw.label, raw.label_affine, own)
+    if raw.label is not None:
+        arrays["label"] = prepared_label(raw, grid, options.spacing)
         arrays["foreground"] = foreground_voxels(arrays["label"])
     scale = None
     if options.dtype == "float16":
@@ -170,6 +159,15 @@ def build(options: PrepareOptions, case: Case, hashes: Mapping[Path, FileHash]) 
         "scale": scale,
     }
     return _write(options.folder / stem_of(case.name, key), arrays, record)
+
+
+def prepared_label(raw: RawCase, grid: Grid, spacing: Spacing) -> np.ndarray:
+    """uint8 (X, Y, Z): the label of a case, which has one, on the grid of its image.
+
+    As in MONAI, it is resampled by its own affine, which decides its ties, in the shape of the image.
+    """
+    assert raw.label is not None and raw.label_affine is not None
+    return resample_label(raw.label, raw.label_affine, label_grid(grid, raw.label.shape, raw.label_affine, spacing))
 
 
 def _write(stem: Path, arrays: Mapping[str, np.ndarray], record: dict[str, Any]) -> dict[str, Any]:

@@ -1,27 +1,26 @@
-"""Prepared volumes on disk: decode, resample and orient each case once, and map the result into memory afterwards.
+"""Prepared volumes on disk: each case is decoded, resampled and oriented once, and mapped into memory from then on.
 
 A case is four files, `<name>-<key>.image.npy` (float32, (X, Y, Z, C)), `.label.npy` (uint8, (X, Y, Z)),
 `.foreground.npy` (some voxels of the tumour, for crops that hold it) and `.json` (grids, sizes, checksums). A case of
-BraTS is 32 MB at 1.5 x 1.5 x 2.0 mm, a quarter of its raw size. Intensities are the file's own: normalising belongs to
-the crop.
+BraTS is 32 MB at 1.5 x 1.5 x 2.0 mm, a quarter of its raw size. Intensities are the file's own: crops are normalised.
 
-float16 is an option: half the bytes, and each voxel is off by at most 2^-11 of itself (0.05 %). Each channel is divided
-by a power of two so that nothing overflows, and what is too small for float16 becomes its smallest number rather than
-zero: zero means "outside the head" to the z-score.
+With float16 it is half the bytes, and each voxel is off by at most 2^-11 of itself (0.05 %). Each channel is divided by
+a power of two so that nothing overflows, and what is too small for float16 becomes its smallest number, not zero: zero
+means "outside the head" to the z-score.
 
-The key is a hash of the content of the input files, of what was asked of them (spacing, modalities, channels, label
-values) and of the format's version: other data or other parameters are other files, and one folder serves any number
-of experiments. `index.json` remembers the hash of a file by path, size, inode and times: a second run opens no scan.
+The key is a hash of the content of the input files, of the options (spacing, modalities, channels, label values) and of
+the format's version: other data or options make other files, and one folder serves any number of experiments.
+`index.json` keeps the hash of a file by path, size, inode and times, so a second run opens no scan.
 
-Every file is written under a temporary name and moved into place, the `.json` last: a case without it is not there. So
-a run may be killed at any point and started again, and several runs may fill one folder at once: at worst both write
+Every file is written under a temporary name and moved into place, the `.json` last: a case without it does not exist.
+So a run may be killed at any point and started again, and several runs may fill one folder at once: at worst both write
 the same bytes. Temporary files of dead runs are removed at the next start.
 
 Each `.npy`, its header included, is compared with its checksum when it is first opened; one that is damaged or gone is
-prepared again from the scans, with a warning. The `.json` has its own; a case whose `.json` is damaged is not there.
+prepared again from the scans, with a warning. A `.json` holds its own checksum, and a damaged one counts as missing.
 
 Cases are prepared in processes (pipelines/basics/processes.py), each one case at a time, and only its record and hashes
-come back: memory is about 0.4 GB per worker, whatever the set.
+come back: memory is about 0.4 GB per worker, however many cases there are.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
 
 log = logging.getLogger(__name__)
 
-MAPS = 16384  # arrays kept mapped, for a new map's pages are faulted in anew; a process may have 65,530 maps on Linux
+MAPS = 16384  # arrays kept mapped: mapping again costs page faults. Linux allows a process 65,530 maps
 
 
 class Store:
@@ -101,7 +100,7 @@ class Store:
         return voxels if scale is None else voxels.astype(np.float32) * scale
 
     def voxels(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The image as stored, memory-mapped, and what to multiply each channel with, float32 (C,); None: with 1."""
+        """The image as stored, memory-mapped, and the factor of each channel, float32 (C,); None: 1."""
         scale = self._records[i].get("scale")
         return self._array(i, "image"), None if scale is None else np.array(scale, np.float32)
 
@@ -119,7 +118,7 @@ class Store:
         return not set(whole).isdisjoint(self._records[i]["label_values"] or ())
 
     def foreground(self, i: int) -> np.ndarray:
-        """int32 (K, 3): at most 4096 voxels of label > 0, evenly taken in C order; K is 0 where there are none."""
+        """int32 (K, 3): at most 4096 voxels of label > 0, evenly spaced in C order; K is 0 if there are none."""
         if "foreground" not in self._records[i]["files"]:
             return np.empty((0, 3), np.int32)
         return self._array(i, "foreground")
@@ -148,10 +147,10 @@ class Store:
         return sum(file["bytes"] for record in records for file in record["files"].values())
 
     def _array(self, i: int, kind: str) -> np.ndarray:
-        """An array of a case, mapped and found whole, if need be after preparing the case again.
+        """An array of a case, mapped and checked; the case is prepared again if it is damaged.
 
         Raises:
-            DataError: it is damaged or gone, and the scans are not what they were.
+            DataError: it is damaged or gone, and the scans have changed.
         """
         path = self._path(i, kind)
         if (i, kind) not in self._found_whole:
@@ -163,7 +162,7 @@ class Store:
         return self._map(path)
 
     def _fault(self, i: int, kind: str) -> str:
-        """What is wrong with an array on disk; empty where nothing is."""
+        """What is wrong with an array on disk; empty if nothing."""
         try:
             found = checksum(self._path(i, kind))
         except FileNotFoundError:
@@ -195,58 +194,83 @@ def prepare(
     skip_faulty: bool = False,
     device: Literal["cpu", "gpu"] = "cpu",
 ) -> Store:
-    """Open the store of some cases, and prepare first what it lacks; where it lacks nothing, nothing is written.
+    """Open the store of some cases, after preparing those that it lacks; if it has all, nothing is written.
 
     Args:
         case_set: the cases.
         store_dir: folder of the store; made where it is missing.
         spacing: voxel size of the result; three numbers are R, A and S.
-        workers: processes; 1 works in this process. None: one for each core that this process may use, where that is
-            faster than working here.
+        workers: processes; 1 works in this process. None: one per core available, if that is faster than working here.
         dtype: of the images on disk.
-        skip_faulty: leave out cases whose scans are faulty, with a warning that names each, instead of raising.
-        device: "gpu" resamples images by DALI on torch's current GPU, within 3e-6 of their range.
+        skip_faulty: skip cases whose scans are faulty, with a warning that names each, instead of raising.
+        device: "gpu" resamples images with DALI on torch's current GPU, within 3e-6 of their range.
 
     Returns:
-        the cases in their order, the faulty ones left out where that is asked for.
+        the cases in their order, without the faulty ones that were skipped.
 
     Raises:
         DataError: one error that names every case that is faulty or failed otherwise; the others are prepared. Also:
-            no cases, or all are faulty, the folder can't be written, or the disk is full.
+            no cases, all are faulty, the folder can't be written, or the disk is full.
     """
+    if not case_set.cases:
+        raise DataError("there are no cases to prepare: check --data.root")
     folder = Path(store_dir).absolute()
     options = PrepareOptions(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, device)
     remove_left_over(folder)
-    records = _complete_cases(options, case_set)
-    pending = [case for case, record in zip(case_set.cases, records, strict=True) if record is None]
+    index = read_index(folder)
+    records = {case.name: _record_of(options, case, index) for case in case_set.cases}
+    pending = [case for case in case_set.cases if records[case.name] is None]
     if pending:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(folder, f"not writable ({error.strerror})", 0) from error
         started = time.perf_counter()
-        done, faults = {}, []
-        known: dict[str, FileHash] = {}
-        try:
-            for case, result in run_on_cases(partial(prepare_case, options), pending, workers, "Preparing"):
-                if isinstance(result, CaseError):
-                    faults.append((case.name, result))
-                else:
-                    done[case.name], hashes = result
-                    known.update(hashes)
-        except StoreError as error:
-            raise StoreError(folder, error.problem, error.needed * (len(pending) - len(done))) from error
-        finally:
-            add_to_index(folder, known)
-        failed = any(isinstance(fault, CaseFailure) for _, fault in faults)
+        done, faults = _prepare_pending(options, pending, workers)
+        failed = any(isinstance(fault, CaseFailure) for fault in faults.values())
         if faults and (not skip_faulty or failed or len(faults) == len(case_set.cases)):
-            raise _faults_error(faults, len(case_set.cases))
-        for name, fault in faults:
-            log.warning("left out: case %s: %s", name, fault)
+            lines = "".join(f"\n  {name}: {fault}" for name, fault in sorted(faults.items()))
+            count = f"{len(faults)} of {len(case_set.cases)} cases"
+            raise DataError(f"{count} can't be prepared (the others are done and stay):{lines}")
+        for name, fault in faults.items():
+            log.warning("skipped: case %s: %s", name, fault)
         log.info("prepared %d cases in %.1f s: %s", len(done), time.perf_counter() - started, folder)
-        records = [record or done.get(case.name) for case, record in zip(case_set.cases, records, strict=True)]
-    whole = [case.name for case, record in zip(case_set.cases, records, strict=True) if record is not None]
-    return Store(options, case_set.select(whole), [record for record in records if record is not None])
+        records |= done
+    whole = {name: record for name, record in records.items() if record is not None}
+    return Store(options, case_set.select(list(whole)), list(whole.values()))
+
+
+def _record_of(options: PrepareOptions, case: Case, index: Mapping[str, FileHash]) -> dict[str, Any] | None:
+    """The record of a case, if it is prepared and the index knows the hashes of its scans."""
+    hashes = {}
+    for path in files_of(case):
+        known = index.get(str(path.absolute()))
+        if known is None or not is_unchanged(path, known):
+            return None
+        hashes[path] = known
+    return read_record(options, case, options.key(case, hashes))
+
+
+def _prepare_pending(
+    options: PrepareOptions, pending: Sequence[Case], workers: int | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, CaseError]]:
+    """The records of the cases that could be prepared, and the faults of the others. Raises StoreError."""
+    done: dict[str, dict[str, Any]] = {}
+    faults: dict[str, CaseError] = {}
+    known: dict[str, FileHash] = {}
+    folder = options.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(folder, f"not writable ({error.strerror})", 0) from error
+    try:
+        for case, result in run_on_cases(partial(prepare_case, options), pending, workers, "Preparing"):
+            if isinstance(result, CaseError):
+                faults[case.name] = result
+            else:
+                done[case.name], hashes = result
+                known.update(hashes)
+    except StoreError as error:
+        raise StoreError(folder, error.problem, error.needed * (len(pending) - len(done))) from error
+    finally:
+        add_to_index(folder, known)
+    return done, faults
 
 
 def check_cases(
@@ -267,13 +291,8 @@ def check_cases(
         the faults, in the order of the cases.
     """
     check = partial(_check_case, case_set.coding, patient_spacing(spacing), crop_size)
-    order = {name: i for i, name in enumerate(case_set.names)}
-    faults = {
-        case.name: result
-        for case, result in run_on_cases(check, case_set.cases, workers, "Checking")
-        if isinstance(result, CaseError)
-    }
-    return [faults[name] for name in sorted(faults, key=order.__getitem__)]
+    results = {case.name: result for case, result in run_on_cases(check, case_set.cases, workers, "Checking")}
+    return [fault for name in case_set.names if isinstance(fault := results[name], CaseError)]
 
 
 def _check_case(coding: Coding, spacing: Spacing, crop_size: Sequence[int] | None, case: Case) -> None:
@@ -282,26 +301,3 @@ def _check_case(coding: Coding, spacing: Spacing, crop_size: Sequence[int] | Non
     if crop_size is not None and any(n < c for n, c in zip(shape, crop_size, strict=True)):
         problem = f"prepared volume {shape} is smaller than the crop {tuple(crop_size)}"
         raise CaseError(case.images[0], problem, "Choose a smaller --data.crop_size_voxels, or --data.pad true")
-
-
-def _faults_error(faults: Sequence[tuple[str, CaseError]], cases: int) -> DataError:
-    lines = "".join(f"\n  {name}: {fault}" for name, fault in sorted(faults, key=lambda f: f[0]))
-    return DataError(f"{len(faults)} of {cases} cases can't be prepared (the others are done and stay):{lines}")
-
-
-def _complete_cases(options: PrepareOptions, case_set: CaseSet) -> list[dict[str, Any] | None]:
-    """The record of each case that is prepared, by the hashes that the index knows."""
-    if not case_set.cases:
-        raise DataError("there are no cases to prepare: check --data.root")
-    index = read_index(options.folder)
-    return [_complete_case(options, case, index) for case in case_set.cases]
-
-
-def _complete_case(options: PrepareOptions, case: Case, index: Mapping[str, FileHash]) -> dict[str, Any] | None:
-    hashes = {}
-    for path in files_of(case):
-        known = index.get(str(path.absolute()))
-        if known is None or not is_unchanged(path, known):
-            return None
-        hashes[path] = known
-    return read_record(options, case, options.key(case, hashes))
