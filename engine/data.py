@@ -117,7 +117,7 @@ class Data:
     Attributes:
         store: all cases; with `--data.unprepared` those to validate on.
         train, val: names.
-        scans: where training crops are made from the scans at each step, those of all cases.
+        scans: with `--data.unprepared` all cases, whose scans training crops are made from at each step.
     """
 
     store: Store
@@ -127,7 +127,7 @@ class Data:
 
 
 def obtain_root(config: DataConfig) -> Path:
-    """Folder or list of the scans; downloads or synthesises them first where the configuration says so."""
+    """Folder or list of the scans, which are downloaded or synthesised first if the configuration says so."""
     if config.root is None:
         phantom = config.phantom
         log.info("no --data.root: synthetic scans")
@@ -138,14 +138,14 @@ def obtain_root(config: DataConfig) -> Path:
 
 
 def existing_root(config: DataConfig) -> Path:
-    """Folder or list of the scans, of which nothing is made or fetched: the configuration may be somebody else's.
+    """Folder or list of scans that are there; none are made or downloaded, as the configuration may be somebody else's.
 
     Raises:
         DataError: synthetic scans that are not in the cache.
     """
     root = config.root or _phantoms(config)
     if config.root is None and not root.is_dir():
-        raise DataError(f"the run's synthetic scans are not in the cache any more ({root}): give other scans")
+        raise DataError(f"the run's synthetic scans are no longer in the cache ({root}): give other scans")
     return root
 
 
@@ -174,7 +174,7 @@ def split_names(config: DataConfig, cases: CaseSet) -> tuple[tuple[str, ...], tu
 
 
 def prepared(config: DataConfig, cases: CaseSet) -> Store:
-    """The store of these cases; what it lacks is prepared. With `skip_faulty` of those that could be."""
+    """The store of these cases, after preparing those that it lacks; with `skip_faulty` without the faulty ones."""
     folder = config.store_dir or cache_dir() / "store"
     return prepare(
         cases, folder, config.spacing, config.workers, config.store_dtype, config.skip_faulty, config.prepare_on
@@ -182,14 +182,14 @@ def prepared(config: DataConfig, cases: CaseSet) -> Store:
 
 
 def load_data(config: DataConfig) -> Data:
-    """Everything up to prepared volumes; finds it done where another process did it.
+    """Everything up to prepared volumes; what another process has done is not done again.
 
     Raises:
         ValueError: whatever is wrong with the scans or the options.
     """
     cases = list_cases(config, obtain_root(config))
     train, val = split_names(config, cases)
-    _say_sizes(cases, train, val)
+    _log_sizes(cases, train, val)
     if config.unprepared:
         if not val:
             raise DataError("--data.unprepared true needs a case to validate on: see --data.val_fraction")
@@ -199,12 +199,12 @@ def load_data(config: DataConfig) -> Data:
     if not train:
         raise DataError("every training case is faulty and was skipped (--data.skip_faulty): nothing to train on")
     for use, names in (("train on", train), ("validate on", val)):
-        _say_tumours(store, names, use)
+        _warn_without_tumour(store, names, use)
     return Data(store, train, val)
 
 
-def _say_sizes(cases: CaseSet, train: Sequence[str], val: Sequence[str]) -> None:
-    """How many patients and cases there are, and how many of each on either side."""
+def _log_sizes(cases: CaseSet, train: Sequence[str], val: Sequence[str]) -> None:
+    """Log the number of cases to train and to validate on, and of patients where some have several."""
     patient_of = {name: patient for patient, names in cases.patients.items() for name in names}
     counts = [(len({patient_of[name] for name in names}), len(names)) for names in (patient_of, train, val)]
     if counts[0][0] == counts[0][1]:
@@ -214,7 +214,7 @@ def _say_sizes(cases: CaseSet, train: Sequence[str], val: Sequence[str]) -> None
     log.info("%s: %s to train on, %s to validate on", total, trained, validated)
 
 
-def _say_tumours(store: Store, names: Sequence[str], use: str) -> None:
+def _warn_without_tumour(store: Store, names: Sequence[str], use: str) -> None:
     """Warn of cases whose label has no tumour."""
     empty = [name for name in names if not store.has_tumour(store.index(name))]
     if empty and len(empty) == len(names):

@@ -3,10 +3,10 @@
 python launch/prepare.py --config launch/configs/brats.yaml --data.root BraTS2023     prepare: resample, orient, store
 python launch/prepare.py --data.root BraTS2023 --check                                report every faulty case
 
-It takes the options of `launch/train.py`, of which those of `--data` matter, so that the same YAML file serves both;
-training prepares what is missing by itself. `--check` writes nothing and ends with status 1 where a case is faulty. It
-reads every file of the cases whose files are all there, so its table has each fault of names and lists, and the first
-fault inside the files of each other case. Cases without a label are checked as prediction takes them.
+It takes the options of `launch/train.py`, so that the same YAML file serves both, and uses those of `--data`. Training
+prepares what is missing by itself. `--check` writes nothing and ends with status 1 if a case is faulty. Its table has
+every fault of names and lists, and for each case whose files are all there the first fault inside them. Cases without a
+label are checked as prediction reads them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.data import DataConfig, list_cases, obtain_root, prepared
 from engine.ranks.command import run_command
 from pipelines.basics.errors import CaseError
 from pipelines.cases import survey_cases
-from pipelines.preparing.store import Store, check_cases
+from pipelines.preparing.store import check_cases
 
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
 
@@ -52,9 +52,9 @@ def main(args: list[str] | None = None) -> int:
 
 
 def check(config: DataConfig) -> int:
-    """Print a table of all faulty cases; 1 where there are any."""
+    """Print a table of all faulty cases; 1 if there are any."""
     if config.root is None or config.download:
-        raise ValueError("--check reads scans that are there and writes nothing: give --data.root, no --data.download")
+        raise ValueError("--check writes nothing and needs scans to read: give --data.root, and no --data.download")
     survey = survey_cases(config.root, config.release, config.modalities, config.regions, labelled=False)
     usable = survey.usable
     labelled = [case.name for case in usable.cases if case.label]
@@ -77,7 +77,7 @@ def check(config: DataConfig) -> int:
 
 
 def print_faults(faults: list[CaseError], root: Path) -> None:
-    """A row per fault: file (relative to `root` where it is below), what is wrong, what to do."""
+    """A row per fault: the file (relative to `root` if it is below), what is wrong, what to do."""
     table = Table(show_lines=True)
     for column in ("file", "fault", "remedy"):
         table.add_column(column, overflow="fold")
@@ -88,16 +88,11 @@ def print_faults(faults: list[CaseError], root: Path) -> None:
 
 
 def prepare(config: DataConfig) -> int:
-    """Prepare all cases and print what there is now."""
+    """Prepare all cases; print their number, shapes, bytes, folder and the time taken."""
     cases = list_cases(config, obtain_root(config))
     started = time.perf_counter()
     store = prepared(config, cases)
-    print_summary(store, time.perf_counter() - started)
-    return 0
-
-
-def print_summary(store: Store, seconds: float) -> None:
-    """Cases, shapes, bytes, folder, time."""
+    seconds = time.perf_counter() - started
     shapes = Counter(store.shape(i) for i in range(len(store)))
     shape, count = shapes.most_common(1)[0]
     others = f" ({len(shapes) - 1} other shapes in {len(store) - count} cases)" if len(shapes) > 1 else ""
@@ -109,6 +104,7 @@ def print_summary(store: Store, seconds: float) -> None:
     empty = sum(not store.has_tumour(i) for i in range(len(store)))
     if empty:
         print(f"{empty} of {len(store)} cases have no tumour in their label")
+    return 0
 
 
 if __name__ == "__main__":

@@ -308,7 +308,7 @@ def test_folds_reach_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (tmp_path / f"{name}.nii.gz").touch()
     (tmp_path / "list.json").write_text(json.dumps(cases))
     monkeypatch.setattr("engine.data.prepared", lambda config, cases: cases)
-    monkeypatch.setattr("engine.data._say_tumours", lambda *_: None)  # nothing is prepared
+    monkeypatch.setattr("engine.data._warn_without_tumour", lambda *_: None)  # nothing is prepared
     folds = [parse("--data.root", str(tmp_path / "list.json"), "--data.release", "brats2018", "--data.folds", "3",
                    "--data.fold", str(fold)).data for fold in range(3)]  # fmt: skip
     held_out = [load_data(config).val for config in folds]

@@ -18,11 +18,12 @@ Background is exactly zero before the affine and in a z-scored crop. The bias fi
 affine and the blur mix it with the head at the rim; the affine fills with zeros from outside the crop. Noise changes it
 like any other voxel, and gamma moves it to another value: zero is the mean there, not the minimum.
 
-Each augmentation stands behind an `if` of the pipeline (DALI's conditionals), so that samples for which it does not
-fire cost nothing and keep their bits; one that is off adds no operator at all. Random numbers are drawn only in Python,
-from the generator of the sample. DALI's own random state is not used, as a resumed run could not restore it. The
-pipeline functions run on CPU and GPU nodes alike, and only in pipelines defined with `enable_conditionals`. Axes.
-Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS.
+Each augmentation stands behind an `if` of the pipeline (DALI's conditionals), so that samples it does not fire for cost
+nothing and keep their bits; one that is off adds no operator at all. Random numbers are drawn in Python only, from the
+generator of the sample: a run that resumes could not restore DALI's own random state. The functions of nodes run on a
+CPU and a GPU alike, and only in pipelines with `enable_conditionals`.
+
+Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Augment:
     gamma_range: tuple[float, float] = number((0.7, 1.5), above=0, most=100, rising=True)
     """Range of its exponent."""
     dropout_prob: float = number(0.0, least=0, most=1)
-    """Probability of setting a modality to zero, for each independently; at least one is kept."""
+    """Probability that a modality is set to zero, for each by itself; at least one is kept."""
 
     def __post_init__(self) -> None:
         refuse([f"--data.augment.{fault}" for fault in faults(self)])
@@ -109,7 +110,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class AugmentDraw:
-    """The random draws of one sample; None where an augmentation is off or did not fire.
+    """The random choices for one sample; None where an augmentation is off or did not fire.
 
     Attributes:
         affine: rotation in degrees about the axes and factor of scaling along them.
@@ -131,10 +132,10 @@ class AugmentDraw:
 def draw_augment(rng: np.random.Generator, augment: Augment, channels: int) -> AugmentDraw:
     """Draw everything for one sample.
 
-    An augmentation that is off takes nothing from `rng`; one that is on always takes the same number of draws.
+    An augmentation that is off draws nothing from `rng`; one that is on always draws the same number of times.
 
     Args:
-        rng: the generator of the sample, read on from where it stands.
+        rng: the generator of the sample.
         augment: what is on, and its ranges.
         channels: of the image.
     """
@@ -152,7 +153,7 @@ def draw_augment(rng: np.random.Generator, augment: Augment, channels: int) -> A
     bias_field = uniform(augment.bias_field_prob, *([c] * len(BIAS_TERMS) for c in augment.bias_field_coeff_range))
     gamma = uniform(augment.gamma_prob, *([g] for g in augment.gamma_range))
     dropout = rng.random(channels) if augment.dropout_prob else np.ones(channels)
-    dropped = (dropout < augment.dropout_prob) & (dropout < dropout.max())  # if all would go, one stays
+    dropped = (dropout < augment.dropout_prob) & (dropout < dropout.max())  # if all would be dropped, one is kept
     return AugmentDraw(
         affine=None if affine is None else (affine[:3], tuple(1 + s for s in affine[3:])),
         noise=None if noise is None else (math.copysign(noise[0], noise[1]), int(noise[2])),
@@ -249,7 +250,7 @@ def noise_values(offset: int, shape: tuple[int, int, int, int]) -> NDArray[np.fl
 def blur_windows(sigma: Sequence[float]) -> tuple[NDArray, NDArray, NDArray]:
     """Windows along X (K, 1), Y (K, 1) and Z (1, K): the Gaussian integrated over each voxel, cut at 4 sigma.
 
-    They are MONAI's, and like MONAI's not normalised: their sum is 1 - 6e-5 or nearer to 1.
+    Like MONAI's, they are not normalised: their sums are within 6e-5 of 1.
     """
     windows = []
     for s in sigma:
@@ -307,7 +308,7 @@ def apply_intensity(image: Any, augment: Augment, inputs: dict[str, Any]) -> Any
 
 
 def where(fires: Any, operation: Callable[..., Any], image: Any, *inputs: Any) -> Any:
-    """`operation(image, *inputs)` for the samples for which it fires; inputs go to a GPU for those alone."""
+    """`operation(image, *inputs)` for the samples that it fires for; only their inputs go to a GPU."""
     if fires:
         image = operation(image, *(node.gpu() if image.device == "gpu" else node for node in inputs))
     return image

@@ -129,8 +129,7 @@ def _crops(sources: Sequence[Callable[[], Any]], device: str, in_place: bool, nu
 def external_inputs(
     sources: Sequence[Callable[[], Any]], layouts: list[str], numbers: int, device: str = "cpu"
 ) -> list[Any]:
-    """Nodes of the volumes of a batch, in these layouts, and of its numbers. A DALI source has one device, so there
-    are two."""
+    """Nodes of the volumes of a batch, on `device`, and of its numbers: two sources, as each has one device."""
     volumes = fn.external_source(
         sources[0], num_outputs=len(layouts), layout=layouts, device=device, no_copy=device == "cpu"
     )
@@ -146,13 +145,7 @@ def build_pipeline(
     prefetch: int = 1,
     **keywords: Any,
 ) -> Any:
-    """The DALI pipeline that a function of nodes defines.
-
-    Args:
-        define: takes `args`, then `device`, "cpu" or "gpu", and other `keywords`.
-        device: with its index.
-        batch_size, threads, prefetch: of the pipeline.
-    """
+    """The DALI pipeline that `define(*args, device="cpu" or "gpu", **keywords)` describes, on `device`."""
     from nvidia.dali import pipeline_def
 
     on_cpu = device.type == "cpu"
@@ -177,10 +170,10 @@ def with_index(device: torch.device) -> torch.device:
 
 
 class Stream:
-    """The running pipeline: an endless sequence of batches (0, 0), (0, 1) ... (1, 0) ..., movable to any of them.
+    """The running pipeline: an endless sequence of batches (0, 0), (0, 1) ... (1, 0) ..., which can jump to any.
 
     DALI asks for input ahead of the batch that it hands out. Every batch therefore carries its (epoch, step) through
-    the pipeline as a tag, by which batches that were in flight when the stream was moved are recognised and dropped.
+    the pipeline as a tag, by which batches that were in flight at a jump are recognised and dropped.
 
     Args:
         define: `train_pipeline`, `val_pipeline` or `raw_pipeline`.
@@ -241,7 +234,7 @@ class Stream:
         if self.next_out != wanted:
             self.next_in = wanted
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        for _ in range(PREFETCH + 2):  # what may be in flight, and the one wanted
+        for _ in range(PREFETCH + 2):  # those in flight, and the one wanted
             image, label, tags = self.pipeline.run(stream)
             if tuple(tags.as_array()[0].tolist()) == wanted:
                 self.next_out = self._after(wanted)

@@ -1,10 +1,10 @@
-"""Which crop of which case comes next, its random draws, and where in the volume it lies.
+"""Which crop of which case comes next, where in the volume it lies, and its random flip, scale and shift.
 
 Randomness. A sample's draws come from a counter-based generator (Philox: the key holds the seed, the counter the epoch
-and the position in the epoch). They depend on nothing else: not on the number of threads or ranks, not on earlier
-draws. So a run resumes by arithmetic, and epoch 5 is the same whether or not epochs 0 to 4 were drawn.
+and the position in the epoch). They depend on nothing else: not on the number of threads or ranks, not on what was
+drawn before. So a run resumes by arithmetic, and epoch 5 is the same whether or not epochs 0 to 4 were run.
 
-The order of an epoch is a permutation of its samples, padded from its own start, so that all ranks have equally many.
+The order of an epoch is a permutation of its samples, padded from its own start, so every rank has the same number.
 
 Axes. Volumes are (X, Y, Z, C); X, Y, Z are the axes of RAS.
 """
@@ -29,7 +29,7 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class CropDraw:
-    """The random draws of one sample.
+    """The random choices for one sample.
 
     Attributes:
         start: first voxel of the crop, in the volume padded to at least the crop size.
@@ -47,7 +47,7 @@ class CropDraw:
 def generator(seed: int, epoch: int, position: int, stream: int = 0) -> np.random.Generator:
     """The generator of a sample; `position` -1 is for the order of the epoch. Streams of one sample are independent.
 
-    Philox advances the low counter word itself.
+    Philox itself advances the low word of the counter.
     """
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, stream, epoch, position + 1]))
 

@@ -1,15 +1,15 @@
-"""Where prepared volumes are while a run trains, and how a crop gets out of them.
+"""Where prepared volumes stay while a run trains, and how crops are cut from them.
 
     gpu       on the GPU, as stored: a crop is a copy within its memory
-    pinned    in page-locked memory of this process: the slab of x that holds a crop goes to the GPU in one transfer
-              that no processor takes part in, and is cropped there
-    mapped    in the store's files, memory-mapped: a processor copies the crop, and the page cache, which all ranks of
-              a node share, decides what comes from the disk
+    pinned    in page-locked memory of this process: the slab of x that holds a crop goes to the GPU in one transfer,
+              without the processor, and is cropped there
+    mapped    in the store's files, memory-mapped: the processor copies the crop, from the page cache, which all ranks
+              of a node share, or else from the disk
 
 `choose_residence` takes the first that fits. All 388 training cases of Task01 are 12.4 GB in float32.
 
-Axes. Volumes are (X, Y, Z, C); X, Y, Z are the axes of RAS. A crop is written into a buffer of the caller, flipped on
-the way where that is asked for, so a flip costs nothing on a CPU.
+Axes. Volumes are (X, Y, Z, C); X, Y, Z are the axes of RAS. A crop is copied into a buffer of the caller and flipped in
+the same pass, so a flip costs nothing on a CPU.
 """
 
 from __future__ import annotations
@@ -31,27 +31,25 @@ from pipelines.preparing.store import Store
 
 log = logging.getLogger(__name__)
 
-GPU_SHARE = 0.4
-"""Share of the free memory of a GPU that volumes may take: model, activations and cuDNN's workspaces need the rest."""
-HOST_SHARE = 0.5
-"""Share of the available memory of a node that its ranks may take together for page-locked volumes."""
+GPU_SHARE = 0.4  # of a GPU's free memory, for volumes: the model, activations and cuDNN's workspaces need the rest
+HOST_SHARE = 0.5  # of a node's available memory, for the page-locked volumes of all its ranks
 
 
 class Volumes(Protocol):
-    """Volumes of some cases of a store; `gpu_bytes` of them are in a GPU's memory."""
+    """Volumes of some cases of a store, of which `gpu_bytes` are in a GPU's memory."""
 
     gpu_bytes: int
 
     def new_buffers(self, batch_size: int, size: Size) -> tuple[Any, Any]:
-        """Image (B, x, y, z, C) float32 and label (B, x, y, z, 1) uint8, to be filled by `crop`."""
+        """Image (B, x, y, z, C) float32 and label (B, x, y, z, 1) uint8, for `crop` to fill."""
 
     def crop(self, case: int, start: Sequence[int], image: Any, label: Any, flip: bool = False) -> None:
         """Copy a crop into one sample of the buffers.
 
         Args:
             case: index in the store.
-            start: first voxel (x, y, z), in the volume as padded with zeros to at least the size of the crop.
-            image: (x, y, z, C), overwritten. label: (x, y, z, 1), overwritten.
+            start: first voxel (x, y, z), in the volume padded with zeros to at least the size of the crop.
+            image, label: (x, y, z, C) and (x, y, z, 1), overwritten.
             flip: reverse the first axis.
         """
 
@@ -83,7 +81,7 @@ class LoadedVolumes:
         store: prepared cases.
         cases: indices of those to load.
         device: where crops are made.
-        pinned: keep the volumes in page-locked memory of the host, and not on `device`.
+        pinned: keep the volumes in page-locked memory of the host instead.
     """
 
     def __init__(self, store: Store, cases: Sequence[int], device: torch.device, pinned: bool = False) -> None:
@@ -111,7 +109,7 @@ class LoadedVolumes:
     ) -> None:
         for volume, out in zip(self.volumes[case], (image, label), strict=True):
             source, target = overlap(volume.shape, start, out.shape)
-            # Whole planes of x lie in one piece, which is what an asynchronous transfer can take.
+            # Whole planes of x are contiguous, as an asynchronous transfer needs.
             slab = volume[source[0]].to(self.device, non_blocking=True)[:, source[1], source[2]]
             if slab.shape != out.shape:
                 out.zero_()
@@ -132,8 +130,8 @@ def label_of(store: Store, case: int) -> NDArray[np.uint8]:
 def nonzero_mean_std(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and population standard deviation of the non-zero voxels of each channel of each image.
 
-    One pass in float64, where sums of squares lose nothing that float32 voxels hold: plane by plane, in cache, each a
-    matrix of long rows (z, C), over which sums are vector operations; summing over all but four channels is not.
+    One pass in float64, in which squares of float32 voxels are exact: plane by plane, in cache, each a matrix of long
+    rows (z, C), so that sums are vector operations.
 
     Args:
         images: (B, x, y, z, C), C order.
@@ -161,17 +159,7 @@ def nonzero_mean_std(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], 
 
 
 def open_volumes(store: Store, cases: Sequence[int], options: LoaderOptions, title: str) -> Volumes:
-    """The volumes of some cases where `choose_residence` puts them; loads them where that is memory.
-
-    Args:
-        store: prepared cases.
-        cases: indices in the store.
-        options: of the loader that wants them.
-        title: what they are called in the log.
-
-    Raises:
-        DataError: as `choose_residence`.
-    """
+    """The volumes of some cases, by index, where `choose_residence` puts them. Raises as that."""
     nbytes = store.nbytes(cases)
     chosen = choose_residence(nbytes, options.device, options.residence, options.ranks_on_node, title)
     if chosen == "mapped":
@@ -182,12 +170,19 @@ def open_volumes(store: Store, cases: Sequence[int], options: LoaderOptions, tit
 def choose_residence(
     nbytes: int, device: torch.device, residence: Residence, ranks_on_node: int, title: str = "volumes"
 ) -> str:
-    """Where volumes of so many bytes go: the first of "gpu", "pinned", "mapped" that fits, or what is asked for.
+    """Where volumes of so many bytes go: with "auto" the first of "gpu", "pinned", "mapped" that fits.
 
     Without a GPU "auto" is "mapped": the page cache already keeps in memory what fits.
 
+    Args:
+        nbytes: of the volumes.
+        device: where crops are wanted.
+        residence: "auto", or where they must go.
+        ranks_on_node: processes that each load them.
+        title: what they are called in the log.
+
     Raises:
-        DataError: what is asked for does not fit, or needs a GPU that is not there.
+        DataError: they do not fit, or there is no GPU.
         ValueError: an unknown residence.
     """
     if residence not in get_args(Residence):
@@ -209,7 +204,7 @@ def choose_residence(
             f"--data.residence {chosen}: {size}, and {limits[chosen] / 1e9:.1f} GB may be taken "
             f"({GPU_SHARE if chosen == 'gpu' else HOST_SHARE / ranks_on_node:g} of what is free): use auto"
         )
-    room = {kind: f"{limit / 1e9:.1f} GB" for kind, limit in limits.items() if kind != "mapped"}
     where = {"gpu": "on the GPU", "pinned": "in page-locked memory", "mapped": "mapped from the store's files"}[chosen]
-    log.info("%s: %s (limits: %s on the GPU, %s page-locked)", size, where, room["gpu"], room["pinned"])
+    gpu, pinned = (f"{limits[kind] / 1e9:.1f} GB" for kind in ("gpu", "pinned"))
+    log.info("%s: %s (limits: %s on the GPU, %s page-locked)", size, where, gpu, pinned)
     return chosen

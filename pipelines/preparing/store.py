@@ -136,11 +136,6 @@ class Store:
         """The same of the original file."""
         return np.array(self._records[i]["source_affine"])
 
-    def source_shape(self, i: int) -> tuple[int, int, int]:
-        """(X, Y, Z) of the original file."""
-        x, y, z = self._records[i]["source_shape"]
-        return x, y, z
-
     def nbytes(self, cases: Sequence[int] | None = None) -> int:
         """Bytes of all arrays of some cases, by index; None: of all."""
         records = self._records if cases is None else [self._records[i] for i in set(cases)]
