@@ -1,4 +1,4 @@
-"""From `--data.*` to prepared volumes: each layout gives what the same scans give as a Decathlon task."""
+"""From `--data.*` to prepared volumes: every layout gives the same as a Decathlon task of the same scans."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_each_layout_is_checked_trained_on_and_predicted_as_a_decathlon_task(
 
 
 def csv_list(task: Path, folder: Path, empty: int, patients: tuple[str, ...] = ("", "", "")) -> Path:
-    """The task's cases, the first so many of them with a label without tumour."""
+    """The task's cases, of which the first `empty` have a label without tumour."""
     folder.mkdir(exist_ok=True)
     nothing = folder / "nothing.nii.gz"
     label, affine = read_nifti(task / "labelsTr" / "BRATS_001.nii.gz")
@@ -223,7 +223,7 @@ def test_cases_without_a_tumour_are_counted(
     assert "2 of 3 cases have no tumour in their label" in capsys.readouterr().out
 
 
-def test_a_cavity_is_no_tumour(task: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cavity_does_not_count_as_tumour(task: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     coding: Coding = CODINGS["brats2024"]
     root = csv_list(task, tmp_path, 3)
     label, affine = read_nifti(task / "labelsTr" / "BRATS_001.nii.gz")
@@ -242,7 +242,7 @@ def test_patients_and_cases_are_counted(task: Path, tmp_path: Path, caplog: pyte
         assert "3 cases: 2 to train on, 1 to validate on" in caplog.text and "patients" not in caplog.text
 
 
-def test_a_name_that_is_not_utf8_is_named_by_prediction_and_the_others_are_done(
+def test_prediction_names_a_case_whose_name_is_not_utf8_and_does_the_others(
     task: Path, run: Path, ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = bare(task, tmp_path / "data")
@@ -254,7 +254,7 @@ def test_a_name_that_is_not_utf8_is_named_by_prediction_and_the_others_are_done(
     assert any("M\\udcfcller" in row["case"] for row in rows)
 
 
-def test_a_csv_list_is_trained_on_with_names_as_they_are_written(task: Path, tmp_path: Path) -> None:
+def test_names_in_a_csv_list_are_kept_as_written(task: Path, tmp_path: Path) -> None:
     write(task, 0, f"{tmp_path}/x_{{}}.nii.gz", f"{tmp_path}/s.nii.gz", AS_2021, CHANNELS)
     with (tmp_path / "list.csv").open("w", newline="") as file:
         rows = csv.writer(file)

@@ -91,7 +91,7 @@ def assert_same(a: list[tuple[torch.Tensor, torch.Tensor]], b: list[tuple[torch.
         assert torch.equal(label_a, label_b)
 
 
-# ---------- what a batch is
+# ---------- contents of a batch
 
 
 def test_batch_is_crop_flip_z_score_scale_shift_of_the_named_case(store: Store) -> None:
@@ -156,7 +156,7 @@ def test_ranks_together_cover_every_sample_and_overlap_only_by_padding(
     assert min(counts.values()) == 2
 
 
-def test_two_ranks_get_the_very_samples_of_one(store: Store) -> None:
+def test_two_ranks_get_the_samples_of_one(store: Store) -> None:
     one = batches(crops_of(store, CROP, 4), 2)
     halves = [batches(crops_of(store, CROP, 2, rank=r, world_size=2), 2) for r in range(2)]
     for step, (image, label) in enumerate(one):
@@ -165,7 +165,7 @@ def test_two_ranks_get_the_very_samples_of_one(store: Store) -> None:
             assert torch.equal(label[r::2], half[step][1])
 
 
-def test_epoch_five_asked_for_directly_equals_epoch_five_after_running_through(store: Store) -> None:
+def test_epoch_five_is_the_same_directly_and_after_running_through(store: Store) -> None:
     walked, jumped = (crops_of(store, CROP, 3, seed=7) for _ in range(2))
     for epoch in range(5):
         batches(walked, epoch)
@@ -177,7 +177,7 @@ def test_number_of_threads_changes_nothing(store: Store) -> None:
     assert_same(batches(one, 0), batches(three, 0))
 
 
-# ---------- epochs that are left
+# ---------- abandoned epochs, resuming
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 3])
@@ -191,7 +191,7 @@ def test_no_batch_of_an_abandoned_epoch_leaks_into_the_next(store: Store, taken:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 5])
-def test_a_new_loader_goes_on_from_the_state_of_another(store: Store, taken: int) -> None:
+def test_a_new_loader_resumes_from_the_state_of_another(store: Store, taken: int) -> None:
     def loader() -> TrainLoader:
         return crops_of(store, CROP, 2, seed=5, crops_per_case=3, foreground_prob=0.5)
 
@@ -205,7 +205,7 @@ def test_a_new_loader_goes_on_from_the_state_of_another(store: Store, taken: int
     assert position == ((2, taken) if taken else first.position)
     if taken:
         assert_same(list(again.epoch(*position)), expected[taken:])
-    assert list(again.epoch(2, len(again))) == []  # stopped behind the last batch
+    assert list(again.epoch(2, len(again))) == []  # stopped after the last batch
 
 
 @pytest.mark.parametrize(
@@ -213,11 +213,11 @@ def test_a_new_loader_goes_on_from_the_state_of_another(store: Store, taken: int
     [
         ({"batch_size": 1, "world_size": 2}, 3),  # as many samples in a step
         ({"batch_size": 1}, 6),
-        ({"batch_size": 4}, 1),  # begins again with the samples 4 and 5
+        ({"batch_size": 4}, 1),  # samples 4 and 5 come again
         ({"batch_size": 1, "accumulate_steps": 4}, 4),  # the start of a step of four batches
     ],
 )
-def test_other_ranks_and_batch_sizes_go_on_from_the_same_sample(store: Store, changed: dict, expected: int) -> None:
+def test_other_ranks_and_batch_sizes_resume_at_the_same_sample(store: Store, changed: dict, expected: int) -> None:
     arguments: dict = {"crop_size": CROP, "batch_size": 2, "seed": 5}
     first = crops_of(store, **arguments)
     batch = first.epoch(2)
@@ -270,7 +270,7 @@ def test_images_come_in_the_dtype_and_memory_format_asked_for(store: Store, memo
 ALL = Augment(affine_prob=0.5, noise_prob=0.5, blur_prob=0.5, bias_field_prob=0.5, gamma_prob=0.5, dropout_prob=0.5)
 
 
-def test_extra_augmentations_leave_crops_and_jitter_as_they_are_drawn_without_them(store: Store) -> None:
+def test_extra_augmentations_do_not_change_the_draws_of_crops_and_jitter(store: Store) -> None:
     plain, noisy = (
         crops_of(store, CROP, 2, seed=5, extras=extras)
         for extras in (Augment(), Augment(noise_prob=1.0, noise_std=1e-3, dropout_prob=0.5))
@@ -355,7 +355,7 @@ def test_a_volume_smaller_than_the_crop_is_refused_with_case_sizes_and_remedy(st
             loader()
 
 
-def test_the_crop_that_is_suggested_fits_all_cases_and_the_models(store: Store) -> None:
+def test_the_suggested_crop_fits_all_cases_and_the_models(store: Store) -> None:
     with pytest.raises(DataError, match=r"--data.crop_size_voxels \[16,16,9\] fits all"):
         crops_of(store, (24, 20, 12), 2)
 
@@ -425,7 +425,7 @@ def test_validation_cases_are_shared_out_without_padding(store: Store, world_siz
     assert all(torch.equal(label, whole[name]) for name, label in found)
 
 
-def test_a_validation_pass_that_was_left_starts_again_at_the_first_case(store: Store) -> None:
+def test_an_abandoned_validation_pass_restarts_at_the_first_case(store: Store) -> None:
     loader = ValLoader(store, store.names, CROP)
     for _ in zip(range(3), loader):
         pass

@@ -1,4 +1,4 @@
-"""The command `launch/prepare.py`: what it prints, what it writes, and with which status it ends."""
+"""The command `launch/prepare.py`: what it prints and writes, and its exit status."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_prepares_says_what_there_is_and_does_nothing_the_second_time(
+def test_it_prepares_prints_a_summary_and_does_nothing_the_second_time(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
@@ -112,7 +112,7 @@ def test_check_reports_faults_of_every_kind_at_once(root: Path, capsys: pytest.C
     assert "00011" not in out
 
 
-def test_check_of_a_list_names_files_that_are_not_there_beside_damaged_ones(
+def test_check_of_a_list_names_missing_files_along_with_damaged_ones(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(root)
@@ -162,7 +162,7 @@ def test_check_takes_cases_without_labels_as_prediction_does(root: Path, capsys:
     assert truncated.name in out and "1 of 3 cases are faulty" in out
 
 
-def test_check_of_unlabelled_scans_of_several_releases_asks_for_none(
+def test_check_of_unlabelled_scans_of_several_releases_asks_for_no_release(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = sorted(root.iterdir())[0]
@@ -174,7 +174,7 @@ def test_check_of_unlabelled_scans_of_several_releases_asks_for_none(
     assert "none of 3 cases has a label" in capsys.readouterr().out
 
 
-def test_check_names_scans_that_no_rule_knows(
+def test_check_names_scans_that_match_no_rule(
     root: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for path in root.rglob("*-t1c.nii.gz"):
@@ -213,7 +213,7 @@ def test_typo_in_an_option_is_an_error(root: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("number", "status", "said"), [(signal.SIGTERM, 75, "stopped by SIGTERM; "), (signal.SIGINT, 130, "interrupted; ")]
 )
-def test_a_command_that_is_stopped_says_how_to_go_on(
+def test_a_stopped_command_says_how_to_resume(
     number: signal.Signals, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("launch.prepare.prepare", lambda config: signal.raise_signal(number))
@@ -235,7 +235,7 @@ def test_a_cache_that_cannot_be_made_is_one_error(
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_cases_whose_names_are_no_text_are_named_as_faulty(root: Path, tmp_path: Path) -> None:
+def test_cases_whose_names_are_not_utf8_are_named_as_faulty(root: Path, tmp_path: Path) -> None:
     truncated, _ = spoil(root)
     for path in (*truncated.parent.iterdir(), truncated.parent):
         path.rename(path.with_name(path.name.replace("00010", os.fsdecode(b"M\xfcller"))))

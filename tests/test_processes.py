@@ -1,4 +1,4 @@
-"""Cases worked on in processes: each one's result or fault, whatever the number of processes, and clear ends."""
+"""Cases processed in parallel: each has its result or its fault with any number of workers, and the run ends cleanly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def process_of(case: Case) -> int:
 
 
 class TakesTwo(Exception):
-    """As some of libraries: it can't be brought from a process, for it is made again of its arguments."""
+    """Like some errors of libraries: it can't be unpickled, as its arguments are not those it was made with."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one}{two}")
@@ -63,7 +63,7 @@ def kill_the_worker_of(names: str, case: Case) -> str:
     return case.name
 
 
-def sleep_and_tell(seconds: float, case: Case) -> int:
+def sleep_and_name_process(seconds: float, case: Case) -> int:
     time.sleep(seconds)
     return os.getpid()
 
@@ -92,7 +92,7 @@ def test_whatever_goes_wrong_with_a_case_is_named_and_the_others_are_done(worker
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_that_is_of_no_one_case_ends_the_run(workers: int) -> None:
+def test_an_error_of_no_particular_case_ends_the_run(workers: int) -> None:
     with pytest.raises(DataError, match="no space left"):
         list(run_on_cases(fill_the_disk, CASES, workers, "Filling"))
 
@@ -105,14 +105,14 @@ def test_processes_start_once_they_save_more_than_they_cost(monkeypatch: pytest.
     """0.2 s a case: of 30 two processes save about 3 s, of 20 cases 2 s."""
     monkeypatch.setattr("pipelines.basics.processes.cores", lambda: 2)
     monkeypatch.setattr("pipelines.basics.processes.START_S", 2.5)
-    pids = [pid for _, pid in run_on_cases(partial(sleep_and_tell, 0.2), CASES * 5, None, "Asking")]
+    pids = [pid for _, pid in run_on_cases(partial(sleep_and_name_process, 0.2), CASES * 5, None, "Asking")]
     assert set(pids) == {os.getpid()}
     more = [Case(str(i), (Path("a"),), None, None) for i in range(30)]
-    pids = [pid for _, pid in run_on_cases(partial(sleep_and_tell, 0.2), more, None, "Asking")]
+    pids = [pid for _, pid in run_on_cases(partial(sleep_and_name_process, 0.2), more, None, "Asking")]
     assert pids[0] == os.getpid() and pids.count(os.getpid()) <= 3 and len(set(pids)) == 3 and len(pids) == 30
 
 
-def test_early_interrupt_ends_the_run_once_the_workers_are_there_and_spares_their_server() -> None:
+def test_an_early_interrupt_ends_the_run_once_the_workers_have_started_and_spares_their_server() -> None:
     """Ctrl-C reaches the whole group: here a process of its own, while its fork server imports torch."""
     script = (
         "import os, signal, threading\n"
@@ -172,7 +172,7 @@ def test_processes_do_not_import_the_script_that_runs(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "begins\n['0', '1', '2', '3']\n", "")
 
 
-def tell_and_wait(folder: Path, case: Case) -> None:
+def report_and_wait(folder: Path, case: Case) -> None:
     (folder / str(os.getpid())).touch()
     time.sleep(60)
 
@@ -181,9 +181,9 @@ def tell_and_wait(folder: Path, case: Case) -> None:
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     script = (
         "import sys; from functools import partial; from pathlib import Path\n"
-        "from test_processes import CASES, tell_and_wait\n"
+        "from test_processes import CASES, report_and_wait\n"
         "from pipelines.basics.processes import run_on_cases\n"
-        f"list(run_on_cases(partial(tell_and_wait, Path({str(tmp_path)!r})), CASES, 2, 'Waiting'))\n"
+        f"list(run_on_cases(partial(report_and_wait, Path({str(tmp_path)!r})), CASES, 2, 'Waiting'))\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:

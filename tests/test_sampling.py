@@ -1,4 +1,4 @@
-"""Draws and order of an epoch, against the statistics that they are to have; MONAI says which crops there are."""
+"""Draws and order of an epoch, against the statistics they should have and the crops that MONAI can draw."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from pipelines.cases import Case, CaseSet
 from pipelines.geometry import target_grid
 from pipelines.labels import CODINGS, Coding
 from pipelines.preparing import prepared_case
-from pipelines.preparing.prepared_case import FOREGROUND_VOXELS, to_float16
+from pipelines.preparing.prepared_case import FOREGROUND_VOXELS, checksum, to_float16
 from pipelines.preparing.store import Store, check_cases, prepare
 from pipelines.resample import resample_image, resample_label
 from pipelines.scans.nifti import RawCase, read_case
@@ -121,8 +121,8 @@ def test_a_case_stored_with_its_axes_in_another_order_gives_the_same_volumes(tmp
     assert as_monai.shape(0) != store.shape(0) == expected.shape(0)
 
 
-def test_label_is_resampled_on_its_own_affine_which_decides_its_ties(tmp_path: Path, cases: CaseSet) -> None:
-    """A header that is off by 1e-4 mm, within the tolerance, may not move a label by half a voxel."""
+def test_a_label_is_resampled_by_its_own_affine_which_decides_its_ties(tmp_path: Path, cases: CaseSet) -> None:
+    """A header that is off by 1e-4 mm, within the tolerance, must not move a label by half a voxel."""
     expected = np.array(prepare(cases, tmp_path / "store", SPACING, workers=1).label(0))
     path = cases.cases[0].label
     assert path is not None
@@ -208,14 +208,6 @@ def test_a_scan_that_is_replaced_while_it_is_prepared_is_a_fault_of_its_case(
     assert len(prepare(cases, tmp_path / "store", SPACING, workers=1)) == 3
 
 
-def test_a_scan_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, cases: CaseSet) -> None:
-    path = cases.cases[1].images[0]
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(DataError, match=rf"1 of 3 .*\n  case1: {path}: is a pipe, not a regular file"):
-        prepare(cases, tmp_path / "store", SPACING, workers=1)
-
-
 @pytest.mark.parametrize(
     "name", ["x" * 230, os.fsdecode(b"M\xfcller"), "\N{BRAIN}" * 60, "..", "", "a/../../b", "$1_2$", "a\nb", "\x1b[31m"]
 )
@@ -234,7 +226,7 @@ def test_a_case_may_have_any_name(tmp_path: Path, cases: CaseSet, name: str, cap
     assert prepare(named, tmp_path / "store", SPACING, workers=1).image(0).any()
 
 
-def test_names_that_are_alike_in_their_first_hundred_letters_are_other_files(tmp_path: Path, cases: CaseSet) -> None:
+def test_names_with_the_same_first_hundred_letters_have_different_files(tmp_path: Path, cases: CaseSet) -> None:
     alike = tuple(replace(case, name="x" * 200 + case.name) for case in cases.cases)
     store = prepare(CaseSet(alike, cases.modalities, CODING), tmp_path / "store", SPACING, workers=1)
     plain = prepare(cases, tmp_path / "store", SPACING, workers=1)
@@ -274,7 +266,7 @@ def test_label_is_checked_again_under_another_coding(tmp_path: Path, cases: Case
 
 
 @pytest.mark.parametrize("damage", ["no_json", "half_json", "no_image", "half_label", "no_index", "bad_index"])
-def test_what_is_missing_or_half_there_is_prepared_again(tmp_path: Path, cases: CaseSet, damage: str) -> None:
+def test_missing_and_truncated_files_are_prepared_again(tmp_path: Path, cases: CaseSet, damage: str) -> None:
     folder = tmp_path / "store"
     whole = prepare(cases, folder, SPACING, workers=1)
     expected = {path.name: path.read_bytes() for path in folder.glob("case*")}
@@ -291,7 +283,7 @@ def test_what_is_missing_or_half_there_is_prepared_again(tmp_path: Path, cases: 
 
 
 @pytest.mark.parametrize("damaged", [b"\xff\xfe", b"[]", b'{"record": 1}', "another affine"])
-def test_damaged_record_is_not_taken_for_a_case(tmp_path: Path, cases: CaseSet, damaged: bytes | str) -> None:
+def test_a_damaged_record_does_not_count_as_a_case(tmp_path: Path, cases: CaseSet, damaged: bytes | str) -> None:
     folder, cases = tmp_path / "store", cases.select(["case0"])
     expected = prepare(cases, folder, SPACING, workers=1).affine(0)
     path = next(folder.glob("case0-*.json"))
@@ -320,7 +312,7 @@ def prepare_until_killed(cases: CaseSet, folder: Path, moves: int) -> None:
 
 
 @pytest.mark.parametrize("moves", [1, 4, 6, 8])  # 4 files a case: its first, its .json, within the second, the last
-def test_killed_run_goes_on_where_it_was(tmp_path: Path, cases: CaseSet, moves: int) -> None:
+def test_a_killed_run_resumes_where_it_stopped(tmp_path: Path, cases: CaseSet, moves: int) -> None:
     folder, cases = tmp_path / "store", cases.select(["case0", "case1"])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines.preparing.store"])
@@ -404,7 +396,7 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["label.npy", "foreground.npy", "json"])
-def test_a_case_that_is_not_done_when_the_disk_is_full_leaves_none_of_its_files(
+def test_a_case_unfinished_when_the_disk_is_full_leaves_none_of_its_files(
     tmp_path: Path, cases: CaseSet, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, replacing = tmp_path / "store", prepared_case.replacing
@@ -421,7 +413,7 @@ def test_a_case_that_is_not_done_when_the_disk_is_full_leaves_none_of_its_files(
     assert sorted({path.name.split("-")[0] for path in folder.iterdir()}) == ["case0", "index.json"]
 
 
-def test_folder_that_can_not_be_made_is_one_clear_error(tmp_path: Path, cases: CaseSet) -> None:
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path, cases: CaseSet) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"file/store: not writable \(Not a directory\).*--data\.store_dir"):
         prepare(cases, tmp_path / "file" / "store", SPACING, workers=1)
@@ -447,13 +439,12 @@ def test_read_only_store_is_one_clear_error_and_may_still_be_read(
     assert state(folder) == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_every_faulty_case_is_named_and_the_others_are_done(tmp_path: Path, cases: CaseSet, workers: int) -> None:
+def test_every_faulty_case_is_named_and_the_others_are_done(tmp_path: Path, cases: CaseSet) -> None:
     cases.cases[0].images[1].write_bytes(gzip.compress(b""))
     assert cases.cases[2].label is not None
     cases.cases[2].label.unlink()
     with pytest.raises(DataError, match="2 of 3 cases can't be prepared") as error:
-        prepare(cases, tmp_path / "store", SPACING, workers=workers)
+        prepare(cases, tmp_path / "store", SPACING, workers=1)
     text = str(error.value)
     assert f"case0: {cases.cases[0].images[1]}: empty gzip" in text
     assert f"case2: {cases.cases[2].label}: there is no such file" in text
@@ -478,7 +469,7 @@ def test_check_reports_volumes_smaller_than_the_crop(cases: CaseSet) -> None:
     assert "--data.crop_size_voxels" in faults[0].remedy and "--data.pad" in faults[0].remedy
 
 
-def test_foreground_is_voxels_of_the_tumour_evenly_taken(tmp_path: Path) -> None:
+def test_foreground_is_evenly_spaced_voxels_of_the_tumour(tmp_path: Path) -> None:
     many = write_case(tmp_path / "scans", "many", 0, (40, 40, 40))
     none = write_case(tmp_path / "scans", "none", 1)
     unlabelled = write_case(tmp_path / "scans", "unlabelled", 2, labelled=False)
@@ -498,7 +489,7 @@ def test_foreground_is_voxels_of_the_tumour_evenly_taken(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["image", "label", "foreground"])
-@pytest.mark.parametrize("damage", ["a bit", "half the file", "no file"])
+@pytest.mark.parametrize("damage", ["a bit", "its header", "half the file", "no file"])
 def test_damaged_array_is_found_when_it_is_first_read_and_made_again(
     tmp_path: Path, cases: CaseSet, kind: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -507,8 +498,11 @@ def test_damaged_array_is_found_when_it_is_first_read_and_made_again(
     content = path.read_bytes()
     if damage == "no file":
         path.unlink()
+    elif damage == "half the file":
+        path.write_bytes(content[: len(content) // 2])
     else:
-        path.write_bytes(content[: len(content) // 2] if "half" in damage else content[:-3] + b"\x07" + content[-2:])
+        place = -3 if damage == "a bit" else content.index(b"False")
+        path.write_bytes(content[:place] + b"\x07" + content[place:][1:])
     read = {"image": store.image, "label": store.label, "foreground": store.foreground}[kind]
     read(0)
     assert not caplog.records
@@ -522,21 +516,18 @@ def test_damaged_array_is_found_when_it_is_first_read_and_made_again(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("kind", ["image", "label", "foreground"])
-def test_a_changed_bit_anywhere_in_an_array_is_found(tmp_path: Path, cases: CaseSet, kind: str) -> None:
-    """In each byte of its header, which is byte order, type, shape and memory order, and here and there in its data."""
-    one = cases.select(["case0"])
-    prepare(one, tmp_path / "store", SPACING, workers=1)
-    path = next((tmp_path / "store").glob(f"case0-*.{kind}.npy"))
-    content = path.read_bytes()
-    expected = np.load(io.BytesIO(content))
-    for place in [*range(128), 128, len(content) // 2, len(content) - 1]:
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << place % 8
-        path.write_bytes(damaged)
-        store = prepare(one, tmp_path / "store", SPACING, workers=1)
-        np.testing.assert_array_equal(getattr(store, kind)(0), expected)
-        assert path.read_bytes() == content
+def test_a_changed_bit_anywhere_in_an_array_changes_its_checksum(tmp_path: Path, cases: CaseSet) -> None:
+    """In each byte of the header, which is byte order, type, shape and memory order, and here and there in the data."""
+    prepare(cases.select(["case0"]), tmp_path / "store", SPACING, workers=1)
+    for kind, file in record_of(tmp_path / "store", "case0")["files"].items():
+        path = next((tmp_path / "store").glob(f"case0-*.{kind}.npy"))
+        content = path.read_bytes()
+        assert checksum(path) == file["crc32"]
+        for place in [*range(129), len(content) // 2, len(content) - 1]:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << place % 8
+            path.write_bytes(damaged)
+            assert checksum(path) != file["crc32"]
 
 
 def test_damaged_array_of_scans_that_changed_or_went_is_an_error_that_names_both(
@@ -554,7 +545,7 @@ def test_damaged_array_of_scans_that_changed_or_went_is_an_error_that_names_both
         store.image(1)
 
 
-def test_faulty_cases_are_left_out_only_where_that_is_asked_for(
+def test_faulty_cases_are_skipped_only_on_request(
     tmp_path: Path, cases: CaseSet, caplog: pytest.LogCaptureFixture
 ) -> None:
     cases.cases[1].images[0].write_bytes(b"no scan")
@@ -603,9 +594,7 @@ def test_record_holds_what_a_reader_needs(tmp_path: Path, cases: CaseSet) -> Non
     assert record["source_shape"] == list(SHAPE) and record["spacing_mm"] == list(SPACING)
 
 
-def test_workers_and_spacing_are_checked(tmp_path: Path, cases: CaseSet) -> None:
-    with pytest.raises(ValueError, match="workers 0 must be at least 1"):
-        prepare(cases, tmp_path / "store", SPACING, workers=0)
+def test_a_senseless_spacing_and_no_cases_are_refused(tmp_path: Path, cases: CaseSet) -> None:
     with pytest.raises(ValueError, match="spacing_mm"):
         prepare(cases, tmp_path / "store", (1.0, -1.0, 1.0), workers=1)
     with pytest.raises(DataError, match="no cases to prepare"):

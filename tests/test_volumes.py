@@ -1,4 +1,4 @@
-"""Crops out of volumes wherever they are, their statistics, and the choice of a place."""
+"""Crops of volumes wherever they are, their statistics, and the choice of residence."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_statistics_of_empty_and_constant_channels_only_centre() -> None:
     np.testing.assert_array_equal(std, 1)
 
 
-# ---------- where volumes go
+# ---------- residence
 
 
 @pytest.fixture
@@ -106,18 +106,18 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ("gigabytes", "ranks", "expected"),
     [(20.0, 1, "gpu"), (20.1, 1, "pinned"), (50.0, 1, "pinned"), (50.1, 1, "mapped"), (25.1, 2, "mapped")],
 )
-def test_volumes_go_to_the_first_place_where_they_fit(
+def test_volumes_go_to_the_first_residence_that_fits(
     machine: None, gigabytes: float, ranks: int, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     assert choose_residence(int(gigabytes * 1e9), CUDA, "auto", ranks) == expected
-    assert f"{gigabytes:.1f} GB of volumes" in caplog.text  # size, choice and room stand in the log
+    assert f"{gigabytes:.1f} GB of volumes" in caplog.text  # the log gives size, choice and limits
     assert {"gpu": "on the GPU (", "pinned": "in page-locked memory (", "mapped": "mapped from"}[
         expected
     ] in caplog.text
 
 
-def test_a_place_that_is_asked_for_is_taken_or_refused_with_size_and_limit(machine: None) -> None:
+def test_a_requested_residence_is_used_or_refused_with_size_and_limit(machine: None) -> None:
     assert choose_residence(10**9, CUDA, "mapped", 1) == "mapped"
     assert choose_residence(10**9, CUDA, "pinned", 8) == "pinned"
     with pytest.raises(DataError, match=r"residence gpu: 30\.0 GB .* 20\.0 GB may be taken .*: use auto"):
