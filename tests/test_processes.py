@@ -1,4 +1,4 @@
-"""Cases processed in parallel: each has its result or its fault with any number of workers, and the run ends cleanly."""
+"""Cases processed in parallel: each has a result or a fault, with any number of workers, and the run ends cleanly."""
 
 from __future__ import annotations
 
