@@ -38,7 +38,7 @@ def read_archive(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (PermissionError, Unreadable):
         raise
-    except Exception as error:  # of zipfile, pickle and torch, which have many
+    except Exception as error:  # zipfile, pickle and torch raise many kinds
         raise Unreadable(
             f"it is damaged, or holds more than tensors and plain values ({type(error).__name__}), and no code from a "
             "file is run"
@@ -46,7 +46,7 @@ def read_archive(path: Path) -> Any:
 
 
 def write_archive(content: Mapping[str, Any], path: Path) -> None:
-    """Write tensors and plain values by `torch.save`, whole and synced.
+    """Write tensors and plain values with `torch.save`, complete and synced to the disk.
 
     Raises:
         OSError: it can't be written; `filename` is `path`.
@@ -58,5 +58,5 @@ def write_archive(content: Mapping[str, Any], path: Path) -> None:
             cause = error.__context__
             if not isinstance(cause, OSError):
                 raise
-            # PyTorch raises an error of its own, about positions in a file, in place of a full disk's.
+            # When the disk is full, PyTorch raises its own error, about positions in the file.
             raise OSError(cause.errno, cause.strerror, str(path)) from error

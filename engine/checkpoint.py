@@ -1,15 +1,14 @@
 """Checkpoints: the states from which a run resumes, and the writing of them and of its weights files.
 
     checkpoints/step-00001200/state.pt     everything that training needs to continue
-    checkpoints/step-00001200/about.json   its size and content hash, and by which ranks it was written
-    checkpoints/step-00001200-validated/   the same when the epoch's validation is done, in place of that one
+    checkpoints/step-00001200/about.json   its size and hash, the configuration, and how many ranks wrote it
+    checkpoints/step-00001200-validated/   the same after the epoch's validation, instead of that one
     checkpoints/last.pt, best.pt           see `engine.weights_file`
 
-States are whole, not by rank: one file serves any number of ranks and any ZeRO stage. (These networks have 5 to 100
-million parameters; with two moments each that is 60 MB to 1.2 GB.) Files hold plain values and tensors and load with
-`torch.load(weights_only=True)`: see `engine.archive`. A folder is written under another name, its hash beside it,
-synced, and moved into place when complete: a crash leaves the ones before as they were. Training goes on meanwhile, in
-another thread.
+A state is one file for any number of ranks and any ZeRO stage. (These networks have 5 to 100 million parameters; with
+two moments each that is 60 MB to 1.2 GB.) It holds plain values and tensors and loads with
+`torch.load(weights_only=True)`: see `engine.archive`. A folder is written under a temporary name with its hash, synced,
+and renamed when complete: a crash leaves earlier ones as they were. A thread writes while training goes on.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ STATE_FORMAT = 2
 HASH = "blake2b"
 VALIDATED = "-validated"
 STATES = "step-*/about.json"
-"""Below `checkpoints`: one for each state that a run can go on from."""
+"""Below `checkpoints`: one for each state that a run can resume from."""
 _STATE = re.compile(rf"step-\d{{8,}}({VALIDATED})?")
 
 
@@ -48,7 +47,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _are_numbers(values: Any) -> bool:
-    """Whether these are numbers by name, or groups of them, with None for what there is no number of."""
+    """Whether these are numbers by name, or groups of them; None is a missing number."""
     return isinstance(values, dict) and all(
         isinstance(name, str) and (value is None or isinstance(value, int | float) or _are_numbers(value))
         for name, value in values.items()
@@ -78,14 +77,14 @@ _STATE_PARTS: dict[str, Callable[[Any], bool]] = {
     "cases": _are(_is_case),
     "ranks": lambda value: _are(lambda rank: isinstance(rank, dict))(value) and len(value) > 0,
 }
-"""Parts of a state that are used long after they are read, and what they must be."""
+"""Parts of a state that are first used long after it is read, and their checks."""
 
 
 class CheckpointWriter:
     """Writes checkpoints in the background, one after the other.
 
     Args:
-        folder: `checkpoints` of a run. keep: newest states, each of another step, that stay.
+        folder: `checkpoints` of a run. keep: how many states to keep, each of another step.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -99,19 +98,19 @@ class CheckpointWriter:
         """Start writing.
 
         Args:
-            name: of the folder, as `state_name` makes it.
-            state: content of `state.pt`, tensors on the CPU that nobody changes any more.
+            name: of the folder, from `state_name`.
+            state: content of `state.pt`; its tensors are on the CPU and must not change any more.
             about: more for `about.json`.
             weights: weights files by their name.
 
         Raises:
-            OSError: the one before could not be written.
+            OSError: the previous one could not be written.
         """
         self.wait()
         self._pending = self._thread.submit(self._write, name, state, about, weights)
 
     def wait(self) -> None:
-        """Return when all is on disk.
+        """Wait until everything is on disk.
 
         Raises:
             OSError: it can't be written.
@@ -133,38 +132,39 @@ class CheckpointWriter:
             with _advising():
                 write_archive({"format": STATE_FORMAT, **state}, partial / "state.pt")
             size, digest = (partial / "state.pt").stat().st_size, _digest(partial / "state.pt")
-            _write_synced(json.dumps({**about, "bytes": size, HASH: digest}), partial / "about.json")
-            shutil.rmtree(final, ignore_errors=True)  # damaged: the run went back, and comes by here again
+            with replacing(partial / "about.json", sync=True) as about_json:
+                json.dump({**about, "bytes": size, HASH: digest}, about_json)
+            shutil.rmtree(final, ignore_errors=True)  # damaged: the run resumed from an earlier one
             partial.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         _sync(self.folder)
-        # Later ones than this are damaged, else the run would have gone on from them.
+        # Later ones are damaged, or the run would have resumed from them.
         whole = [path for path in states(self.folder) if path.name <= name]
         validated = {path.name.removesuffix(VALIDATED) for path in whole if path.name.endswith(VALIDATED)}
         kept = [path for path in whole if path.name not in validated][: self.keep]
         for folder in self.folder.glob("step-*"):
             is_ours = _STATE.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
-            if is_ours and folder not in kept:  # old, later, or half removed when the run was killed
+            if is_ours and folder not in kept:  # old, later, or half removed by a run that was killed
                 shutil.rmtree(folder)
 
 
 def state_name(steps: int, is_validated: bool) -> str:
-    """Names that sort as the states were written.
+    """The name of a state's folder; names sort in the order of writing.
 
     Args:
-        steps: optimizer steps since the run began, by whatever number of ranks. is_validated: after a validation.
+        steps: optimizer steps since the run began. is_validated: whether it is written after a validation.
     """
     return f"step-{steps:08d}{VALIDATED if is_validated else ''}"
 
 
 def states(folder: Path) -> list[Path]:
-    """Folders of complete states, the newest first."""
+    """Folders of complete states, newest first."""
     return sorted((path.parent for path in folder.glob(STATES)), reverse=True)
 
 
 def find_state(folder: Path) -> Path:
-    """The newest state that is whole; damaged ones are named in the log.
+    """The newest intact state; the log names damaged ones.
 
     Raises:
         ValueError: there is none.
@@ -174,13 +174,13 @@ def find_state(folder: Path) -> Path:
         fault = _fault(path)
         if fault is None:
             return path
-        log.warning("checkpoint %s is damaged (%s): going back to the one before", path, fault)
-    damaged = f"; all {len(found)} there are damaged" if found else "; the run ended before it wrote one"
+        log.warning("checkpoint %s is damaged (%s): going back to the previous one", path, fault)
+    damaged = f"; all {len(found)} in it are damaged" if found else "; the run ended before it wrote one"
     raise ValueError(f"--resume: no checkpoint in {folder}{damaged}")
 
 
 def recorded_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration by which the newest state was written; None where no state says."""
+    """The configuration of the run that wrote the newest state; None if no state says it."""
     for path in states(folder):
         try:
             about = json.loads((path / "about.json").read_text())
@@ -192,10 +192,10 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The content of a state, onto the CPU, without running code from the file.
+    """Load a state onto the CPU, without running code from the file.
 
     Raises:
-        ValueError: it is of another format, or holds something else.
+        ValueError: it has another format, or holds something else.
     """
     try:
         state = read_archive(path / "state.pt")
@@ -213,10 +213,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def restoring(folder: Path) -> Iterator[None]:
-    """While a state is put back into place: what does not fit is told in a line.
+    """Give an error one line that names the run, if restoring its state fails.
 
     Raises:
-        ValueError: the state of another network, another version, or one that was made by hand.
+        ValueError: the state is of another network or another version, or was made by hand.
     """
     try:
         yield
@@ -256,17 +256,12 @@ def _advising() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "no checkpoint could be written; make room, and --resume goes on from the one before"
+        advice = "no checkpoint could be written; make room, then --resume continues from the previous one"
         raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
 
 
-def _write_synced(text: str, path: Path) -> None:
-    with replacing(path, sync=True) as file:
-        file.write(text)
-
-
 def _sync(folder: Path) -> None:
-    """Have the folder's entries on disk."""
+    """Flush the folder's entries to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

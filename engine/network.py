@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from models import NETWORKS, NetworkName, build_model, check_img_size, find_network
+from models import NetworkName, build_model, check_img_size, find_network
 from pipelines.basics.option_values import number
 from pipelines.labels import REGIONS
 
@@ -17,7 +17,7 @@ class ModelConfig:
     """The network; a width of None is the published one, and one that the network does not have is ignored."""
 
     name: NetworkName = "unetr"
-    """UNETR as in self-attention-cv, UNETR as in MONAI, or MONAI's residual UNet."""
+    """UNETR as in self-attention-cv (unetr) or as in MONAI (unetr_monai), or another network of MONAI."""
     feature_size: int | None = number(None, least=1, most=1024)
     """Channels at full resolution (16)."""
     hidden_size: int | None = number(None, least=1, most=65_536)
@@ -28,10 +28,11 @@ class ModelConfig:
     """Attention heads (10; MONAI 12)."""
 
 
-def widths_of(model: ModelConfig) -> dict[str, int]:
-    """The widths of a network, by the names of its options: those given, and the published ones for the rest."""
-    given = {name: getattr(model, name) for name in NETWORKS[model.name].widths}
-    return {**NETWORKS[model.name].widths, **{name: width for name, width in given.items() if width is not None}}
+def widths_of(config: ModelConfig) -> dict[str, int]:
+    """The widths of a network by their options: those given, and the published ones for the rest."""
+    published = find_network(config.name).widths
+    return {name: width if getattr(config, name) is None else getattr(config, name)
+            for name, width in published.items()}  # fmt: skip
 
 
 def make_model(config: ModelConfig, crop_size: Sequence[int], channels: int) -> nn.Module:
@@ -43,18 +44,13 @@ def make_model(config: ModelConfig, crop_size: Sequence[int], channels: int) -> 
     Raises:
         ValueError: naming the option that does not fit.
     """
+    network = find_network(config.name)
     try:
-        network = find_network(config.name)
         check_img_size(crop_size, network.size_divisor)
     except ValueError as error:
         raise ValueError(f"--data.crop_size_voxels: {error}") from error
+    widths = {name: getattr(config, name) for name in network.widths}
     try:
-        return build_model(
-            config.name,
-            in_channels=channels,
-            out_channels=len(REGIONS),
-            img_size=crop_size,
-            **{option: getattr(config, option) for option in network.widths},
-        )
+        return build_model(config.name, channels, len(REGIONS), crop_size, **widths)
     except ValueError as error:
         raise ValueError(f"--model: {error}") from error

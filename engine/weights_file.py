@@ -32,7 +32,7 @@ from torch import Tensor
 from engine.archive import Unreadable, read_archive, write_archive
 from pipelines.basics.atomic import replacing
 from pipelines.basics.option_values import shown
-from pipelines.basics.text import printable
+from pipelines.basics.text import one_line
 from pipelines.labels import CODINGS, ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
 from pipelines.layouts.names import canonical_modalities
 
@@ -40,13 +40,12 @@ log = logging.getLogger(__name__)
 
 FORMAT = 3
 UNSEALED_FORMAT = 2
-"""Of files before they had a hash. They are read, with a warning: training takes days, and they are no worse than they
-were."""
+"""Of files before they had a hash. They are read, with a warning: training takes days."""
 HASH = "sha256"
 METADATA_KEY = "glioforge"
 """Metadata of a `.safetensors` file: everything but the weights, as JSON."""
 VALUES_LIMIT = 2**24
-"""Characters of a file's values as JSON; those of a run come to some thousand, and a million case names fit."""
+"""Characters of a file's values as JSON; a run's are some thousand, and a million case names fit."""
 PLAIN_NAME = re.compile("[A-Za-z0-9_]{1,64}")
 _ODD = (ArithmeticError, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError)
 
@@ -75,11 +74,10 @@ class WeightsFile:
 
     @classmethod
     def read(cls, path: Path) -> WeightsFile:
-        """Read what `write` wrote, of this version or the one before, onto the CPU.
+        """Read what `write` wrote, in this format or the one before, onto the CPU.
 
         Raises:
-            ValueError: no such file, a damaged one, another content than was written, another program's, or values that
-                this version does not know.
+            ValueError: no such file, a damaged one, another program's, or values that this version does not know.
         """
         content = read_content(path)
         with written_by_this_version(path):
@@ -126,17 +124,17 @@ class WeightsFile:
 
 @contextlib.contextmanager
 def written_by_this_version(path: Path) -> Iterator[None]:
-    """While values of a file are used.
+    """Give an error one line that names the file, where its values are not as this version writes them.
 
     Raises:
-        ValueError: one line, where they are not as this version writes them.
+        ValueError: that line.
     """
     try:
         yield
     except _ODD as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else printable(" ".join(str(error).split()))
+        reason = one_line(f"it has no {error}" if isinstance(error, KeyError) else error, 300)
         raise ValueError(
-            f"{path} was written by another version of this program: {reason[:300]}; update this one, or use that one"
+            f"{path} was written by another version of this program: {reason}; update this one, or use that one"
         ) from error
 
 
@@ -144,10 +142,10 @@ def written_by_this_version(path: Path) -> Iterator[None]:
 
 
 def read_content(path: Path) -> dict[str, Any]:
-    """What is in a weights file, as it was written, by its hash, but unchecked.
+    """Read what `write_content` wrote, check its format and hash, but not its values.
 
     Raises:
-        ValueError: as `WeightsFile.read`, but for the values.
+        ValueError: no such file, a damaged one, or another program's.
     """
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}; a run writes checkpoints/best.pt and checkpoints/last.pt")
@@ -164,7 +162,7 @@ def read_content(path: Path) -> dict[str, Any]:
             raise Unreadable("its content is not what was written: it is damaged")
     except Unreadable as error:
         raise ValueError(
-            f"{path} can't be read as a checkpoint: {error}. Copy it again, or take the run's other one of best.pt and "
+            f"{path} can't be read as a checkpoint: {error}. Copy it again, or use the other of the run's best.pt and "
             "last.pt"
         ) from error
     return content
@@ -219,7 +217,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except PermissionError:
         raise
-    except Exception as error:  # of safetensors, JSON and torch, which have many
+    except Exception as error:  # safetensors, JSON and torch raise many kinds
         raise Unreadable(f"it is damaged ({type(error).__name__})") from error
     return {**rest, "weights": weights} if isinstance(rest, dict) else {}
 
@@ -254,7 +252,7 @@ def _is_dense(name: Any, value: Any) -> bool:
         and type(value) in (Tensor, torch.nn.Parameter)
         and (value.layout, value.device.type) == (torch.strided, "cpu")
         and not (value.is_quantized or value.is_conj() or value.is_neg())
-        and value.numel() * value.itemsize <= value.untyped_storage().nbytes()  # else a few bytes are expanded to many
+        and value.numel() * value.itemsize <= value.untyped_storage().nbytes()  # else few bytes are expanded to many
     )
 
 
@@ -264,7 +262,7 @@ def _tensor_digest(value: Tensor) -> bytes:
 
 
 def _as_json(values: dict[str, Any]) -> bytes:
-    """Values as JSON in one order; a few that refer to each other may stand for more than any memory holds."""
+    """Values as JSON in a fixed order. Few values that refer to each other may expand to more than fits in memory."""
     try:
         parts, size = [], 0
         for part in json.JSONEncoder().iterencode(values):
@@ -277,7 +275,7 @@ def _as_json(values: dict[str, Any]) -> bytes:
         raise Unreadable(f"it holds other values than plain ones ({type(error).__name__})") from error
     except Unreadable:
         raise
-    except ValueError as error:  # values within themselves, numbers of too many digits
+    except ValueError as error:  # values that contain themselves, numbers with too many digits
         raise Unreadable(f"it holds values that JSON does not have ({error})") from error
 
 

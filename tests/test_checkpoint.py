@@ -78,9 +78,9 @@ def test_a_crash_within_a_save_leaves_the_one_before_and_the_next_save_clears_up
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, 1)
-    for function in ("_digest", "_write_synced", "_sync"):  # after the state, after its hash, after the move
+    for function in ("_digest", "replacing", "_sync"):  # after the state, after its hash, after the move
         with monkeypatch.context() as patch:
-            patch.setattr(f"engine.checkpoint.{function}", lambda *args: 1 / 0)
+            patch.setattr(f"engine.checkpoint.{function}", lambda *args, **options: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 write(tmp_path, 2)
         assert load_state(find_state(tmp_path))["value"][0] == (2 if function == "_sync" else 1)
@@ -173,13 +173,13 @@ def test_a_damaged_state_is_named_and_the_one_before_taken(
     else:
         (newest / "about.json").write_text("{")
     assert find_state(tmp_path).name == "step-00000001"
-    assert "step-00000002 is damaged" in caplog.text and "going back to the one before" in caplog.text
+    assert "step-00000002 is damaged" in caplog.text and "going back to the previous one" in caplog.text
 
 
 def test_states_that_are_all_damaged_are_not_resumed(tmp_path: Path) -> None:
     write(tmp_path, 1)
     (tmp_path / "step-00000001" / "state.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="all 1 there are damaged"):
+    with pytest.raises(ValueError, match="all 1 in it are damaged"):
         find_state(tmp_path)
 
 

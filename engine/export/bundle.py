@@ -73,7 +73,7 @@ README = """# {title}
 Segments brain tumours in {modalities} MRI. Made by glioforge from `{source}`, epoch {epoch}; its code in `scripts/` is
 under Apache-2.0. Not a medical device.
 
-In this folder (elsewhere give `bundle_root` too):
+In this folder (from elsewhere, give `bundle_root` too):
 
 ```sh
 pip install "monai[nibabel]>={monai}"
@@ -82,17 +82,17 @@ from monai.bundle import run
 run(config_file="configs/inference.json", dataset_dir="SCANS", output_dir="SEGMENTATIONS")'
 ```
 
-or, with `pip install fire`, by `python -m monai.bundle run --config_file configs/inference.json --dataset_dir SCANS
+or, after `pip install fire`, with `python -m monai.bundle run --config_file configs/inference.json --dataset_dir SCANS
 --output_dir SEGMENTATIONS`.
 
 `SCANS` holds a folder for each scan, with one NIfTI file for each modality ({files}), or 4D files with the modalities
-on the last axis; where on it each is, counted from 0, is `channels` in `configs/inference.json`: {channels}.
+on the last axis; `channels` in `configs/inference.json` is where each is, counted from 0: {channels}.
 
 Input: {spacing} mm, RAS, not normalised (the bundle does all of it). Windows of {crop} voxels are z-scored one by one,
-on the non-zero voxels of each channel. The network gives logits of {regions}; a probability above one half is the
-region. Labels written: {labels}.
+over the non-zero voxels of each channel. The network gives logits of {regions}; a voxel whose probability is above one
+half belongs to the region. Labels written: {labels}.
 
-The configuration is code, as that of every MONAI bundle: run only bundles from people that you trust.
+Like that of every MONAI bundle, the configuration is code: run only bundles from people you trust.
 """
 
 
@@ -100,8 +100,8 @@ def write_bundle(folder: Path, trained: TrainedNetwork) -> None:
     """Write a trained network as a MONAI bundle.
 
     Args:
-        folder: a new one, or a bundle that this program wrote: once all new files are complete, they replace the old
-            ones, and whatever else is there stays.
+        folder: a new one, or a bundle that this program wrote: its files are replaced once all new ones are complete,
+            and anything else in it stays.
         trained: the network and what belongs to it, on the CPU.
 
     Raises:
@@ -128,7 +128,7 @@ def write_bundle(folder: Path, trained: TrainedNetwork) -> None:
 
 
 def _check_is_bundle(folder: Path) -> None:
-    """Refuse what `write_bundle` did not write."""
+    """Refuse a folder that `write_bundle` did not write."""
     try:
         metadata = json.loads((folder / "configs" / "metadata.json").read_text())
     except (OSError, ValueError, RecursionError):
@@ -204,12 +204,12 @@ def _network(trained: TrainedNetwork) -> tuple[dict[str, Any], list[str], str]:
 
 
 def _label_values(trained: TrainedNetwork) -> list[int]:
-    """Labels of core, oedema and enhancing tumour: of voxels that are in TC, WT or ET alone."""
+    """Labels of core, oedema and enhancing tumour: of voxels that are only in TC, WT or ET."""
     return compose_labels(np.eye(len(REGIONS), dtype=bool), trained.coding).tolist()
 
 
 def _channels(trained: TrainedNetwork) -> list[int]:
-    """Where Decathlon's 4D files have the modalities."""
+    """Where the modalities are in Decathlon's 4D files."""
     return [MODALITIES.index(modality) for modality in trained.modalities]
 
 
@@ -353,5 +353,5 @@ def _readme(trained: TrainedNetwork) -> str:
         spacing=" x ".join(f"{size:g}" for size in data.spacing_mm),
         crop=" x ".join(map(str, data.crop_size_voxels)),
         regions=", ".join(REGIONS),
-        labels=f"{core} core that does not enhance, {oedema} oedema, {enhancing} enhancing tumour",
+        labels=f"{core} non-enhancing core, {oedema} oedema, {enhancing} enhancing tumour",
     )

@@ -1,6 +1,6 @@
 """Steps of a MONAI bundle that MONAI lacks; goes into the bundle as `scripts/steps.py`, see `engine.export.bundle`.
 
-Beside this program's sliding window it needs PyTorch and MONAI alone, and neither ignite nor any other extra of MONAI.
+Besides this program's sliding window it needs only PyTorch and MONAI with nibabel, not ignite or MONAI's other extras.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # from where to where each axis run
 
 
 def find_scans(folder: str, names: Mapping[str, Sequence[str]], channels: Sequence[int]) -> list[dict[str, Any]]:
-    """The scans of a folder: its 4D files, and its folders with a file for each modality.
+    """Find the scans of a folder: its 4D files, and its folders with a file for each modality.
 
     Args:
-        folder: holds them.
-        names: for each modality, in the network's order, the words that its file may end with (before .nii or .nii.gz,
-            after "_" or "-" or as the whole name, in any letter case).
-        channels: where a 4D file has the modalities on its last axis.
+        names: by modality, in the network's order, the words that its file may end with (before .nii or .nii.gz, after
+            "_" or "-" or as the whole name, in any letter case).
+        channels: where the modalities are on the last axis of a 4D file.
 
     Returns:
         for each scan "image", a file or one for each modality, and "channels", those of a 4D file or None.
@@ -36,7 +35,7 @@ def find_scans(folder: str, names: Mapping[str, Sequence[str]], channels: Sequen
         ValueError: no scan, or a folder with no file or several for a modality.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"there is no folder {folder}: give the folder of the scans as --dataset_dir")
+        raise ValueError(f"no folder {folder}: give the folder of the scans as --dataset_dir")
     scans: list[dict[str, Any]] = []
     for path in sorted(Path(folder).iterdir()):
         if _is_image(path):
@@ -52,7 +51,7 @@ def find_scans(folder: str, names: Mapping[str, Sequence[str]], channels: Sequen
 
 
 def _is_image(path: Path) -> bool:
-    """Whether it is a NIfTI file; Decathlon's archives hold another for each, with a name that begins with a dot."""
+    """Whether it is a NIfTI file, but none of those that macOS adds to archives, whose names begin with a dot."""
     return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
 
 
@@ -81,8 +80,8 @@ class SelectChannelsd(Transform):
         if channels is not None:
             if max(channels) >= len(image):
                 raise ValueError(
-                    f"{name} has {len(image)} channel(s), and {list(channels)} are asked for, counted from 0: give a "
-                    "4D file with all modalities on its last axis, or say by --channels where in it each is"
+                    f"{name} has {len(image)} channel(s), but {list(channels)} are needed, counted from 0: give a 4D "
+                    "file with all modalities on its last axis, or use --channels to say where each is"
                 )
             out["image"] = image = image[list(channels)]
         if not torch.isfinite(image).all():
@@ -91,8 +90,8 @@ class SelectChannelsd(Transform):
 
 
 class AxesInOrderd(MapTransform, InvertibleTransform):
-    """Turn "image" to LPS where its axes don't run along R or L, A or P, S or I in this order: Spacing takes the sizes
-    of voxels by axis of the file, and they are the patient's."""
+    """Turn "image" to LPS if its axes don't run along R or L, A or P, S or I in this order: Spacing takes the voxel
+    sizes in the order of the file's axes, and they are given in the patient's."""
 
     def __init__(self) -> None:
         super().__init__("image")
@@ -115,7 +114,7 @@ class AxesInOrderd(MapTransform, InvertibleTransform):
 class RegionsToLabelsd(Transform):
     """From probabilities (3, X, Y, Z) of TC, WT and ET under "pred" to a label map (1, X, Y, Z).
 
-    Enhancing tumour goes before core, and core before the rest of the whole tumour.
+    Enhancing tumour overrides core, and core overrides the rest of the whole tumour.
 
     Args:
         values: labels of core, oedema and enhancing tumour.
@@ -130,14 +129,14 @@ class RegionsToLabelsd(Transform):
         labels = torch.zeros_like(out["pred"][:1])
         for mask, value in ((whole, self.values[1]), (core, self.values[0]), (enhancing, self.values[2])):
             labels[0][mask] = value
-        # Otherwise MONAI's writer takes (X, Y, Z) for a channel and two axes, and fails where those are not R and A.
+        # Otherwise MONAI's writer takes X for the channel axis, and fails if Y and Z are not R and A.
         labels.meta["original_channel_dim"] = "no_channel"  # type: ignore[attr-defined]  # MONAI's MetaTensor
         out["pred"] = labels
         return out
 
 
 class ZScoredWindows(torch.nn.Module):
-    """A network that z-scores the non-zero voxels of each channel of each window first, as in training."""
+    """A network that first z-scores the non-zero voxels of each channel of each window, as in training."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -148,7 +147,7 @@ class ZScoredWindows(torch.nn.Module):
 
 
 class Evaluator:
-    """Segment scans, one after the other.
+    """Segments scans one after the other.
 
     Args:
         dataset: of dictionaries with "image" (C, X, Y, Z). network: for windows. inferer: of MONAI, for volumes.
