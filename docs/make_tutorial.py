@@ -7,9 +7,9 @@ in a shell; one after `<!-- not run -->` not at all. What a block prints goes in
 as Markdown between `<!-- output -->` and `<!-- end of output -->`; what a shell prints may go nowhere. A picture linked
 as `tutorial/NAME.png` is what the blocks drew as `runs/tutorial/NAME.png`.
 
-Everything runs from the start, in a folder that is removed afterwards. One thread computes, and what depends on the
-machine's speed is not printed, so the same machine and versions give the same page, byte for byte; another processor
-may round otherwise, and so end at other Dice.
+Everything runs from the start, in a folder that is removed afterwards. One thread computes, and nothing that depends on
+the machine's speed is printed, so the same machine and versions give the same page, byte for byte; another processor
+may round differently, and so end at another Dice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 PICTURE = re.compile(r"!\[[^\]]*\]\(tutorial/(?P<name>[^)]+)\)")
-TIMED_LINE = re.compile(r"^step \d+/\d+ .* left\n", re.MULTILINE)  # a slow machine has them, a fast one not
+TIMED_LINE = re.compile(r"^step \d+/\d+ .* left\n", re.MULTILINE)  # only on a slow machine
 TIME = re.compile(r"\d[\d.]*(?= samples/s)|(?<=cases in )\d[\d.]*(?= s)")
 
 Shell = Callable[[str], str]
@@ -44,7 +44,7 @@ Shell = Callable[[str], str]
 
 
 def run_page(page: str, shell: Shell) -> str:
-    """The page with what its blocks print, run from the first to the last in the current folder.
+    """The page with what its blocks print, run in order in the current folder.
 
     Args:
         page: Markdown, see the head of this file. shell: runs the `sh` blocks.
@@ -84,7 +84,7 @@ def run_shell(command: str) -> str:
     """What a command prints, without times.
 
     Raises:
-        subprocess.CalledProcessError: it failed; what it said is on standard error.
+        subprocess.CalledProcessError: it failed; its output is on standard error.
     """
     done = subprocess.run(command, shell=True, text=True, stdout=subprocess.PIPE)
     if done.returncode:
@@ -95,8 +95,8 @@ def run_shell(command: str) -> str:
 
 @contextlib.contextmanager
 def clean_folder() -> Iterator[Path]:
-    """A folder to run the page in, as the root of a fresh checkout is; the current one meanwhile."""
-    before = Path.cwd()
+    """A folder like the root of a fresh checkout, as the current folder while the page runs."""
+    before, environment = Path.cwd(), dict(os.environ)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "launch").symlink_to(ROOT / "launch")
@@ -111,15 +111,17 @@ def clean_folder() -> Iterator[Path]:
             yield folder
         finally:
             os.chdir(before)
+            os.environ.clear()
+            os.environ.update(environment)
 
 
 def without_folders(page: str, folder: Path) -> str:
-    """The page with its paths as they are for who follows it."""
+    """The page with the paths that a reader would see."""
     return page.replace(str(folder / "cache"), "~/.cache/glioforge").replace(f"{folder}/", "")
 
 
 def copy_pictures(page: str, source: Path, target: Path) -> None:
-    """The pictures that a page links, in few colours, and no others.
+    """Copy the pictures that a page links, and no others, with few colours.
 
     Raises:
         FileNotFoundError: a picture that no block drew.
@@ -131,14 +133,14 @@ def copy_pictures(page: str, source: Path, target: Path) -> None:
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(source / name) as picture:
-            # Of Pillow's ways this one keeps colours that few pixels have: a legend's.
+            # Of Pillow's methods, this one keeps the colours of few pixels, such as a legend's.
             few = picture.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             few.save(path, optimize=True)
         print(f"{name}  {path.stat().st_size / 1000:.0f} kB")
 
 
 def main() -> int:
-    """Write the page and its pictures anew, once all of it has run."""
+    """Rewrite the page and its pictures, once all of it has run."""
     with clean_folder() as folder:
         sys.path.insert(0, str(ROOT))
         page = without_folders(run_page(PAGE.read_text(), run_shell), folder)

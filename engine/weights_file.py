@@ -81,27 +81,18 @@ class WeightsFile:
         """
         content = read_content(path)
         with written_by_this_version(path):
-            return cls.of(content)
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> WeightsFile:
-        """From the plain values of `content`.
-
-        Raises:
-            ValueError, KeyError, TypeError, AttributeError: it lacks one, or one is of another kind.
-        """
-        if not isinstance(content["config"], dict):
-            raise ValueError("its configuration is not options by name")
-        modalities = _modalities(content["modalities"])
-        return cls(
-            content["weights"],
-            content["config"],
-            _epoch(content["epoch"]),
-            _numbers(content["validation"]),
-            modalities,
-            _coding(content["release"], content["tissues"], content["regions"]),
-            _ranges(content["scans"], len(modalities)),
-        )
+            if not isinstance(content["config"], dict):
+                raise ValueError("its configuration is not options by name")
+            modalities = _modalities(content["modalities"])
+            return cls(
+                content["weights"],
+                content["config"],
+                _epoch(content["epoch"]),
+                _numbers(content["validation"]),
+                modalities,
+                _coding(content["release"], content["tissues"], content["regions"]),
+                _ranges(content["scans"], len(modalities)),
+            )
 
     def content(self) -> dict[str, Any]:
         """Tensors and plain values as a file holds them."""

@@ -38,7 +38,7 @@ def repacked(content: Any, change: Any = lambda name, data: data, compression: i
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_compressed_parts_are_refused_unread(tmp_path: Path) -> None:
+def test_compressed_parts_are_refused_without_reading_them(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pt"
     zeros = torch.zeros(16 * MIB)
     path.write_bytes(repacked({"weights": {"a": zeros}}, compression=zipfile.ZIP_DEFLATED))
@@ -47,7 +47,7 @@ def test_compressed_parts_are_refused_unread(tmp_path: Path) -> None:
         read_archive(path)
 
 
-def test_a_tensor_that_is_larger_than_its_data_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_its_data_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "crafted.pt"
 
     def enlarge(name: str, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A MONAI bundle: MONAI runs it and finds the same, and it harms neither its folder nor its user."""
+"""A MONAI bundle: MONAI runs it with the same result, it overwrites nothing else and runs no foreign code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROJECT = ("benchmarks", "engine", "kernels", "launch", "models", "pipelines")
 TOLERANCES = {"logits": 1e-4, "affine": 1e-6, "undecided probability": 1e-5}
 
 
-def test_a_bundle_that_is_there_keeps_what_is_not_its_own(tmp_path: Path, capsys: Any) -> None:
+def test_overwriting_a_bundle_keeps_other_files_in_its_folder(tmp_path: Path, capsys: Any) -> None:
     first, bundle = saved_run(tmp_path, "unetr"), tmp_path / "bundle"
     second = saved_run(tmp_path, "unet")
     assert main([str(first), "--to", "bundle", "--output", str(bundle)]) == 0
@@ -47,7 +47,7 @@ def test_a_bundle_that_is_there_keeps_what_is_not_its_own(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("kind", ["foreign", "no metadata", "file", "link out"])
-def test_a_folder_that_is_no_bundle_of_ours_is_left_alone(kind: str, tmp_path: Path, capsys: Any) -> None:
+def test_other_folders_are_not_overwritten(kind: str, tmp_path: Path, capsys: Any) -> None:
     run, folder, outside = saved_run(tmp_path, "unet"), tmp_path / "folder", tmp_path / "outside"
     if kind == "file":
         folder.write_text("mine")
@@ -66,8 +66,8 @@ def test_a_folder_that_is_no_bundle_of_ours_is_left_alone(kind: str, tmp_path: P
     assert content_of_files(tmp_path) == before
 
 
-def test_words_of_a_file_are_no_code_in_a_bundle(tmp_path: Path) -> None:
-    """MONAI evaluates a string that begins with `$`, wherever it stands; each field is tried that reaches a bundle."""
+def test_text_from_a_weights_file_never_runs_as_code_in_a_bundle(tmp_path: Path) -> None:
+    """MONAI evaluates any string that begins with `$`; this tries each field that reaches a bundle."""
     run, mark = saved_run(tmp_path, "unet"), tmp_path / "was_here"
     code = f"$__import__('pathlib').Path({str(mark)!r}).touch()"
     best = run / "checkpoints" / "best.pt"
@@ -123,13 +123,13 @@ def store_as(codes: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "codes"), [("unetr", "LPS"), ("unet", "PIR"), ("unet", "RSA")])
-def test_monai_runs_the_bundle_and_finds_the_same(
+def test_monai_runs_the_bundle_with_the_same_result(
     name: str,
     codes: str,
     scan: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """A voxel may differ only where a probability is one half but for rounding."""
+    """A voxel may differ only where a probability is one half within rounding."""
     for path in scan.rglob("*.nii.gz"):
         store_as(codes, path)
     run, bundle, output = saved_run(tmp_path, name), tmp_path / "bundle", tmp_path / "found"
@@ -166,7 +166,7 @@ def test_a_bundles_own_instructions_work(
     assert (bundle / "SEGMENTATIONS" / "B_seg.nii.gz").is_file()
 
 
-def test_the_bundle_has_what_monai_asks_of_one(
+def test_the_bundle_has_all_that_monai_requires(
     scan: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

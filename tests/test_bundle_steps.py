@@ -18,7 +18,7 @@ from pipelines.phantom import draw_phantom
 
 @pytest.fixture
 def scan(tmp_path: Path) -> Path:
-    """A synthetic scan, LPS, as a 4D file and as a folder of one file for each modality; what it is called."""
+    """A folder with a synthetic scan, LPS, as a 4D file and as a folder with a file for each modality."""
     image_XYZC = draw_phantom((40, 36, 24), 0, 0)[0].astype(np.float32)
     affine = np.diag([-1.5, -1.5, 2.25, 1.0])
     affine[:3, 3] = 30, 28, -20
@@ -46,7 +46,7 @@ def test_files_of_every_release_are_found(tmp_path: Path) -> None:
         ]
 
 
-def test_a_bundle_refuses_scans_without_the_channels_or_with_voxels_that_are_no_numbers() -> None:
+def test_scans_with_missing_channels_or_nan_voxels_are_refused() -> None:
     meta = {"filename_or_obj": "scan.nii.gz"}
     image = MetaTensor(torch.arange(2.0)[:, None, None, None].expand(2, 4, 4, 4).clone(), meta=meta)
     select = SelectChannelsd()

@@ -1,4 +1,4 @@
-"""States and weights files: whole or not at all, checked, and what is refused."""
+"""States to resume from: complete or not there, checked, and what is refused."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_the_newest_states_are_kept(tmp_path: Path) -> None:
     assert about["epoch"] == 1
 
 
-def test_a_validated_state_is_newer_than_that_of_its_last_step() -> None:
+def test_a_validated_state_sorts_after_the_one_of_its_last_step() -> None:
     names = [state_name(9, True), state_name(10, False), state_name(10, True), state_name(11, False)]
     assert names == sorted(names)
 
 
-def test_a_validated_state_takes_the_place_of_that_of_its_last_step(tmp_path: Path) -> None:
+def test_a_validated_state_replaces_the_one_of_its_last_step(tmp_path: Path) -> None:
     for step in (5, 10):
         write(tmp_path, step)
         write(tmp_path, step, is_validated=True)
@@ -65,7 +65,7 @@ def test_a_validated_state_takes_the_place_of_that_of_its_last_step(tmp_path: Pa
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_states_later_than_the_one_written_were_damaged_and_go(keep: int, tmp_path: Path) -> None:
+def test_states_later_than_the_one_written_are_removed(keep: int, tmp_path: Path) -> None:
     for step in (5, 10):
         write(tmp_path, step, 2)
     (tmp_path / "step-00000010" / "state.pt").write_bytes(b"")
@@ -74,7 +74,7 @@ def test_states_later_than_the_one_written_were_damaged_and_go(keep: int, tmp_pa
     assert load_state(find_state(tmp_path))["value"][0] == 7
 
 
-def test_a_crash_within_a_save_leaves_the_one_before_and_the_next_save_clears_up(
+def test_after_a_crash_the_previous_state_remains_and_the_next_save_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, 1)
@@ -90,14 +90,16 @@ def test_a_crash_within_a_save_leaves_the_one_before_and_the_next_save_clears_up
 
 
 @pytest.mark.parametrize("record", ["null", "[1]", "3", '"x"', "{}", '{"bytes": "x", "blake2b": null}', "[" * 100_000])
-def test_a_record_of_another_kind_is_a_step_back(record: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_with_an_odd_record_the_previous_state_is_found(
+    record: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2)
     (tmp_path / "step-00000002" / "about.json").write_text(record)
     assert find_state(tmp_path).name == "step-00000001" and "step-00000002 is damaged" in caplog.text
 
 
-def test_a_pipe_in_place_of_a_state_is_a_step_back(tmp_path: Path) -> None:
+def test_with_a_pipe_for_a_file_the_previous_state_is_found(tmp_path: Path) -> None:
     for step, name in ((1, ""), (2, "about.json"), (3, "state.pt")):
         write(tmp_path, step, keep=3)
         if name:
@@ -112,14 +114,14 @@ RIGHT: dict[str, list[Any]] = {"weights": [{}, {"a": "b"}], "moments": [{}, {"a"
 
 
 @pytest.mark.parametrize("part", [part for part in STATE])
-def test_a_part_of_a_state_of_another_kind_is_one_line(part: str, tmp_path: Path) -> None:
+def test_the_error_for_a_part_of_another_type_is_one_line(part: str, tmp_path: Path) -> None:
     for value in [each for each in ODD if each not in RIGHT.get(part, [])]:
         write(tmp_path, 1, **{part: value})
         with pytest.raises(ValueError, match=f"--resume: .*step-00000001 was written by another.*its {part}"):
             load_state(find_state(tmp_path))
 
 
-def test_a_state_that_holds_something_else_is_one_line(tmp_path: Path) -> None:
+def test_the_error_for_a_state_with_other_content_is_one_line(tmp_path: Path) -> None:
     write(tmp_path, 1)
     state, record = (tmp_path / "step-00000001" / name for name in ("state.pt", "about.json"))
     for content in ([1], {"format": "\x1b[31m"}, Evil()):
@@ -131,20 +133,20 @@ def test_a_state_that_holds_something_else_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyError("exp_avg"), RuntimeError("size\nmismatch \x1b[31m"), TypeError("float")])
-def test_what_does_not_fit_when_it_is_put_back_is_one_line(error: Exception, tmp_path: Path) -> None:
+def test_the_error_for_a_state_that_does_not_fit_is_one_line(error: Exception, tmp_path: Path) -> None:
     message = f"--resume: the checkpoint in .*: {type(error).__name__}: "
     with pytest.raises(ValueError, match=message) as told, restoring(tmp_path):
         raise error
     assert str(told.value).isprintable()
 
 
-def test_memory_that_runs_out_while_a_state_is_put_back_is_no_misfit(tmp_path: Path) -> None:
+def test_running_out_of_memory_while_restoring_is_not_a_mismatch(tmp_path: Path) -> None:
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     with pytest.raises(RuntimeError, match="can't allocate"), restoring(tmp_path):
         raise error
 
 
-def test_a_users_folders_among_checkpoints_stay(tmp_path: Path) -> None:
+def test_folders_of_the_user_among_checkpoints_are_kept(tmp_path: Path) -> None:
     users = [tmp_path / name for name in ("step-notes", "step-00000001-backup", "partial-step-00000001", "step-7")]
     for folder in users:
         folder.mkdir()
@@ -156,7 +158,7 @@ def test_a_users_folders_among_checkpoints_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["content", "length", "state", "about"])
-def test_a_damaged_state_is_named_and_the_one_before_taken(
+def test_a_damaged_state_is_named_and_the_previous_one_found(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, 1)
@@ -176,7 +178,7 @@ def test_a_damaged_state_is_named_and_the_one_before_taken(
     assert "step-00000002 is damaged" in caplog.text and "going back to the previous one" in caplog.text
 
 
-def test_states_that_are_all_damaged_are_not_resumed(tmp_path: Path) -> None:
+def test_a_run_with_only_damaged_states_is_not_resumed(tmp_path: Path) -> None:
     write(tmp_path, 1)
     (tmp_path / "step-00000001" / "state.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="all 1 in it are damaged"):
@@ -188,7 +190,7 @@ def test_resuming_where_nothing_was_saved_says_so(tmp_path: Path) -> None:
         find_state(tmp_path)
 
 
-def test_a_full_disk_is_told_as_such_and_what_was_saved_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_earlier_states_are_kept(tmp_path: Path) -> None:
     write(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
@@ -202,7 +204,7 @@ def test_a_full_disk_is_told_as_such_and_what_was_saved_stays(tmp_path: Path) ->
     assert load_state(find_state(tmp_path))["value"][0] == 1
 
 
-def test_what_could_not_be_written_is_told_at_the_next_save(tmp_path: Path) -> None:
+def test_a_failed_write_is_reported_at_the_next_save(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     writer = CheckpointWriter(tmp_path / "checkpoints", 2)
     writer.write("step-00000001", {}, {}, {})

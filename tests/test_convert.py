@@ -43,14 +43,14 @@ def test_safetensors_hold_all_that_a_weights_file_does(tmp_path: Path) -> None:
         load_trained(tmp_path / "foreign.safetensors")
 
 
-def test_safetensors_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_error_for_an_unwritable_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = saved_run(tmp_path, "unet")
     assert main([str(run), "--to", "safetensors", "--output", "/proc/model.safetensors"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "/proc/model.safetensors" in error and error.count("\n") == 1
 
 
-def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_stopped_conversion_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run, path = saved_run(tmp_path, "unet"), tmp_path / "out" / "model.safetensors"
     stop = mock.Mock(side_effect=lambda *_: signal.raise_signal(signal.SIGTERM))
     with mock.patch.object(WeightsFile, "write", stop):
@@ -59,7 +59,7 @@ def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, capsys: pyt
     assert not any(path.parent.iterdir())
 
 
-def test_a_file_is_replaced_only_when_asked_and_only_by_something_whole(tmp_path: Path, capsys: Any) -> None:
+def test_a_file_is_replaced_only_on_request_and_only_by_a_complete_one(tmp_path: Path, capsys: Any) -> None:
     run, path = saved_run(tmp_path, "unet"), tmp_path / "model.safetensors"
     path.write_text("first")
     convert = [str(run), "--to", "safetensors", "--output", str(path)]
@@ -74,7 +74,7 @@ def test_a_file_is_replaced_only_when_asked_and_only_by_something_whole(tmp_path
     assert main([*convert[:-1], str(other), "--overwrite"]) == 0 and load_trained(other).epoch == 7
 
 
-def test_what_is_read_and_what_a_run_needs_are_never_replaced(tmp_path: Path, capsys: Any) -> None:
+def test_the_source_and_the_files_of_a_run_are_never_replaced(tmp_path: Path, capsys: Any) -> None:
     run = saved_run(tmp_path, "unet")
     best = run / "checkpoints" / "best.pt"
     (run / "config.yaml").touch()
@@ -94,8 +94,8 @@ def test_what_is_read_and_what_a_run_needs_are_never_replaced(tmp_path: Path, ca
     assert content_of_files(tmp_path) == before
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
-    """In a process of its own, for it must not be ended from within a library."""
+def test_on_a_full_disk_the_error_is_one_line_and_the_old_file_stays(tmp_path: Path) -> None:
+    """In a process of its own, which a library must not end."""
     runs, calls = {name: saved_run(tmp_path, name) for name in ("unet", "unetr")}, []
     endings = {target: ending for target, (ending, *_) in ENDINGS.items() if target != "onnx"}
     for target, ending in endings.items():  # ONNX is written as torch_export is
@@ -118,7 +118,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
     assert content_of_files(tmp_path) == before
 
 
-def test_a_file_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
     run = saved_run(tmp_path, "unet")
     before = os.umask(0o022)
     try:
@@ -147,7 +147,7 @@ def test_packages_are_imported_only_when_they_are_used() -> None:
         (["--to", "monai", "--output", "model.pt"], "no run with weights"),
     ],
 )
-def test_a_command_line_that_makes_no_sense_is_one_line(
+def test_the_error_for_a_nonsensical_command_line_is_one_line(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main([str(tmp_path), *options]) == 2

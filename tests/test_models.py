@@ -19,6 +19,8 @@ from models import NETWORKS, build_model, check_img_size, parameter_count
 from models.convert import from_reference, to_reference
 
 IMG_SIZE = (48, 32, 16)
+TOLERANCES = {"float32": 1e-5, "float64": 1e-12, "bf16": 0.05}
+"""Largest difference relative to the norm of what is expected."""
 HEADS = {"unetr": 6, "unetr_monai": 4, "unet": 10}
 UNUSED = "norm_cross_attn"
 SMALL: dict[str, dict[str, int]] = {
@@ -90,7 +92,7 @@ def test_output_equals_the_reference_with_the_same_weights(name: str) -> None:
     ours, reference = build_pair(name)
     x = volumes()
     with torch.no_grad():
-        assert relative(ours(x), reference(x)) < 1e-5
+        assert relative(ours(x), reference(x)) < TOLERANCES["float32"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -106,12 +108,12 @@ def test_every_gradient_equals_the_reference_in_float64(name: str) -> None:
     assert {key for key in mine if UNUSED not in key} == set(theirs)
     scale = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
     worst = {key: ((mine[key] - gradient).norm() / scale).item() for key, gradient in theirs.items()}
-    assert max(worst.values()) < 1e-12, max(worst, key=lambda key: worst[key])
+    assert max(worst.values()) < TOLERANCES["float64"], max(worst, key=lambda key: worst[key])
     assert x.grad is not None and their_x.grad is not None
-    assert relative(x.grad, their_x.grad) < 1e-12
+    assert relative(x.grad, their_x.grad) < TOLERANCES["float64"]
 
 
-def test_parameter_counts_are_those_published() -> None:
+def test_parameter_counts_are_the_published_ones() -> None:
     with torch.device("meta"):
         counts = {name: parameter_count(build_model(name, 4)) for name in NETWORKS}
         monai = build_reference("unetr_monai", 4, (128, 128, 64))
@@ -124,7 +126,7 @@ def test_parameter_counts_are_those_published() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_initial_weights_are_distributed_as_the_reference(name: str) -> None:
+def test_initial_weights_have_the_distribution_of_the_reference(name: str) -> None:
     torch.manual_seed(0)
     ours = to_reference(name, build_model(name, 2, img_size=IMG_SIZE, **SMALL[name]).state_dict(), HEADS[name])
     reference = build_reference(name, 2, IMG_SIZE, **SMALL[name]).state_dict()
@@ -164,7 +166,7 @@ def test_bf16_autocast_stays_near_float32(name: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             out = ours(volumes())
     assert out.dtype == torch.bfloat16
-    assert relative(out.float(), expected) < 0.05
+    assert relative(out.float(), expected) < TOLERANCES["bf16"]
 
 
 def test_autocast_takes_as_many_modalities_as_features() -> None:
@@ -189,7 +191,7 @@ def test_the_smallest_volume_trains(name: str) -> None:
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_only_in_training() -> None:
     torch.manual_seed(0)
     model = build_model("unetr", 2, img_size=IMG_SIZE, dropout=0.5, **SMALL["unetr"])
     x = volumes()
@@ -225,7 +227,7 @@ def test_unet_takes_any_multiple_of_16_and_refuses_the_rest() -> None:
         ((0, -3, 16), (16, 16, 16)),
     ],
 )
-def test_a_wrong_size_is_answered_with_the_nearest_valid_one(
+def test_the_error_for_a_wrong_size_suggests_the_nearest_valid_one(
     img_size: tuple[int, ...], nearest: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError) as error:

@@ -23,7 +23,7 @@ TOLERANCES = {"logits": 1e-4}
 
 
 def reference_of(trained: TrainedNetwork) -> torch.nn.Module:
-    """The reference package's network, as the command says that it is made."""
+    """The reference package's network, made as the command says."""
     reference = NETWORKS[trained.config.model.name].reference
     assert reference is not None
     target, arguments = reference_class(trained, reference)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_models import HEADS, IMG_SIZE, SMALL, build_pair, build_reference, relative, volumes
+from test_models import HEADS, IMG_SIZE, SMALL, TOLERANCES, build_pair, build_reference, relative, volumes
 
 from models import NETWORKS, build_model
 from models.convert import from_reference, to_reference
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_there_and_back_changes_no_bit(name: str) -> None:
+def test_a_round_trip_changes_no_bit(name: str) -> None:
     weights = build_model(name, 2, img_size=IMG_SIZE, **SMALL[name]).state_dict()
     back = from_reference(name, to_reference(name, weights, HEADS[name]), HEADS[name])
     assert set(back) == set(weights)
@@ -27,11 +27,11 @@ def test_the_reference_loads_trained_weights_strictly(name: str) -> None:
             parameter.add_(0.02 * torch.randn_like(parameter))
     reference.load_state_dict(to_reference(name, ours.state_dict(), HEADS[name]), strict=True)
     with torch.no_grad():
-        assert relative(reference(volumes()), ours(volumes())) < 1e-5
+        assert relative(reference(volumes()), ours(volumes())) < TOLERANCES["float32"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_reference_weights_survive_the_way_through_ours(name: str) -> None:
+def test_reference_weights_survive_a_round_trip(name: str) -> None:
     reference = build_reference(name, 2, IMG_SIZE, **SMALL[name]).state_dict()
     back = to_reference(name, from_reference(name, reference, HEADS[name]), HEADS[name])
     assert set(back) == set(reference)
@@ -39,24 +39,24 @@ def test_reference_weights_survive_the_way_through_ours(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_as_many_channels_in_as_features_convert_both_ways_and_compute_the_same(name: str) -> None:
+def test_a_stem_without_projection_converts_both_ways(name: str) -> None:
     """The residual block of the stem has no projection then, ours and the references' alike."""
     widths = {**SMALL[name], "feature_size": 2}
     torch.manual_seed(0)
     ours, reference = build_model(name, 2, img_size=IMG_SIZE, **widths), build_reference(name, 2, IMG_SIZE, **widths)
     ours.load_state_dict(from_reference(name, reference.state_dict(), HEADS[name]), strict=True)
     with torch.no_grad():
-        assert relative(ours(volumes()), reference(volumes())) < 1e-5
+        assert relative(ours(volumes()), reference(volumes())) < TOLERANCES["float32"]
         for parameter in ours.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
         reference.load_state_dict(to_reference(name, ours.state_dict(), HEADS[name]), strict=True)
-        assert relative(reference(volumes()), ours(volumes())) < 1e-5
+        assert relative(reference(volumes()), ours(volumes())) < TOLERANCES["float32"]
 
 
 @pytest.mark.parametrize(
     ("name", "theirs"), [("unetr", "init_conv.conv_down.0"), ("unetr_monai", "encoder1.layer.conv3")]
 )
-def test_a_projection_that_the_widths_call_for_is_missed_and_another_is_foreign(name: str, theirs: str) -> None:
+def test_a_missing_or_unexpected_stem_projection_is_refused(name: str, theirs: str) -> None:
     wide = to_reference(name, build_model(name, 2, img_size=IMG_SIZE, **SMALL[name]).state_dict(), HEADS[name])
     projection = {key: value for key, value in wide.items() if key.startswith(theirs)}
     with pytest.raises(ValueError, match=rf"{len(projection)} keys missing \({theirs}.*, 0 unexpected"):
@@ -66,13 +66,13 @@ def test_a_projection_that_the_widths_call_for_is_missed_and_another_is_foreign(
         from_reference(name, {**to_reference(name, equal, HEADS[name]), **projection}, HEADS[name])
 
 
-def test_a_perceptron_patch_embedding_becomes_the_convolution_that_equals_it() -> None:
+def test_a_perceptron_patch_embedding_becomes_an_equal_convolution() -> None:
     torch.manual_seed(0)
     perceptron = build_reference("unetr_monai", 2, IMG_SIZE, **SMALL["unetr_monai"], proj_type="perceptron")
     ours = build_model("unetr_monai", 2, img_size=IMG_SIZE, **SMALL["unetr_monai"])
     ours.load_state_dict(from_reference("unetr_monai", perceptron.state_dict()))
     with torch.no_grad():
-        assert relative(ours(volumes()), perceptron(volumes())) < 1e-5
+        assert relative(ours(volumes()), perceptron(volumes())) < TOLERANCES["float32"]
 
 
 def test_weights_of_another_architecture_are_refused_by_name() -> None:

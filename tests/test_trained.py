@@ -1,4 +1,4 @@
-"""A network as a run left it, and files that are none."""
+"""A network as a run left it, and files that are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def content_of(coding: Coding = CODINGS["brats2018"], **changes: Any) -> dict[st
 
 @pytest.mark.parametrize("tutorial", [False, True])
 @pytest.mark.filterwarnings("ignore:regions 'tutorial'")
-def test_a_network_comes_back_with_all_that_belongs_to_it(tutorial: bool, tmp_path: Path) -> None:
+def test_a_saved_network_loads_with_everything_that_belongs_to_it(tutorial: bool, tmp_path: Path) -> None:
     coding = tutorial_coding(CODINGS["decathlon"]) if tutorial else CODINGS["brats2018"]
     write_content(tmp_path / "run" / "checkpoints" / "last.pt", content_of(coding))
     trained = load_trained(tmp_path / "run")
@@ -52,7 +52,7 @@ def test_a_network_comes_back_with_all_that_belongs_to_it(tutorial: bool, tmp_pa
     assert torch.equal(trained.network(image), network(image))
 
 
-def test_the_best_weights_are_a_runs_own_and_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_run_gives_its_best_weights_and_a_file_its_own(tmp_path: Path) -> None:
     for name, epoch in (("last", 9), ("best", 4)):
         write_content(tmp_path / "checkpoints" / f"{name}.pt", content_of(epoch=epoch))
     assert load_trained(tmp_path).epoch == 4
@@ -89,7 +89,7 @@ def test_files_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
     assert len(str(told.value)) < 600 and "\n" not in str(told.value)
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_weights_with_nan_are_refused(tmp_path: Path) -> None:
     weights = content_of()["weights"]
     weights["head.bias"][1] = torch.nan
     write_content(tmp_path / "odd.pt", content_of(weights=weights))
@@ -102,7 +102,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         load_trained(tmp_path)
 
 
-def test_only_what_describes_the_network_and_its_scans_is_taken(tmp_path: Path) -> None:
+def test_only_options_about_the_network_and_its_scans_are_used(tmp_path: Path) -> None:
     config = to_dict(CONFIG) | {"run_dir": "/elsewhere", "resume": "/elsewhere", "kernels": "triton"}
     config["data"] |= {
         "root": "/scans",
@@ -126,7 +126,7 @@ def paths_of(config: Any) -> list[Path]:
             for path in ([value] if isinstance(value, Path) else paths_of(value))]  # fmt: skip
 
 
-def test_options_of_data_are_known_for_what_they_do() -> None:
+def test_every_data_option_is_classified() -> None:
     """A new one must be put on one side or the other."""
     describing = {"root", "release", "regions", "modalities", "val_fraction", "split_seed", "train_cases", "val_cases",
                   "folds", "fold", "spacing_mm", "spacing_axes", "crop_size_voxels", "crops_per_case",

@@ -7,6 +7,7 @@ parsers, and leave a network that has learned nothing.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -117,7 +118,7 @@ def test_the_sample_is_drawn_as_the_page_shows_it(made: str, folder: Path) -> No
     assert np.abs(found - shown).mean() < 0.02
 
 
-def test_commands_that_are_only_shown_have_options_that_exist(folder: Path) -> None:
+def test_commands_that_do_not_run_have_existing_options(folder: Path) -> None:
     shown = [block["code"] for block in maker.BLOCK.finditer(PAGE.read_text()) if block["kept"]]
     commands = [line for code in shown for line in code.splitlines() if line.startswith("python ")]
     assert commands
@@ -142,7 +143,7 @@ def test_pictures_keep_the_colours_of_their_legends(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(PAGE.parent.glob("*.md"))])
-def test_links_between_files_lead_somewhere(page: Path) -> None:
+def test_links_between_files_have_targets(page: Path) -> None:
     targets = [link.split("#")[0] for link in LINK.findall(page.read_text()) if "://" not in link]
     missing = [target for target in targets if target and not (page.parent / target).exists()]
     assert not missing
@@ -153,7 +154,7 @@ def test_the_readme_and_the_page_link_each_other() -> None:
     assert "../README.md" in LINK.findall(PAGE.read_text())
 
 
-def test_the_page_holds_neither_times_nor_folders_of_a_machine() -> None:
+def test_the_page_has_no_times_or_folders_of_a_machine() -> None:
     text = PAGE.read_text()
     assert not maker.TIME.search(text) and not maker.TIMED_LINE.search(text)
     assert not re.search(r"(?<![\w.~])/(?:tmp|root|home|work|Users|private|var)/", text)
@@ -195,14 +196,14 @@ count
 """
 
 
-def test_outputs_take_the_place_of_those_before() -> None:
+def test_new_outputs_replace_old_ones() -> None:
     made = maker.run_page(BLOCKS, lambda command: f"ran {command}")
     assert "```text\n42\n```" in made and "<!-- output -->\n\n| a |\n\n<!-- end of output -->" in made
     assert "```text\nran count\n```" in made and "old" not in made
     assert maker.run_page(made, lambda command: f"ran {command}") == made
 
 
-def test_a_block_that_prints_into_nothing_is_refused() -> None:
+def test_a_block_whose_output_has_no_place_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tutorial.md, line 4: the block prints, and no text block follows it:\n1"):
         maker.run_page("one\n\n```python\nprint(1)\n```\n", str)
 
@@ -213,20 +214,27 @@ def test_an_error_names_its_line_of_the_page() -> None:
     assert (caught.traceback[-1].frame.code.path, caught.traceback[-1].lineno + 1) == ("tutorial.md", 5)
 
 
-def test_what_a_command_prints_is_without_times() -> None:
+def test_a_clean_folder_changes_the_process_only_while_it_is_used() -> None:
+    before = Path.cwd(), dict(os.environ)
+    with maker.clean_folder() as folder:
+        assert Path.cwd() == folder.resolve() and os.environ["GLIOFORGE_CACHE"] == str(folder / "cache")
+    assert (Path.cwd(), dict(os.environ)) == before
+
+
+def test_times_are_removed_from_what_a_command_prints() -> None:
     lines = ["prepared 5 cases in 10.1 s: x", "step 8/640  loss 1.016  0.27 samples/s  79 min left",
              "epoch 4/20  loss 0.826  Dice 10.4  44.87 samples/s"]  # fmt: skip
     printed = maker.run_shell("printf '%s\\n' " + " ".join(map(shlex.quote, lines)))
     assert printed == "prepared 5 cases in ... s: x\nepoch 4/20  loss 0.826  Dice 10.4  ... samples/s\n"
 
 
-def test_folders_of_the_machine_are_those_of_a_reader(tmp_path: Path) -> None:
+def test_folders_of_the_machine_become_those_of_a_reader(tmp_path: Path) -> None:
     printed = f"prepared: {tmp_path}/cache/store, report: {tmp_path}/runs/tutorial/report.html"
     said = "prepared: ~/.cache/glioforge/store, report: runs/tutorial/report.html"
     assert maker.without_folders(printed, tmp_path) == said
 
 
-def test_pictures_are_those_that_the_page_links(tmp_path: Path) -> None:
+def test_only_linked_pictures_are_copied(tmp_path: Path) -> None:
     drawn, kept = tmp_path / "drawn", tmp_path / "kept"
     for name in ("run/a.png", "b.png"):
         (drawn / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Weights files: what they hold comes back; damaged and crafted ones are one line and take no memory."""
+"""Weights files: what is written loads; damaged and crafted ones give one line, and take no memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small(**changes: Any) -> dict[str, Any]:
     return content_of() | {"weights": weights} | changes
 
 
-def test_weights_and_settings_come_back(tmp_path: Path) -> None:
+def test_saved_weights_and_settings_load(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
     path = tmp_path / "checkpoints" / "best.pt"
     write_content(path, {"weights": model.state_dict(), "epoch": 4, "config": {"lr": 0.1}})
@@ -50,7 +50,7 @@ def test_weights_and_settings_come_back(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best.pt"]
 
 
-def test_a_failed_write_leaves_the_previous_file_whole(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_previous_file_intact(tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
     write_content(path, {"epoch": 1})
     with pytest.raises(ValueError, match="other values than plain ones"):
@@ -111,7 +111,7 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(ending: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 30, 1000, -1000, -1])
-def test_a_file_that_was_cut_is_refused(cut: int, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(cut: int, tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
     write_content(path, small())
     path.write_bytes(path.read_bytes()[:cut])
@@ -120,11 +120,11 @@ def test_a_file_that_was_cut_is_refused(cut: int, tmp_path: Path) -> None:
 
 
 WRITTEN_BEFORE = "f87701c0fa5480485ac5e75ea92320def1b8768e708d30d0d83d4e47e6bbf8c9"
-"""The hash of these values by the version that introduced format 3."""
+"""The hash of these values by an earlier version that wrote format 3."""
 
 
-def test_the_format_is_as_it_was() -> None:
-    """A change of names, order of types or values of the schema would give another hash, and unreadable files."""
+def test_the_format_has_not_changed() -> None:
+    """Other names, types or values would give another hash."""
     coding = CODINGS["decathlon"]
     spans = [[0.25, 1.0]] * 2
     scans = {"spacing_mm": [[1.0, 1.5]] * 3, "occupied": spans, "contrast": spans}
@@ -148,7 +148,7 @@ def test_each_tensor_and_each_value_counts_in_the_hash() -> None:
     assert expected not in {content_hash(content) for content in other}
 
 
-def test_a_file_of_before_the_hash_is_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_without_a_hash_loads_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "best.pt"
     torch.save({"format": 2, **content_of()}, path)
     assert load_trained(path).epoch == 7
@@ -164,7 +164,7 @@ def test_a_file_of_before_the_hash_is_read_with_a_warning(tmp_path: Path, caplog
 
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("kind", ["expanded", "sparse", "meta", "no tensor", "number", "values"])
-def test_a_few_bytes_that_stand_for_many_are_refused(kind: str, tmp_path: Path) -> None:
+def test_few_bytes_that_expand_to_many_are_refused(kind: str, tmp_path: Path) -> None:
     many: list[Any] = [0] * 100
     for _ in range(10):
         many = [many] * 100
@@ -182,7 +182,7 @@ def test_a_few_bytes_that_stand_for_many_are_refused(kind: str, tmp_path: Path) 
         read_content(path)
 
 
-def test_values_within_themselves_and_of_other_kinds_are_refused() -> None:
+def test_recursive_and_non_plain_values_are_refused() -> None:
     circle: list[Any] = []
     circle.append(circle)
     deep: list[Any] = []
@@ -212,7 +212,7 @@ FINE: dict[str, list[Any]] = {"validation": [{}], "scans": [{}]}
 
 
 @pytest.mark.parametrize("field", sorted(content_of()))
-def test_a_field_of_another_kind_is_one_line(field: str, tmp_path: Path) -> None:
+def test_the_error_for_a_field_of_another_type_is_one_line(field: str, tmp_path: Path) -> None:
     path, content = tmp_path / "odd.pt", content_of()
     for value in [each for each in HOSTILE if each not in FINE.get(field, [])]:
         crafted = {"format": 3, **content, field: value}
@@ -243,7 +243,7 @@ def test_a_field_of_another_kind_is_one_line(field: str, tmp_path: Path) -> None
         {"validation": {"mean": {"$x": 1}}},
     ],
 )
-def test_values_that_contradict_each_other_are_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_the_error_for_contradicting_values_is_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "odd.pt"
     write_content(path, content_of(**changes))
     with pytest.raises(ValueError, match="odd.pt was written by another version of this program") as told:
@@ -274,7 +274,7 @@ def test_sizes_are_not_believed_before_the_weights_fit(group: str, changes: dict
     assert "allocate" not in str(told.value)
 
 
-def test_weights_that_are_no_floats_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_real_floats_are_refused(tmp_path: Path) -> None:
     weights = content_of()["weights"]
     weights["head.bias"] = weights["head.bias"].to(torch.complex64)
     write_content(tmp_path / "odd.pt", content_of(weights=weights))
@@ -282,7 +282,7 @@ def test_weights_that_are_no_floats_are_refused(tmp_path: Path) -> None:
         load_trained(tmp_path / "odd.pt")
 
 
-def test_safetensors_with_odd_records_are_refused(tmp_path: Path) -> None:
+def test_safetensors_with_odd_metadata_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     write_content(path, small(), {"model": "unetr"})
     whole = path.read_bytes()

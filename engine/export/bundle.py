@@ -40,6 +40,7 @@ from pipelines.layouts.names import MODALITIES, SPELLINGS
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 VERSION = "0.1.0"
+TITLE = "Brain tumour segmentation"
 ROOT = Path(__file__).resolve().parents[2]
 SUBFOLDERS = ("configs", "models", "docs", "scripts")
 WEIGHTS = Path("models", "model.pt")
@@ -145,15 +146,11 @@ def _write_files(folder: Path, trained: TrainedNetwork) -> None:
     network, imports, code = _network(trained)
     weights = trained.network.state_dict() if code else reference_weights(trained)
     write_archive(weights, folder / WEIGHTS)
-    _write_json(folder / "configs" / "metadata.json", _metadata(trained))
-    _write_json(folder / "configs" / "inference.json", _inference(trained, network, imports))
+    for name, values in (("metadata", _metadata(trained)), ("inference", _inference(trained, network, imports))):
+        write_text(folder / "configs" / f"{name}.json", json.dumps(values, indent=4) + "\n")
     write_text(folder / "docs" / "README.md", _readme(trained))
     for name, text in _scripts(code).items():
         write_text(folder / "scripts" / f"{name}.py", text)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=4) + "\n")
 
 
 def _scripts(code: str) -> dict[str, str]:
@@ -299,7 +296,7 @@ def _metadata(trained: TrainedNetwork) -> dict[str, Any]:
         "pytorch_version": _plain(torch.__version__),
         "numpy_version": _plain(np.__version__),
         "required_packages_version": {"nibabel": "5.3"},
-        "name": _title(trained),
+        "name": f"{TITLE}, {trained.config.model.name}",
         "task": "Brain tumour segmentation in MRI",
         "description": (
             f"{trained.config.model.name} that segments {', '.join(REGIONS)} (tumour core, whole tumour, enhancing "
@@ -331,10 +328,6 @@ def _metadata(trained: TrainedNetwork) -> dict[str, Any]:
     }
 
 
-def _title(trained: TrainedNetwork) -> str:
-    return f"Brain tumour segmentation, {trained.config.model.name}"
-
-
 def _plain(number: str) -> str:
     return number.split("+")[0]
 
@@ -343,7 +336,7 @@ def _readme(trained: TrainedNetwork) -> str:
     data, (core, oedema, enhancing) = trained.config.data, _label_values(trained)
     files = "; ".join(f"{modality}: ..._{' or _'.join(FILE_NAMES[modality])}" for modality in trained.modalities)
     return README.format(
-        title=_title(trained),
+        title=f"{TITLE}, {trained.config.model.name}",
         modalities=", ".join(trained.modalities),
         source=trained.path.name,
         epoch=trained.epoch,
