@@ -141,8 +141,7 @@ def _check_output(output: Path, weights: Path, overwrite: bool, source: Path) ->
     """Check that a file, or the folder of a bundle, may be written, and make the folder that it is in.
 
     Args:
-        output: the file or folder. weights: the file of weights that is written: `output`, or one in that folder.
-        overwrite: whether `output` may exist already. source: the file that is read.
+        weights: the file with the weights: `output`, or one in that folder. source: the file that is read.
 
     Raises:
         ValueError: it exists and must not be overwritten.

@@ -43,6 +43,7 @@ class Network:
         title, colour: in tables and pictures.
         widths: the options of `--model` that it has, with their published values.
         size_divisor: each axis of a volume must be a multiple of it.
+        has_dropout: whether `build` takes `dropout`.
         reference: the class of another package that it equals; None: its weights can't be converted.
         published: None: there are no figures to compare with.
         bundled_as: how a MONAI bundle makes it from its file here: "_target_", the class in that file, and constants of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.dice_ce import dice_ce_loss
-from models import NETWORKS, build_model
+from models import build_model
 
 IMG_SIZE = (32, 16, 16)
 TRANSFORMER = {"hidden_size": 40, "mlp_dim": 56}
@@ -58,7 +58,7 @@ def joined(gradients: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_a_step_through_the_kernels_equals_a_step_through_pytorch(name: str, device: str) -> None:
     needs_kernels(device)
     loss, gradients, launched = loss_and_gradients(name, device, "triton")
@@ -74,7 +74,7 @@ def test_a_step_through_the_kernels_equals_a_step_through_pytorch(name: str, dev
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_in_bfloat16_a_step_through_the_kernels_loses_no_more_than_one_through_pytorch(name: str) -> None:
     true_loss, true_gradients, _ = loss_and_gradients(name, "cuda", "reference")
     truth = joined(true_gradients)

@@ -20,7 +20,7 @@ from engine import memory
 from engine.memory import HEADROOM, MemoryEstimate, SavedBytes, out_of_memory_message, run_forward
 from engine.step import LossConfig, TrainConfig
 from kernels import dispatch
-from models import NETWORKS, build_model
+from models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 REGIONS = ((2, 3), (1, 2, 3), (3,))
@@ -69,7 +69,7 @@ def known(**changes: Any) -> MemoryEstimate:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_fake_tensors_save_the_bytes_that_real_ones_do(name: str, precision: str) -> None:
     """In bf16 but for a group norm's statistics: float32, which PyTorch's fake ones take for bf16."""
     within = 1e-4 if precision == "bf16" else 0
@@ -223,7 +223,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_the_peak_on_a_gpu_is_within_15_percent_of_the_estimate(name: str, precision: str) -> None:
     dispatch.use("auto", "cuda")
     size = (128, 128, 64)

@@ -113,6 +113,10 @@ def test_every_gradient_equals_the_reference_in_float64(name: str) -> None:
     assert relative(x.grad, their_x.grad) < TOLERANCES["float64"]
 
 
+def test_every_network_has_its_small_sizes_here() -> None:
+    assert SMALL.keys() == HEADS.keys() == NETWORKS.keys()
+
+
 def test_parameter_counts_are_the_published_ones() -> None:
     with torch.device("meta"):
         counts = {name: parameter_count(build_model(name, 4)) for name in NETWORKS}

@@ -56,7 +56,7 @@ def test_the_option_takes_the_names_of_the_table() -> None:
     assert get_args(NetworkName) == tuple(NETWORKS)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_widths_are_those_given_and_the_published_ones(name: str) -> None:
     assert widths_of(ModelConfig(name)) == NETWORKS[name].widths
     assert widths_of(ModelConfig(name, **WIDTHS[name])) == WIDTHS[name]

@@ -36,7 +36,7 @@ def reference_of(trained: TrainedNetwork) -> torch.nn.Module:
     return kind(**arguments).eval()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", WIDTHS)
 @torch.no_grad()
 def test_weights_go_to_the_reference_package_and_come_back(name: str, tmp_path: Path) -> None:
     run, theirs, ours = saved_run(tmp_path, name), tmp_path / "theirs.pth", tmp_path / "ours.pt"
