@@ -141,8 +141,8 @@ def _unetr_monai_keys() -> dict[str, str]:
     for i in range(NUM_LAYERS):
         ours = theirs = f"vit.blocks.{i}"
         bare += _block_pairs(ours, theirs, {"attention.qkv": "attn.qkv"})
-        names = {"attention.out": "attn.out_proj", "mlp.0": "mlp.linear1", "mlp.3": "mlp.linear2"}
-        biased += _block_pairs(ours, theirs, {**names, "norm1": "norm1", "norm2": "norm2"})
+        names = {"attention.out": "attn.out_proj", "norm1": "norm1", "norm2": "norm2"}
+        biased += _block_pairs(ours, theirs, {**names, "mlp.0": "mlp.linear1", "mlp.3": "mlp.linear2"})
     convs = {"conv1": "conv1.conv", "conv2": "conv2.conv"}
     projected = {**convs, "conv3": "conv3.conv"}
     for level in (1, 2, 3):
