@@ -1,4 +1,4 @@
-"""The MONAI transforms of the published tutorial: the oracle that the store and the DALI graphs are compared with.
+"""The MONAI transforms of the published tutorial: the oracle that the store and the DALI pipelines are compared with.
 
 The chain, under MONAI's current names (`AsChannelFirstd` became `EnsureChannelFirstd`, `ToTensord` is not needed):
 
@@ -101,7 +101,7 @@ def prepare_steps(coding: Coding, spacing_mm: Sequence[float] = SPACING_MM) -> l
 
 
 def train_steps(crop_size: Sequence[int]) -> list[Any]:
-    """Crop, flip, z-score, scale and shift of one training sample, as in the DALI graph."""
+    """Crop, flip, z-score, scale and shift of one training sample, as in the DALI pipeline."""
     return [
         RandSpatialCropd(keys=KEYS, roi_size=tuple(crop_size), random_size=False),
         RandFlipd(keys=KEYS, prob=0.5, spatial_axis=0),

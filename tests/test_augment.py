@@ -1,6 +1,6 @@
 """Extra augmentations: parity with MONAI for the same draws, on small volumes of odd sizes, and the draws themselves.
 
-Every graph runs a batch of two. Where only one of them fires, the other must keep its bits.
+Every pipeline runs a batch of two. Where only one of them fires, the other must keep its bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import monai.transforms as mt
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def
+import torch
+from nvidia.dali import fn
 
 from pipelines.loading import augment as module
 from pipelines.loading.augment import (
@@ -27,6 +28,7 @@ from pipelines.loading.augment import (
     noise_values,
     pipeline_inputs,
 )
+from pipelines.loading.dali import build_pipeline
 from pipelines.loading.sampling import generator
 
 SIZE = (23, 17, 11)
@@ -34,7 +36,7 @@ CHANNELS = 3
 NOTHING = AugmentDraw()
 
 # Of the image's range. All are rounding in float32; the affine's is that of MONAI's coordinates (in [-1, 1], float32).
-TOLERANCE = {"affine": 2e-5, "noise": 1e-7, "blur": 5e-7, "bias_field": 5e-7, "gamma": 1e-6, "dropout": 0.0}
+TOLERANCES = {"affine": 2e-5, "noise": 1e-7, "blur": 5e-7, "bias_field": 5e-7, "gamma": 1e-6, "dropout": 0.0}
 OPERATORS = {"affine": b"WarpAffine", "noise": b"ArithmeticGenericOp", "blur": b"Filter", "gamma": b"reductions__Min"}
 
 COEFFICIENTS = tuple(np.random.default_rng(3).uniform(-0.1, 0.2, len(BIAS_TERMS)).tolist())
@@ -62,8 +64,7 @@ def volumes() -> tuple[np.ndarray, np.ndarray]:
     return image, rng.integers(0, 4, (2, *SIZE, 1)).astype(np.uint8)
 
 
-@pipeline_def(enable_conditionals=True)
-def graph(source: Callable[[], tuple], device: str, augment: Augment) -> tuple:
+def define(source: Callable[[], tuple], augment: Augment, device: str) -> tuple:
     names = input_names(augment)
     image, label, *nodes = fn.external_source(source, num_outputs=2 + len(names), layout=["DHWC", "DHWC"])
     if device == "gpu":
@@ -83,8 +84,8 @@ def build(
     image, label = pair or volumes()
     x, y, z, channels = image.shape[1:]
     batch = (image, label, *pipeline_inputs(augment, draws, (x, y, z), channels).values())
-    executor = {"exec_dynamic": False, "device_id": None} if device == "cpu" else {"device_id": 0}
-    return graph(lambda: batch, device, augment, batch_size=2, num_threads=threads, prefetch_queue_depth=1, **executor)
+    where = torch.device("cuda", 0) if device == "gpu" else torch.device("cpu")
+    return build_pipeline(define, where, lambda: batch, augment, batch_size=2, threads=threads)
 
 
 def run(*args: Any, **kwargs: Any) -> list[np.ndarray]:
@@ -136,7 +137,7 @@ def test_images_are_monais_and_samples_that_do_not_fire_keep_their_bits(name: st
     out, out_labels = run(on(0.5, [name]), draws)
     for b in range(2):
         if b in fires:
-            assert_close(out[b], expect(name, DRAWS[name][b], images[b]), TOLERANCE[name])
+            assert_close(out[b], expect(name, DRAWS[name][b], images[b]), TOLERANCES[name])
             assert np.abs(out[b] - images[b]).max() > 0.05
         else:
             np.testing.assert_array_equal(out[b], images[b])
@@ -170,7 +171,7 @@ def test_image_and_label_move_together() -> None:
     np.testing.assert_allclose(image, label, atol=1e-5)
 
 
-def test_all_together_are_monais_transforms_in_the_order_of_the_graph() -> None:
+def test_all_together_are_monais_transforms_in_their_order() -> None:
     draws = [AugmentDraw(**{name: values[b] for name, values in DRAWS.items()}) for b in range(2)]
     draws[1] = AugmentDraw(blur=DRAWS["blur"][1], gamma=0.7)
     images, _ = volumes()
@@ -210,10 +211,10 @@ def test_bias_field_of_one_voxel_and_of_a_whole_crop() -> None:
         np.testing.assert_allclose(bias_field_factor(COEFFICIENTS, size)[..., 0], np.exp(expected), rtol=2e-6)
 
 
-# ---------- the graph
+# ---------- the pipeline
 
 
-def test_with_everything_off_the_graph_is_as_it_was() -> None:
+def test_with_everything_off_the_pipeline_is_unchanged() -> None:
     image, label = object(), object()
     assert input_names(Augment()) == []
     assert pipeline_inputs(Augment(), [NOTHING], SIZE, CHANNELS) == {}
@@ -246,7 +247,7 @@ def test_same_draws_give_the_same_bits_in_any_place_and_with_any_number_of_threa
 
 
 @pytest.mark.gpu
-def test_the_gpu_graph_gives_what_the_cpu_graph_gives() -> None:
+def test_the_gpu_gives_what_the_cpu_gives() -> None:
     draws = [AugmentDraw(**{name: values[b] for name, values in DRAWS.items()}) for b in range(2)]
     for batch in (draws, [draws[0], NOTHING], [NOTHING, NOTHING]):
         cpu, gpu = run(on(0.5), batch), run(on(0.5), batch, "gpu")

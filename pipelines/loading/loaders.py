@@ -28,11 +28,8 @@ from pipelines.preparing.store import Store
 class CaseSource(Protocol):
     """What a loader asks of the cases: of a `Store`, or of the scans themselves."""
 
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    @property
-    def modalities(self) -> tuple[str, ...]: ...
+    names: tuple[str, ...]
+    modalities: tuple[str, ...]
 
     def index(self, name: str) -> int: ...
 
@@ -185,7 +182,7 @@ class TrainLoader(CropLoader):
         self._volumes = open_volumes(store, self.indices, options, "training volumes")
         self._buffers = deque(self._volumes.new_buffers(crops.batch_size, crops.crop_size) for _ in range(BUFFERS))
         # The affine changes the crop before the z-score, so its statistics are not those of the crop as it was cut.
-        self._with_statistics = options.device.type == "cpu" and not crops.extras.affine_prob
+        self._statistics = options.device.type == "cpu" and not crops.extras.affine_prob
         self._stream = Stream(
             train_pipeline,
             self._read,
@@ -194,7 +191,7 @@ class TrainLoader(CropLoader):
             options,
             in_place=isinstance(self._volumes, LoadedVolumes),
             extras=crops.extras,
-            statistics=self._with_statistics,
+            statistics=self._statistics,
         )
 
     @property
@@ -208,7 +205,7 @@ class TrainLoader(CropLoader):
         draws = self.draws_of(epoch, step)
         for b, (draw, (case, _)) in enumerate(zip(draws, self._batch(epoch, step), strict=True)):
             self._volumes.crop(self.indices[case], draw.start, image[b], label[b], draw.flip)
-        statistics = nonzero_mean_std(image) if self._with_statistics else ()
+        statistics = nonzero_mean_std(image) if self._statistics else ()
         return (image, label), (*self._numbers(draws, epoch, step), *statistics)
 
 
@@ -247,7 +244,7 @@ class ValLoader:
             if options.residence == "mapped"
             else open_volumes(store, self.indices, options, "validation volumes")
         )
-        self._with_statistics = normalise and options.device.type == "cpu"
+        self._statistics = normalise and options.device.type == "cpu"
         self._stream = Stream(
             val_pipeline,
             self._read,
@@ -256,7 +253,7 @@ class ValLoader:
             options,
             in_place=isinstance(self._volumes, LoadedVolumes),
             normalise=normalise,
-            statistics=self._with_statistics,
+            statistics=self._statistics,
         )
 
     @property
@@ -281,7 +278,7 @@ class ValLoader:
         start = np.maximum(shape, size) // 2 - np.array(size) // 2
         image, label = self._volumes.new_buffers(1, size)
         self._volumes.crop(i, start.tolist(), image[0], label[0])
-        return (image, label), nonzero_mean_std(image) if self._with_statistics else ()
+        return (image, label), nonzero_mean_std(image) if self._statistics else ()
 
 
 def indices_of(cases: CaseSource, names: Sequence[str], crop_size: Size | None, pad: bool) -> list[int]:

@@ -1,19 +1,19 @@
 """From raw volume to training crop in one DALI pipeline, for cases that are not prepared, on the CPU or on the GPU.
 
     decode      pipelines/scans/nifti.py, in threads, some cases ahead: DALI reads no NIfTI
-    box         the part of the raw volume that the crop needs, cut out of it; the other voxels go nowhere
+    box         the part of the raw volume that the crop needs; the other voxels are never copied
     resample    the box to the crop's own grid, oriented and flipped by the same operator (fn.resize, axis by axis)
-    support     a mask that leaves the voxels alone that MONAI leaves non-zero
+    support     a mask of the voxels that MONAI leaves non-zero
     z-score, jitter     as in dali.py
 
-`raw_loader` feeds the pipeline. `resample_case` is the resampling alone, of a whole volume, for preparing cases on a
-GPU; on a CPU `resample.resample_image` is faster and exact.
+raw_loader.py feeds the pipeline. `resample_case` only resamples, a whole volume, for preparing cases on a GPU; on a CPU
+`resample.resample_image` is faster and exact.
 
 Resampling. Where the file's axes run along the scanner's, the map from crop to raw volume scales and flips each axis by
 itself, so fn.resize does all of it, from fractional ends of a region that may run backwards. On a CPU it takes 56 ms
 where fn.warp_affine takes 500, and its positions, relative to the box, are exact for the usual spacings: images agree
-with the store's within 3e-6 of their range. An image with rotated or sheared axes is resampled when it is decoded, by
-resample.py, and only cropped here.
+with the store's within 3e-6 of their range. Images with rotated or sheared axes are resampled by resample.py when they
+are decoded, and only cropped here.
 
 Support. The z-score counts what is not zero, and MONAI's rounding puts 1e-11 into zero voxels beside the head, which
 float32 positions can't reproduce: 1.6 % of the voxels that it counts in a BraTS scan, without which its deviation is 2
@@ -21,7 +21,7 @@ to 12 % smaller. So the source says which voxels have a non-zero neighbour of no
 resample.py. There the pipeline adds `TINY`; elsewhere, the padding of small volumes included, it puts zero. Only voxels
 whose neighbours cancel to an exact zero are counted and should not be; intensities of one sign have none.
 
-A label map is resampled whole when it is decoded (15 ms), by resample.py, and cropped: no voxel differs.
+Label maps are resampled whole by resample.py when they are decoded (15 ms), and cropped here: no voxel differs.
 
 Axes. The raw image is (C, Z, Y, X) as it is decoded, its axes in the order of RAS, in the file's directions; DALI's
 layout CDHW. From the resampling on everything is (X, Y, Z, C) of RAS.
@@ -48,7 +48,7 @@ from pipelines.scans.nifti import RawCase
 
 fn, types = Lazy("nvidia.dali.fn"), Lazy("nvidia.dali.types")
 
-TINY = np.float32(1e-30)  # counts as a voxel, and changes no other number
+TINY = np.float32(1e-30)  # makes a voxel non-zero and changes no other number
 LAYOUTS = ["CDHW", "CDHW", "", "", ""]  # of `ResampleInputs`
 
 
