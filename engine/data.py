@@ -163,7 +163,7 @@ def list_cases(config: DataConfig, root: Path) -> CaseSet:
     for fault in survey.faults:
         log.warning("skipped: %s", fault)
     if not survey.usable.cases:
-        raise DataError(f"{root}: each of its {survey.total} cases has a fault")
+        raise DataError(f"{root}: all {survey.total} cases are faulty")
     return survey.usable
 
 

@@ -354,7 +354,7 @@ def test_damaged_array_of_scans_that_changed_or_went_is_an_error_that_names_both
     with pytest.raises(DataError, match=rf"{path.name}: the file is gone, and the scans of case1 have changed since"):
         store.image(1)
     scan.unlink()
-    with pytest.raises(DataError, match=rf"{path.name}.*can't be made again: .*{scan.name}"):
+    with pytest.raises(DataError, match=rf"{path.name}.*can't be prepared again: .*{scan.name}"):
         store.image(1)
 
 

@@ -77,7 +77,7 @@ class StoreError(DataError):
         size = f" It needs about {self.needed / 1e6:.1f} MB more." if self.needed else ""
         return (
             f"store {self.folder}: {self.problem}.{size} Free space there or change its permissions, or choose another "
-            "folder with --data.store_dir. Cases that are done stay done."
+            "folder with --data.store_dir. Cases already prepared are kept."
         )
 
 
@@ -92,7 +92,7 @@ def stem_of(name: str, key: str) -> str:
 
 
 def read_record(options: PrepareOptions, case: Case, key: str) -> dict[str, Any] | None:
-    """The `.json` of a case; None unless it and all its arrays are there, whole."""
+    """The record in a case's `.json`; None unless it and all arrays are there, undamaged as far as sizes tell."""
     stem = stem_of(case.name, key)
     try:
         content = json.loads((options.folder / f"{stem}.json").read_bytes())
@@ -128,7 +128,7 @@ def build(options: PrepareOptions, case: Case, hashes: Mapping[Path, FileHash]) 
     raw = read_case(case, options.coding)
     for path, known in hashes.items():
         if not is_unchanged(path, known) and hash_file(path).digest != known.digest:
-            raise CaseError(path, "was changed while it was prepared", "Run again when it is whole")
+            raise CaseError(path, "was changed while it was prepared", "Run again when the file is complete")
     source_shape = raw.image.shape[:3]
     grid = target_grid(source_shape, raw.affine, options.spacing)
     if options.device == "gpu":
@@ -239,4 +239,4 @@ def foreground_voxels(label_XYZ: np.ndarray) -> np.ndarray:
 
 
 def _crc_of_record(record: dict[str, Any]) -> int:
-    return isal_zlib.crc32(json.dumps(record).encode())  # the same for what is written and for what is read
+    return isal_zlib.crc32(json.dumps(record).encode())  # the same when written and when read

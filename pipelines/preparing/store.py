@@ -164,7 +164,7 @@ class Store:
             return "the file is gone"
         except OSError as error:
             return f"can't be read ({error.strerror})"
-        return "" if found == self._records[i]["files"][kind]["crc32"] else "its checksum is not the one recorded"
+        return "" if found == self._records[i]["files"][kind]["crc32"] else "its checksum differs from the recorded one"
 
     def _build_again(self, i: int, fault: str) -> None:
         case, remedy = self._cases[i], "put the scans of this case back as they were, or leave the case out"
@@ -174,7 +174,7 @@ class Store:
                 raise DataError(f"{fault}, and the scans of {case.name} have changed since: {remedy}")
             build(self._options, case, hashes)
         except CaseError as error:
-            raise DataError(f"{fault}, and can't be made again: {error}") from error
+            raise DataError(f"{fault}, and can't be prepared again: {error}") from error
 
     def _path(self, i: int, kind: str) -> Path:
         return self.folder / f"{stem_of(self.names[i], self._records[i]['key'])}.{kind}.npy"
@@ -222,7 +222,7 @@ def prepare(
         if faults and (not skip_faulty or failed or len(faults) == len(case_set.cases)):
             lines = "".join(f"\n  {name}: {fault}" for name, fault in sorted(faults.items()))
             count = f"{len(faults)} of {len(case_set.cases)} cases"
-            raise DataError(f"{count} can't be prepared (the others are done and stay):{lines}")
+            raise DataError(f"{count} can't be prepared (the others are prepared now):{lines}")
         for name, fault in faults.items():
             log.warning("skipped: case %s: %s", name, fault)
         log.info("prepared %d cases in %.1f s: %s", len(done), time.perf_counter() - started, folder)
