@@ -57,6 +57,7 @@ class CropLoader:
         DataError: a case without a label, or smaller than the crop unless `options.pad`.
     """
 
+    gpu_bytes = 0  # of volumes in the memory of the GPU
     _stream: Stream
 
     def __init__(self, cases: CaseSource, names: Sequence[str], crops: CropOptions, options: LoaderOptions) -> None:
@@ -89,11 +90,6 @@ class CropLoader:
         for step, image, label in self._stream.epoch(epoch, first_step):
             self.position = (epoch, step + 1)
             yield image, label
-
-    @property
-    def gpu_bytes(self) -> int:
-        """Bytes of volumes in the memory of the GPU."""
-        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the batches to come: the position and the recipe; plain values."""
@@ -180,6 +176,7 @@ class TrainLoader(CropLoader):
     ) -> None:
         super().__init__(store, names, crops, options)
         self._volumes = open_volumes(store, self.indices, options, "training volumes")
+        self.gpu_bytes = self._volumes.gpu_bytes
         self._buffers = deque(self._volumes.new_buffers(crops.batch_size, crops.crop_size) for _ in range(BUFFERS))
         # The affine changes the crop before the z-score, so its statistics are not those of the crop as it was cut.
         self._statistics = options.device.type == "cpu" and not crops.extras.affine_prob
@@ -193,11 +190,6 @@ class TrainLoader(CropLoader):
             extras=crops.extras,
             statistics=self._statistics,
         )
-
-    @property
-    def gpu_bytes(self) -> int:
-        """Bytes of volumes in the memory of the GPU."""
-        return self._volumes.gpu_bytes
 
     def _read(self, epoch: int, step: int) -> Batch:
         self._buffers.rotate()
@@ -244,6 +236,7 @@ class ValLoader:
             if options.residence == "mapped"
             else open_volumes(store, self.indices, options, "validation volumes")
         )
+        self.gpu_bytes = self._volumes.gpu_bytes  # in the memory of the GPU
         self._statistics = normalise and options.device.type == "cpu"
         self._stream = Stream(
             val_pipeline,
@@ -255,11 +248,6 @@ class ValLoader:
             normalise=normalise,
             statistics=self._statistics,
         )
-
-    @property
-    def gpu_bytes(self) -> int:
-        """Bytes of volumes in the memory of the GPU."""
-        return self._volumes.gpu_bytes
 
     def __len__(self) -> int:
         """Cases of this rank."""
