@@ -27,11 +27,11 @@ from test_store import (
     write_case,
 )
 
-from pipelines.basics.errors import DataError
+from pipelines.basics.errors import DataError, StoreError
 from pipelines.cases import Case, CaseSet
 from pipelines.labels import Coding
 from pipelines.preparing import prepared_case
-from pipelines.preparing.prepared_case import FOREGROUND_VOXELS, StoreError, checksum, to_float16
+from pipelines.preparing.prepared_case import FOREGROUND_VOXELS, checksum, to_float16
 from pipelines.preparing.store import prepare
 from pipelines.scans.nifti import RawCase, read_case
 

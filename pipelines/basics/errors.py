@@ -50,5 +50,5 @@ class StoreError(DataError):
         size = f" It needs about {self.needed / 1e6:.1f} MB more." if self.needed else ""
         return (
             f"store {self.folder}: {self.problem}.{size} Free space there or change its permissions, or choose another "
-            "folder with --data.store_dir. Cases that are done stay done."
+            "folder with --data.store_dir. Cases already prepared are kept."
         )

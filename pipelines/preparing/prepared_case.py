@@ -18,7 +18,7 @@ import torch
 from isal import isal_zlib
 
 from pipelines.basics.atomic import replacing
-from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.errors import CaseError, StoreError
 from pipelines.cases import Case
 from pipelines.geometry import Grid, label_grid, target_grid
 from pipelines.labels import Coding
@@ -62,23 +62,6 @@ class PrepareOptions:
         if self.dtype != "float32":
             asked["dtype"] = self.dtype
         return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-class StoreError(DataError):
-    """The store's folder can't be written; `needed` is the size in bytes of what was to be written."""
-
-    def __init__(self, folder: Path, problem: str, needed: int) -> None:
-        super().__init__(folder, problem, needed)
-        self.folder = folder
-        self.problem = problem
-        self.needed = needed
-
-    def __str__(self) -> str:
-        size = f" It needs about {self.needed / 1e6:.1f} MB more." if self.needed else ""
-        return (
-            f"store {self.folder}: {self.problem}.{size} Free space there or change its permissions, or choose another "
-            "folder with --data.store_dir. Cases already prepared are kept."
-        )
 
 
 def files_of(case: Case) -> list[Path]:
