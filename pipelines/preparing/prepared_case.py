@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import re
@@ -19,6 +18,7 @@ from isal import isal_zlib
 
 from pipelines.basics.atomic import replacing
 from pipelines.basics.errors import CaseError, StoreError
+from pipelines.basics.os_errors import DISK_FULL
 from pipelines.cases import Case
 from pipelines.geometry import Grid, label_grid, target_grid
 from pipelines.labels import Coding
@@ -175,7 +175,7 @@ def _write(stem: Path, arrays: Mapping[str, np.ndarray], record: dict[str, Any])
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            full = error.errno in DISK_FULL
             what = f"{'no space left' if full else 'not writable'} ({error.strerror})"
             needed = sum(array.nbytes for array in arrays.values())
             raise StoreError(stem.parent, f"{what}, writing {Path(error.filename).name}", needed) from error
