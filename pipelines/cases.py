@@ -29,18 +29,6 @@ from pipelines.layouts.lists import from_list
 from pipelines.layouts.names import CASE_NAME_BYTES, MODALITIES, canonical_modalities, modality_of, name_fault
 from pipelines.layouts.tasks import from_task
 
-__all__ = [
-    "MODALITIES",
-    "Case",
-    "CaseSet",
-    "DataError",
-    "Survey",
-    "check_folds",
-    "find_cases",
-    "split_cases",
-    "survey_cases",
-]
-
 log = logging.getLogger(__name__)
 
 

@@ -21,15 +21,7 @@ import urllib.request
 from io import RawIOBase
 from pathlib import Path, PurePosixPath
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
 
 from pipelines.basics.errors import DataError
 
@@ -66,8 +58,7 @@ def download_task01(folder: Path, url: str = URL, md5: str = MD5) -> Path:
     if task.exists():
         raise DataError(f"{task} exists but has no dataset.json: complete it, or move it away and run again")
     folder.mkdir(parents=True, exist_ok=True)
-    text = TextColumn("{task.description}")
-    with Progress(text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
+    with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()) as progress:
         if archive.is_file():
             _check_md5(archive, md5, progress, "move it away, or replace it with a complete one, and run again")
         else:

@@ -30,15 +30,13 @@ from pipelines.basics.regular_files import open_regular
 from pipelines.cases import Case
 from pipelines.labels import Coding
 from pipelines.scans.file_bytes import ScanFile
-from pipelines.scans.nifti_header import WITHOUT_IT, NiftiHeader, affine_fault, check_extensions, parse_header
+from pipelines.scans.nifti_header import WITHOUT_IT, NiftiHeader, check_extensions, parse_header
 from pipelines.scans.voxels import check_image, to_labels
 
 if TYPE_CHECKING:
     import nibabel as nib
 else:
     nib = Lazy("nibabel")
-
-__all__ = ["RawCase", "affine_fault", "read_case", "read_grid", "read_nifti", "write_nifti"]
 
 CORNER_TOLERANCE_MM = 1e-2
 _RESAMPLE_FIRST = f"Resample them to one grid (the preprocessed BraTS files share one), {WITHOUT_IT}"
