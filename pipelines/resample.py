@@ -134,12 +134,9 @@ class BackToFile:
 
 
 def axis_weights(shape: Sequence[int], affine: np.ndarray, grid: Grid) -> list[Weights] | None:
-    """The weights of `resample_image` along each axis of the file as turned; None where the axes are not independent.
+    """The weights along each axis of the file as turned; None where the axes are not independent.
 
-    Args:
-        shape: (X, Y, Z) of the file.
-        affine: (4, 4), voxel index to mm, of the file.
-        grid: from `target_grid` of this shape and affine.
+    `shape` is (X, Y, Z); `affine` and `grid` are as in `resample_image`.
     """
     shape, affine = turned_grid(shape, affine, grid.turn)
     sizes = zip(shape, grid.spaced_shape, (axis in grid.flipped for axis in range(3)), strict=True)
@@ -225,11 +222,16 @@ def _axis_positions(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequenc
     theta = _normalised(matrix, shape, shape_out)
     positions = []
     for axis, n in enumerate(shape):
-        size_out_3d = [1, 1, 1]
-        size_out_3d[axis] = shape_out[axis]
-        points = affine_grid(theta[:, :3], [1, 1, *size_out_3d], align_corners=False)[..., 2 - axis].flatten()
+        points = _points_along(theta, axis, shape_out[axis])[..., 2 - axis].flatten()
         positions.append((((points + 1) * n - 1) / 2).clamp(0, n - 1))
     return positions
+
+
+def _points_along(theta: torch.Tensor, axis: int, size_out: int) -> torch.Tensor:
+    """Torch's sampling points (1, ..., 3) of a line of output voxels along one axis."""
+    size_out_3d = [1, 1, 1]
+    size_out_3d[axis] = size_out
+    return affine_grid(theta[:, :3], [1, 1, *size_out_3d], align_corners=False)
 
 
 def _normalised(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequence[int]) -> torch.Tensor:
@@ -250,11 +252,12 @@ def _normalised(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequence[in
 
 def _nearest_indices(theta: torch.Tensor, axis: int, size: int, size_out: int) -> np.ndarray:
     """The input voxel of each output voxel along one axis, by torch's own arithmetic: a ramp is sampled."""
-    size_in_3d, size_out_3d = [1, 1, 1], [1, 1, 1]
-    size_in_3d[axis], size_out_3d[axis] = size, size_out
-    grid = affine_grid(theta[:, :3], [1, 1, *size_out_3d], align_corners=False)
-    ramp = torch.arange(size, dtype=torch.float64).reshape(1, 1, *size_in_3d)
-    taken = grid_sample(ramp, grid, mode="nearest", padding_mode="border", align_corners=False)
+    size_3d = [1, 1, 1]
+    size_3d[axis] = size
+    ramp = torch.arange(size, dtype=torch.float64).reshape(1, 1, *size_3d)
+    taken = grid_sample(
+        ramp, _points_along(theta, axis, size_out), mode="nearest", padding_mode="border", align_corners=False
+    )
     return taken.flatten().to(torch.int64).numpy()
 
 

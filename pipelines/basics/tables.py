@@ -26,8 +26,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
     """Write a table whole, in UTF-8.
 
     Args:
-        path: the file.
-        columns: the first line.
+        path: the file. columns: the first line.
         rows: values by column; a missing one, or None, becomes an empty cell.
 
     Raises:

@@ -177,14 +177,7 @@ def _on_grid_of(source: NiftiHeader, array: np.ndarray, affine: np.ndarray) -> n
 
 
 def read_case(case: Case, coding: Coding) -> RawCase:
-    """Read and check the files of a case.
-
-    Args:
-        case: its files.
-        coding: the values that its label may hold.
-
-    Returns:
-        the volumes in file orientation.
+    """Read and check the files of a case; `coding` has the values that its label may hold.
 
     Raises:
         CaseError: any fault of `read_nifti`; a wrong number of dimensions; a channel that the 4D file does not have;
