@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.basics.atomic import (
+    cannot_write,
+    make_writable,
     open_own,
     own_folder,
     remove_left_over,
@@ -125,3 +127,24 @@ def test_a_folder_that_leads_out_by_a_link_is_refused(tmp_path: Path) -> None:
     assert not os.listdir(outside)
     (tmp_path / "link").symlink_to(run)  # a run's folder itself may be one: its user names it
     assert own_folder(tmp_path / "link", "logs").is_dir()
+
+
+def test_a_folder_is_made_and_tried_before_any_work_is_done(tmp_path: Path) -> None:
+    make_writable(tmp_path / "a" / "b")
+    make_writable(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and not os.listdir(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as raised:
+        make_writable(tmp_path / "file" / "c")
+    assert str(cannot_write("--output c", raised.value, "choose another")) == (
+        "--output c can't be written (Not a directory): free space or change its permissions, or choose another"
+    )
+
+
+def test_a_folder_that_takes_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_writable(tmp_path)
