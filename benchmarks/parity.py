@@ -44,8 +44,8 @@ from engine.data import DataConfig, list_cases, load_data, obtain_root
 from engine.metrics import summarise
 from engine.network import ModelConfig, make_model
 from engine.precision import set_up_torch
-from engine.progress import percent
 from engine.ranks.distributed import Ranks, init_ranks
+from engine.reports.formats import percent
 from engine.step import LossConfig, TrainConfig
 from engine.trainer import Trainer
 from kernels import dispatch

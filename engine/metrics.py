@@ -1,20 +1,21 @@
-"""Dice per region, and what is made of it.
+"""Dice per region, and the summary over cases.
 
-What is scored is what is written. A network finds the three regions one by one (probability > 0.5), and a voxel of ET
-need not be in its TC. A label map holds one tissue for each voxel, and in it ET is within TC, and TC within WT. The
-regions of that label map are scored everywhere, by `written_regions`; the overlapping masks are an option (`masks`),
-by which the published tutorial's figures were made. On a real scan the two can be 10 points of Dice apart.
+The written label map is what is scored. A network predicts the three regions independently (probability > 0.5), so a
+voxel of ET may lie outside TC. A label map holds one tissue per voxel, so in it ET lies within TC and TC within WT.
+Its regions (`written_regions`) are scored everywhere; scoring the overlapping masks instead is an option (`masks`),
+used for the published tutorial's figures. On a real scan the two can be 10 points of Dice apart.
 
 Dice is 2 |P and T| / (|P| + |T|) on hard masks, per case and region. A region's Dice is the mean over the cases whose
-truth has the region; mean Dice is the mean over the regions. A region that no case has is None ("n/a") and left out.
-Beside it stand the number of empty truths and in how many of those something was predicted. Other definitions give
-other numbers from the same masks: MONAI's `mean` averages within a case first, `ignore_empty=False` and the BraTS
-challenge score an empty truth 1 if nothing is predicted and 0 otherwise (`empty_as_one`).
+truth has the region; mean Dice is the mean over the regions. A region that no case has is None ("n/a") and excluded
+from the mean. Empty truths, and false positives in them, are counted separately. Other definitions give other numbers
+from the same masks: MONAI's `mean` averages within a case first; `ignore_empty=False` and the BraTS challenge score an
+empty truth 1 if nothing is predicted and 0 otherwise (`empty_as_one`).
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,16 +25,16 @@ from pipelines.labels import REGIONS, Coding
 
 Score = Literal["label_map", "masks"]
 SCORED: dict[Score, str] = {
-    "label_map": "the label map that is written (probability > 0.5; ET counts as TC, and TC as WT)",
-    "masks": "overlapping masks (probability > 0.5), which no label map holds",
+    "label_map": "the written label map (probability > 0.5; ET counts as TC, TC as WT)",
+    "masks": "the network's overlapping masks (probability > 0.5), not a label map",
 }
 
 
 def definition(score: Score) -> str:
-    """What a Dice of this program is, in words."""
+    """How Dice is defined here, in words."""
     return (
-        f"Dice per case and region on {SCORED[score]}; a region's Dice is the mean over cases whose truth has it; mean "
-        "is the mean over regions"
+        f"Dice per case and region on {SCORED[score]}; a region's Dice is the mean over the cases whose truth "
+        "has it; the mean is over regions"
     )
 
 
@@ -48,13 +49,13 @@ def written_regions(masks_RXYZ: torch.Tensor, coding: Coding) -> torch.Tensor:
     """
     core, whole, enhancing = masks_RXYZ
     core = core | enhancing
-    if coding.regions[0] == coding.regions[2]:  # no other tissue is core, so core is written as this one
+    if coding.regions[0] == coding.regions[2]:  # enhancing is the only core tissue, so core is written as enhancing
         enhancing = core
     return torch.stack([core, whole | core, enhancing])
 
 
 def scored_regions(masks_RXYZ: torch.Tensor, coding: Coding, score: Score) -> torch.Tensor:
-    """Of overlapping masks what is scored; arguments as in `written_regions`."""
+    """The masks to score; arguments as in `written_regions`."""
     return written_regions(masks_RXYZ, coding) if score == "label_map" else masks_RXYZ
 
 
@@ -69,11 +70,11 @@ class CaseDice:
 
     @classmethod
     def of(cls, name: str, counts: torch.Tensor) -> CaseDice:
-        """From what `count_voxels` gave; waits for it."""
+        """From the result of `count_voxels`; waits for the device."""
         return cls(name, *(tuple(row) for row in counts.tolist()))
 
     def dice(self, empty_as_one: bool = False) -> tuple[float, ...]:
-        """Dice per region; where the truth is empty NaN, or the challenge's 1 (nothing predicted) or 0."""
+        """Dice per region; for an empty truth NaN, or with `empty_as_one` 1 if nothing is predicted and 0 otherwise."""
 
         def one(intersection: int, predicted: int, truth: int) -> float:
             if truth:
@@ -82,9 +83,14 @@ class CaseDice:
 
         return tuple(map(one, self.intersection, self.predicted, self.truth))
 
+    def mean(self) -> float:
+        """Mean Dice over the regions that the truth has; NaN if it has none."""
+        known = [value for value in self.dice() if not math.isnan(value)]
+        return statistics.fmean(known) if known else math.nan
+
 
 def count_voxels(name: str, prediction_RXYZ: torch.Tensor, truth_RXYZ: torch.Tensor) -> torch.Tensor:
-    """Voxels of the intersection, the prediction and the truth by region: int64 (3, R), on the masks' device.
+    """Voxel counts of intersection, prediction and truth per region: int64 (3, R), on the masks' device.
 
     Args:
         name: of the case.
@@ -108,11 +114,11 @@ def case_dice(name: str, prediction_RXYZ: torch.Tensor, truth_RXYZ: torch.Tensor
 
 
 def summarise(cases: list[CaseDice], empty_as_one: bool = False) -> dict[str, Any]:
-    """The table that is logged and shown.
+    """Dice over cases.
 
     Returns:
-        "mean" and one entry for each region: Dice between 0 and 1, or None where no case has the region (with
-        `empty_as_one`, every case counts); "cases"; and per region "empty_truths" and "false_positives" in them.
+        "mean" and one entry per region: Dice between 0 and 1, or None if no case has the region (with `empty_as_one`,
+        every case counts); "cases", their number; per region "empty_truths" and the "false_positives" in them.
     """
     regions: dict[str, float | None] = {}
     for index, region in enumerate(REGIONS):

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a progress bar on a terminal, a line now and then elsewhere."""
+"""The progress of a run: a bar on a terminal, lines in the log elsewhere, and what they show, read without waiting."""
 
 from __future__ import annotations
 
@@ -9,26 +9,22 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from engine.reports.formats import dice_text, percent
+from pipelines.basics.lazy import Lazy
 from pipelines.labels import REGIONS
 
+rich_console, progress = Lazy("rich.console"), Lazy("rich.progress")
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 60.0
 T = TypeVar("T")
 
 
-def percent(dice: float | None) -> str:
-    """A Dice between 0 and 1 as people of the field write it."""
-    return "n/a" if dice is None else f"{100 * dice:.1f}"
-
-
 class DataWait:
-    """Time that the device spent without a batch to work on.
+    """Time the device spent without a batch to work on.
 
-    On a GPU the host runs ahead, so what it waits for says nothing. Two events on its stream do: one behind the work of
-    the step before, one before that of the next; what lies between is waiting for the batch and copying it.
+    On a GPU the host runs ahead, so its own waiting says nothing. Two events on the stream do: one after the work of
+    a step, one before that of the next. The time between them went into waiting for the batch and copying it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +33,7 @@ class DataWait:
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def over(self, batches: Iterator[T]) -> Iterator[T]:
-        """The batches, each waited for under the clock."""
+        """The batches; the wait for each is timed."""
         while True:
             before = self._event()
             started = time.perf_counter()
@@ -52,7 +48,7 @@ class DataWait:
             yield batch
 
     def seconds(self) -> float:
-        """Of all batches so far; on a GPU it waits for the steps in flight."""
+        """Total so far; on a GPU this waits for the steps in flight."""
         if self.device.type != "cuda":
             return self.host
         torch.cuda.synchronize(self.device)
@@ -74,14 +70,14 @@ class TrainingProgress:
     """
 
     def __init__(self, total_steps: int, done_steps: int, is_shown: bool) -> None:
-        console = Console()
+        console = rich_console.Console()
         self.is_live = is_shown and console.is_terminal
         self.is_shown = is_shown
-        self.total, self.done = total_steps, done_steps
-        self.bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"), TimeRemainingColumn(), console=console, disable=not self.is_live,
-        )  # fmt: skip
+        self.total = total_steps
+        columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.BarColumn(),
+                   progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[detail]}"),
+                   progress.TimeRemainingColumn())  # fmt: skip
+        self.bar = progress.Progress(*columns, console=console, disable=not self.is_live)
         self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, detail="")
         self.times: deque[float] = deque(maxlen=50)
         self.last_line = time.perf_counter()
@@ -94,12 +90,11 @@ class TrainingProgress:
         self.bar.__exit__(*failure)
 
     def step(self, loss: float | None, done: int, samples: int) -> None:
-        """After a pass over `samples` crops of all ranks.
+        """Call after a pass over `samples` crops of all ranks.
 
         Args:
-            loss: of the pass before, for nothing waits for this one's. done: optimizer steps so far.
+            loss: of the previous pass, so that nothing waits for this one's. done: optimizer steps so far.
         """
-        self.done = done
         now = time.perf_counter()
         self.times.append(now)
         if not self.is_shown or loss is None or len(self.times) < 2:
@@ -107,24 +102,24 @@ class TrainingProgress:
         rate = (len(self.times) - 1) / (self.times[-1] - self.times[0])
         if self.is_live:
             detail = f"loss {loss:.3f}  {rate * samples:.2f} samples/s"
-            self.bar.update(self.task, description="training", completed=self.done, detail=detail)
+            self.bar.update(self.task, description="training", completed=done, detail=detail)
         elif now - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = now
-            left = (self.total - self.done) / rate
-            log.info("step %d/%d  loss %.3f  %.2f samples/s  %.0f min left", self.done, self.total, loss,
+            left = (self.total - done) / rate
+            log.info("step %d/%d  loss %.3f  %.2f samples/s  %.0f min left", done, self.total, loss,
                      rate * samples, left / 60)  # fmt: skip
 
     def validating(self, done: int) -> None:
-        """After a validation case; the pause must not count as slow steps."""
+        """Call after a validation case; the pause must not count as slow steps."""
         self.times.clear()
         if self.is_live:
             self.bar.update(self.task, description=f"validating, case {done}")
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """After an epoch: one line where it was validated."""
+        """Call after an epoch: prints one line if it was validated."""
         if not self.is_shown or "val_mean" not in row:
             return
-        dice = "  ".join(f"{region} {percent(row[f'val_{region}'])}" for region in REGIONS)
+        dice = dice_text(row[f"val_{region}"] for region in REGIONS)
         loss = "n/a" if row["loss"] is None else f"{row['loss']:.3f}"
         line = (
             f"epoch {row['epoch']}/{epochs}  loss {loss}  Dice {percent(row['val_mean'])}  ({dice})  "
@@ -138,20 +133,17 @@ class TrainingProgress:
 
 
 class LateValues:
-    """Numbers of a step, read when the next one is under way, so that nothing waits for them.
-
-    `push` takes a tensor with the values of a step and returns those of the step before; `last` the last ones.
-    """
+    """Numbers of a step, read once the next step is under way, so that nothing waits for them."""
 
     def __init__(self) -> None:
         self.waiting: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def push(self, values: torch.Tensor) -> list[float] | None:
-        """Values of the step before, None at the first."""
+        """Take the values of a step; returns those of the previous step, None at the first."""
         before = self.last()
         event = None
         if values.is_cuda:
-            # Page-locked memory: a copy to other memory would wait for the step.
+            # Page-locked memory: a copy to pageable memory would wait for the step.
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)
             event = torch.cuda.Event()
@@ -161,7 +153,7 @@ class LateValues:
         return before
 
     def last(self) -> list[float] | None:
-        """Values of the newest step that was pushed, waited for; None where they were read already."""
+        """Values of the latest step, waiting for them if need be; None if they have been read."""
         waiting, self.waiting = self.waiting, None
         if waiting is None:
             return None
@@ -169,30 +161,3 @@ class LateValues:
         if event is not None:
             event.synchronize()
         return values.tolist()
-
-
-class CaseBar:
-    """A bar over cases on a terminal; elsewhere a line at the start. A context manager.
-
-    Args:
-        title: verb, as "Segmenting". total: number of cases. is_shown: on the first rank alone.
-    """
-
-    def __init__(self, title: str, total: int, is_shown: bool) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn(f"{title} {total} cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not (is_shown and console.is_terminal and total))
-        self._row = self._bar.add_task(title, total=total)
-        if is_shown and not console.is_terminal:
-            log.info("%s %d cases", title.lower(), total)
-
-    def __enter__(self) -> CaseBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._bar.stop()
-
-    def advance(self) -> None:
-        """One case is done."""
-        self._bar.advance(self._row)

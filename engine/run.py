@@ -14,8 +14,6 @@ from typing import IO
 
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from engine import checkpoint, metrics
 from engine.config import Config, to_portable_dict
@@ -23,11 +21,11 @@ from engine.data import Data, load_data, make_val_loader
 from engine.deepspeed_json import apply_deepspeed_json
 from engine.network import make_model
 from engine.precision import set_up_torch
-from engine.progress import percent
 from engine.ranks.command import run_command
 from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.ranks.terminal import LogFile, PlainFormatter
-from engine.reports import pictures, report
+from engine.reports import pictures, report, run_facts
+from engine.reports.formats import percent, print_table
 from engine.reports.run_tables import write_log, write_validation
 from engine.resume import log_effects_of_resuming, refuse_links
 from engine.trained import load_trained
@@ -37,7 +35,6 @@ from kernels.dice_ce import region_masks
 from models import parameter_count
 from pipelines.basics.atomic import cannot_write, open_own, own_folder, replacing
 from pipelines.basics.text import printable
-from pipelines.labels import REGIONS
 
 log = logging.getLogger(__name__)
 
@@ -122,29 +119,24 @@ def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
     write_log(run_dir, trainer.history)  # once more, for a run that was over when it went on and lacked them
     write_validation(run_dir, trainer.cases, summary)
     pictures.draw_curves(trainer.history, run_dir / "curves.png")
-    facts = report.Facts(
-        config=config,
-        summary=summary,
-        history=trainer.history,
-        cases=trainer.cases,
-        epoch_samples=len(trainer.train_loader) * config.train.batch_size * trainer.ranks.world_size,
-        train=data.train,
-        val=data.val,
-        modalities=data.store.modalities,
-        coding=data.store.coding,
-        environment=report.environment(config, trainer.ranks, paths_taken),
-    )
+    samples = len(trainer.train_loader) * config.train.batch_size * trainer.ranks.world_size
+    facts = {
+        "Data": run_facts.data_facts(config.data, data.train, data.val, data.store.modalities, data.store.coding),
+        "Timing": run_facts.timing_facts(trainer.history, epoch_samples=samples),
+        "Environment": run_facts.environment_facts(config, trainer.ranks, paths_taken),
+    }
+    results = report.RunResults(config, summary, trainer.cases, data.train, data.val, facts)
     sections = [
-        report.Section("Curves", {"curves.png": "Training loss and validation Dice by epoch"}),
+        report.PictureSection("Curves", {"curves.png": "Training loss and validation Dice by epoch"}),
         *_draw_cases(trainer, run_dir),
-        report.Section("Training crop", {"samples.png": "A training crop, as the network sees it"}),
+        report.PictureSection("Training crop", {"samples.png": "A training crop, as the network sees it"}),
     ]
-    page = report.write_html(run_dir, facts, sections)
+    page = report.write_html(run_dir, results, sections)
     _print_table(summary)
     print(f"pictures, logs and checkpoints: {printable(str(run_dir))}\nopen {printable(str(page))}")
 
 
-def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
+def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.PictureSection]:
     """Predict and draw the first validation case, and the best and the worst of the last validation."""
     config, data, device = trainer.config, trainer.data, trainer.ranks.device
     if not data.val:
@@ -169,16 +161,15 @@ def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.Section]:
             file, kind = places[name]
             spacing_mm = config.data.spacing_mm
             pictures.draw_case(name, scan, truth_masks, predicted, scored.dice(), spacing_mm, run_dir / file)
-            drawn[file] = f"{kind.capitalize()}: {name}, mean Dice {percent(report.mean_dice(scored))}"
-    extremes = report.Section(
+            drawn[file] = f"{kind.capitalize()}: {name}, mean Dice {percent(scored.mean())}"
+    extremes = report.PictureSection(
         "Best and worst cases",
         {file: drawn[file] for file, _ in places.values()},
-        f"Chosen by a case's mean Dice over its regions in the validation after epoch {trainer.epoch}; predicted and "
-        f"scored with the weights of epoch {trained.epoch}. Scan: {modality}. Where "
-        "outlines coincide, the inner region's is seen.",
+        f"Chosen by mean Dice in the validation after epoch {trainer.epoch}; shown and scored with the weights of "
+        f"epoch {trained.epoch}. Scan: {modality}. Where outlines coincide, the inner region's is on top.",
     )
     caption = f"{data.val[0]} with the weights of epoch {trained.epoch}. Scan: {modality}."
-    return [extremes, report.Section("Truth and prediction", {"prediction.png": caption})]
+    return [extremes, report.PictureSection("Truth and prediction", {"prediction.png": caption})]
 
 
 def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:
@@ -194,16 +185,8 @@ def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:
 
 
 def _print_table(summary: dict) -> None:
-    table = Table(title=f"validation Dice (%), {summary['validated_on'].replace('_', ' ')}")
-    for column in ("", "epoch", "mean", *REGIONS, "cases"):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in ("best", "last"):
-        scores = summary[row]
-        if scores["epoch"] is None:
-            continue  # nothing was validated, or no truth had any region
-        dice = [percent(scores.get(name)) for name in ("mean", *REGIONS)]
-        table.add_row(row, str(scores["epoch"]), *dice, str(scores.get("cases", 0)))
-    Console().print(table)
+    title = f"validation Dice (%), {summary['validated_on'].replace('_', ' ')}"
+    print_table(report.DICE_HEAD, report.dice_rows(summary), title)
 
 
 def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:

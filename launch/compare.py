@@ -2,13 +2,12 @@
 
 python launch/compare.py --config launch/configs/compare.yaml --data.root Task01_BrainTumour     train, then compare
 python launch/compare.py --config launch/configs/compare.yaml --data.root Task01_BrainTumour --seeds 3
-python launch/compare.py --runs runs/A runs/B runs/C                                     compare what is trained
+python launch/compare.py --runs runs/A runs/B runs/C                                     compare finished runs
 
-It takes the options of `launch/train.py` but for `--model.name`, and trains the models one after the other, each by
+It takes the options of `launch/train.py` except `--model.name`, and trains the models one after the other, each by
 `launch/train.py` in a process of its own. `--run_dir` (`runs/<config>`) gets a folder for each, and `table.md`,
-`comparison.json`, `curves.png` and `predictions.png`. The same command goes on where it stopped: finished runs are
-taken as they are, interrupted ones resumed. Epochs are as published (UNet 170, UNETR 180) unless `--train.epochs` is
-given.
+`comparison.json`, `curves.png` and `predictions.png`. The same command continues where it stopped: finished runs are
+kept, interrupted ones resumed. Epochs are as published (UNet 170, UNETR 180) unless `--train.epochs` is given.
 """
 
 from __future__ import annotations
@@ -27,43 +26,48 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import yaml
 from jsonargparse import Namespace
-from rich.console import Console
-from rich.table import Table
 
 from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.ranks.command import run_command
 from engine.ranks.rank_env import read_rank_env
 from engine.ranks.signals import install_handlers, restore_handlers
-from engine.reports import comparison, comparison_pictures
-from engine.reports.comparison import PUBLISHED, Row, Run
+from engine.reports import comparison
+from engine.reports.comparison import ComparisonRow
+from engine.reports.finished_run import FinishedRun, by_option
+from engine.reports.formats import print_table
+from engine.reports.report import is_finished
 from engine.yaml_file import read_yaml
 from kernels import dispatch
+from models import NETWORKS
 from pipelines.basics.atomic import below, replacing
 from pipelines.basics.option_values import Bounds, path_text
 from pipelines.basics.text import printable
 
+PUBLISHED = {name: network.published for name, network in sorted(NETWORKS.items()) if network.published}
 STOP_LIMIT_S = 60.0  # for a run's processes to save and end
-PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
 
 
 def main(args: list[str] | None = None) -> int:
-    """Parse the command line, train what has to be trained, and compare.
+    """Parse the command line, train what is not finished, and compare.
 
     Returns:
-        exit status: 0, 2 for a user's mistake, 75 or 130 when stopped; where training ended early, its own.
+        exit status: 0, 2 for a user's mistake, 75 or 130 when stopped; if training ended early, its own.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = sys.argv[1:] if args is None else args
     parser = make_parser("Compare UNet, UNETR of self-attention-cv and UNETR of MONAI under the same conditions.")
     parser.add_argument(
-        "--seeds", type=int, bounds=Bounds(1, 1000), default=1, help="Runs of each model, from --train.seed on."
+        "--seeds",
+        type=int,
+        bounds=Bounds(1, 1000),
+        default=1,
+        help="Runs of each model, with seeds from --train.seed on.",
     )
-    launchers = "deepspeed trains on all GPUs: the default where there are several."
+    launchers = "deepspeed trains on all GPUs; the default if there are several."
     parser.add_argument("--launcher", choices=("python", "deepspeed"), help=launchers)
     parser.add_argument("--runs", nargs="+", type=Path, help="Finished runs to compare; nothing is trained.")
 
@@ -80,20 +84,22 @@ def main(args: list[str] | None = None) -> int:
             status = train_all(runs, options.launcher)
             if status:
                 return status
-        compare([Run.read(run_dir) for run_dir in run_dirs], folder, config.data.store_dir)
+        compare([FinishedRun.read(run_dir) for run_dir in run_dirs], folder, config.data.store_dir)
         return 0
 
-    return run_command(work, lambda: "the same command goes on from here", alone=True)
+    return run_command(work, lambda: "run the same command to continue", alone=True)
 
 
 def check(config: Config, options: Namespace) -> None:
-    """Refuse what contradicts itself, or the way this command works."""
+    """Refuse options that contradict each other or this command."""
     if config.resume:
-        raise ValueError("--resume: this command goes on by itself; give --run_dir, the folder that it wrote")
+        raise ValueError("--resume: this command resumes by itself; give --run_dir, the folder it wrote")
     if options.runs and options.seeds > 1:
-        raise ValueError(f"--seeds {options.seeds} trains, --runs takes what is trained: leave one of the two out")
+        raise ValueError(f"--seeds {options.seeds} trains, --runs compares finished runs: omit one of the two")
     if read_rank_env().world_size > 1:
-        raise ValueError("start launch/compare.py by python, as one process: it starts the launcher for each run")
+        raise ValueError(
+            "start launch/compare.py with python, as one process: it starts the launcher for each run itself"
+        )
 
 
 # Training
@@ -103,8 +109,8 @@ def plan(config: Config, folder: Path, seeds: int, with_epochs: bool) -> dict[Pa
     """The runs to train: every model with the first seed, then with the next.
 
     Args:
-        config: of all. folder: of the run folders. seeds: how many, from `config.train.seed` on.
-        with_epochs: train for `config.train.epochs`, not for as many as were published.
+        config: of all runs. folder: for the run folders. seeds: how many, from `config.train.seed` on.
+        with_epochs: train for `config.train.epochs`, not for the published number.
     """
     runs = {}
     for seed in range(config.train.seed, config.train.seed + seeds):
@@ -118,15 +124,15 @@ def plan(config: Config, folder: Path, seeds: int, with_epochs: bool) -> dict[Pa
 
 
 def train_all(runs: dict[Path, Config], launcher: str | None) -> int:
-    """Train what is not finished, one run after the other; returns the status of the first that ended early, or 0.
+    """Train what is not finished, one run after another; returns the status of the first that ended early, or 0.
 
     Raises:
-        ValueError: a run was begun with other options, or its folder is a link to somewhere else.
+        ValueError: a run was started with other options, or its folder is a link to somewhere else.
     """
     files = {below(run_dir.parent, run_dir.name): write_options(config, run_dir) for run_dir, config in runs.items()}
     command = launch_command(launcher)
     for run_dir, file in files.items():
-        if comparison.is_finished(run_dir):
+        if is_finished(run_dir):
             print(f"{run_dir}: finished")
             continue
         print(f"{run_dir}: training", flush=True)
@@ -134,27 +140,30 @@ def train_all(runs: dict[Path, Config], launcher: str | None) -> int:
             [*command, "--config", path_text(file), "--run_dir", path_text(run_dir), "--resume", "auto"]
         )
         if status:
-            print(f"{run_dir} ended with status {status}; the same command goes on from there", file=sys.stderr)
-            return status if status > 0 else 128 - status  # by a signal: as shells count
+            print(f"{run_dir} ended with status {status}; run the same command to continue", file=sys.stderr)
+            return status if status > 0 else 128 - status  # killed by a signal: as shells report it
     return 0
 
 
 def write_options(config: Config, run_dir: Path) -> Path:
-    """The YAML file that a run is trained by, beside its folder.
+    """Write the YAML file with the options of a run, beside its folder.
 
     Raises:
-        ValueError: there is one with other options, by which the run was begun.
+        ValueError: there is one with other options, which the run was started with, or one that can't be read.
     """
     values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
     file = run_dir.with_name(f"{run_dir.name}.yaml")
     if file.is_file():
-        before, now = (comparison.by_option(each) for each in (read_options(file), values))
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        try:
+            before, now = by_option(to_dict(config_from_dict(read_yaml(file)))), by_option(values)
+        except ValueError as error:
+            raise ValueError(f"{file} can't be read ({error}): give another --run_dir") from error
+        names = [name for name in now if before[name] != now[name]]
         if names:
-            was, asked = (", ".join(f"{name} {each.get(name)}" for name in names) for each in (before, now))
+            was, asked = (", ".join(f"{name} {each[name]}" for name in names) for each in (before, now))
             raise ValueError(
-                f"{run_dir} was begun with {was}, and now has {asked}: all runs of a comparison must have the same "
-                "options; give another --run_dir, or the options of before"
+                f"{run_dir} was started with {was}, and now has {asked}: all runs of a comparison must have the same "
+                "options; give another --run_dir, or the same options as before"
             )
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
@@ -162,23 +171,11 @@ def write_options(config: Config, run_dir: Path) -> Path:
     return file
 
 
-def read_options(file: Path) -> dict[str, Any]:
-    """What `write_options` wrote.
-
-    Raises:
-        ValueError: it can't be read.
-    """
-    try:
-        return to_dict(config_from_dict(read_yaml(file)))
-    except ValueError as error:
-        raise ValueError(f"{file} can't be read ({error}): give another --run_dir") from error
-
-
 def launch_command(launcher: str | None) -> list[str]:
-    """What `launch/train.py` is started by.
+    """The command that starts `launch/train.py`.
 
     Raises:
-        ValueError: DeepSpeed's launcher is asked for and not installed.
+        ValueError: DeepSpeed's launcher is wanted but not installed.
     """
     script = str(Path(__file__).with_name("train.py"))
     if (launcher or ("deepspeed" if torch.cuda.device_count() > 1 else "python")) == "python":
@@ -190,9 +187,9 @@ def launch_command(launcher: str | None) -> list[str]:
 
 
 def run_process(command: Sequence[str]) -> int:
-    """Run a command to the end of all its processes; returns its exit status. Signals go to each of them.
+    """Run a command until all its processes have ended; returns its exit status. Signals are passed on to all of them.
 
-    A launcher's ranks outlive a launcher that is ended alone, and would still write where the next run goes on.
+    The ranks outlive a launcher that is ended alone, and would go on writing to the folder that the next run uses.
     """
     stopping: list[float] = []
 
@@ -205,65 +202,56 @@ def run_process(command: Sequence[str]) -> int:
         handlers = install_handlers(pass_on) | {signal.SIGINT: signal.signal(signal.SIGINT, pass_on)}
         try:
             status = process.wait()
-            while stopping and _is_alive(process.pid):
-                if time.monotonic() - stopping[-1] > STOP_LIMIT_S:
+            with contextlib.suppress(ProcessLookupError):  # once all of them have ended
+                while stopping and time.monotonic() - stopping[-1] < STOP_LIMIT_S:
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.05)
+                if stopping:
                     os.killpg(process.pid, signal.SIGKILL)
-                    break
-                time.sleep(0.05)
             return status
         finally:
             restore_handlers(handlers)
 
 
-def _is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 # Comparison
 
 
-def compare(runs: Sequence[Run], folder: Path, store_dir: Path | None) -> None:
+def compare(runs: Sequence[FinishedRun], folder: Path, store_dir: Path | None) -> None:
     """Write tables and pictures, and print the table.
 
     Args:
-        runs: what is compared. folder: of tables and pictures. store_dir: see `comparison_pictures.predict_example`.
+        runs: to compare. folder: for tables and pictures. store_dir: see `comparison_pictures.predict_example`.
 
     Raises:
         ValueError: two runs of one model and seed.
     """
+    from engine.reports import comparison_pictures
+
     rows = comparison.make_rows(runs)
     folder.mkdir(parents=True, exist_ok=True)
     comparison.write_table(rows, folder)
     comparison_pictures.draw_curves(rows, folder / "curves.png")
-    table = Table()
-    for column in comparison.HEAD:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for cells in comparison.table_cells(rows):
-        table.add_row(*cells)
-    console = Console(width=None if Console().is_terminal else PIPE_WIDTH)
-    console.print(table)
-    console.print("\n".join(map(printable, comparison.notes(rows))), highlight=False, markup=False)
+    print_table(comparison.HEAD, [row.cells() for row in rows])
+    print(*map(printable, comparison.table_notes(rows)), sep="\n")
     draw_predictions(rows, folder / "predictions.png", store_dir)
     print(printable(f"table, curves and predictions: {folder}"))
 
 
-def draw_predictions(rows: Sequence[Row], path: Path, store_dir: Path | None) -> None:
-    """The same case by every model; without it, the reason."""
+def draw_predictions(rows: Sequence[ComparisonRow], path: Path, store_dir: Path | None) -> None:
+    """Draw one case as every model predicts it, or print why there is no picture."""
+    from engine.reports import comparison_pictures
+
     runs = [row.runs[0] for row in rows]
     path.unlink(missing_ok=True)
     if not comparison_pictures.can_share_a_case(runs):
-        print("no predictions.png: the runs have no validation case that they see in the same way")
+        print("no predictions.png: the runs share no validation case that they process in the same way")
         return
     settings = runs[0].config
     device = torch.device("cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu")
     dispatch.use(settings.kernels, device)
     try:
         comparison_pictures.draw_predictions(comparison_pictures.predict_example(rows, device, store_dir), path)
-    except ValueError as error:  # scans that are gone leave the table as it is
+    except ValueError as error:  # missing scans cost the picture alone
         print(printable(f"no predictions.png: {error}"))
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jsonargparse import Namespace
-from rich.console import Console
 
 from engine import evaluation
 from engine.data import existing_root, list_cases, split_names
@@ -32,13 +31,14 @@ from engine.evaluation import CaseScores
 from engine.inference import Predictor, Prepared, Segmentation
 from engine.metrics import SCORED, Score, scored_regions
 from engine.parser import Parser
-from engine.progress import CaseBar
 from engine.ranks.command import run_command
 from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
+from engine.reports.formats import percent, print_table
 from engine.stages import in_stages
 from launch.options import add_network_options, in_own_options, naming_own_options
 from pipelines.basics.atomic import cannot_write, make_writable, own_folder
 from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.progress_bar import show_progress
 from pipelines.basics.text import first_few, printable
 from pipelines.cases import Case, CaseSet, survey_cases
 from pipelines.geometry import label_grid
@@ -117,8 +117,8 @@ def evaluate(options: Namespace) -> int:
     found = {"runs": runs, "data": data, "grid": grid, "flips": options.flips, **summary}
     title = f"{', '.join(runs)} on {data}, {grid}{', with mirror images' if options.flips else ''}"
     evaluation.write(folder, scores, found, title)
-    Console().print(evaluation.rich_table(found, f"{len(scores)} cases, {grid}"))
-    worst = ", ".join(f"{printable(each['case'])} {100 * each['dice']:.1f}" for each in found["worst"])
+    print_table(evaluation.HEAD, evaluation.table_rows(found), f"{len(scores)} cases, {grid}")
+    worst = ", ".join(f"{printable(each['case'])} {percent(each['dice'])}" for each in found["worst"])
     print(f"worst cases by mean Dice: {worst or 'no truth has any region'}\n{found['definition']}.")
     print(f"tables: {printable(str(folder))}")
     return 1 if faults else 0
@@ -218,10 +218,9 @@ def score_cases(
 
     mine = cases.cases[ranks.rank :: ranks.world_size]
     outcomes: list[CaseScores | DataError] = []
-    with CaseBar("Scoring", len(mine), ranks.is_first) as bar:
-        for case, outcome in in_stages(mine, read, lambda _, content: predictor.probabilities(content[1]), score):
-            outcomes.append(DataError(f"{case.name}: {outcome}") if isinstance(outcome, DataError) else outcome)
-            bar.advance()
+    found = in_stages(mine, read, lambda _, content: predictor.probabilities(content[1]), score)
+    for case, outcome in show_progress(found, "Scoring", len(mine), is_shown=ranks.is_first):
+        outcomes.append(DataError(f"{case.name}: {outcome}") if isinstance(outcome, DataError) else outcome)
     return outcomes
 
 

@@ -44,7 +44,7 @@ from test_trained import CONFIG, content_of
 
 from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.network import make_model
-from engine.reports.comparison import Run
+from engine.reports.finished_run import FinishedRun
 from engine.trained import load_trained
 from engine.weights_file import write_content
 from launch.predict import Row, write_rows
@@ -369,7 +369,7 @@ def fuzz_tables(rng: random.Random, folder: Path) -> str:
     run_dir = write_run(folder / "run", config_from_dict(SMALL))
     path = rng.choice(sorted(path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size))
     path.write_bytes(spoil(rng, path.read_text()))
-    run = attempt(lambda: Run.read(run_dir))
+    run = attempt(lambda: FinishedRun.read(run_dir))
     return REFUSED if isinstance(run, ValueError) else READ
 
 

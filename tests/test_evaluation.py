@@ -50,7 +50,7 @@ def test_dice_and_hd95_are_monais() -> None:
     assert max(found.hd95) > 1
 
 
-def test_a_region_that_is_not_in_both_has_no_distance(cases: list[CaseScores]) -> None:
+def test_a_region_that_only_one_mask_has_has_no_distance(cases: list[CaseScores]) -> None:
     assert [math.isnan(value) for value in cases[2].hd95] == [False, False, True]
     assert [math.isnan(value) for value in cases[3].hd95] == [True, False, True]
 
@@ -80,7 +80,7 @@ def test_no_truth_at_all_is_not_a_score() -> None:
     assert "n/a" in evaluation.markdown(found, "title")
 
 
-def test_names_are_text_in_every_table(cases: list[CaseScores], tmp_path: Path) -> None:
+def test_names_are_escaped_in_every_table(cases: list[CaseScores], tmp_path: Path) -> None:
     names = ["=1+1", "caf\udce9", "a|b\n<i>", "$x_1$"]
     renamed = [replace(one, dice=replace(one.dice, name=name)) for one, name in zip(cases, names)]
     evaluation.write(tmp_path, renamed, evaluation.summary(renamed), "runs/<b>")
@@ -93,7 +93,7 @@ def test_names_are_text_in_every_table(cases: list[CaseScores], tmp_path: Path) 
         assert cell in text
 
 
-def test_tables_of_before_stay_together_where_one_can_not_be_written(
+def test_if_one_table_cannot_be_written_the_old_ones_stay(
     cases: list[CaseScores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = evaluation.summary(cases[:2])
@@ -116,6 +116,6 @@ def test_tables_hold_every_case_and_figure(cases: list[CaseScores], tmp_path: Pa
     assert int(rows[1]["voxels_truth_TC"]) == cases[1].dice.truth[0]
     assert json.loads((tmp_path / "new" / "summary.json").read_text()) == found
     text = (tmp_path / "new" / "table.md").read_text()
-    head, *table = evaluation.table_rows(found)
+    head, table = evaluation.HEAD, evaluation.table_rows(found)
     assert text.startswith("# a title\n") and all(f"| {' | '.join(row)} |" in text for row in (head, *table))
     assert f"{100 * found['dice']['mean']['WT']:.1f}" in table[0] and "case3" in text

@@ -1,4 +1,4 @@
-"""Dice as it is defined here, against MONAI's DiceMetric on the same masks."""
+"""Dice against MONAI's DiceMetric on the same masks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def codings() -> dict[str, Coding]:
     return CODINGS | {TUTORIAL: tutorial, "plain": plain, "necrosis": necrosis}
 
 
-def test_what_is_scored_is_the_label_map_that_is_written_in_every_coding() -> None:
+def test_the_scored_regions_are_those_of_the_written_label_map_in_every_coding() -> None:
     masks = torch.tensor(list(product([False, True], repeat=3))).T.reshape(3, 2, 2, 2)  # each way to overlap
     for name, coding in codings().items():
         labels = compose_labels(masks.numpy(), coding)
@@ -76,7 +76,7 @@ def test_a_regions_dice_is_the_mean_over_the_cases_that_have_it() -> None:
     assert summary["false_positives"] == {"TC": 1, "WT": 1, "ET": 2}
 
 
-def test_a_region_that_no_case_has_is_none_and_left_out_of_the_mean() -> None:
+def test_a_region_that_no_case_has_is_none_and_excluded_from_the_mean() -> None:
     cases = [CaseDice("a", (4, 6, 0), (5, 8, 0), (5, 8, 0)), CaseDice("b", (2, 6, 0), (5, 8, 3), (5, 8, 0))]
     summary = summarise(cases)
     assert summary["ET"] is None
@@ -89,6 +89,11 @@ def test_a_region_that_no_case_has_is_none_and_left_out_of_the_mean() -> None:
 def test_masks_of_different_shapes_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"case_7.*same shape"):
         case_dice("case_7", torch.zeros(3, 2, 2, 2, dtype=torch.bool), torch.zeros(3, 2, 2, 3, dtype=torch.bool))
+
+
+def test_a_cases_mean_is_over_the_regions_that_its_truth_has() -> None:
+    assert CaseDice("a", (9, 5, 0), (10, 10, 7), (10, 10, 0)).mean() == pytest.approx(0.7)
+    assert math.isnan(CaseDice("a", (0, 0, 0), (1, 1, 1), (0, 0, 0)).mean())
 
 
 def test_an_empty_truth_is_nan_by_default() -> None:

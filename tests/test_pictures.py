@@ -1,19 +1,21 @@
-"""Pictures hold what they claim: read back pixel by pixel, not only written."""
+"""Pictures show what they claim: they are read back, not only written."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.image
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from engine.reports.pictures import COLOURS, as_numpy, draw_case, draw_curves, draw_prediction, draw_sample, show_slice
+from engine.reports.pictures import COLOURS, as_numpy, draw_case, draw_curves, draw_prediction, draw_sample, draw_slice
 from pipelines.basics.text import printable
 
 ROW = {"epoch": 1, "step": 2, "loss": 1.5, "dice_loss": 1.0, "ce_loss": 0.5}
@@ -32,11 +34,14 @@ def masks(shape: tuple[int, int, int]) -> np.ndarray:
     return regions
 
 
-def test_curves_survive_a_region_that_no_case_has(tmp_path: Path) -> None:
+def test_curves_survive_a_region_that_no_case_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = kept(monkeypatch)
     validated = ROW | {"epoch": 2, "val_mean": 0.5, "val_TC": None, "val_WT": 0.6, "val_ET": 0.4}
     draw_curves([ROW, validated], tmp_path / "curves.png")
     found = colours(tmp_path / "curves.png")
     assert (86, 180, 233) in found and (230, 159, 0) not in found  # WT drawn, TC not
+    low, high = figures[0].axes[0].get_ylim()
+    assert low == 0 and high > ROW["loss"]
 
 
 def test_a_sample_shows_every_modality_and_region(tmp_path: Path) -> None:
@@ -47,12 +52,12 @@ def test_a_sample_shows_every_modality_and_region(tmp_path: Path) -> None:
     assert coloured
 
 
-def test_crops_in_bfloat16_which_a_gpu_gets_can_be_drawn() -> None:
+def test_bfloat16_crops_can_be_drawn() -> None:
     np.testing.assert_array_equal(as_numpy(torch.tensor([1.5, -2.0], dtype=torch.bfloat16)), [1.5, -2.0])
     assert as_numpy(torch.tensor([True])).dtype == bool
 
 
-def test_a_prediction_is_drawn_for_empty_truths_and_dark_scans_too(tmp_path: Path) -> None:
+def test_empty_truths_and_dark_scans_are_drawn(tmp_path: Path) -> None:
     scan, empty = np.zeros((16, 16, 8), np.float32), np.zeros((3, 16, 16, 8), bool)
     draw_prediction("dark", scan, empty, empty, [float("nan")] * 3, tmp_path / "prediction.png")
     assert (tmp_path / "prediction.png").stat().st_size > 0
@@ -62,9 +67,10 @@ NAMES = ("$1_2_$", r"$\\frac{$", "caf\udce9\n\x1b[31m", "\u5bb6 <b>", "x" * 230)
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_name_stands_over_a_picture_as_it_is_and_no_wider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No mathematics, no TeX, no character that a font does not take; whatever a user's matplotlibrc asks for."""
+def test_a_name_above_a_picture_is_unchanged_and_no_wider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No formula, no TeX and no missing glyph fails, whatever a user's matplotlibrc says."""
     figures = kept(monkeypatch)
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     scan, empty = np.ones((16, 16, 8), np.float32), np.zeros((3, 16, 16, 8), bool)
     for name in NAMES:
         path = tmp_path / "one.png"
@@ -76,17 +82,35 @@ def test_a_name_stands_over_a_picture_as_it_is_and_no_wider(tmp_path: Path, monk
             assert "".join(lines) == printable(name) and dice == "Dice TC 50.0  WT 50.0  ET 50.0"
             title = figure._suptitle  # type: ignore[attr-defined]
             assert not title.get_parse_math() and not title.get_usetex()
+    assert matplotlib.rcParams["text.usetex"] and matplotlib.rcParams["text.parse_math"]
+
+
+def test_drawing_leaves_the_process_its_backend_and_windows(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom engine.reports.pictures import draw_curves\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        f"draw_curves([{ROW}], Path(sys.argv[1]))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "curves.png")], check=True)
+    assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Figures as they are when they are closed."""
+    """Figures as they were written."""
     figures: list[Figure] = []
-    monkeypatch.setattr(plt, "close", figures.append)
+    save = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     return figures
 
 
 def outlines(figure: Figure, plane: str, region: str, dashed: bool) -> tuple[float, ...] | None:
-    """Left, bottom, right and top of a region's outlines in a plane, in voxels; None where there are none."""
+    """Left, bottom, right and top of a region's outlines in a plane, in voxels; None if it has none."""
     axis = next(axis for axis in figure.axes if axis.get_title().startswith(plane))
     lines: Any
     for lines in axis.collections:  # contours of one colour and style each
@@ -131,7 +155,7 @@ def test_the_planes_of_a_case_keep_the_proportions_of_the_head(tmp_path: Path, m
         assert np.divide(boxes[plane].size, pixels_per_mm) == pytest.approx(size_mm, rel=0.02), plane
 
 
-def test_what_is_empty_around_the_head_is_left_out_and_slices_keep_their_numbers(
+def test_pictures_are_cropped_to_the_head_and_slices_keep_their_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = kept(monkeypatch)
@@ -146,7 +170,7 @@ def test_what_is_empty_around_the_head_is_left_out_and_slices_keep_their_numbers
     assert outlines(figures[0], "axial", "WT", dashed=False) == (6.5, 8.5, 9.5, 11.5)
 
 
-def test_without_a_tumour_in_the_truth_the_slices_are_those_of_the_prediction(
+def test_if_the_truth_is_empty_slices_go_through_the_prediction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = kept(monkeypatch)
@@ -162,11 +186,11 @@ def test_without_a_tumour_in_the_truth_the_slices_are_those_of_the_prediction(
 def test_the_patients_right_is_on_the_left_and_anterior_at_the_top() -> None:
     regions = np.zeros((3, 4, 6), bool)
     regions[1, 3, 5] = True  # RAS: the last voxel is the most right and the most anterior
-    figure, axis = plt.subplots()
-    show_slice(axis, np.random.default_rng(0).normal(size=(4, 6)), regions)
-    figure.canvas.draw()
+    figure = Figure()
+    axis = figure.subplots()
+    draw_slice(axis, np.random.default_rng(0).normal(size=(4, 6)), regions)
+    figure.draw_without_rendering()
     shown = np.asarray(axis.images[0].get_array())
     row, column = np.argwhere(np.ptp(shown, axis=-1) > 0.1)[0]
     place = axis.transAxes.inverted().transform(axis.transData.transform((column, row)))
-    plt.close(figure)
     assert place[0] < 0.2 and place[1] > 0.8

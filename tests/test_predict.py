@@ -457,7 +457,7 @@ def test_evaluation_on_the_scans_grid_scores_what_is_predicted(
     expected = evaluation.score("BRATS_002", masks, regions_from_labels(labels, CODINGS["decathlon"]), spacing)
     summary = evaluation.summary([expected])
     assert {key: found[key] for key in summary} == summary
-    assert found["worst"] == [{"case": "BRATS_002", "dice": expected.mean}]
+    assert found["worst"] == [{"case": "BRATS_002", "dice": expected.dice.mean()}]
     told = capsys.readouterr().out
     assert "HD95" in told and f"tables: {output}" in told
 

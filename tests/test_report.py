@@ -1,29 +1,21 @@
-"""The page that a run leaves, and what it is made of."""
+"""The page of a run: what it says, and that it is one safe file."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 from engine.config import Config
 from engine.data import DataConfig
 from engine.metrics import CaseDice
-from engine.ranks.distributed import Ranks
 from engine.reports import report
 from engine.reports.pictures import draw_curves
-from engine.reports.report import Facts, Section, best_and_worst, environment, is_whole, mean_dice, timing, write_html
-from engine.step import TrainConfig
-from pipelines.labels import CODINGS
+from engine.reports.report import PictureSection, RunResults, best_and_worst, is_finished, write_html
 
-ROW: dict[str, Any] = {"epoch": 1, "step": 2, "loss": 1.5, "dice_loss": 1.0, "ce_loss": 0.5, "skipped_steps": 0,
-                       "samples_per_s": 2.0, "data_wait": 0.1}  # fmt: skip
+ROW = {"epoch": 1, "loss": 1.5, "dice_loss": 1.0, "ce_loss": 0.5}
 SUMMARY: dict[str, Any] = {
     "definition": "Dice <per case>",
     "validated_on": "center_crop",
@@ -31,33 +23,28 @@ SUMMARY: dict[str, Any] = {
              "empty_truths": {"TC": 3, "WT": 0, "ET": 1}, "false_positives": {"TC": 2, "WT": 0, "ET": 0}},
     "best": {"epoch": None, "mean": None},
 }  # fmt: skip
-RANKS = Ranks(0, 1, 0, torch.device("cpu"))
 
 
 def case(name: str, *hits: int | None) -> CaseDice:
-    """Dice of so many percent in TC, WT and ET; None where the truth is empty."""
+    """A case with these Dice in percent for TC, WT and ET; None: the truth is empty."""
     truth = tuple(0 if hit is None else 100 for hit in hits)
     return CaseDice(name, tuple(hit or 0 for hit in hits), truth, truth)
 
 
-def facts(**changes: Any) -> Facts:
-    made = Facts(
+def results(**changes: Any) -> RunResults:
+    made = RunResults(
         config=Config(data=DataConfig(root=Path("<folder>"), crop_size_voxels=(32, 32, 16))),
         summary=SUMMARY,
-        history=[ROW],
         cases=[case("whole", 90, 80, 70), case("<poor>", 10, 20, 30), case("none", None, None, None)],
-        epoch_samples=20,
         train=["one", "two"],
         val=["whole", "<poor>", "none"],
-        modalities=("flair", "t1c"),
-        coding=CODINGS["brats2018"],
-        environment={"device": "a <fast> one"},
-    )  # fmt: skip
+        facts={"Data": {"modalities": "flair, t1c"}, "Environment": {"device": "a <fast> one"}},
+    )
     return dataclasses.replace(made, **changes)
 
 
 class Tags(HTMLParser):
-    """Collects a page's links and what is loaded, and fails where an element is closed that is not open."""
+    """Collects a page's links and sources; fails if an element is closed that is not open."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -78,54 +65,52 @@ class Tags(HTMLParser):
 
 def test_the_page_is_one_whole_file_that_loads_and_runs_nothing(tmp_path: Path) -> None:
     draw_curves([ROW], tmp_path / "curves.png")
-    page = write_html(tmp_path, facts(), [Section("Curves", {"curves.png": "by epoch"}), Section("Cases", {})])
+    page = write_html(
+        tmp_path, results(), [PictureSection("Curves", {"curves.png": "by epoch"}), PictureSection("Empty", {})]
+    )
     tags = Tags(page.read_text())
     assert not tags.open and len(tags.sources) == 1 and tags.sources[0].startswith("data:image/png;base64,")
     assert not tags.names & {"script", "link", "iframe"} and "url(" not in page.read_text()
-    assert "<h2>Curves</h2>" in page.read_text() and "<h2>Cases</h2>" not in page.read_text()
+    assert "<h2>Curves</h2>" in page.read_text() and "<h2>Empty</h2>" not in page.read_text()
 
 
-def test_the_page_says_what_was_trained_on_and_with_and_escapes_it(tmp_path: Path) -> None:
-    page = write_html(tmp_path, facts(), []).read_text()
-    for told in (
-        "<td>61.3</td>", "<td>n/a</td>", "Dice &lt;per case&gt;", "TC: 3 of the cases have none; false positives in 2",
-        "&lt;folder&gt;", "2 to train on, 3 to validate on", "one, two", "flair, t1c", "1.5 x 1.5 x 2 mm",
-        "32 x 32 x 16 voxels", "brats2018: 1 non-enhancing, 2 oedema, 4 enhancing", "TC 1 + 4, WT 1 + 2 + 4, ET 4",
-        "a &lt;fast&gt; one", "crop_size_voxels: [32, 32, 16]",
+def test_the_page_has_scores_facts_cases_and_options_and_escapes_them(tmp_path: Path) -> None:
+    page = write_html(tmp_path, results(), []).read_text()
+    for text in (
+        "<td>61.3</td>", "<td>n/a</td>", "Dice &lt;per case&gt;", "TC: truth empty in 3 cases, 2 with false positives",
+        "&lt;folder&gt;", "one, two", "<h2>Data</h2>", "flair, t1c", "a &lt;fast&gt; one",
+        "crop_size_voxels: [32, 32, 16]",
     ):  # fmt: skip
-        assert told in page, told
+        assert text in page, text
     assert "<folder>" not in page and "<poor>" not in page and "run_dir" not in page
 
 
-def test_names_are_text_in_the_page_whatever_they_hold(tmp_path: Path) -> None:
+def test_names_are_escaped_in_the_page(tmp_path: Path) -> None:
     names = ["<script>alert(1)</script>", "caf\udce9", 'a" onload="x', "b\x1b[31m"]
     draw_curves([ROW], tmp_path / "curves.png")
     cases = [case(name, 10, 20, 30) for name in names]
-    page = write_html(tmp_path, facts(cases=cases, val=names), [Section(names[0], {"curves.png": names[2]}, names[1])])
+    section = PictureSection(names[0], {"curves.png": names[2]}, names[1])
+    page = write_html(tmp_path, results(cases=cases, val=names), [section])
     tags = Tags(page.read_text(encoding="utf-8"))
     assert not tags.open and len(tags.sources) == 1 and "script" not in tags.names
-    for told in ("&lt;script&gt;", r"caf\udce9", "a&quot; onload=&quot;x", r"b\x1b[31m"):
-        assert told in page.read_text(encoding="utf-8"), told
+    for text in ("&lt;script&gt;", r"caf\udce9", "a&quot; onload=&quot;x", r"b\x1b[31m"):
+        assert text in page.read_text(encoding="utf-8"), text
 
 
-def test_a_page_that_was_cut_off_is_not_whole(tmp_path: Path) -> None:
-    page = write_html(tmp_path, facts(), [])
+def test_a_run_whose_page_was_cut_off_has_not_finished(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path)
+    page = write_html(tmp_path, results(), [])
     content = page.read_bytes()
-    assert is_whole(page) and not is_whole(tmp_path) and not is_whole(tmp_path / "none.html")
+    assert is_finished(tmp_path)
     for length in (0, 3, len(content) // 2, len(content) - 1):
         page.write_bytes(content[:length])
-        assert not is_whole(page), length
+        assert not is_finished(tmp_path), length
 
 
-def test_the_page_tells_a_fold_and_synthetic_scans(tmp_path: Path) -> None:
-    page = write_html(tmp_path, facts(config=Config(data=DataConfig(folds=5, fold=1))), []).read_text()
-    assert "(fold 1 of 5, counted from 0)" in page and "<td>synthetic</td>" in page
-
-
-def test_every_case_stands_in_the_page_the_worst_first(tmp_path: Path) -> None:
-    page = write_html(tmp_path, facts(), []).read_text()
-    table = page.split("<tbody>")[1].split("</tbody>")[0]
-    rows = [re.findall("<td>(.*?)</td>", row) for row in table.split("<tr>")[1:]]
+def test_the_page_lists_every_case_worst_first(tmp_path: Path) -> None:
+    page = write_html(tmp_path, results(), []).read_text()
+    table = page.split("<details>")[1].split("<tbody>")[1].split("</tbody>")[0]
+    rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
     assert [row[0] for row in rows] == ["&lt;poor&gt;", "whole", "none"]
     assert rows[1] == ["whole", "80.0", "90.0", "80.0", "70.0", "100", "100", "100"]
     assert rows[2][1:5] == ["n/a"] * 4
@@ -133,19 +118,14 @@ def test_every_case_stands_in_the_page_the_worst_first(tmp_path: Path) -> None:
 
 def test_a_run_without_validation_has_a_page_too(tmp_path: Path) -> None:
     last = {"epoch": 1, "mean": None, "TC": None, "WT": None, "ET": None, "cases": 0}
-    page = write_html(tmp_path, facts(cases=[], val=[], summary=SUMMARY | {"last": last}), []).read_text()
-    assert "2 to train on, 0 to validate on" in page and "0 validation cases" not in page and "<tbody>" not in page
+    page = write_html(tmp_path, results(cases=[], val=[], summary=SUMMARY | {"last": last}), []).read_text()
+    assert "2 training cases" in page and "validation cases" not in page and "per case after" not in page
 
 
 def test_on_paper_folded_parts_are_open_and_no_picture_is_cut() -> None:
     on_paper = report.STYLE.split("@media print")[1]
     assert re.search(r"details::details-content \{[^}]*content-visibility: visible", on_paper)
     assert re.search(r"figure, tr \{ break-inside: avoid", on_paper)
-
-
-def test_a_cases_dice_is_the_mean_over_what_its_truth_has() -> None:
-    assert mean_dice(case("a", 90, 50, None)) == pytest.approx(0.7)
-    assert mean_dice(case("a", None, None, None)) is None
 
 
 def test_the_extremes_are_two_of_each_and_never_the_same_case() -> None:
@@ -155,59 +135,3 @@ def test_the_extremes_are_two_of_each_and_never_the_same_case() -> None:
     assert [[found.name for found in kind] for kind in best_and_worst(cases[:3])] == [["b", "a"], ["c"]]
     assert [[found.name for found in kind] for kind in best_and_worst(cases[:1])] == [["a"], []]
     assert best_and_worst(cases[5:]) == ([], [])
-
-
-def test_timing_comes_from_the_log() -> None:
-    history = [
-        ROW | {"samples_per_s": 2.0, "data_wait": 0.5},
-        ROW | {"epoch": 2, "step": 4, "samples_per_s": 4.0, "data_wait": 0.1, "val_seconds": 3.0, "skipped_steps": 1},
-        ROW | {"epoch": 3, "step": 1006, "samples_per_s": 4.0, "data_wait": 0.1, "val_seconds": 5.0},
-    ]
-    told = timing(history, epoch_samples=400)
-    assert told == {
-        "epochs": "3",
-        "steps": "1,006 (1 skipped)",
-        "training": "100.0 s per epoch (the first 200.0 s)",
-        "samples": "4.00 crops per second on all ranks",
-        "waiting for data": "30.0 % of the training time",
-        "validation": "4.0 s each, 2 times",
-        "together": "6 min 48 s",
-    }
-    assert timing(history, epoch_samples=40_000)["together"] == "11 h 06 min"
-
-
-def test_timing_survives_an_epoch_that_was_resumed_behind_its_last_step() -> None:
-    told = timing([ROW | {"samples_per_s": 0.0, "val_seconds": 2.0}], epoch_samples=20)
-    assert "training" not in told and told["together"] == "0 min 02 s"
-
-
-def test_the_environment_names_versions_ranks_and_kernels() -> None:
-    config = Config(train=TrainConfig(precision="bf16", zero_stage=2, seed=7))
-    told = environment(config, Ranks(0, 8, 0, torch.device("cpu"), 4), "kernels: reference (asked for)")
-    assert told["device"].startswith("CPU, ") and told["ranks"] == "8, 4 of them on this node"
-    assert (told["kernels"], told["precision"]) == ("reference (asked for)", "bf16")
-    assert (told["ZeRO stage"], told["seed"]) == ("2", "7")
-    assert f"PyTorch {torch.__version__}" in told["versions"]
-    for name in ("Python", "Triton", "MONAI", "DALI", "DeepSpeed"):
-        assert re.search(rf"\b{name} \d+\.\d+", told["versions"]), name
-    assert environment(config, RANKS, "")["ranks"] == "1"
-
-
-def test_the_commit_is_that_of_the_checkout_and_of_no_repository_around_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def git(*command: str) -> str:
-        name = ("-c", "user.name=one", "-c", "user.email=one@example.org")
-        done = subprocess.run(["git", *name, *command], cwd=tmp_path, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    monkeypatch.delenv("GLIOFORGE_COMMIT", raising=False)
-    git("init")
-    git("commit", "--allow-empty", "-m", "first")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    assert environment(Config(), RANKS, "")["commit"] == git("rev-parse", "--short", "HEAD")
-    (tmp_path / "site-packages").mkdir()
-    monkeypatch.setattr(report, "ROOT", tmp_path / "site-packages")
-    assert environment(Config(), RANKS, "")["commit"] == "unknown"
-    monkeypatch.setenv("GLIOFORGE_COMMIT", "abc1234")
-    assert environment(Config(), RANKS, "")["commit"] == "abc1234"

@@ -18,7 +18,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("method", ["add_scalar", "flush", "close"])
-def test_a_full_disk_ends_tensorboard_and_not_the_run(
+def test_a_full_disk_stops_tensorboard_and_not_the_run(
     method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = EpochLog(tmp_path, 0)
@@ -27,9 +27,11 @@ def test_a_full_disk_ends_tensorboard_and_not_the_run(
         records.write([{"epoch": 1, "step": 4, "loss": 1.5}, {"epoch": 2, "step": 8, "loss": 1.25}])
         records.close()
     assert (tmp_path / "log.csv").read_text().splitlines()[-1] == "2,8,1.25"
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [f"{tmp_path}/tensorboard can't be written (No space left on device): the run goes on without it; "
-                    "log.csv has the same numbers"]  # fmt: skip
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        f"{tmp_path}/tensorboard can't be written (No space left on device): the run continues without it; log.csv has "
+        "the same numbers"
+    ]
 
 
 def test_an_error_of_the_system_in_a_thread_prints_no_traceback(
@@ -51,10 +53,10 @@ def test_an_error_of_the_system_in_a_thread_prints_no_traceback(
 
 
 @pytest.mark.parametrize("missing", ["write_log", "write_validation", "pictures.draw_curves"])
-def test_there_is_no_page_beside_tables_and_pictures_that_could_not_be_written(
+def test_without_its_tables_and_pictures_a_run_gets_no_page(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("write_log", "write_validation", "pictures.draw_curves", "report.Facts", "report.environment"):
+    for name in ("write_log", "write_validation", "pictures.draw_curves", "run_facts", "report.RunResults"):
         monkeypatch.setattr(f"engine.run.{name}", mock.Mock(side_effect=FULL if name == missing else None))
     page = mock.Mock()
     monkeypatch.setattr("engine.run.report.write_html", page)

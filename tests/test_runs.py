@@ -17,7 +17,8 @@ from commands import rows_of, start, train, write_small
 
 from engine.checkpoint import states
 from engine.config import Config
-from engine.reports.comparison import Run, is_finished
+from engine.reports.finished_run import FinishedRun
+from engine.reports.report import is_finished
 from engine.resume import refuse_links
 from engine.run import _claim, run
 from engine.step import TrainConfig
@@ -72,7 +73,7 @@ def test_training_on_scans_that_are_not_prepared_gives_the_same_losses(finished:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_run_killed_within_an_epoch_goes_on_as_if_it_had_not_been(finished: Path) -> None:
+def test_a_run_killed_within_an_epoch_resumes_bit_for_bit(finished: Path) -> None:
     process = start(finished, *options(finished), "--run_dir", "runs/killed", "--train.save_every_steps", "1")
     checkpoints = finished / "runs" / "killed" / "checkpoints"
     while not states(checkpoints) and process.poll() is None:
@@ -132,9 +133,7 @@ def test_a_failed_start_leaves_alone_what_was_there(finished: Path) -> None:
         assert done.returncode == 2 and kept.is_file() and not (finished / "kept" / "run").exists()
 
 
-def test_a_folder_that_another_job_made_meanwhile_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_another_job_has_just_made_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(run_dir: Path, is_resumed: bool) -> None:
         (run_dir / "checkpoints").mkdir(parents=True)  # by a job that was started in the same second
         raise ValueError("another job is training in this folder")
@@ -145,7 +144,7 @@ def test_a_folder_that_another_job_made_meanwhile_is_left_alone(
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
-def test_a_run_folder_that_cannot_be_made_is_told_with_the_remedy(tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_made_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--run_dir .*file/run can't be written .Not a directory.: .*another folder"):
         _claim(tmp_path / "file" / "run", is_resumed=False)
@@ -191,7 +190,7 @@ def test_a_run_ends_with_tables_pictures_and_a_page_whatever_its_cases_are_calle
     done = train(tmp_path, "--config", str(write_small(tmp_path)), "--data.root", "set", "--data.val_fraction", "0.7",
                  "--data.release", "brats2023", "--run_dir", "run", "--train.epochs", "1")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    validated = Run.read(tmp_path / "run").cases
+    validated = FinishedRun.read(tmp_path / "run").cases
     assert len(validated) == 3 and set(validated) < set(names)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "<img src=x" not in page and "&lt;img src=x" in page
@@ -228,7 +227,7 @@ def test_resuming_a_finished_run_keeps_its_tables_and_writes_those_it_lacks(fini
     assert after.split("</table>")[0] == page.split("</table>")[0]
 
 
-def test_a_finished_run_that_goes_on_is_no_finished_one(finished: Path) -> None:
+def test_a_finished_run_that_continues_is_unfinished_again(finished: Path) -> None:
     run = finished / "runs" / "longer"
     shutil.copytree(finished / "runs" / "one", run)
     assert is_finished(run)
@@ -238,5 +237,5 @@ def test_a_finished_run_that_goes_on_is_no_finished_one(finished: Path) -> None:
     process.kill()
     process.communicate()
     assert not is_finished(run)
-    with pytest.raises(ValueError, match="is no finished run"):
-        Run.read(run)
+    with pytest.raises(ValueError, match="is not a finished run"):
+        FinishedRun.read(run)

@@ -22,7 +22,7 @@ from matplotlib.colors import to_rgb
 
 from engine.config import Config, make_parser, parse_config, to_dict
 from engine.network import ModelConfig, make_model
-from engine.reports import comparison
+from engine.reports.finished_run import FinishedRun
 from engine.reports.pictures import COLOURS
 from engine.weights_file import WeightsFile
 from launch import compare
@@ -62,9 +62,9 @@ def untrained(command: str, trained: bool = True) -> str:
         with pytest.MonkeyPatch.context() as patch:
             planned: list[Path] = []
             patch.setattr(compare, "train_all", lambda runs, launcher: planned.extend(runs))
-            patch.setattr(comparison.Run, "read", lambda path: path)
+            patch.setattr(FinishedRun, "read", lambda path: path)
             patch.setattr(compare, "compare", lambda *_: None)
-            assert compare.main(args) == 0 and len(planned) == len(comparison.PUBLISHED)
+            assert compare.main(args) == 0 and len(planned) == len(compare.PUBLISHED)
         if trained:
             (planned[0].parent / "table.md").write_text("| model |\n\nNot comparable")
     return ""

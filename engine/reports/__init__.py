@@ -1,1 +1,1 @@
-"""What is left of a run to read and to look at: tables, pictures, the report, the comparison of runs."""
+"""The results of runs to read and look at: tables, pictures, the report page, comparisons."""

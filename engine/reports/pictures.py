@@ -6,74 +6,68 @@
     best-1.png ...  a case in three planes, truth and prediction as outlines; worst-1.png ... likewise
 
 Slices are shown as radiologists do: the patient's right on the left, anterior at the top of an axial slice and on the
-left of a sagittal one.
+left of a sagittal one. Each picture is a figure of its own, which leaves matplotlib's settings and windows alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import torch
 
-from engine.progress import percent
+from engine.reports.formats import dice_text
 from pipelines.basics.atomic import replacing
+from pipelines.basics.lazy import Lazy
 from pipelines.basics.text import printable
 from pipelines.labels import REGIONS
 
-matplotlib.use("Agg")
-matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})  # a name may hold $, and is no formula
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.colors import to_rgb  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.patheffects import withStroke  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-COLOURS = {"TC": "#e69f00", "WT": "#56b4e9", "ET": "#d55e00"}  # of Okabe and Ito: told apart by every eye
-NAMES = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}  # from the outside in
+matplotlib, colors, figures, lines, patheffects, ticker = (
+    Lazy(f"matplotlib{part}") for part in ("", ".colors", ".figure", ".lines", ".patheffects", ".ticker")
+)
+COLOURS = {"TC": "#e69f00", "WT": "#56b4e9", "ET": "#d55e00"}  # of Okabe and Ito: distinct to colour-blind readers too
+NAMES = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}  # outermost first
 SCAN_TITLES = {"flair": "FLAIR", "t1": "T1", "t1c": "T1 contrast", "t2": "T2"}
-DPI = 160  # of figures some 6 inches wide, whose letters can be read on a phone too
+DPI = 160  # at some 6 inches wide, text is legible on a phone too
 MARGIN = 2  # voxels around the head
 LINE = 60  # characters of a name above a picture
 TRUTH: dict[str, Any] = {"linewidths": 1.2, "linestyles": "solid"}
 PREDICTION: dict[str, Any] = {"linewidths": 0.9, "linestyles": "dashed"}
 
 
-def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
+def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Loss and Dice by epoch.
 
     Args:
         history: rows of `log.csv`, in order of epoch. path: the PNG.
     """
-    figure, (above, below) = plt.subplots(2, 1, figsize=(6, 7), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    above.plot(epochs, [row["loss"] for row in history], color="black", label="Dice + CE")
-    above.plot(epochs, [row["dice_loss"] for row in history], color="#0072b2", lw=1, label="Dice term")
-    above.plot(epochs, [row["ce_loss"] for row in history], color="#cc79a7", lw=1, label="cross-entropy")
-    above.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    validated = [row for row in history if "val_mean" in row]
-    lines = {"mean": "black", **COLOURS}
-    for name, colour in lines.items():
-        points = [(row["epoch"], 100 * row[f"val_{name}"]) for row in validated if row[f"val_{name}"] is not None]
-        if points:
-            label = f"{name} {points[-1][1]:.1f}"
-            below.plot(*zip(*points), color=colour, marker="o", ms=3, lw=2 if name == "mean" else 1.2, label=label)
-    below.set(xlabel="epoch", ylabel="validation Dice (%)", ylim=(0, 100))
-    for axes in (above, below):
-        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
-    save(figure, path)
+    with picture(path, 6, 7) as figure:
+        above, below = figure.subplots(2, 1, sharex=True)
+        for name, label, style in (
+            ("loss", "Dice + CE", {"color": "black"}),
+            ("dice_loss", "Dice term", {"color": "#0072b2", "lw": 1}),
+            ("ce_loss", "cross-entropy", {"color": "#cc79a7", "lw": 1}),
+        ):
+            above.plot(*points(history, name), label=label, **style)
+        for name, colour in {"mean": "black", **COLOURS}.items():
+            epochs, dice = points(history, f"val_{name}", 100)
+            if dice:
+                width = 2 if name == "mean" else 1.2
+                below.plot(epochs, dice, color=colour, marker="o", ms=3, lw=width, label=f"{name} {dice[-1]:.1f}")
+        finish_curves(above, below)
+        above.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)
+        for axes in (above, below):
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False)
 
 
 def draw_sample(image_CXYZ: np.ndarray, regions_RXYZ: np.ndarray, modalities: Sequence[str], path: Path) -> None:
@@ -87,14 +81,14 @@ def draw_sample(image_CXYZ: np.ndarray, regions_RXYZ: np.ndarray, modalities: Se
     count = len(modalities) + 1
     columns = min(count, 3)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.4 * rows + 0.3), layout="constrained")
-    for axis, channel, name in zip(axes.flat, image_CXYZ, modalities):
-        show_slice(axis, channel[..., z], title=SCAN_TITLES.get(name, name))
-    show_slice(axes.flat[count - 1], image_CXYZ[0][..., z], regions_RXYZ[..., z], "regions")
-    for axis in axes.flat[count:]:
-        axis.axis("off")
-    legend(figure)
-    save(figure, path)
+    with picture(path, 2.2 * columns, 2.4 * rows + 0.3) as figure:
+        axes = figure.subplots(rows, columns).ravel()
+        for axis, channel, name in zip(axes, image_CXYZ, modalities):
+            draw_slice(axis, channel[..., z], title=SCAN_TITLES.get(name, name))
+        draw_slice(axes[count - 1], image_CXYZ[0][..., z], regions_RXYZ[..., z], "regions")
+        for axis in axes[count:]:
+            axis.axis("off")
+        add_region_legend(figure)
 
 
 def draw_prediction(
@@ -111,21 +105,17 @@ def draw_prediction(
         name: of the case. scan_XYZ: one modality. truth_RXYZ, prediction_RXYZ: bool (3, X, Y, Z).
         dice: of the three regions, NaN where the truth is empty. path: the PNG.
     """
-    extent = np.flatnonzero(truth_RXYZ.any(axis=(0, 1, 2)))
-    middle = scan_XYZ.shape[2] // 2
-    slices = np.quantile(extent, [0.25, 0.5, 0.75]).astype(int) if len(extent) else np.array([middle])
-    figure, rows = plt.subplots(
-        len(slices), 3, figsize=(6.6, 2.25 * len(slices) + 0.5), layout="constrained", squeeze=False
-    )
-    for row, z in zip(rows, slices):
-        for axis, regions in zip(row, (None, truth_RXYZ, prediction_RXYZ)):
-            show_slice(axis, scan_XYZ[..., z], None if regions is None else regions[..., z])
-        row[0].set_ylabel(f"slice {z}")
-    for axis, title in zip(rows[0], ("scan", "truth", "prediction")):
-        axis.set_title(title, fontsize=10)
-    figure.suptitle(f"{caption(name)}\nDice {_scores(dice)}", fontsize=11)
-    legend(figure)
-    save(figure, path)
+    slices = tumour_slices(truth_RXYZ)
+    with picture(path, 6.6, 2.25 * len(slices) + 0.5) as figure:
+        rows = figure.subplots(len(slices), 3, squeeze=False)
+        for row, z in zip(rows, slices):
+            for axis, regions in zip(row, (None, truth_RXYZ, prediction_RXYZ)):
+                draw_slice(axis, scan_XYZ[..., z], None if regions is None else regions[..., z])
+            row[0].set_ylabel(f"slice {z}")
+        for axis, title in zip(rows[0], ("scan", "truth", "prediction")):
+            axis.set_title(title, fontsize=10)
+        figure.suptitle(f"{wrapped(name)}\nDice {dice_text(dice)}", fontsize=11)
+        add_region_legend(figure)
 
 
 def draw_case(
@@ -139,8 +129,8 @@ def draw_case(
 ) -> None:
     """A case in the axial, coronal and sagittal slice with most tumour; truth and prediction are outlines on the scan.
 
-    The three share one scale in mm; what is empty around head and outlines is left out. Without a tumour in the truth
-    that of the prediction counts, else the middle.
+    The three share one scale in mm and are cropped to head and outlines. If the truth has no tumour, the slices are
+    those with most predicted tumour, or else the middle ones.
 
     Args:
         name: of the case. scan_XYZ: one modality. truth_RXYZ, prediction_RXYZ: bool (3, X, Y, Z).
@@ -151,35 +141,27 @@ def draw_case(
     scan_XYZ, truth_RXYZ, prediction_RXYZ = (volume[..., *box] for volume in (scan_XYZ, truth_RXYZ, prediction_RXYZ))
     width, depth, height = np.multiply(scan_XYZ.shape, spacing_mm)
     scale = 5.5 / (width + depth)  # inches per mm
-    figure, axes = plt.subplots(
-        2,
-        2,
-        figsize=(5.5, scale * (depth + height) + 1),
-        width_ratios=[width, depth],
-        height_ratios=[depth, height],
-        layout="constrained",
-    )
     tumour_RXYZ = truth_RXYZ if truth_RXYZ.any() else prediction_RXYZ
-    planes = (("axial", 2, "R", axes[0, 0]), ("coronal", 1, "R", axes[1, 0]), ("sagittal", 0, "A", axes[1, 1]))
-    for plane, across, left, axis in planes:
-        index = _fullest_slice(tumour_RXYZ, across)
-        scan, truth, prediction = (
-            np.take(volume, index, volume.ndim - 3 + across) for volume in (scan_XYZ, truth_RXYZ, prediction_RXYZ)
-        )
-        show_slice(axis, scan, title=f"{plane}, slice {box[across].start + index}")
-        x, y = np.delete(spacing_mm, across)
-        axis.set_aspect(y / x)
-        axis.text(0.02, 0.98, left, color="white", fontsize=9, va="top", transform=axis.transAxes)
-        for masks, style in ((truth, TRUTH), (prediction, PREDICTION)):
-            _outline(axis, masks, style)
-    axes[0, 1].axis("off")
-    axes[0, 1].legend(handles=_outline_handles(), loc="center", frameon=False, fontsize=10, handlelength=3)
-    figure.suptitle(f"{caption(name)}\nDice {_scores(dice)}", fontsize=11)
-    save(figure, path)
+    with picture(path, 5.5, scale * (depth + height) + 1) as figure:
+        axes = figure.subplots(2, 2, width_ratios=[width, depth], height_ratios=[depth, height])
+        planes = (("axial", 2, "R", axes[0, 0]), ("coronal", 1, "R", axes[1, 0]), ("sagittal", 0, "A", axes[1, 1]))
+        for plane, across, left, axis in planes:
+            index = _fullest_slice(tumour_RXYZ, across)
+            scan, truth, prediction = (
+                np.take(volume, index, volume.ndim - 3 + across) for volume in (scan_XYZ, truth_RXYZ, prediction_RXYZ)
+            )
+            draw_slice(axis, scan, title=f"{plane}, slice {box[across].start + index}")
+            x, y = np.delete(spacing_mm, across)
+            axis.set_aspect(y / x)
+            axis.text(0.02, 0.98, left, color="white", fontsize=9, va="top", transform=axis.transAxes)
+            for masks, style in ((truth, TRUTH), (prediction, PREDICTION)):
+                _outline(axis, masks, style)
+        _outline_legend(axes[0, 1])
+        figure.suptitle(f"{wrapped(name)}\nDice {dice_text(dice)}", fontsize=11)
 
 
 def _filled_box(scan_XYZ: np.ndarray, *masks_RXYZ: np.ndarray) -> tuple[slice, slice, slice]:
-    """The part of a volume that holds head and masks, with a margin; all of it where it has no empty corner."""
+    """The part of a volume that holds head and masks, with a margin; all of it if no corner is empty."""
     filled = scan_XYZ != scan_XYZ[0, 0, 0]
     for mask in masks_RXYZ:
         filled |= mask.any(axis=0)
@@ -190,26 +172,22 @@ def _filled_box(scan_XYZ: np.ndarray, *masks_RXYZ: np.ndarray) -> tuple[slice, s
     return x, y, z
 
 
-def _scores(dice: Sequence[float]) -> str:
-    return "  ".join(f"{region} {percent(None if np.isnan(d) else d)}" for region, d in zip(REGIONS, dice))
-
-
 def _outline(axis: Axes, regions_RXY: np.ndarray, style: dict[str, Any]) -> None:
-    """Outline each region of a slice that `show_slice` drew, with a dark rim that keeps it legible on any grey."""
+    """Outline each region of a slice, with a dark rim that keeps it legible on any grey."""
     for region in NAMES:
         mask = regions_RXY[REGIONS.index(region)]
         if mask.any() and not mask.all():
-            lines = axis.contour(mask.T.astype(float), [0.5], colors=[COLOURS[region]], **style)
-            lines.set_path_effects([withStroke(linewidth=style["linewidths"] + 0.6, foreground="black")])
+            outline = axis.contour(mask.T.astype(float), [0.5], colors=[COLOURS[region]], **style)
+            outline.set_path_effects([patheffects.withStroke(linewidth=style["linewidths"] + 0.6, foreground="black")])
 
 
-def _outline_handles() -> list[Line2D]:
-    regions = [Line2D([], [], lw=4, color=COLOURS[key], label=f"{text} ({key})") for key, text in NAMES.items()]
-    styles = [
-        Line2D([], [], color="black", lw=style["linewidths"], ls=style["linestyles"], label=label)
-        for style, label in ((TRUTH, "truth"), (PREDICTION, "prediction"))
-    ]
-    return regions + styles
+def _outline_legend(axis: Axes) -> None:
+    """Colours of the regions, and how truth and prediction are drawn, in place of a plot."""
+    handles = [lines.Line2D([], [], lw=4, color=COLOURS[key], label=f"{text} ({key})") for key, text in NAMES.items()]
+    for style, label in ((TRUTH, "truth"), (PREDICTION, "prediction")):
+        handles.append(lines.Line2D([], [], color="black", lw=style["linewidths"], ls=style["linestyles"], label=label))
+    axis.axis("off")
+    axis.legend(handles=handles, loc="center", frameon=False, fontsize=10, handlelength=3)
 
 
 def _fullest_slice(regions_RXYZ: np.ndarray, across: int = 2) -> int:
@@ -219,13 +197,21 @@ def _fullest_slice(regions_RXYZ: np.ndarray, across: int = 2) -> int:
     return int(area.argmax()) if area.any() else regions_RXYZ.shape[1 + across] // 2
 
 
-def show_slice(axis: Axes, slice_XY: np.ndarray, regions_RXY: np.ndarray | None = None, title: str = "") -> None:
+def tumour_slices(regions_RXYZ: np.ndarray) -> list[int]:
+    """Three axial slices through the tumour, at the quartiles of its extent; the middle slice if there is none."""
+    extent = np.flatnonzero(regions_RXYZ.any(axis=(0, 1, 2)))
+    if not len(extent):
+        return [regions_RXYZ.shape[3] // 2]
+    return np.quantile(extent, [0.25, 0.5, 0.75]).astype(int).tolist()
+
+
+def draw_slice(axis: Axes, slice_XY: np.ndarray, regions_RXY: np.ndarray | None = None, title: str = "") -> None:
     """Draw a slice of an image in RAS order in grey, black outside the head, as radiologists see it.
 
     Args:
-        axis: to draw on; ticks are taken away.
-        slice_XY: an axial slice; coronal (X, Z) and sagittal (Y, Z) ones are shown rightly, too.
-        regions_RXY: bool (3, X, Y), laid over it; a voxel of several regions has the innermost's colour. None: none.
+        axis: to draw on; its ticks are removed.
+        slice_XY: an axial slice; coronal (X, Z) and sagittal (Y, Z) slices are oriented correctly too.
+        regions_RXY: bool (3, X, Y), laid over it; a voxel in several regions has the innermost one's colour.
         title: above it.
     """
     values, counts = np.unique(slice_XY, return_counts=True)
@@ -233,41 +219,59 @@ def show_slice(axis: Axes, slice_XY: np.ndarray, regions_RXY: np.ndarray | None 
     inside = slice_XY[~outside]
     low, high = np.percentile(inside, [1, 99]) if inside.size else (0.0, 1.0)
     grey = np.clip((slice_XY - low) / max(float(high - low), 1e-6), 0, 1)
-    picture = np.repeat(np.where(outside, 0, grey)[..., None], 3, axis=-1)
+    pixels = np.repeat(np.where(outside, 0, grey)[..., None], 3, axis=-1)
     if regions_RXY is not None:
-        plain = picture.copy()
+        plain = pixels.copy()
         for region in NAMES:
             mask = regions_RXY[REGIONS.index(region)]
-            picture[mask] = 0.4 * plain[mask] + 0.6 * np.array(to_rgb(COLOURS[region]))
-    axis.imshow(picture.transpose(1, 0, 2), origin="lower", interpolation="nearest")
+            pixels[mask] = 0.4 * plain[mask] + 0.6 * np.array(colors.to_rgb(COLOURS[region]))
+    axis.imshow(pixels.transpose(1, 0, 2), origin="lower", interpolation="nearest")
     axis.invert_xaxis()
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_title(title, fontsize=10)
 
 
-def caption(name: str) -> str:
-    """A name as it stands over a picture: as it is, on lines that are no wider than the picture."""
+def points(history: Sequence[Mapping[str, Any]], column: str, scale: float = 1) -> tuple[list[float], list[float]]:
+    """Epochs and values of a column of `log.csv`, where it has one."""
+    known = [(row["epoch"], scale * row[column]) for row in history if row.get(column) is not None]
+    return [epoch for epoch, _ in known], [value for _, value in known]
+
+
+def finish_curves(above: Axes, below: Axes) -> None:
+    """Label and scale the axes of training loss and, below them, of validation Dice in percent, once all is drawn."""
+    above.set(ylabel="training loss", ylim=(0, None))
+    below.set(xlabel="epoch", ylabel="validation Dice (%)", ylim=(0, 100))
+    for axes in (above, below):
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def wrapped(name: str) -> str:
+    """A name on lines that are no wider than a picture."""
     return "\n".join(textwrap.wrap(printable(name), LINE, break_on_hyphens=False))
 
 
-def legend(figure: Figure) -> None:
+def add_region_legend(figure: Figure) -> None:
     """Name the colours of the regions below the figure."""
-    handles = [Line2D([], [], marker="s", ls="", color=COLOURS[key], label=text) for key, text in NAMES.items()]
+    handles = [lines.Line2D([], [], marker="s", ls="", color=COLOURS[key], label=text) for key, text in NAMES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, and forget it. Raises OSError."""
-    try:
+@contextlib.contextmanager
+def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw on, `width` x `height` inches, written as PNG when the block ends. Raises OSError."""
+    # A name may contain $ and is not a formula, whatever the user's matplotlibrc says.
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+        figure = figures.Figure(figsize=(width, height), layout="constrained")
+        yield figure
         with replacing(path, "wb") as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it; the report has the name
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # shown as a box; the report has the name
             figure.savefig(file, dpi=DPI, bbox_inches="tight")
-    finally:
-        plt.close(figure)
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's values on the host; of bfloat16, which NumPy does not know, in float32."""
+    """A tensor's values on the host; bfloat16, which NumPy does not know, becomes float32."""
     values = tensor.detach().cpu()
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()

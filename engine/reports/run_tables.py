@@ -1,4 +1,4 @@
-"""The tables that a run leaves: by epoch, by case, and what they come to."""
+"""The tables of a run: by epoch, by case, and the summary."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from engine.metrics import CaseDice
 from pipelines.basics.atomic import own_folder, write_texts
+from pipelines.basics.lazy import Lazy
 from pipelines.basics.tables import table_text, write_table
 from pipelines.labels import REGIONS
 
+tensorboard = Lazy("torch.utils.tensorboard")
 log = logging.getLogger(__name__)
 
 
 class EpochLog:
-    """`log.csv` with a row for each epoch, and the same as TensorBoard scalars.
+    """`log.csv` with a row per epoch, and the same as TensorBoard scalars.
 
     Args:
-        run_dir: of the run. done_steps: of a run that goes on; what TensorBoard has of later ones is dropped.
+        run_dir: of the run. done_steps: of a resumed run; TensorBoard's records of later steps are dropped.
     """
 
     def __init__(self, run_dir: Path, done_steps: int) -> None:
         self.run_dir = run_dir
         self.folder = own_folder(run_dir, "tensorboard")
-        self.writer: SummaryWriter | None = None
-        with self._failures_told():
-            self.writer = SummaryWriter(str(self.folder), purge_step=done_steps + 1)
+        self.writer: Any = None
+        with self._until_the_disk_is_full():
+            self.writer = tensorboard.SummaryWriter(str(self.folder), purge_step=done_steps + 1)
 
     def write(self, history: list[dict[str, Any]]) -> None:
-        """After an epoch: its row is the last of `history`."""
+        """Call after an epoch, whose row is the last of `history`."""
         row = history[-1]
         if self.writer:
-            with self._failures_told():
+            with self._until_the_disk_is_full():
                 for name, value in row.items():
                     if name not in ("epoch", "step") and value is not None:
                         self.writer.add_scalar(name.replace("val_", "val/"), value, row["step"])
@@ -46,30 +46,30 @@ class EpochLog:
         write_log(self.run_dir, history)
 
     def close(self) -> None:
-        """At the end of the run."""
+        """Call at the end of the run."""
         if self.writer:
-            with self._failures_told():
+            with self._until_the_disk_is_full():
                 self.writer.close()
 
     @contextlib.contextmanager
-    def _failures_told(self) -> Iterator[None]:
-        """A full disk ends TensorBoard's part and not the run."""
+    def _until_the_disk_is_full(self) -> Iterator[None]:
+        """A full disk stops TensorBoard's records, not the run."""
         try:
             yield
         except OSError as error:
             self.writer = None
-            log.warning("%s can't be written (%s): the run goes on without it; log.csv has the same numbers",
+            log.warning("%s can't be written (%s): the run continues without it; log.csv has the same numbers",
                         self.folder, error.strerror or error)  # fmt: skip
 
 
 def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:
-    """`log.csv` with a row for each epoch."""
+    """`log.csv` with a row per epoch."""
     columns = list(dict.fromkeys(name for row in history for name in row))
     write_table(run_dir / "log.csv", columns, history)
 
 
 def write_validation(run_dir: Path, cases: list[CaseDice], summary: dict[str, Any]) -> None:
-    """`validation.csv` by case (of the last validation), `metrics.json`: both, or neither."""
+    """`validation.csv` with a row per case of the last validation, and `metrics.json`: both, or neither."""
     columns = ["case", *REGIONS, *(f"{region}_voxels" for region in REGIONS)]
     rows = []
     for case in cases:

@@ -6,6 +6,9 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from pipelines.basics.lazy import Lazy
+
+rich_console, progress = Lazy("rich.console"), Lazy("rich.progress")
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -19,15 +22,13 @@ def show_progress(
         results: one for each case. verb: as "Segmenting". total: number of cases. noun: for one of them.
         is_shown: False on all ranks but one.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     title = f"{verb} {total} {noun}{'' if total == 1 else 's'}"
-    console = Console(stderr=True)
+    console = rich_console.Console(stderr=True)
     if is_shown and not console.is_terminal:
         log.info(title.lower())
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (is_shown and console.is_terminal and total)) as bar:
+    columns = (progress.TextColumn(title), progress.BarColumn(), progress.MofNCompleteColumn(),
+               progress.TimeRemainingColumn())  # fmt: skip
+    with progress.Progress(*columns, console=console, disable=not (is_shown and console.is_terminal and total)) as bar:
         task = bar.add_task(title, total=total)
         for result in results:
             bar.advance(task)
