@@ -7,13 +7,13 @@ Cases are synthetic, 240 x 240 x 155 x 4, named several times over where more ar
 from a short training on them, made once: on a CPU the network of `launch/configs/demo.yaml` (windows of 48 x 48 x 48),
 on a GPU UNETR as published (128 x 128 x 64) in bf16. MONAI's side is `benchmarks/monai_predict.py`, with two workers
 and without. Each variant is a process of its own, and they take turns, after a first round that warms caches and whose
-segmentations are compared: where more voxels differ than rounding explains, there is no result.
+segmentations are compared: if more voxels differ than rounding explains, there is no result.
 
-The clock is outside of both: from the line by which a program says that it begins to the time of the last file that it
-wrote. Imports, weights and the start of a GPU come before, and stand apart as "start". Seconds per window are those of
-a case over the windows that cover it, empty ones too. Memory is what the processes of a variant hold together beyond
-file contents, sampled every 100 ms (proportional set size, as in `bench_pipeline`); on a GPU also the peak of PyTorch's
-allocator.
+Both are timed from outside: from the line in which a program says that it begins to the time of the last file it
+wrote. Imports, loading weights and starting the GPU come before, and are reported as "start". Seconds per window are
+those of a case divided by the windows that cover it, empty ones included. Memory is what a variant's processes hold
+together beyond file contents, sampled every 100 ms (proportional set size, as in `bench_pipeline`); on a GPU also the
+peak of PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ sys.exit(status)
 
 @dataclass(frozen=True)
 class PredictionTask:
-    """What all variants do.
+    """The scans that every variant segments, and the weights.
 
     Fields:
         weights: a run's folder or weights file. files: 4D scans, each of another name. windows: that cover one of them.
@@ -207,20 +207,20 @@ def measure(work: PredictionTask, ways: Sequence[PredictionVariant], rounds: int
 
 
 def check_alike(way: PredictionVariant, labelled: float) -> None:
-    """Refuse to compare the speed of programs that do not do the same.
+    """Refuse to compare the speed of programs whose results differ.
 
     Args:
         way: with its share of differing voxels. labelled: share of voxels with a label in ours.
 
     Raises:
-        ValueError: too many differ; nothing was labelled, so that it says nothing that none differs.
+        ValueError: too many voxels differ; or nothing was labelled, so that agreement says nothing.
     """
     if not labelled:
         raise ValueError("no voxel of any case has a label: train the network for longer (--run)")
     if way.differing > DIFFERING:
         raise ValueError(
-            f"{way.name}: {100 * way.differing:.3g} % of the voxels are not as ours, {100 * DIFFERING:g} % may be; "
-            "times of programs that do not give the same are not compared"
+            f"{way.name}: {100 * way.differing:.3g} % of the voxels differ from ours, over "
+            f"{100 * DIFFERING:g} %: times of programs with different results are not compared"
         )
 
 
@@ -286,7 +286,7 @@ def short_run(model: str) -> Path:
 
 
 def files_of(count: int, folder: Path) -> list[Path]:
-    """So many scans: links to the synthetic ones, which are named again and again."""
+    """Links to the synthetic scans, repeated until there are `count`."""
     sources = sorted((scans(None) / "imagesTr").glob("*.nii.gz"))
     links = []
     for number, source in enumerate(islice(cycle(sources), count), start=1):
@@ -298,7 +298,7 @@ def files_of(count: int, folder: Path) -> list[Path]:
 def measure_all(
     model: str, cases: int, rounds: int, run: Path | None = None
 ) -> tuple[PredictionTask, list[dict[str, Any]]]:
-    """All variants on so many cases."""
+    """All variants on `cases` scans."""
     weights = run.resolve() if run else short_run(model)
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
@@ -338,7 +338,7 @@ def bench_predict(benchmark: Any, model: str) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Measure everything and report; 1 where there is nothing to compare."""
+    """Measure everything and report; 1 if there is nothing to compare."""
     parser = argparse.ArgumentParser(description="Prediction from files to files, beside MONAI's.")
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="unetr_monai is MONAI's own class there.")
     parser.add_argument("--run", type=Path, help="A run's folder or a weights file, in place of a short training.")

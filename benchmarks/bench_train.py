@@ -16,7 +16,7 @@ reported with its reason and stops no other.
 
 Memory is the peak of a step beyond what was there before the variant was built: on a GPU all that PyTorch's allocator
 gave out, volumes included, and for a CUDA graph in its recording; on a CPU weights, gradients, moments and what a step
-allocates. bf16 is left out on a CPU without instructions for it, where a step takes fifty times as long.
+allocates. bf16 is skipped on a CPU without instructions for it, where a step takes fifty times as long.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from benchmarks.training import (
     FULL,
     SMALL,
     WARM_STEPS,
+    LoopVariant,
     Ours,
     Scene,
     Timed,
-    Variant,
     free,
     plain_network,
     seconds,
@@ -65,38 +65,42 @@ LARGEST_BATCH = 64 if IS_GPU else 4
 SECTIONS = ("steps", "breakdown", "batches")
 
 
-def variants() -> list[Variant]:
+def variants() -> list[LoopVariant]:
     """What this machine can compare; on a CPU nothing compiled, for Inductor takes minutes with these networks."""
     if not IS_GPU:
-        found = [Variant(f"{OURS} float32"), Variant("plain, as published", from_files=True), Variant("plain, cached")]
+        found = [
+            LoopVariant(f"{OURS} float32"),
+            LoopVariant("plain, as published", from_files=True),
+            LoopVariant("plain, cached"),
+        ]
         if torch.cpu._is_avx512_bf16_supported():
-            found += [Variant(f"{OURS} bf16", "bf16"), Variant("plain bf16, cached", "bf16")]
+            found += [LoopVariant(f"{OURS} bf16", "bf16"), LoopVariant("plain bf16, cached", "bf16")]
         return found
     return [
-        Variant(f"{OURS} bf16", "bf16"),
-        Variant(f"{OURS} tf32", "tf32"),
-        Variant(f"{OURS} float32"),
-        Variant("plain, as published", "tf32", from_files=True),
-        Variant("plain, cached", "tf32"),
-        Variant("plain bf16, cached", "bf16"),
-        Variant(f"{OURS} bf16, CUDA graph", "bf16", graphed=True),
-        Variant(f"{OURS} bf16, compiled", "bf16", compiled=True),
-        Variant("plain bf16 compiled, cached", "bf16", compiled=True),
+        LoopVariant(f"{OURS} bf16", "bf16"),
+        LoopVariant(f"{OURS} tf32", "tf32"),
+        LoopVariant(f"{OURS} float32"),
+        LoopVariant("plain, as published", "tf32", from_files=True),
+        LoopVariant("plain, cached", "tf32"),
+        LoopVariant("plain bf16, cached", "bf16"),
+        LoopVariant(f"{OURS} bf16, CUDA graph", "bf16", graphed=True),
+        LoopVariant(f"{OURS} bf16, compiled", "bf16", compiled=True),
+        LoopVariant("plain bf16 compiled, cached", "bf16", compiled=True),
     ]
 
 
 def measure_steps(
     scene: Scene,
-    which: Sequence[Variant],
+    which: Sequence[LoopVariant],
     rounds: int,
     note: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """A row for each variant, which take turns; `note` is called with all rows after each turn."""
-    rows: dict[Variant, dict[str, Any]] = {
+    rows: dict[LoopVariant, dict[str, Any]] = {
         variant: {"variant": variant.name, "precision": variant.precision, "batch": BATCH, "step_rounds": [],
                   "loop_rounds": []} for variant in which
     }  # fmt: skip
-    built: dict[Variant, Timed] = {}
+    built: dict[LoopVariant, Timed] = {}
     for _ in range(rounds):
         for variant, row in rows.items():
             if "failed" in row:
@@ -117,7 +121,7 @@ def measure_steps(
     return list(rows.values())
 
 
-def best_batch(scene: Scene, variant: Variant) -> dict[str, Any]:
+def best_batch(scene: Scene, variant: LoopVariant) -> dict[str, Any]:
     """Throughput of the step alone at powers of two, until one does not fit or `LARGEST_BATCH` is done."""
     rates: dict[int, float] = {}
     stopped_by = f"the limit of {LARGEST_BATCH}"
@@ -145,7 +149,7 @@ def _reason(error: RuntimeError) -> str:
     return f"{kind}: {str(error).splitlines()[0][:160]}" if str(error) else kind
 
 
-def breakdown(scene: Scene, variant: Variant, trace: Path | None = None, steps: int = 10) -> dict[str, Any]:
+def breakdown(scene: Scene, variant: LoopVariant, trace: Path | None = None, steps: int = 10) -> dict[str, Any]:
     """Where the time of one of our steps goes, and how often the host launches and waits.
 
     Args:
@@ -287,7 +291,7 @@ def ranks() -> Iterator[Ranks]:
 def bench_train(benchmark: Any, ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     """Ours beside the plain loop, one precision, small."""
     scene = Scene.of("unetr_monai", SMALL, scans(None), ranks)
-    which = [Variant(f"{OURS} float32"), Variant("plain, cached")]
+    which = [LoopVariant(f"{OURS} float32"), LoopVariant("plain, cached")]
     rows = benchmark.pedantic(partial(measure_steps, scene, which, 1), rounds=1)
     benchmark.extra_info["rows"] = rows
     with capsys.disabled():

@@ -3,17 +3,17 @@
     python -m benchmarks.parity --data.root Task01_BrainTumour                       tables, a plot, a JSON file
     python -m benchmarks.parity --data.root FOLDER --data.release brats2013 --steps 150
 
-Four trainings of so many steps, AdamW at 1e-4 as published, MONAI's DiceCELoss:
+Four trainings of `--steps` steps, AdamW at 1e-4 as published, MONAI's DiceCELoss:
 
     plain             the reference network of its package, eager, float32, under `benchmarks.training.Plain`
     glioforge float32 the same weights, the same batches at the same steps: only the code differs
     glioforge bf16    the same again in bf16, with every fused kernel
     plain, other seed other weights and other batches: what differs between two seeds of the same code
 
-A difference means something only beside that between the seeds. Dice is that of the networks' masks, as a plain loop
-has it. float32 is IEEE in both, convolutions too. On a CPU PyTorch stands for the fused kernels, so what is compared
-there is all but these; bf16 is left out on a CPU without instructions for it. Networks and crops are the published ones
-on a GPU, and small on a CPU.
+A difference means something only compared with that between the seeds. Dice is that of the networks' masks, as in a
+plain loop. float32 is IEEE in both, convolutions too. On a CPU PyTorch replaces the fused kernels, so everything else
+is compared there; bf16 is skipped on a CPU without instructions for it. Networks and crops are the published ones on a
+GPU, and small on a CPU.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import torch.distributed as dist
 from jsonargparse import ArgumentParser
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import DEVICE, IS_GPU, machine
 from benchmarks.report import OURS
-from benchmarks.training import BATCH, FULL, SMALL, Plain, Scene, Size, Variant, free
+from benchmarks.training import BATCH, FULL, SMALL, LoopVariant, Plain, Scene, Size, free
 from engine.config import Config
 from engine.data import DataConfig, list_cases, load_data, obtain_root
 from engine.metrics import summarise
@@ -54,9 +54,6 @@ from models import NETWORKS
 from models.convert import to_reference
 from pipelines.basics.home import cache_dir
 from pipelines.labels import REGIONS
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 HEADS = 10  # of self-attention-cv, where `--model.num_heads` would be None
 LATE = 0.1
@@ -98,7 +95,7 @@ def make_trainer(scene: Scene, config: DataConfig, precision: str, seed: int) ->
 
 
 def batches_of(trainer: Trainer, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Image and labels of so many steps, from the first epoch on."""
+    """Image and labels of `steps` steps, from the first epoch on."""
     return islice((batch for epoch in count() for batch in trainer.train_loader.epoch(epoch)), steps)
 
 
@@ -108,7 +105,7 @@ def train_plain(scene: Scene, trainer: Trainer, steps: int, ours: Curve | None =
     Args:
         ours: gets what the trainer itself makes of the same batches; None: it makes no steps.
     """
-    plain, curve = Plain(scene, Variant(PLAIN), BATCH), Curve()
+    plain, curve = Plain(scene, LoopVariant(PLAIN), BATCH), Curve()
     weights = to_reference(scene.model, trainer.step.model.state_dict(), scene.size.widths.get("num_heads", HEADS))
     plain.network.load_state_dict(weights)
     for image, labels in batches_of(trainer, steps):
@@ -206,29 +203,32 @@ def print_all(curves: dict[str, Curve], about: dict[str, Any], console: Console)
 
 
 def notes_of(found: dict[str, dict[str, float]], kernels: str, cases: int) -> list[str]:
-    """What the tables mean, in words."""
+    """What the tables mean."""
     noise = f"{OTHER_SEED} - {PLAIN}"
     lines = [
         kernels,
-        f"Dice of {cases} validation case(s); {noise} is what differs between two seeds of the same code.",
+        f"Dice of {cases} validation case(s); {noise} is the difference between two seeds of the same code.",
     ]
     if not IS_GPU:
-        lines.append("On a CPU PyTorch stands for the fused kernels: this compares all of the engine but them.")
+        lines.append("On a CPU PyTorch replaces the fused kernels: this compares the rest of the engine.")
     if f"{BF16} - {PLAIN}" not in found:
-        lines.append("bf16 was left out: this CPU has no instructions for it.")
+        lines.append("bf16 was skipped: this CPU has no instructions for it.")
     beyond = beyond_noise(found)
     for pair, values in found.items():
         if pair != noise:
             share = values["loss"] / found[noise]["loss"]
             verdict = "NOT within" if pair in beyond else "within"
-            lines.append(f"{pair}: losses differ by {share:.2g} of what two seeds do, {verdict} the noise of seeds.")
+            lines.append(
+                f"{pair}: losses differ by {share:.2g} x the difference between two seeds, {verdict} the "
+                "noise of seeds."
+            )
     return lines
 
 
 def draw(curves: dict[str, Curve], about: dict[str, Any], path: Path) -> None:
     """Losses by step, and below them how far each is from the plain loop's."""
-    size: Any = {"figsize": (9, 6.4), "height_ratios": (3, 2)}
-    figure, (upper, lower) = plt.subplots(2, 1, layout="constrained", sharex=True, **size)
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     plain = curves[PLAIN].losses
     steps = range(1, len(plain) + 1)
     for name, curve in curves.items():
@@ -245,7 +245,6 @@ def draw(curves: dict[str, Curve], about: dict[str, Any], path: Path) -> None:
     upper.set_title(f"{about['model']}, {about['machine']['device']}", loc="left", fontsize=10)
     figure.legend(loc="outside lower center", ncols=len(curves), frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def result_file(ending: str) -> Path:

@@ -13,15 +13,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import MARGIN, LeastWork, Roofline
 from pipelines.basics.atomic import write_text
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 OURS = "glioforge"
 COLOURS = {OURS: "#d55e00", "torch.compile": "#0072b2", "eager": "#999999", "MONAI": "#009e73"}
@@ -154,10 +152,8 @@ def draw(rows: Sequence[Measurement], about: dict[str, Any], path: Path) -> None
     ops = list(dict.fromkeys(row.op for row in rows))
     per_op = {op: [group for group in groups(rows) if group[0][0] == op] for op in ops}
     bars = {op: sum(len(group) + 1 for _, group in per_op[op]) for op in ops}
-    figure, axes = plt.subplots(
-        len(ops), 1, figsize=(11, 1.2 * len(ops) + 0.2 * sum(bars.values())), layout="constrained", squeeze=False,
-        height_ratios=[bars[op] for op in ops],
-    )  # fmt: skip
+    figure = Figure(figsize=(11, 1.2 * len(ops) + 0.2 * sum(bars.values())), layout="constrained")
+    axes = figure.subplots(len(ops), 1, squeeze=False, height_ratios=list(bars.values()))
     variants = list(dict.fromkeys(row.variant for row in rows))
     others = [variant for variant in variants if variant not in COLOURS]
     colours = COLOURS | dict(zip(others, OTHER_COLOURS * len(others), strict=False))
@@ -178,10 +174,9 @@ def draw(rows: Sequence[Measurement], about: dict[str, Any], path: Path) -> None
         axis.set_title(op, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel(f"share of the measured roofline, % ({about['device']})")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[variant]) for variant in variants]
+    handles = [Rectangle((0, 0), 1, 1, color=colours[variant]) for variant in variants]
     figure.legend(handles, variants, loc="outside upper center", ncols=min(6, len(variants)), frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main() -> int:

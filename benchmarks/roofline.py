@@ -403,10 +403,7 @@ def report(rows: list[Operation], precision: str, batch: int, gpu: str, most: in
 
 def draw(rows: list[Operation], precision: str, gpu: str, title: str, path: Path) -> None:
     """Bars of the predicted time by kind and direction, with the roofline's part dark."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     groups: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for row in rows:
@@ -415,7 +412,8 @@ def draw(rows: list[Operation], precision: str, gpu: str, title: str, path: Path
         both[1] += 1e3 * predicted_s(row, GPUS[gpu], precision)
     named = sorted(groups.items(), key=lambda item: item[1][1])
     names = [f"{kind}, {direction}" for (kind, direction), _ in named]
-    figure, axes = plt.subplots(figsize=(7, 0.28 * len(names) + 1.2), layout="constrained")
+    figure = Figure(figsize=(7, 0.28 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
     axes.barh(names, [times[1] for _, times in named], color="#56b4e9", label="predicted")
     axes.barh(names, [times[0] for _, times in named], color="#0072b2", label="at the roofline")
     axes.set(xlabel=f"ms of a step on {gpu}, computed and not measured", title=title)
@@ -423,7 +421,6 @@ def draw(rows: list[Operation], precision: str, gpu: str, title: str, path: Path
     axes.legend(frameon=False, loc="lower right")
     with replacing(path, "wb") as file:
         figure.savefig(file, dpi=160)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ one bucket that holds all hides nothing. ZeRO 3's gathers are taken to hide behi
 last.
 
 Assumed, and so not in the figures: every rank loads its own crops in time, steps take the same time on every rank,
-the optimizer takes as long sharded as whole, kernels are not slowed by collectives beside them, the network is nobody
-else's; validation and checkpoints are left out. A measurement on real nodes will be lower.
+the optimizer takes as long sharded as whole, collectives don't slow kernels down, nobody else uses the network;
+validation and checkpoints are ignored. Throughput measured on real nodes will be lower.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def half_ring(nbytes: float, ranks: int, link: Link) -> float:
 
 
 def over_nodes(collective: Callable[[float, int, Link], float], nbytes: float, gpus: int, cluster: Cluster) -> float:
-    """Seconds of `all_reduce` or `half_ring` over so many GPUs."""
+    """Seconds of `all_reduce` or `half_ring` over `gpus` GPUs."""
     inside = min(gpus, cluster.gpus_per_node)
     nodes = math.ceil(gpus / inside)
     if nodes == 1:
@@ -233,7 +233,7 @@ def check(rounds: int) -> dict[str, Any]:
 
 
 def _launch(world_size: int) -> dict[str, Any]:
-    """Run `worker` on so many ranks of one thread each; what the first one printed."""
+    """Run `worker` on `world_size` ranks of one thread each; returns what the first one printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -257,7 +257,7 @@ def worker() -> None:
     ranks = init_ranks("cpu")
     torch.set_num_threads(1)
     scene = training.Scene.of("unetr_monai", CHECK, scans(None), ranks)
-    timed = training.Timed(scene, training.Variant(f"{OURS} float32"))
+    timed = training.Timed(scene, training.LoopVariant(f"{OURS} float32"))
     assert isinstance(timed.loop, training.Ours)
     reducer = timed.loop.step.ddp
     times: dict[bool, list[float]] = {True: [], False: []}

@@ -50,7 +50,7 @@ WARM_STEPS = 5
 """Before the clock starts: as many batches as lie ready in a DataLoader of two workers, and one."""
 LEAST_STEPS = 3
 SECONDS = 2.0 if IS_GPU else 1.0
-"""A measurement goes on for so long, and for `LEAST_STEPS` at least."""
+"""A measurement takes this long, and at least `LEAST_STEPS` steps."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Variant:
+class LoopVariant:
     """One way to train.
 
     Fields:
@@ -150,7 +150,7 @@ def _import_self_attention_cv() -> None:
 class Ours:
     """The trainer of this engine."""
 
-    def __init__(self, scene: Scene, variant: Variant, batch: int) -> None:
+    def __init__(self, scene: Scene, variant: LoopVariant, batch: int) -> None:
         options: dict[str, Any] = {"precision": variant.precision}
         if variant.compiled or variant.graphed:
             options |= {"compile": variant.compiled, "cuda_graph": variant.graphed}
@@ -175,7 +175,7 @@ class Ours:
 class Plain:
     """The tutorial's loop."""
 
-    def __init__(self, scene: Scene, variant: Variant, batch: int) -> None:
+    def __init__(self, scene: Scene, variant: LoopVariant, batch: int) -> None:
         torch.backends.cudnn.benchmark = True
         self.variant = variant
         self.format = torch.channels_last_3d if variant.compiled else torch.contiguous_format
@@ -189,7 +189,7 @@ class Plain:
         self.batches = self.start()
 
     def rest(self) -> None:
-        """End the workers, which would go on loading beside the steps; they start anew when a batch is asked for."""
+        """Stop the workers, which would keep loading during the steps; they restart when a batch is asked for."""
         self.batches.close()
         self.batches = self.start()
 
@@ -227,7 +227,7 @@ class Timed:
         batch: on the device. peak_bytes: of a step.
     """
 
-    def __init__(self, scene: Scene, variant: Variant, batch_size: int = BATCH) -> None:
+    def __init__(self, scene: Scene, variant: LoopVariant, batch_size: int = BATCH) -> None:
         self.variant = variant
         _apply(DEFAULTS)
         before = torch.cuda.memory_allocated() if IS_GPU else 0

@@ -1,4 +1,4 @@
-"""Prediction beside MONAI: both programs segment alike, the clock is right, and unlike results are not compared."""
+"""Prediction beside MONAI: both programs segment alike, times are right, and different results are not compared."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_predicting_programs_take_turns_after_a_round_that_does_not_count(
 
 
 @pytest.mark.parametrize(("ours", "monais", "says"), [(20, 31, "MONAI.*: 0.11 % of the voxels"), (0, 0, "no voxel")])
-def test_times_of_programs_that_do_not_do_the_same_are_refused(
+def test_times_of_programs_with_different_results_are_refused(
     ours: int, monais: int, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ways = bench_predict.variants()

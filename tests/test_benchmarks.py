@@ -249,8 +249,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_both_loops_do_the_same_steps(scene: training.Scene) -> None:
     """Same weights, same batch: the same losses before a step, and after one."""
-    ours = training.Ours(scene, training.Variant("glioforge float32"), 2)
-    plain = training.Plain(scene, training.Variant("plain"), 2)
+    ours = training.Ours(scene, training.LoopVariant("glioforge float32"), 2)
+    plain = training.Plain(scene, training.LoopVariant("plain"), 2)
     plain.network.load_state_dict(to_reference("unetr_monai", ours.network.state_dict()))
     image, labels = next(ours.batches)
     regions = scene.data.store.coding.regions
@@ -269,14 +269,14 @@ def test_both_loops_do_the_same_steps(scene: training.Scene) -> None:
 def test_the_plain_loop_loads_what_ours_loads(scene: training.Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "WORKERS", 0)  # one forked amid the threads of other tests may crash
     for from_files in (True, False):
-        plain = training.Plain(scene, training.Variant("plain", from_files=from_files), 2)
+        plain = training.Plain(scene, training.LoopVariant("plain", from_files=from_files), 2)
         image, target = next(plain.batches)
         assert type(image) is torch.Tensor and image.shape == (2, 4, *TINY.crop)
         assert target.shape == (2, 3, *TINY.crop) and set(target.unique().tolist()) <= {0.0, 1.0}
 
 
 def test_a_breakdown_has_every_part_of_the_step(scene: training.Scene, quick: None, tmp_path: Path) -> None:
-    found = bench_train.breakdown(scene, training.Variant("glioforge float32"), tmp_path / "trace.json", steps=2)
+    found = bench_train.breakdown(scene, training.LoopVariant("glioforge float32"), tmp_path / "trace.json", steps=2)
     parts = found["seconds"]
     assert list(parts) == ["data", "forward", "loss", "backward", "optimizer", "communication", "wait"]
     assert all(parts[name] > 0 for name in ("forward", "loss", "backward", "optimizer")) and parts["wait"] is None
@@ -291,7 +291,7 @@ class FakeTimed:
     calls: list[str] = []
     peak_bytes = 8
 
-    def __init__(self, scene: Any, variant: training.Variant, batch: int = 2) -> None:
+    def __init__(self, scene: Any, variant: training.LoopVariant, batch: int = 2) -> None:
         if variant.compiled or batch > 8:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB\nmore")
         self.variant, self.batch = variant, batch
@@ -307,7 +307,11 @@ class FakeTimed:
 def test_variants_take_turns_and_a_failure_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train, "Timed", FakeTimed)
     FakeTimed.calls.clear()
-    which = [training.Variant("glioforge 1"), training.Variant("bad 2", compiled=True), training.Variant("plain 3")]
+    which = [
+        training.LoopVariant("glioforge 1"),
+        training.LoopVariant("bad 2", compiled=True),
+        training.LoopVariant("plain 3"),
+    ]
     notes: list[int] = []
     anywhere: Any = None
     rows = bench_train.measure_steps(
@@ -326,10 +330,10 @@ def test_variants_take_turns_and_a_failure_stops_no_other(monkeypatch: pytest.Mo
 def test_the_best_batch_has_the_largest_throughput_of_those_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train, "Timed", FakeTimed)
     monkeypatch.setattr(bench_train, "LARGEST_BATCH", 64)
-    row = bench_train.best_batch(None, training.Variant("plain 2"))  # type: ignore[arg-type]
+    row = bench_train.best_batch(None, training.LoopVariant("plain 2"))  # type: ignore[arg-type]
     assert row["rates"] == {1: 0.125, 2: 0.25, 4: 0.5, 8: 0.5}
     assert (row["batch"], row["stopped_by"]) == (8, "batch 16: out of memory: tried to allocate 2 GiB")
-    row = bench_train.best_batch(None, training.Variant("bad 2", compiled=True))  # type: ignore[arg-type]
+    row = bench_train.best_batch(None, training.LoopVariant("bad 2", compiled=True))  # type: ignore[arg-type]
     assert row["failed"].startswith("batch 1: out of memory")
 
 
@@ -501,7 +505,7 @@ def test_differences_stand_beside_those_of_two_seeds(curves: dict[str, parity.Cu
     assert list(found) == [f"{a} - {b}" for a, b in parity.PAIRS if HAS_BF16 or parity.BF16 not in (a, b)]
     assert parity.beyond_noise(found) == []
     notes = parity.notes_of(found, "kernels: reference", 1)
-    assert "within the noise of seeds" in notes[-1] and "PyTorch stands for the fused kernels" in " ".join(notes)
+    assert "within the noise of seeds" in notes[-1] and "PyTorch replaces the fused kernels" in " ".join(notes)
     about = {"model": "unetr", "steps": 6, "data": "phantom", "machine": {"device": "cpu"}, "notes": notes}
     said = StringIO()
     parity.print_all(curves, {**about, "differences": found}, Console(file=said, width=160))
@@ -523,8 +527,8 @@ def test_a_difference_as_large_as_between_seeds_is_reported() -> None:
     assert ours["late"] == pytest.approx(-0.3) and ours["TC"] == pytest.approx(0.05) and "ET" not in ours
     assert parity.beyond_noise(found) == ["glioforge float32 - plain"]
     notes = parity.notes_of(found, "", 1)
-    assert "differ by 1.5 of what two seeds do, NOT within" in notes[-1]
-    assert any("bf16 was left out" in note for note in notes)
+    assert "differ by 1.5 x the difference between two seeds, NOT within" in notes[-1]
+    assert any("bf16 was skipped" in note for note in notes)
     curves[parity.FLOAT32] = parity.Curve([1.0, math.nan], dice)
     assert parity.beyond_noise(parity.differences(curves)) == ["glioforge float32 - plain"]
 
