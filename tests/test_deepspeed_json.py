@@ -73,9 +73,9 @@ def test_settings_that_change_nothing_are_named(tmp_path: Path, caplog: pytest.L
         "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 5, "total_num_steps": 1000}},
     }
     read(tmp_path, content)
-    told = [record.getMessage() for record in caplog.records if " ignored: " in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if " ignored: " in record.getMessage()]
     expected = ["fp16: loss_scale 128", "optimizer: amsgrad True", "scheduler: total_num_steps 1000"]
-    assert [line.split(" ignored: ")[0] for line in told] == expected
+    assert [line.split(" ignored: ")[0] for line in lines] == expected
 
 
 def test_without_a_file_nothing_is_set() -> None:

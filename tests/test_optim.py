@@ -47,19 +47,7 @@ def test_gradients_that_were_scaled_give_the_step_of_those_that_were_not() -> No
     assert optimizer.state[parameter]["exp_avg"].tolist() == pytest.approx([0.06, 0.08])
 
 
-def test_loss_scale_and_skipped_steps_come_back_from_a_checkpoint() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    first, again = (GuardedAdamW([parameter], OptimConfig(), scales_loss=True) for _ in range(2))
-    for value in (1.0, float("inf")):
-        parameter.grad = torch.full((2,), value)
-        first.step()
-    first.scale.fill_(0.5)
-    first.skip()
-    again.load_scalars(first.scalars())
-    assert again.scalars() == first.scalars() == {"scale": 0.25, "growth": 0, "in_row": 1.0}
-
-
-def test_a_run_that_goes_on_in_fp16_starts_with_its_first_scale() -> None:
+def test_a_run_resumed_in_fp16_starts_with_the_first_scale() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = GuardedAdamW([parameter], OptimConfig(), scales_loss=True)
     optimizer.load_scalars(GuardedAdamW([parameter], OptimConfig()).scalars())

@@ -16,7 +16,7 @@ from launch import evaluate, predict
 from launch.options import in_own_options
 
 
-def test_options_of_training_are_told_as_those_of_the_command_or_as_the_runs() -> None:
+def test_messages_name_options_of_training_as_the_command_does() -> None:
     for given, told in (
         ("give --data.release brats2018", "give --release brats2018"),
         ("--train.device cuda: no GPU", "--device cuda: no GPU"),

@@ -59,9 +59,9 @@ def test_the_launchers_local_rank_is_ignored() -> None:
     ],
 )
 def test_what_is_wrong_with_a_command_line_is_one_line(args: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}") as told:
+    with pytest.raises(ValueError, match=f"^{message}") as raised:
         parse(*args)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_file_holds_the_same_options(tmp_path: Path) -> None:

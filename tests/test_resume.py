@@ -49,7 +49,7 @@ def test_options_that_differ_from_the_checkpoints_are_named() -> None:
     assert changed_options(now, now) == []
 
 
-def test_what_is_written_elsewhere_is_said(tmp_path: Path) -> None:
+def test_what_is_written_elsewhere_is_logged(tmp_path: Path) -> None:
     phantom = PhantomConfig(cases=7)
     lines = written_elsewhere(Config(data=DataConfig(store_dir=Path("/store"), phantom=phantom)))
     assert [line.split()[0] for line in lines] == ["writes", "makes"] and "/store" in lines[0] and "7 synth" in lines[1]
@@ -59,7 +59,7 @@ def test_what_is_written_elsewhere_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [None, 3, [], {"data": 3}, {"data": {"root": "\x1b[31m"}}])
-def test_a_record_by_anybody_is_compared(config: object, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_record_of_any_content_is_compared(config: object, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "checkpoints"
     write(folder, 1)
     record = folder / "step-00000001" / "about.json"

@@ -31,7 +31,7 @@ def submit(folder: Path, nodes: int, status: int = 0) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("nodes", [1, 1000])
-def test_the_first_node_of_any_number_is_where_ranks_meet(nodes: int, tmp_path: Path) -> None:
+def test_ranks_meet_at_the_first_node(nodes: int, tmp_path: Path) -> None:
     done = submit(tmp_path, nodes)
     assert done.returncode == 0, done.stderr
     place, command = done.stdout.splitlines()
@@ -40,7 +40,7 @@ def test_the_first_node_of_any_number_is_where_ranks_meet(nodes: int, tmp_path: 
 
 
 @pytest.mark.parametrize(("status", "is_queued"), [(75, True), (2, False), (0, False)])
-def test_a_job_that_was_stopped_is_queued_again_and_no_other(status: int, is_queued: bool, tmp_path: Path) -> None:
+def test_only_a_stopped_job_is_queued_again(status: int, is_queued: bool, tmp_path: Path) -> None:
     done = submit(tmp_path, 2, status)
     assert done.returncode == status
     assert ("scontrol requeue 41234" in done.stdout) == is_queued

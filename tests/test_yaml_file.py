@@ -39,9 +39,9 @@ def test_scalars_stay_text_and_nothing_is_none() -> None:
     ],
 )
 def test_a_wrong_options_file_is_refused_by_file_and_line(content: bytes, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=message) as raised:
         parse_yaml(content, "a.yaml")
-    assert "\n" not in str(told.value) and len(str(told.value)) < 300
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
 
 
 def test_a_path_that_is_not_an_options_file_is_refused(tmp_path: Path) -> None:
