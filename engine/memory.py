@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ from engine.precision import LOW_PRECISION
 from engine.ranks.memory_limits import first_line, gb, peak_bytes
 from engine.sharding import BUCKET_ELEMENTS
 from engine.step import LossConfig, TrainConfig, training_loss
+from models import parameter_count
 
 FLOAT32 = 4
 HEADROOM = 0.1
@@ -151,7 +153,7 @@ def estimate(
     other, _ = _simulate(model, crop, other_size, device, regions, loss, train.precision, False)
     saved_per_crop = (saved - other) // (batch_size - other_size)
     constant = saved - batch_size * saved_per_crop + activations.gradients
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * FLOAT32
+    trained = parameter_count(model) * FLOAT32
     weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model).values())
     shard = math.ceil(trained / world_size)
     keeps_buckets = stage == 0 and world_size > 1  # of DDP, whose buckets are the gradients' memory
@@ -172,25 +174,6 @@ def estimate(
     )
 
 
-def run_forward(
-    network: Callable[[Tensor], Tensor],
-    image: Tensor,
-    labels: Tensor,
-    regions: Sequence[Sequence[int]],
-    loss: LossConfig,
-    precision: str,
-) -> Tensor:
-    """Forward and loss as a training step runs them, on real or fake tensors; returns the loss.
-
-    Args:
-        image: (B, C, X, Y, Z). labels: uint8 (B, X, Y, Z).
-    """
-    dtype = LOW_PRECISION.get(precision)
-    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-        logits = network(image)
-    return training_loss(logits, labels, regions, loss).loss
-
-
 def _simulate(
     model: torch.nn.Module,
     crop: tuple[int, ...],
@@ -201,26 +184,26 @@ def _simulate(
     precision: str,
     backward: bool,
 ) -> tuple[int, LiveBytes]:
-    """A step on fake tensors: what autograd saved, and what was live."""
-    on_gpu = device.type == "cuda"
+    """A step on fake tensors: the bytes that autograd saved, and what was live."""
+    on_gpu, low = device.type == "cuda", LOW_PRECISION.get(precision)
     with FakeTensorMode(), torch.device(device), torch.compiler.set_stance("force_eager"):
         fakes = {name: _fake(tensor) for name, tensor in _tensors(model).items()}
         dtype = torch.bfloat16 if on_gpu and precision == "bf16" else torch.float32  # as the loaders give it
         layout = torch.channels_last_3d if on_gpu else torch.contiguous_format
         image = torch.empty((batch_size, *crop), dtype=dtype).contiguous(memory_format=layout)
         labels = torch.empty((batch_size, *crop[1:]), dtype=torch.uint8)
-        with LiveBytes(fakes.values()) as live, SavedBytes(fakes.values()) as saved:
+        with LiveBytes(fakes.values()) as live, saved_bytes(fakes.values()) as saved:
             for batch in (image, labels):
                 live.count(batch.untyped_storage())
-            result = run_forward(
-                lambda x: torch.func.functional_call(model, fakes, (x,)), image, labels, regions, loss, precision
-            )
+            with torch.autocast(device.type, low, enabled=low is not None):
+                logits = torch.func.functional_call(model, fakes, (image,))
+            result = training_loss(logits, labels, regions, loss).loss
             if backward:
                 for parameter in fakes.values():
                     if parameter.requires_grad:
                         parameter.register_post_accumulate_grad_hook(live.count_gradient)
                 result.backward()
-        return saved.total, live
+        return sum(saved.values()), live
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -272,31 +255,20 @@ def _smaller_crop(size: Sequence[int]) -> tuple[int, ...] | None:
     return None if shorter < 32 else tuple(shorter if axis == longest else axis for axis in size)
 
 
-class SavedBytes:
-    """Within it, bytes that autograd saves are counted: each storage once, except those of `parameters`."""
+@contextmanager
+def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Within it, bytes that autograd saves are counted: by storage, without those of `parameters`."""
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}
+    sizes: dict[int, int] = {}
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
-        self._sizes: dict[int, int] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
-
-    @property
-    def total(self) -> int:
-        """Bytes so far."""
-        return sum(self._sizes.values())
-
-    def __enter__(self) -> SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def _note(self, tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._parameters:
-            self._sizes[storage._cdata] = storage.nbytes()
+        if storage._cdata not in known:
+            sizes[storage._cdata] = storage.nbytes()
         return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield sizes
 
 
 class LiveBytes(TorchDispatchMode):

@@ -17,8 +17,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from engine import memory
-from engine.memory import HEADROOM, MemoryEstimate, SavedBytes, out_of_memory_message, run_forward
-from engine.step import LossConfig, TrainConfig
+from engine.memory import HEADROOM, MemoryEstimate, out_of_memory_message, saved_bytes
+from engine.precision import LOW_PRECISION
+from engine.step import LossConfig, TrainConfig, training_loss
 from kernels import dispatch
 from models import build_model
 
@@ -58,11 +59,19 @@ def estimate(
     return memory.estimate(model, (4, *size), config, LossConfig(), REGIONS, device, **options)
 
 
+def run_forward(model: torch.nn.Module, image: torch.Tensor, labels: torch.Tensor, precision: str) -> torch.Tensor:
+    """Forward and loss, as a training step runs them."""
+    dtype = LOW_PRECISION.get(precision)
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        logits = model(image)
+    return training_loss(logits, labels, REGIONS, LossConfig()).loss
+
+
 def saved_by_real_tensors(name: str, count: int, precision: str) -> int:
     model = network(name)
-    with SavedBytes([*model.parameters(), *model.buffers()]) as saved:
-        run_forward(model, *batch(count, SIZE), REGIONS, LossConfig(), precision)
-    return saved.total
+    with saved_bytes([*model.parameters(), *model.buffers()]) as saved:
+        run_forward(model, *batch(count, SIZE), precision)
+    return sum(saved.values())
 
 
 def known(**changes: Any) -> MemoryEstimate:
@@ -116,7 +125,7 @@ def test_the_peak_of_real_steps_is_within_a_quarter_of_the_estimate(name: str, s
         model = network(name, size, **widths)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):
-            run_forward(model, *batch(2, size), REGIONS, LossConfig(), "float32").backward()
+            run_forward(model, *batch(2, size), "float32").backward()
             optimizer.step()
             optimizer.zero_grad()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
@@ -247,7 +256,7 @@ def test_the_peak_on_a_gpu_is_within_15_percent_of_the_estimate(name: str, preci
     for step in range(3):
         if step == 1:  # the first finds cuDNN's algorithms
             torch.cuda.reset_peak_memory_stats()
-        run_forward(model, image, labels, REGIONS, LossConfig(), precision).backward()
+        run_forward(model, image, labels, precision).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert guess.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=TOLERANCES["the peak on a GPU"])
