@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_step import batch, make_step
 
 from engine.precision import set_up_torch
+from engine.ranks.distributed import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,3 +66,9 @@ if {set_by == "the older functions"}:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_step_leaves_the_switches_of_the_process_alone(ranks: Ranks) -> None:
+    before = switches(), torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    make_step(ranks, precision="tf32", deterministic=True)(*batch(0))
+    assert (switches(), torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()) == before

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -138,7 +140,29 @@ def test_a_failed_start_leaves_alone_what_was_there(tmp_path: Path, monkeypatch:
         assert kept.is_file() and not (tmp_path / "kept" / "new").exists()
 
 
-def test_a_folder_that_another_job_has_just_made_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_applies_deepspeeds_json_and_sets_the_process_before_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 7, "bf16": {"enabled": true}}')
+    config = Config(train=replace(CPU, deepspeed=tmp_path / "ds.json", deterministic=True), run_dir=tmp_path / "run")
+    set_up, data = mock.Mock(), mock.Mock(train=["a"], val=[])
+    data.store.modalities = ("t1",)
+    trainer = mock.Mock(side_effect=ValueError("enough"))
+    stand_ins = {"_start_log": mock.Mock(), "load_data": lambda _: data, "make_model": mock.Mock(),
+                 "parameter_count": lambda _: 1, "set_up_torch": set_up, "Trainer": trainer}  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(f"engine.run.{name}", stand_in)
+    with pytest.raises(ValueError, match="enough"):
+        run(config)
+    set_up.assert_called_once_with("bf16", True)
+    effective = trainer.call_args.args[0]
+    assert (effective.train.batch_size, effective.train.precision) == (7, "bf16")
+    assert (config.train.batch_size, config.train.precision) == (CPU.batch_size, "float32")
+
+
+def test_a_folder_that_another_job_made_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(run_dir: Path, is_resumed: bool) -> None:
         (run_dir / "checkpoints").mkdir(parents=True)  # by a job that was started in the same second
         raise ValueError("another job is training in this folder")
