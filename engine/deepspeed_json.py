@@ -128,9 +128,8 @@ def _move_optimizer(optim: OptimConfig, optimizer: dict[str, Any] | None) -> Non
     kind, params = optimizer.get("type"), optimizer.get("params", {})
     if kind not in ("Adam", "AdamW") or not params.get("adam_w_mode", True):
         raise ValueError(f"optimizer {kind} must be AdamW (or Adam with adam_w_mode): this engine has no other")
-    default = {"betas": (0.9, 0.999), "eps": 1e-8}
-    other = [f"{name} {params[name]}" for name, value in default.items() if name in params
-             and params[name] != value and tuple(_as_list(params[name])) != tuple(_as_list(value))]  # fmt: skip
+    default: dict[str, Any] = {"betas": [0.9, 0.999], "eps": 1e-8}
+    other = [f"{name} {params[name]}" for name, value in default.items() if params.get(name, value) != value]
     if other:
         raise ValueError(f"optimizer {', '.join(other)}: must be AdamW's defaults, betas [0.9, 0.999] and eps 1e-8")
     _warn_ignored("optimizer", params, {"lr", "weight_decay", "adam_w_mode", "torch_adam", *default})
@@ -143,10 +142,6 @@ def _warn_ignored(section: str, given: dict[str, Any], used: set[str]) -> None:
     others = [f"{name} {value}" for name, value in given.items() if name not in used]
     if others:
         log.warning("%s: %s ignored: this engine has its own way (docs/training.md)", section, ", ".join(others))
-
-
-def _as_list(value: Any) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _move_schedule(optim: OptimConfig, schedule: dict[str, Any] | None) -> None:

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -151,19 +150,6 @@ def network_of(engine: Any) -> torch.nn.Module:
 # Weights and moments, unsharded
 
 
-@contextmanager
-def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """Within it every rank has every parameter whole (ZeRO 3 gathers them; at other stages they always are)."""
-    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not sharded:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(sharded):
-        yield
-
-
 def local_shard(parameter: torch.nn.Parameter) -> torch.Tensor:
     """What this rank keeps of a parameter between steps: all of it, or under ZeRO 3 a flat shard."""
     return getattr(parameter, "ds_tensor", parameter).data
@@ -181,7 +167,9 @@ def shard_of(full: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The unsharded state dict as copies on the CPU; all ranks must call it."""
-    with gathered(model):
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):  # does nothing unless they are sharded
         return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
