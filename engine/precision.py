@@ -34,7 +34,7 @@ def set_up_torch(precision: Precision, deterministic: bool) -> None:
 
     For a command that owns its process; a library uses `tf32`.
     """
-    set_tf32(precision == "tf32")
+    _set_tf32(precision == "tf32")
     torch.backends.cudnn.benchmark = not deterministic  # crops have one size: the search pays
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -50,7 +50,7 @@ def tf32(is_on: bool) -> Iterator[None]:
         older = torch.get_float32_matmul_precision()
     except RuntimeError:  # a process that set only the backends can't be asked
         older = "highest"
-    set_tf32(is_on)
+    _set_tf32(is_on)
     try:
         yield
     finally:
@@ -59,7 +59,6 @@ def tf32(is_on: bool) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def set_tf32(is_on: bool) -> None:
-    """Switch the whole process; see `tf32`."""
+def _set_tf32(is_on: bool) -> None:
     torch.set_float32_matmul_precision("high" if is_on else "highest")
     torch.backends.cudnn.allow_tf32 = is_on
