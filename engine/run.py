@@ -7,7 +7,7 @@ import fcntl
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -21,7 +21,6 @@ from engine.data import Data, load_data, make_val_loader
 from engine.deepspeed_json import apply_deepspeed_json
 from engine.network import make_model
 from engine.precision import set_up_torch
-from engine.ranks.command import run_command
 from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.ranks.terminal import LogFile, PlainFormatter
 from engine.reports import pictures, report, run_facts
@@ -37,18 +36,6 @@ from pipelines.basics.atomic import cannot_write, open_own, own_folder, replacin
 from pipelines.basics.text import printable
 
 log = logging.getLogger(__name__)
-
-
-def start_run(read: Callable[[], Config]) -> int:
-    """Read a configuration and train with it; returns the exit status, see `run_command`."""
-    config: Config | None = None
-
-    def work() -> None:
-        nonlocal config
-        config = read()
-        run(config)
-
-    return run_command(work, lambda: _how_to_resume(config))
 
 
 def run(config: Config) -> None:
@@ -252,7 +239,8 @@ def _start_log(run_dir: Path, ranks: Ranks) -> None:
         logging.getLogger().handlers = handlers  # includes the warnings of other packages
 
 
-def _how_to_resume(config: Config | None) -> str:
+def how_to_resume(config: Config | None) -> str:
+    """Advice for a user whose run was stopped."""
     saved = checkpoint.states(config.run_dir / "checkpoints") if config and config.run_dir else []
     if config and saved:
         return f"{saved[0]} is saved; the same command with --resume {config.run_dir} continues from it"

@@ -7,18 +7,39 @@ deepspeed launch/train.py --config launch/configs/seed.yaml --data.root Task01_B
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import launch.start  # noqa: F401  before the imports below, which take seconds
+    import launch.start  # noqa: F401  # before any other import
 
 import sys
+from typing import TYPE_CHECKING
 
-from engine.config import make_parser, parse_config
-from engine.run import start_run
+from engine.ranks.command import run_command
+
+if TYPE_CHECKING:
+    from engine.config import Config
 
 
-def main() -> int:
-    """Parse the command line and train; a user's mistake ends in one line on standard error and status 2."""
-    parser = make_parser("Train UNETR or UNet on BraTS or Decathlon scans, or, with no arguments, on synthetic ones.")
-    return start_run(lambda: parse_config(parser)[0])
+def main(args: list[str] | None = None) -> int:
+    """Parse the command line and train; returns the exit status, see `run_command`."""
+    config: Config | None = None
+
+    def work() -> None:
+        nonlocal config
+        from engine.config import make_parser, parse_config
+
+        parser = make_parser(
+            "Train UNETR or UNet on BraTS or Decathlon scans, or, with no arguments, on synthetic ones."
+        )
+        config, _ = parse_config(parser, args)
+        from engine.run import run  # and all that trains, draws and writes: seconds
+
+        run(config)
+
+    def how_to_continue() -> str:
+        from engine.run import how_to_resume
+
+        return how_to_resume(config)
+
+    return run_command(work, how_to_continue)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from engine.network import make_model
 from engine.reports.finished_run import FinishedRun
 from engine.trained import load_trained
 from engine.weights_file import write_content
-from launch.predict import Row, write_rows
+from launch.segment_cases import PredictionRow, write_rows
 from pipelines.cases import survey_cases
 from pipelines.scans.nifti import read_grid, read_nifti
 
@@ -361,11 +361,11 @@ def fuzz_tables(rng: random.Random, folder: Path) -> str:
     if rng.random() < 0.3:
         table = folder / "predictions.csv"
         rows = io.StringIO()
-        writer = csv.DictWriter(rows, Row.__dataclass_fields__)
+        writer = csv.DictWriter(rows, PredictionRow.__dataclass_fields__)
         writer.writeheader()
-        writer.writerows(dataclasses.asdict(Row(f"case{i}", 1.5)) for i in range(3))
+        writer.writerows(dataclasses.asdict(PredictionRow(f"case{i}", 1.5)) for i in range(3))
         table.write_bytes(spoil(rng, rows.getvalue()))
-        return REFUSED if isinstance(attempt(lambda: write_rows(table, [Row("case1")])), ValueError) else READ
+        return REFUSED if isinstance(attempt(lambda: write_rows(table, [PredictionRow("case1")])), ValueError) else READ
     run_dir = write_run(folder / "run", config_from_dict(SMALL))
     path = rng.choice(sorted(path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size))
     path.write_bytes(spoil(rng, path.read_text()))

@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from test_predict import CROP, SPACING, labels_of, make_run, run_predict
+from test_segment_cases import CROP, SPACING, labels_of, make_run, run_predict
 
 from engine.config import Config
 from engine.data import Data, DataConfig, load_data

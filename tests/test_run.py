@@ -21,9 +21,10 @@ from commands import rows_of, start, train, write_small
 from engine.checkpoint import states
 from engine.config import Config
 from engine.data import DataConfig
+from engine.ranks.command import run_command
 from engine.reports.finished_run import FinishedRun
 from engine.reports.report import is_finished
-from engine.run import _claim, run, start_run
+from engine.run import _claim, run
 from engine.step import TrainConfig
 from pipelines.cases import find_cases
 from pipelines.phantom import make_phantoms
@@ -220,7 +221,8 @@ def test_a_folder_that_is_not_utf_8_is_refused_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
-    status = start_run(lambda: Config(data=DataConfig(root=folder), train=CPU, run_dir=tmp_path / "run"))
+    config = Config(data=DataConfig(root=folder), train=CPU, run_dir=tmp_path / "run")
+    status = run_command(lambda: run(config), str)
     assert status == 2 and not (tmp_path / "run").exists()
     assert capsys.readouterr().err == rf"error: --data.root {tmp_path}/caf\udce9 is not UTF-8: rename the folder" + "\n"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.stages import BatchEnds, in_stages
+from engine.case_batch import BatchStopped, in_stages
 from pipelines.basics.errors import DataError
 
 
@@ -53,18 +53,18 @@ def test_stages_overlap_and_a_faulty_item_leaves_the_others_alone() -> None:
         (MemoryError(), r"out of memory \(MemoryError\): end other programs"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"out of memory \(CUDA out of memory. Tried\)"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-        (RuntimeError("sizes\n of tensors"), r"RuntimeError: sizes of tensors \(test_stages.py, line \d+\)"),
+        (RuntimeError("sizes\n of tensors"), r"RuntimeError: sizes of tensors \(test_case_batch.py, line \d+\)"),
         (
             OSError(errno.EACCES, "Permission denied", "a/scan.nii"),
             "a/scan.nii: Permission denied; change its",
         ),
         (RuntimeError("could not create a primitive"), "out of memory"),
         (ValueError("some of the strides are negative"), "some of the strides are negative"),
-        (IndexError("one slice"), r"IndexError: one slice \(test_stages.py"),
+        (IndexError("one slice"), r"IndexError: one slice \(test_case_batch.py"),
     ],
 )
 @pytest.mark.parametrize("stage", ["read", "compute", "finish"])
-def test_whatever_goes_wrong_with_an_item_the_others_are_done(error: Exception, says: str, stage: str) -> None:
+def test_a_failing_item_leaves_the_others_alone_whatever_the_error(error: Exception, says: str, stage: str) -> None:
     def work(name: str, item: int) -> int:
         if name == stage and item == 1:
             raise error
@@ -81,9 +81,9 @@ def test_whatever_goes_wrong_with_an_item_the_others_are_done(error: Exception, 
 STAGES = ("read", "compute", "finish")
 
 
-@pytest.mark.parametrize("error", [BatchEnds("disk full"), torch.AcceleratorError("device-side assert")])
+@pytest.mark.parametrize("error", [BatchStopped("disk full"), torch.AcceleratorError("device-side assert")])
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_no_further_item_can_get_over_ends_the_batch(error: BaseException, stage: str) -> None:
+def test_an_error_that_every_further_item_would_meet_ends_the_batch(error: BaseException, stage: str) -> None:
     def work(name: str, item: int) -> int:
         if name == stage and item == 1:
             raise error

@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_predict import ORDER, brats_folder, make_run, one_rank, scans, sorted_files  # noqa: F401  # fixtures
+from test_segment_cases import ORDER, brats_folder, make_run, one_rank, scans, sorted_files  # noqa: F401  # fixtures
 
 from launch import evaluate, predict
-from launch.options import in_own_options
+from launch.network_options import with_own_options
 
 
-def test_messages_name_options_of_training_as_the_command_does() -> None:
+def test_options_of_training_become_the_commands_own_or_settings_of_the_run() -> None:
     for given, told in (
         ("give --data.release brats2018", "give --release brats2018"),
         ("--train.device cuda: no GPU", "--device cuda: no GPU"),
         ("--data.val_cases: there is no case 'x'", "data.val_cases of the run: there is no case 'x'"),
         ("choose another --output, --modalities, --root", "choose another --output, --modalities, --root"),
     ):
-        assert in_own_options(given) == told
+        assert with_own_options(given) == told
 
 
 def test_no_message_names_an_option_that_the_command_does_not_have(

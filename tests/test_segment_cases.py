@@ -1,4 +1,4 @@
-"""`launch/predict.py` and `launch/evaluate.py` as a user calls them, in this process."""
+"""`launch/predict.py` as a user calls it, in this process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from engine.network import ModelConfig, make_model
 from engine.ranks.distributed import Ranks
 from engine.sliding_window import sliding_window_logits
 from engine.weights_file import write_content
-from launch import evaluate, predict
+from launch import evaluate, predict, score_cases, segment_cases
 from pipelines.basics.errors import DataError
 from pipelines.basics.tables import read_table
 from pipelines.cases import Case, find_cases
@@ -79,11 +79,11 @@ def one_rank(ranks: Ranks) -> None:
 
 
 def run_predict(*args: object) -> int:
-    return predict.predict(predict.make_parser().parse_args([*map(str, args), "--device", "cpu"]))
+    return segment_cases.segment_cases(predict.make_parser().parse_args([*map(str, args), "--device", "cpu"]))
 
 
 def run_evaluate(*args: object) -> int:
-    return evaluate.evaluate(evaluate.make_parser().parse_args([*map(str, args), "--device", "cpu"]))
+    return score_cases.evaluate(evaluate.make_parser().parse_args([*map(str, args), "--device", "cpu"]))
 
 
 def labels_of(path: Path) -> np.ndarray:
@@ -95,7 +95,7 @@ def rows_of(output: Path) -> dict[str, dict[str, str]]:
         return {row["case"]: row for row in csv.DictReader(file)}
 
 
-def test_a_data_set_becomes_a_segmentation_each_on_the_scans_grid(run: Path, scans: Path, tmp_path: Path) -> None:
+def test_each_case_of_a_data_set_is_segmented_on_its_scans_grid(run: Path, scans: Path, tmp_path: Path) -> None:
     assert run_predict("--runs", run, "--input", scans, "--output", tmp_path, "--probabilities") == 0
     predictor = Predictor(run, "cpu")
     for case in find_cases(scans).cases:
@@ -108,7 +108,7 @@ def test_a_data_set_becomes_a_segmentation_each_on_the_scans_grid(run: Path, sca
     assert set(rows_of(tmp_path)) == {"BRATS_001", "BRATS_002", "BRATS_003"}
 
 
-def test_what_is_there_is_kept_unless_asked(run: Path, scans: Path, tmp_path: Path) -> None:
+def test_existing_segmentations_are_kept_unless_asked(run: Path, scans: Path, tmp_path: Path) -> None:
     command = ("--runs", run, "--input", scans, "--output", tmp_path)
     Predictor(run, "cpu").segment(scans / "imagesTr" / "BRATS_001.nii.gz").save(tmp_path / "BRATS_001.nii.gz")
     before = (tmp_path / "BRATS_001.nii.gz").stat().st_ino
@@ -142,9 +142,7 @@ def test_a_folder_of_other_segmentations_is_refused_before_any_work(
     assert len(list(out.glob("*.nii.gz"))) == 3
 
 
-def test_a_file_of_unknown_origin_or_another_grid_is_not_taken_for_a_segmentation(
-    run: Path, scans: Path, tmp_path: Path
-) -> None:
+def test_a_file_of_unknown_origin_or_another_grid_is_refused_as_output(run: Path, scans: Path, tmp_path: Path) -> None:
     image, out = scans / "imagesTr" / "BRATS_001.nii.gz", tmp_path / "out"
     command = ("--runs", run, "--input", image, "--output", out)
     assert run_predict(*command, "--probabilities") == 0
@@ -177,7 +175,7 @@ def test_a_file_of_unknown_origin_or_another_grid_is_not_taken_for_a_segmentatio
     ("number", "status", "says"),
     [(signal.SIGINT, 130, "interrupted; the same"), (signal.SIGTERM, 75, "stopped by SIGTERM; the same")],
 )
-def test_a_command_that_is_stopped_leaves_whole_files_and_goes_on_with_the_others(
+def test_a_stopped_command_leaves_complete_files_and_continues_with_the_rest(
     number: signal.Signals,
     status: int,
     says: str,
@@ -253,16 +251,14 @@ def test_a_table_of_something_else_is_never_replaced(
 
 
 @pytest.mark.parametrize("rest", ["BRATS_002", 'BRATS_002,1.5,"of', "BRATS_002,1.5,,"])
-def test_a_row_that_was_cut_off_does_not_keep_the_command_from_going_on(
-    rest: str, run: Path, scans: Path, tmp_path: Path
-) -> None:
+def test_a_row_that_was_cut_off_does_not_stop_the_command(rest: str, run: Path, scans: Path, tmp_path: Path) -> None:
     command = ("--runs", run, "--input", scans, "--output", tmp_path)
     (tmp_path / "predictions.csv").write_text(f"case,seconds,warnings,error\nother,1.5,,\n{rest}", newline="")
     assert run_predict(*command) == 0
     assert sorted(rows_of(tmp_path)) == ["BRATS_001", "BRATS_002", "BRATS_003", "other"]
 
 
-def test_the_order_of_modalities_may_be_another_one(run: Path, scans: Path, tmp_path: Path) -> None:
+def test_modalities_may_come_in_another_order(run: Path, scans: Path, tmp_path: Path) -> None:
     source = nib.load(scans / "imagesTr" / "BRATS_001.nii.gz")
     image = np.asarray(source.dataobj)
     expected = Predictor(run, "cpu").segment(scans / "imagesTr" / "BRATS_001.nii.gz").labels()
@@ -305,7 +301,7 @@ def test_failed_cases_are_named_at_the_end_and_the_others_are_segmented(
     assert "damaged gzip" in rows_of(tmp_path / "out")["BraTS-GLI-2"]["error"]
 
 
-def test_segmentations_take_the_place_of_no_scan_and_no_label(run: Path, scans: Path, tmp_path: Path) -> None:
+def test_output_never_overwrites_inputs(run: Path, scans: Path, tmp_path: Path) -> None:
     task = shutil.copytree(scans, tmp_path / "task")
     before = {path: path.read_bytes() for path in task.rglob("*.nii.gz")}
     image = task / "imagesTr" / "BRATS_001.nii.gz"
@@ -399,7 +395,7 @@ def test_files_that_make_up_no_case_are_refused(run: Path, scans: Path, tmp_path
         run_predict(*command, tmp_path / "five.nii")
     with pytest.raises(ValueError, match="cases BraTS-GLI-1 and BraTS-GLI-1 of --input would both be written to"):
         run_predict(*command, case, case)
-    with pytest.raises(ValueError, match="a data set says it by itself"):
+    with pytest.raises(ValueError, match="a data set has its own"):
         run_predict(*command, case, "--modalities", "t2", "t1", "t1c", "flair")
     (tmp_path / "a_file").write_text("")
     with pytest.raises(ValueError, match="a_file can't be written"):
@@ -478,12 +474,14 @@ def test_all_ranks_share_what_the_first_finds_undone(tmp_path: Path, monkeypatch
     (tmp_path / "a.nii.gz").touch()
 
     def left_to_do(ranks: Ranks, overwrite: bool = False) -> Sequence[Case]:
-        return predict.left_to_do(cases, predict.Output(tmp_path, CODINGS["decathlon"], False, ""), overwrite, ranks)
+        return segment_cases.left_to_do(
+            cases, segment_cases.Output(tmp_path, CODINGS["decathlon"], False, ""), overwrite, ranks
+        )
 
-    monkeypatch.setattr(predict, "not_as_asked", lambda *_: "")
-    monkeypatch.setattr(predict, "gather", lambda value, ranks: [cases, value])
+    monkeypatch.setattr(segment_cases, "difference", lambda *_: "")
+    monkeypatch.setattr(segment_cases, "gather", lambda value, ranks: [cases, value])
     assert left_to_do(late) == cases and not (tmp_path / "predictions.csv").exists()
-    monkeypatch.setattr(predict, "gather", lambda value, ranks: [value])
+    monkeypatch.setattr(segment_cases, "gather", lambda value, ranks: [value])
     first = replace(late, rank=0)
     assert left_to_do(first) == cases[1:] and (tmp_path / "predictions.csv").exists()
     assert left_to_do(first, overwrite=True) == cases
@@ -511,7 +509,7 @@ def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: P
         (MemoryError(), "failed: BRATS_002: out of memory (MemoryError)"),
         (RuntimeError("could not create a primitive"), "failed: BRATS_002: out of memory (could not create"),
         (ValueError("some strides are negative"), "failed: BRATS_002: some strides are negative"),
-        (IndexError("one slice"), "failed: BRATS_002: IndexError: one slice (test_predict.py, line"),
+        (IndexError("one slice"), "failed: BRATS_002: IndexError: one slice (test_segment_cases.py, line"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "failed: BRATS_002: x: Permission denied"),
     ],
 )
@@ -567,7 +565,7 @@ def test_what_no_other_case_can_get_over_ends_the_batch_and_says_so(
     assert predict.main(command) == 0 and len(list(output.glob("*.nii.gz"))) == 6
 
 
-def test_a_disk_that_is_full_of_one_file_alone_is_one_cases_fault(
+def test_a_file_that_is_too_large_is_the_fault_of_one_case(
     run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = inference.write_nifti
@@ -600,7 +598,7 @@ def test_weights_that_overflow_leave_no_segmentation_and_name_every_case(
     assert capsys.readouterr().err.count("NaN or infinite") == 3
 
 
-def test_names_are_written_as_they_are_or_told_to_be_too_long(run: Path, scans: Path, tmp_path: Path) -> None:
+def test_names_are_written_as_they_are_or_refused_as_too_long(run: Path, scans: Path, tmp_path: Path) -> None:
     """Of 255 bytes that a file's name may have, `.nii.gz` takes 7 and `-probabilities` 14."""
     image, out = scans / "imagesTr" / "BRATS_001.nii.gz", tmp_path / "out"
     files = [tmp_path / os.fsdecode(name) for name in (b"caf\xe9.nii.gz", b"=1+1.nii.gz", b"n" * 241 + b".nii.gz")]

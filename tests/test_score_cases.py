@@ -1,4 +1,4 @@
-"""What `launch/evaluate.py` says of scans, folders and itself, and that ranks do not change it."""
+"""`launch/evaluate.py` as a user calls it, in this process and on two ranks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from commands import free_port
-from test_predict import ORDER, ROOT, labels_of, make_run, one_rank, run, run_evaluate, run_predict, scans  # noqa: F401  # fixtures
+from test_segment_cases import ORDER, ROOT, labels_of, make_run, one_rank, run, run_evaluate, run_predict, scans  # noqa: F401  # fixtures
 
 from engine.evaluation import CaseScores
 from engine.metrics import SCORED, CaseDice, case_dice
 from engine.weights_file import read_content, write_content
-from launch import evaluate
+from launch import score_cases
 from pipelines.cases import find_cases
 from pipelines.labels import CODINGS, REGIONS, regions_from_labels, tutorial_coding
 from pipelines.scans.nifti import read_nifti
@@ -111,13 +111,13 @@ def test_a_tutorial_network_is_scored_on_other_data_as_its_files_would_be(
     assert dice == pytest.approx(case_dice("x", written, expected).dice(), abs=1e-6) and written.any()
 
 
-def test_a_warning_of_many_cases_is_told_once() -> None:
+def test_a_warning_of_many_cases_is_one_line() -> None:
     cases = [CaseScores(CaseDice(name, *((0,) * 3,) * 3), (0.0,) * 3, ("dark", name)) for name in "abcde"]
-    assert evaluate.warnings_of(cases)[:2] == ["a, b, c and 2 more: dark", "a: a"]
-    assert evaluate.warnings_of(cases[:1]) == ["a: dark", "a: a"] and len(evaluate.warnings_of(cases)) == 6
+    assert score_cases.warnings_of(cases)[:2] == ["a, b, c and 2 more: dark", "a: a"]
+    assert score_cases.warnings_of(cases[:1]) == ["a: dark", "a: a"] and len(score_cases.warnings_of(cases)) == 6
 
 
-def test_tables_do_not_leave_a_runs_folder_by_a_link(run: Path, scans: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_tables_do_not_leave_a_runs_folder_through_a_link(run: Path, scans: Path, tmp_path: Path) -> None:  # noqa: F811
     mine, precious = copied(run, tmp_path, "run"), tmp_path / "precious"
     precious.mkdir()
     (mine / "evaluation-source").symlink_to(precious)
@@ -160,7 +160,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "a_file").write_text("")
     command = ("--runs", run, "--root", scans, "--output", tmp_path / "a_file")
-    with mock.patch.object(evaluate, "score_cases") as work, pytest.raises(ValueError, match="a_file, can't be writ"):
+    with (
+        mock.patch.object(score_cases, "score_cases") as work,
+        pytest.raises(ValueError, match="a_file, can't be writ"),
+    ):
         run_evaluate(*command)
     assert not work.called
 
@@ -181,7 +184,7 @@ def test_a_data_set_that_does_not_fit_is_refused_with_what_the_network_needs(
             run_evaluate("--runs", run, "--root", tmp_path / "task", "--output", tmp_path / "out")
 
 
-def test_a_case_that_lacks_a_file_does_not_keep_the_others_from_being_scored(
+def test_a_case_without_a_label_does_not_stop_the_others(
     run: Path,  # noqa: F811
     scans: Path,  # noqa: F811
     tmp_path: Path,
@@ -191,12 +194,12 @@ def test_a_case_that_lacks_a_file_does_not_keep_the_others_from_being_scored(
     (root / "labelsTr" / "BRATS_002.nii.gz").unlink()
     assert run_evaluate("--runs", run, "--root", root, "--output", tmp_path / "out") == 1
     said = capsys.readouterr().err
-    assert said.count("left out: ") == 1 and "labelsTr/BRATS_002.nii.gz" in said
+    assert said.count("skipped: ") == 1 and "labelsTr/BRATS_002.nii.gz" in said
     names = {path.name.removesuffix(".nii.gz") for path in (root / "labelsTr").iterdir()}
     assert names and {row["case"] for row in case_rows(tmp_path / "out")} == names
 
 
-def test_two_ranks_find_what_one_does(run: Path, scans: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_ranks_give_the_tables_of_one(run: Path, scans: Path, tmp_path: Path) -> None:  # noqa: F811
     root = copied(scans, tmp_path)
     (root / "imagesTr" / "BRATS_003.nii.gz").write_bytes(b"\x1f\x8b damaged")
     command = ["--runs", str(run), "--root", str(root), "--device", "cpu", "--output"]
@@ -208,7 +211,7 @@ def test_two_ranks_find_what_one_does(run: Path, scans: Path, tmp_path: Path) ->
         text=True,
         timeout=300,
     )
-    assert "left out: " in done.stderr and "BRATS_003.nii.gz: damaged gzip" in done.stderr
+    assert "skipped: " in done.stderr and "BRATS_003.nii.gz: damaged gzip" in done.stderr
     for name in ("cases.csv", "summary.json", "table.md"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     assert any(float(row["hd95_mm_WT"] or 0) > 0 for row in case_rows(tmp_path / "two"))

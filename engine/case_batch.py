@@ -1,4 +1,4 @@
-"""Work on many cases in three stages side by side, where one that fails never ends the others' work."""
+"""Many cases over all ranks, on each rank in three stages side by side. A case that fails never ends the others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from engine.ranks.distributed import Ranks, gather
 from engine.ranks.memory_limits import is_out_of_memory
 from pipelines.basics.errors import DataError
 from pipelines.basics.os_errors import explain
+from pipelines.basics.progress_bar import show_progress
 from pipelines.basics.text import one_line
+from pipelines.cases import Case
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")
@@ -23,8 +26,33 @@ C = TypeVar("C")
 D = TypeVar("D")
 
 
-class BatchEnds(ValueError):
-    """What would keep every further case from being done too, such as a full disk; the message is for the user."""
+class BatchStopped(ValueError):
+    """What would stop every further case too, such as a full disk; the message is for the user."""
+
+
+def run_batch(
+    verb: str,
+    cases: Sequence[Case],
+    ranks: Ranks,
+    read: Callable[[Case], B],
+    compute: Callable[[B], C],
+    finish: Callable[[Case, B, C], D],
+) -> list[list[tuple[str, D | DataError]]]:
+    """Share cases among the ranks and work on them, with a progress bar.
+
+    Args:
+        verb: for the bar, as "Segmenting". read, compute, finish: as in `in_stages`.
+
+    Returns:
+        for every rank, on every rank: names of its cases and their outcomes, as `in_stages` yields them.
+
+    Raises:
+        BatchStopped, torch.AcceleratorError: as `in_stages`.
+    """
+    mine = cases[ranks.rank :: ranks.world_size]
+    outcomes = in_stages(mine, read, lambda _, content: compute(content), finish)
+    shown = show_progress(outcomes, verb, len(mine), is_shown=ranks.is_first)
+    return gather([(case.name, outcome) for case, outcome in shown], ranks, is_patient=True)
 
 
 def in_stages(
@@ -33,18 +61,18 @@ def in_stages(
     compute: Callable[[A, B], C],
     finish: Callable[[A, B, C], D],
 ) -> Iterator[tuple[A, D | DataError]]:
-    """Work on items one after the other, the next being read and the last being finished meanwhile, in threads.
+    """Work on items one by one, while threads read the next one and finish the last one.
 
     Args:
         items: what to work on.
         read: runs in a thread, one item ahead. compute: runs here. finish: runs in another thread, one item behind.
 
     Yields:
-        (item, what `finish` returned, or what kept one of the three from its work, in words), in order. At most three
-        items are in memory.
+        (item, what `finish` returned, or the fault of the stage that failed), in order. At most three items are in
+        memory.
 
     Raises:
-        BatchEnds: one of the three did.
+        BatchStopped: a stage did.
         torch.AcceleratorError: the device takes no more work.
     """
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "finish") as finisher:
@@ -78,28 +106,28 @@ def _outcome(done: Future) -> Any:
 
 
 def _fault(error: Exception) -> Exception:
-    """A case's fault in words, without its traceback, which would keep volumes in memory; or what ends the batch."""
+    """A case's fault in words, without its traceback, which would keep volumes in memory; or what stops the batch."""
     if isinstance(error, DataError):
         return error.with_traceback(None)
-    if isinstance(error, BatchEnds):
+    if isinstance(error, BatchStopped):
         return error
     if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
         return error
     log.debug("a case failed", exc_info=error)
-    message = in_words(error)
+    message = fault_message(error)
     traceback.clear_frames(error.__traceback__)
     if is_out_of_memory(error) and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return DataError(message)
 
 
-def in_words(error: Exception) -> str:
-    """What kept a case from being done, on a line for the user; of a fault in this program also its place."""
+def fault_message(error: Exception) -> str:
+    """Why a case failed, on one line for the user; for a bug in this program, where."""
     text = one_line(error)
     if is_out_of_memory(error):
         return (
-            f"out of memory ({text[:200] or type(error).__name__}): end other programs, or take a machine or a device "
-            "with more, and do this case again"
+            f"out of memory ({text[:200] or type(error).__name__}): end other programs, or use a machine or a device "
+            "with more, and run this case again"
         )
     if isinstance(error, OSError):
         return explain(error)

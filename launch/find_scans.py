@@ -1,4 +1,4 @@
-"""What `launch/predict.py` is given to segment: data sets, folders of cases, and files."""
+"""The scans that `launch/predict.py` segments: data sets, folders of cases, and files."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from pipelines.layouts.order import in_order
 from pipelines.scans.nifti import read_grid
 
 Fault = tuple[Path, Exception]
-"""Of a case, of a file or of a folder, and what is wrong."""
+"""A file or folder, and what is wrong with it."""
 
 
-def find(inputs: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None) -> tuple[CaseSet, list[Fault]]:
-    """The cases to segment, in the coding that all data sets and folders have by their names, else the network's; and
-    the faults of those that can't be segmented.
+def find_scans(
+    inputs: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None
+) -> tuple[CaseSet, list[Fault]]:
+    """The cases to segment, and the faults of those that can't be segmented.
+
+    Their coding is the one that the names of all data sets and folders show, else the network's.
 
     Raises:
-        ValueError: nothing there, files that make up no case.
+        ValueError: no cases there, or files that do not make up a case.
         OSError: the only folder can't be read.
     """
     files = [path for path in inputs if path.name.lower().endswith((".nii", ".nii.gz")) and not path.is_dir()]
-    cases, faults = files_as_cases(files, predictor, modalities)
+    cases, faults = cases_from_files(files, predictor, modalities)
     codings = [predictor.coding] if files else []
     if modalities and not files:
-        raise ValueError("--modalities names the files or the 4D axis of --input files; a data set says it by itself")
+        raise ValueError("--modalities is for --input files and their 4D axis; a data set has its own: leave it out")
     taken = set(files)
     for root in (path for path in inputs if path not in taken):
         try:
@@ -45,7 +48,7 @@ def find(inputs: Sequence[Path], predictor: Predictor, modalities: Sequence[str]
     return CaseSet(tuple(cases), predictor.modalities, coding), faults
 
 
-def files_as_cases(
+def cases_from_files(
     files: Sequence[Path], predictor: Predictor, modalities: Sequence[str] | None
 ) -> tuple[list[Case], list[Fault]]:
     """4D files, each a case (3D for a network of one modality), and their faults; or the 3D files of one case."""

@@ -1,0 +1,50 @@
+"""What the commands that use trained networks share: options, and messages that name them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.parser import Parser
+from engine.ranks.command import run_command
+
+OWN = {"data.release": "--release", "train.device": "--device"}
+"""What these commands call options of training."""
+
+
+def add_network_options(parser: Parser) -> None:
+    """`--runs`, `--flips`, `--device`, `--kernels`."""
+    choose, kernels = ["auto", "cpu", "cuda"], ["auto", "triton", "reference"]
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", required=True, help="A run's folder or a weights file; several are averaged."
+    )
+    parser.add_argument(
+        "--flips", action="store_true", help="Average over all mirror images; takes eight times as long."
+    )
+    parser.add_argument("--device", choices=choose, default="auto", help="auto: a GPU if there is one.")
+    parser.add_argument("--kernels", choices=kernels, default="auto", help="As in training.")
+
+
+def run_with_networks(work: Callable[[], int], how_to_go_on: str) -> int:
+    """`run_command`, whose messages name the options of these commands."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    def work_or_explain() -> int:
+        try:
+            return work()
+        except ValueError as error:
+            message = with_own_options(str(error))
+            if message == str(error):
+                raise
+            raise ValueError(message) from error
+
+    return run_command(work_or_explain, lambda: how_to_go_on)
+
+
+def with_own_options(text: str) -> str:
+    """A message of the code that training shares: with these commands' options, others as settings of the run."""
+    return re.sub(
+        r"--((?:data|train|model|optim|loss)\.\w+)", lambda match: OWN.get(match[1], f"{match[1]} of the run"), text
+    )

@@ -1,0 +1,180 @@
+"""The work of `launch/evaluate.py`: Dice and HD95 of every case, and tables of them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+
+from engine import evaluation
+from engine.case_batch import run_batch
+from engine.data import existing_root, list_cases, split_names
+from engine.evaluation import CaseScores
+from engine.inference import Predictor, Prepared, Segmentation
+from engine.metrics import Score, scored_regions
+from engine.ranks.distributed import Ranks, first_on_node, init_ranks
+from engine.reports.formats import percent, print_table
+from launch.evaluate import GRIDS
+from launch.network_options import with_own_options
+from pipelines.basics.atomic import cannot_write, make_writable, own_folder
+from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.text import first_few, printable
+from pipelines.cases import Case, CaseSet, survey_cases
+from pipelines.geometry import label_grid
+from pipelines.labels import regions_from_labels
+from pipelines.resample import resample_label
+from pipelines.scans.nifti import RawCase, read_case
+
+NAMED = 3  # cases of a warning that has more
+
+
+def evaluate(options: Namespace) -> int:
+    """Score the cases and write the tables; 1 where one could not be read."""
+    ranks = init_ranks(options.device)
+    if not ranks.is_first:
+        logging.getLogger().setLevel(logging.ERROR)
+    predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
+    folder = options.output or default_folder(options, predictor)
+    cases, unusable = first_on_node(lambda: find(options, predictor), ranks)
+    if ranks.is_first:
+        check_folder(folder, None if options.output else run_of(predictor.members[0].path))
+    outcomes = score_cases(predictor, cases, options.on, options.score, ranks)
+    if not ranks.is_first:
+        return 0
+    scores = sorted((each for each in outcomes if isinstance(each, CaseScores)), key=lambda case: case.name)
+    faults = [*unusable, *(outcome for outcome in outcomes if isinstance(outcome, DataError))]
+    for line in warnings_of(scores):
+        print(printable(line), file=sys.stderr)
+    for fault in faults:
+        print(printable(with_own_options(f"skipped: {fault}")), file=sys.stderr)
+    if not scores:
+        raise DataError("no case could be read: nothing to score")
+    runs = [str(member.path) for member in predictor.members]
+    data, grid = str(options.root or "the run's validation cases"), GRIDS[options.on]
+    summary = evaluation.summary(scores, options.score)
+    found = {"runs": runs, "data": data, "grid": grid, "flips": options.flips, **summary}
+    title = f"{', '.join(runs)} on {data}, {grid}{', with mirror images' if options.flips else ''}"
+    evaluation.write(folder, scores, found, title)
+    print_table(evaluation.HEAD, evaluation.table_rows(found), f"{len(scores)} cases, {grid}")
+    worst = ", ".join(f"{printable(each['case'])} {percent(each['dice'])}" for each in found["worst"])
+    print(f"worst cases by mean Dice: {worst or 'no truth has any region'}\n{found['definition']}.")
+    print(f"tables: {printable(str(folder))}")
+    return 1 if faults else 0
+
+
+def warnings_of(cases: Iterable[CaseScores]) -> list[str]:
+    """A line for each warning, with the cases that have it."""
+    names: dict[str, list[str]] = {}
+    for case in cases:
+        for warning in case.warnings:
+            names.setdefault(warning, []).append(case.name)
+    return [f"{first_few(of, NAMED)}: {warning}" for warning, of in names.items()]
+
+
+def default_folder(options: Namespace, predictor: Predictor) -> Path:
+    """Folder for the tables, different for each grid, data set and way of predicting."""
+    parts = ["evaluation", options.on, *([options.root.resolve().name] if options.root else [])]
+    parts += [name for name, is_on in (("flips", options.flips), ("masks", options.score == "masks")) if is_on]
+    return run_of(predictor.members[0].path) / "-".join(parts)
+
+
+def check_folder(folder: Path, run_dir: Path | None) -> None:
+    """Check before any work that the folder can be written to.
+
+    Args:
+        folder: of the tables. run_dir: the run's folder if it is inside; a link must not lead out of it.
+
+    Raises:
+        ValueError: it can't be.
+    """
+    try:
+        if run_dir:
+            own_folder(run_dir, folder.name)
+        make_writable(folder)
+    except OSError as error:
+        raise cannot_write(f"the folder of the tables, {folder},", error, "choose another with --output") from error
+
+
+def run_of(path: Path) -> Path:
+    """The folder of a run, or of a weights file outside a run."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def find(options: Namespace, predictor: Predictor) -> tuple[CaseSet, tuple[CaseError, ...]]:
+    """The cases to score, and the faults of those of `--root` that can't be scored.
+
+    Raises:
+        ValueError: no case without a fault, or an unknown name; of the run's own cases, any fault, for the split
+            depends on all of them.
+    """
+    own = predictor.members[0].config.data
+    faults: tuple[CaseError, ...] = ()
+    try:
+        if options.root:
+            survey = survey_cases(options.root, options.release, predictor.modalities, own.regions)
+            cases, faults = survey.usable, survey.faults
+            names = options.cases or cases.names
+        else:
+            settings = replace(own, modalities=list(predictor.modalities))
+            cases = list_cases(settings, existing_root(settings))
+            names = options.cases or split_names(own, cases)[1]
+    except DataError as error:
+        needed = f"the network takes {', '.join(predictor.modalities)}"
+        raise DataError(f"{error}\n({needed}; --root gives a data set, --release its label coding)") from error
+    if not names and not faults:
+        raise DataError("the run has no validation cases: give --root")
+    return cases.select(names), faults
+
+
+def score_cases(
+    predictor: Predictor, cases: CaseSet, grid: str, scored: Score, ranks: Ranks
+) -> list[CaseScores | DataError]:
+    """Read, predict and score the cases; the outcomes of all ranks."""
+    size = predictor.members[0].config.data.crop_size_voxels
+
+    def read(case: Case) -> tuple[RawCase, Prepared]:
+        raw = read_case(case, cases.coding)
+        scan = predictor.prepare(raw)
+        raw.image = np.empty(0)  # only the label is needed from here on
+        return raw, crop_centre(scan, size) if grid == "center_crop" else scan
+
+    def score(case: Case, content: tuple[RawCase, Prepared], found: torch.Tensor) -> CaseScores:
+        raw, scan = content
+        assert raw.label is not None and raw.label_affine is not None
+        if grid == "source":
+            segmentation, label = predictor.finish(scan, found), raw.label
+        else:
+            segmentation = Segmentation((found > 0.5).cpu().numpy(), scan.grid.affine, predictor.coding)
+            on = label_grid(scan.grid, raw.label.shape, raw.label_affine, predictor.spacing)
+            label = resample_label(raw.label, raw.label_affine, on)
+            if grid == "center_crop":
+                label = label[centre(label.shape, size)]
+        masks = scored_regions(torch.from_numpy(segmentation.masks_as(cases.coding)), cases.coding, scored)
+        spacing_mm = np.linalg.norm(segmentation.affine[:3, :3], axis=0).tolist()
+        truth = regions_from_labels(label, cases.coding)
+        return replace(evaluation.score(case.name, masks.numpy(), truth, spacing_mm), warnings=scan.warnings)
+
+    parts = run_batch("Scoring", cases.cases, ranks, read, lambda content: predictor.probabilities(content[1]), score)
+    return [
+        DataError(f"{name}: {outcome}") if isinstance(outcome, DataError) else outcome
+        for part in parts
+        for name, outcome in part
+    ]
+
+
+def crop_centre(scan: Prepared, size: Sequence[int]) -> Prepared:
+    """The scan with its image cropped; an axis that is smaller stays as it is."""
+    x, y, z = centre(scan.image_1CXYZ.shape[2:], size)
+    return replace(scan, image_1CXYZ=scan.image_1CXYZ[..., x, y, z].contiguous())
+
+
+def centre(shape: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    """The centre crop of MONAI's `CenterSpatialCrop`."""
+    starts = [max(n // 2 - wanted // 2, 0) for n, wanted in zip(shape, size, strict=True)]
+    return tuple(slice(start, min(start + wanted, n)) for start, wanted, n in zip(starts, size, shape, strict=True))

@@ -1,0 +1,249 @@
+"""The work of `launch/predict.py`: every case becomes a segmentation in one folder, and a row of a table."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+
+from engine.case_batch import BatchStopped, fault_message, run_batch
+from engine.inference import Predictor, Prepared, describe
+from engine.ranks.distributed import Ranks, gather, init_ranks
+from launch.find_scans import find_scans
+from launch.network_options import with_own_options
+from pipelines.basics.atomic import cannot_write, make_writable
+from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.tables import append_row, read_table, write_table
+from pipelines.basics.text import first_few, printable
+from pipelines.cases import Case
+from pipelines.labels import CODINGS, Coding
+from pipelines.scans.nifti import read_description, read_grid, read_nifti
+
+log = logging.getLogger(__name__)
+
+TABLE = "predictions.csv"
+OR_ELSE = "choose another folder; its files are complete, and the same command continues"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class PredictionRow:
+    """A row of `predictions.csv`."""
+
+    case: str
+    seconds: float | None = None
+    warnings: str = ""
+    error: str = ""
+
+
+COLUMNS = tuple(PredictionRow.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What to write.
+
+    Attributes:
+        folder: of all files. coding: of the label maps. probabilities: whether to write them too.
+        made_by: see `Predictor.made_by`.
+    """
+
+    folder: Path
+    coding: Coding
+    probabilities: bool
+    made_by: str
+
+    def files(self, case: Case) -> dict[Path, str]:
+        """The files of a case, the label map first, and what the header of each says."""
+        name = re.sub(r"[^\w.-]", "_", case.name)
+        files = {self.folder / f"{name}.nii.gz": describe(self.coding, self.made_by)}
+        if self.probabilities:
+            files[self.folder / f"{name}-probabilities.nii.gz"] = describe(None, self.made_by)
+        return files
+
+
+def segment_cases(options: Namespace) -> int:
+    """Segment the cases of `--input`; 1 where one failed."""
+    ranks = init_ranks(options.device)
+    if not ranks.is_first:
+        logging.getLogger().setLevel(logging.ERROR)
+    predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
+    log.info("%s; %s", ", ".join(str(member.path) for member in predictor.members), predictor.kernels_taken)
+    found, faults = find_scans(options.input, predictor, options.modalities)
+    failed = [PredictionRow(str(path), error=with_own_options(fault_message(error))) for path, error in faults]
+    coding = CODINGS[options.release] if options.release else found.coding
+    output = Output(options.output, coding, options.probabilities, predictor.made_by)
+    check_outputs(found.cases, output)
+    try:
+        make_writable(output.folder)
+    except OSError as error:
+        raise cannot_write(f"--output {output.folder}", error, OR_ELSE) from error
+    waiting = left_to_do(found.cases, output, options.overwrite, ranks)
+    kept = len(found.cases) - len(waiting)
+    if kept:
+        log.info("%d of %d cases are segmented already and kept (--overwrite replaces them)", kept, len(found.cases))
+    log.info("label coding %s: %s", coding.release, ", ".join(f"{v} {t}" for v, t in coding.tissues.items()))
+    rows = predict_cases(predictor, waiting, output, ranks)
+    if not ranks.is_first:
+        return 0
+    for row in (row for part in rows[1:] for row in part if row.warnings):
+        log.warning("%s: %s", row.case, row.warnings)
+    done = [row for part in rows for row in part]
+    segmented = len(done) - sum(bool(row.error) for row in done)
+    print(f"{segmented} cases segmented, {kept} kept: {printable(str(output.folder))}")
+    for row in (*failed, *(row for row in done if row.error)):
+        print(f"failed: {row.error}", file=sys.stderr)
+    write_rows(output.folder / TABLE, [*failed, *done])
+    return 1 if failed or segmented < len(done) else 0
+
+
+def check_outputs(cases: Sequence[Case], output: Output) -> None:
+    """Refuse segmentations that would overwrite a scan, a label or each other.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    given = {path.resolve() for case in cases for path in (*case.images, case.label) if path}
+    case_of: dict[Path, str] = {}
+    for case in cases:
+        for path in output.files(case):
+            if path.resolve() in given:
+                raise ValueError(
+                    f"--output {output.folder}: {path} is a file of the data and would be lost; choose another folder"
+                )
+            if path in case_of:
+                raise ValueError(
+                    f"cases {case_of[path]} and {case.name} of --input would both be written to {path}: predict them "
+                    "separately, or rename one"
+                )
+            case_of[path] = case.name
+
+
+def left_to_do(cases: Sequence[Case], output: Output, overwrite: bool, ranks: Ranks) -> Sequence[Case]:
+    """The cases without a segmentation, as the first rank finds them: when another one looks, some may be done.
+
+    The first rank also starts the table.
+
+    Raises:
+        ValueError: a segmentation that exists is not what is asked for.
+    """
+    if not ranks.is_first:
+        return gather([], ranks)[0]
+    waiting: list[Case] = []
+    others: list[str] = []
+    for case in cases:
+        files = output.files(case)
+        there = [] if overwrite else [path for path in files if os.path.lexists(path)]
+        others += [f"{path.name} {how}" for path in there if (how := difference(path, case, files[path]))]
+        if len(there) < len(files):
+            waiting.append(case)
+    if others:
+        raise ValueError(
+            f"--output {output.folder} holds {len(others)} files that are not what is asked for now: "
+            f"{first_few(others, 3)}. Choose another --output, ask for what is there (--runs, --release, --flips), or "
+            "replace them with --overwrite"
+        )
+    write_rows(output.folder / TABLE, [])  # for all ranks to add to, which wait for it here
+    return gather(waiting, ranks)[0]
+
+
+def difference(path: Path, case: Case, asked: str) -> str:
+    """How an existing file differs from what is asked for, in words; empty if it does not.
+
+    Args:
+        path: of the segmentation. case: its case. asked: what its header should say.
+    """
+    try:
+        said, (array, affine) = read_description(path), read_nifti(path)  # whole: a copy may have been cut off
+    except CaseError as error:
+        return f"can't be read ({error.problem})"
+    try:
+        scan_shape, scan_affine = read_grid(case.images[0])
+    except CaseError:
+        scan_shape, scan_affine = array.shape, affine  # nothing to compare with; reading the case will report it
+    if array.shape[:3] != scan_shape[:3] or not np.allclose(affine, scan_affine, atol=1e-3):
+        return f"lies on another grid than {case.images[0]}"
+    if not said.startswith("glioforge: "):
+        return "does not say how it was made"
+    return "" if said == asked else f"says {said!r}, not {asked!r}"
+
+
+def predict_cases(
+    predictor: Predictor, waiting: Sequence[Case], output: Output, ranks: Ranks
+) -> list[list[PredictionRow]]:
+    """Read, predict and write the cases; the rows of every rank."""
+    started: dict[str, float] = {}
+
+    def read(case: Case) -> Prepared:
+        started[case.name] = time.perf_counter()
+        return predictor.prepare(predictor.read(replace(case, label=None)))
+
+    def write(case: Case, scan: Prepared, found: torch.Tensor) -> PredictionRow:
+        segmentation = predictor.finish(scan, found, output.probabilities, case.images[0])
+        for warning in segmentation.warnings:
+            log.warning("%s: %s", case.name, warning)
+        labels, *extra = output.files(case)
+        try:
+            if extra:
+                segmentation.save_probabilities(extra[0])
+            segmentation.save(labels, output.coding)
+            seconds = round(time.perf_counter() - started[case.name], 2)
+            row = PredictionRow(case.name, seconds, "; ".join(segmentation.warnings))
+            append_row(output.folder / TABLE, COLUMNS, asdict(row))  # at once, in case the command is stopped
+        except OSError as error:
+            if is_lost(output.folder, error):
+                raise BatchStopped(str(cannot_write(f"--output {output.folder}", error, OR_ELSE))) from error
+            raise
+        return row
+
+    def row(name: str, outcome: PredictionRow | DataError) -> PredictionRow:
+        if isinstance(outcome, DataError):
+            return PredictionRow(name, error=with_own_options(f"{name}: {outcome}"))
+        return outcome
+
+    parts = run_batch("Segmenting", waiting, ranks, read, predictor.probabilities, write)
+    return [[row(*outcome) for outcome in part] for part in parts]
+
+
+def is_lost(folder: Path, error: OSError) -> bool:
+    """Whether no other case can be written either: a full disk, a folder that is gone or locked."""
+    return error.errno in NO_ROOM or not os.access(folder, os.W_OK | os.X_OK)
+
+
+def write_rows(path: Path, rows: Sequence[PredictionRow]) -> None:
+    """Update the table; rows of other segmentations stay, faults of earlier commands go.
+
+    Raises:
+        ValueError: a file of that name is another table, not a table, or damaged.
+    """
+    known: dict[str, dict] = {}
+    if os.path.lexists(path):
+        try:
+            drop_cut_off_row(path)
+            known = {row["case"]: row for row in read_table(path, COLUMNS) if not row["error"]}
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. It is not a table of this command ({','.join(COLUMNS)}) and would be lost: move it, or "
+                "choose another --output"
+            ) from error
+    for row in rows:
+        known.pop(row.case, None)
+    write_table(path, COLUMNS, sorted([*known.values(), *map(asdict, rows)], key=lambda row: row["case"]))
+
+
+def drop_cut_off_row(path: Path) -> None:
+    """Remove the incomplete last row that a full disk or a kill left in the table."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if content.startswith(",".join(COLUMNS).encode()) and 0 < end < len(content):
+        os.truncate(path, end)
