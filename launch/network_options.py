@@ -27,7 +27,7 @@ def add_network_options(parser: Parser) -> None:
     parser.add_argument("--kernels", choices=kernels, default="auto", help="As in training.")
 
 
-def run_with_networks(work: Callable[[], int], how_to_go_on: str) -> int:
+def run_with_networks(work: Callable[[], int], how_to_continue: str) -> int:
     """`run_command`, whose messages name the options of these commands."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -40,7 +40,7 @@ def run_with_networks(work: Callable[[], int], how_to_go_on: str) -> int:
                 raise
             raise ValueError(message) from error
 
-    return run_command(work_or_explain, lambda: how_to_go_on)
+    return run_command(work_or_explain, lambda: how_to_continue)
 
 
 def with_own_options(text: str) -> str:

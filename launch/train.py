@@ -10,6 +10,7 @@ if __name__ == "__main__":
     import launch.start  # noqa: F401  # before any other import
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from engine.ranks.command import run_command
@@ -21,23 +22,23 @@ if TYPE_CHECKING:
 def main(args: list[str] | None = None) -> int:
     """Parse the command line and train; returns the exit status, see `run_command`."""
     config: Config | None = None
+    advice: Callable[[Config | None], str] | None = None
 
     def work() -> None:
-        nonlocal config
+        nonlocal config, advice
         from engine.config import make_parser, parse_config
 
         parser = make_parser(
             "Train UNETR or UNet on BraTS or Decathlon scans, or, with no arguments, on synthetic ones."
         )
         config, _ = parse_config(parser, args)
-        from engine.run import run  # and all that trains, draws and writes: seconds
+        from engine import run as training  # and with it all that trains, draws and writes: seconds
 
-        run(config)
+        advice = training.how_to_resume
+        training.run(config)
 
     def how_to_continue() -> str:
-        from engine.run import how_to_resume
-
-        return how_to_resume(config)
+        return advice(config) if advice else "training had not begun: start again"
 
     return run_command(work, how_to_continue)
 

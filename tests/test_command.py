@@ -135,7 +135,7 @@ def test_a_single_rank_needs_no_thread_and_no_port(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), *((stop, 75) for stop in STOP_SIGNALS)])
-def test_a_signal_says_how_to_go_on(number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_says_how_to_continue(number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
     assert run_command(lambda: signal.raise_signal(number), lambda: "start again", alone=True) == status
     assert capsys.readouterr().err.endswith("; start again\n")
@@ -143,9 +143,9 @@ def test_a_signal_says_how_to_go_on(number: signal.Signals, status: int, capsys:
 
 
 def test_a_signal_while_the_last_line_is_made_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    def how_to_go_on() -> str:
+    def how_to_continue() -> str:
         signal.raise_signal(signal.SIGTERM)
         return "start again"
 
-    assert run_command(lambda: signal.raise_signal(signal.SIGUSR1), how_to_go_on, alone=True) == 75
+    assert run_command(lambda: signal.raise_signal(signal.SIGUSR1), how_to_continue, alone=True) == 75
     assert capsys.readouterr().err == "stopped by SIGUSR1; start again\n"

@@ -487,7 +487,7 @@ def test_all_ranks_share_what_the_first_finds_undone(tmp_path: Path, monkeypatch
     assert left_to_do(first, overwrite=True) == cases
 
 
-def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: Path, tmp_path: Path) -> None:
+def test_two_ranks_share_the_cases(run: Path, scans: Path, tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
     command = [*torchrun, str(ROOT / "launch" / "predict.py"), "--runs", str(run), "--device", "cpu"]
     done = subprocess.run(
@@ -495,12 +495,6 @@ def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: P
     )
     assert done.returncode == 0, done.stderr
     assert "3 cases segmented, 0 kept" in done.stdout and len(list((tmp_path / "out").glob("*.nii.gz"))) == 3
-    wrong = [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--runs", str(tmp_path / "nothing")]
-    done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if "error" in line] == [
-        f"error: {tmp_path / 'nothing'} is no run with weights (checkpoints/best.pt, last.pt), nor a weights file"
-    ]
 
 
 @pytest.mark.parametrize(
@@ -514,7 +508,7 @@ def test_two_ranks_share_the_cases_and_a_mistake_is_one_line(run: Path, scans: P
     ],
 )
 @pytest.mark.parametrize("stage", ["prepare", "probabilities", "finish"])
-def test_whatever_befalls_one_case_the_others_are_segmented(
+def test_a_failing_case_does_not_stop_the_others(
     error: Exception, says: str, stage: str, run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -539,7 +533,7 @@ def test_whatever_befalls_one_case_the_others_are_segmented(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT])
-def test_what_no_other_case_can_get_over_ends_the_batch_and_says_so(
+def test_an_error_that_every_case_would_meet_ends_the_batch_and_says_so(
     number: int, run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str], alone: bool = False) -> int:
+def run_command(work: Callable[[], int | None], how_to_continue: Callable[[], str], alone: bool = False) -> int:
     """Run a command's work; returns the exit status, or ends the process where one of several ranks fails.
 
     A user's mistake (`ValueError`: a bad value, a faulty scan), a file that can't be used and memory that ran out are
     one line on standard error and status 2; the traceback goes to the log. Ctrl-C (130), and a signal or a launcher's
-    end that stops the work (75), say how to go on. Of several ranks, the first to fail gives the line and the status of
-    all. A reader of standard output that goes away, as before `| head`, changes neither the work nor its status, except
-    of a command that only prints (`--help`): 141. A full disk behind standard output is reported at the end: 74.
+    end that stops the work (75), say how to continue. Of several ranks, the first to fail gives the line and the status
+    of all. A reader of standard output that goes away, as before `| head`, changes neither the work nor its status,
+    except of a command that only prints (`--help`): 141. A full disk behind standard output is reported at the end: 74.
 
     Args:
-        work: returns its status, None for 0. how_to_go_on: advice for a user whose command was stopped.
+        work: returns its status, None for 0. how_to_continue: advice for a user whose command was stopped.
         alone: this process has no peers, whatever a launcher's variables say.
     """
     set_up_terminal()
@@ -51,12 +51,16 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str],
     is_ours = not _has_process_group()  # a caller may have made it
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            if is_over:  # a second Ctrl-C waits for nobody
-                os._exit(130)
-            raise KeyboardInterrupt
-        if not (is_over or (watchdog and watchdog.is_ending)):
-            raise StoppedBySignal(signal_name(number))
+        if number == signal.SIGINT and is_over:  # a second Ctrl-C waits for nobody
+            os._exit(130)
+        if is_over or (watchdog and watchdog.is_ending and number != signal.SIGINT):
+            return
+        error = KeyboardInterrupt() if number == signal.SIGINT else StoppedBySignal(signal_name(number))
+        if _is_importing("torch"):  # which crashes where an exception comes in between
+            status, line = _status_and_line(error, how_to_continue)
+            os.write(2, f"{line}\n".encode())
+            os._exit(status)
+        raise error
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as launch/start.py left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,12 +70,12 @@ def run_command(work: Callable[[], int | None], how_to_go_on: Callable[[], str],
             watchdog = _start_watchdog(launcher) if launcher else None
             status = work() or 0
     except TrainingStopped as stop:
-        status, line = _status_and_line(stop, how_to_go_on)
+        status, line = _status_and_line(stop, how_to_continue)
         log.debug(line)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         is_over = watchdog is None
         log.debug("traceback", exc_info=True)
-        status, line = _status_and_line(error, how_to_go_on)
+        status, line = _status_and_line(error, how_to_continue)
         if watchdog and status:
             watchdog.fail(error, line, status)
         only_prints = isinstance(error, SystemExit)
@@ -100,12 +104,16 @@ def _start_watchdog(launcher: Launcher) -> Watchdog | None:
     return start_watchdog(launcher)
 
 
+def _is_importing(name: str) -> bool:
+    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
+
+
 def _has_process_group() -> bool:
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
 
 
-def _status_and_line(error: BaseException, how_to_go_on: Callable[[], str]) -> tuple[int, str]:
+def _status_and_line(error: BaseException, how_to_continue: Callable[[], str]) -> tuple[int, str]:
     """Exit status and message for the user."""
     if isinstance(error, ImportError):  # extension modules raise one where a signal or missing memory stopped them
         error = next((each for each in _causes(error) if isinstance(each, KeyboardInterrupt | MemoryError)), error)
@@ -118,9 +126,9 @@ def _status_and_line(error: BaseException, how_to_go_on: Callable[[], str]) -> t
     if isinstance(error, ValueError):
         return 2, str(error)
     if isinstance(error, TrainingStopped | StoppedBySignal):
-        return os.EX_TEMPFAIL, f"stopped by {error}; {how_to_go_on()}"
+        return os.EX_TEMPFAIL, f"stopped by {error}; {how_to_continue()}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, f"\ninterrupted; {how_to_go_on()}"
+        return 130, f"\ninterrupted; {how_to_continue()}"
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         return status, "the command line was refused, see above"
