@@ -7,9 +7,9 @@ tf32      TF32 products on a GPU            fp16   autocast, the loss scaled so 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -44,19 +44,30 @@ def set_up_torch(precision: Precision, deterministic: bool) -> None:
 @contextmanager
 def tf32(is_on: bool) -> Iterator[None]:
     """Within it, float32 products on a GPU are TF32, or IEEE; afterwards whatever they were before."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # a process that set only the backends can't be asked
-        older = "highest"
+    matmul = _readable(torch.get_float32_matmul_precision)
+    convolution = _readable(lambda: torch.backends.cudnn.allow_tf32)
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    products: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [product.fp32_precision for product in products]
     _set_tf32(is_on)
     try:
         yield
-    finally:
-        torch.set_float32_matmul_precision(older)
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    finally:  # the older switches first: they also set the newer ones
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolution is not None:
+            torch.backends.cudnn.allow_tf32 = convolution
+        for product, precision in zip(products, before, strict=True):
+            if product.fp32_precision != precision:
+                product.fp32_precision = precision
+
+
+def _readable(switch: Callable[[], Any]) -> Any:
+    """The value of an older switch; None if the process has set the newer ones, of which it can't speak."""
+    try:
+        return switch()
+    except RuntimeError:
+        return None
 
 
 def _set_tf32(is_on: bool) -> None:
