@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import file_digest, sha256
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from threading import Condition
 
@@ -187,7 +188,7 @@ class Predictor:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
         with dispatch.using(kernels, self.device) as self.kernels_taken:
-            self._kernels = kernels
+            pass
         paths = [runs] if isinstance(runs, str | Path) else list(runs)
         if not paths:
             raise ValueError("no run is given: name a run's folder or a weights file")
@@ -199,16 +200,11 @@ class Predictor:
         self.made_by = f"weights {sha256(''.join(hashes).encode()).hexdigest()[:12]}{', flips' if flips else ''}"
         self.spacing = first.config.data.spacing
         # On a CPU half precision would be slower and less exact.
-        self._networks = [
-            prepare_network(member.network, member.config.train.precision if self.device.type == "cuda" else "float32")
-            for member in self.members
-        ]
-        self._in_tf32 = self.device.type == "cuda" and all(
-            member.config.train.precision == "tf32" for member in self.members
-        )
-        axes = (2, 3, 4)
-        subsets = chain.from_iterable(combinations(axes, count) for count in range(4)) if flips else [()]
-        self._mirrored = list(subsets)
+        in_training = [member.config.train.precision for member in self.members]
+        precisions = in_training if self.device.type == "cuda" else ["float32"] * len(self.members)
+        self._networks = [prepare_network(member.network, each) for member, each in zip(self.members, precisions)]
+        self._settings = partial(_SETTINGS.holding, kernels, self.device, set(precisions) == {"tf32"})
+        self._mirrored = [axes for count in range(4 if flips else 1) for axes in combinations((2, 3, 4), count)]
 
     def segment(
         self,
@@ -236,13 +232,12 @@ class Predictor:
                     f"(C, X, Y, Z) with the C = {len(self.modalities)} modalities {', '.join(self.modalities)}, and "
                     "its affine (4, 4) given"
                 )
-            return self.finish(*self._predicted(_raw(images, affine)), probabilities)
-        case = self.case_of(images)
-        return self.finish(*self._predicted(self.read(case)), probabilities, case.images[0])
-
-    def _predicted(self, raw: RawCase) -> tuple[Prepared, torch.Tensor]:
+            raw, like = _raw(images, affine), None
+        else:
+            case = self.case_of(images)
+            raw, like = self.read(case), case.images[0]
         scan = self.prepare(raw)
-        return scan, self.probabilities(scan)
+        return self.finish(scan, self.probabilities(scan), probabilities, like)
 
     def case_of(self, images: Sequence[Path | str] | Mapping[str, Path | str] | Path | str, name: str = "scan") -> Case:
         """The case that files make up; see `segment`.
@@ -344,15 +339,9 @@ class Predictor:
                     kept[i] = values.cpu().numpy()
         return Segmentation(masks, scan.affine, self.coding, kept, scan.warnings, like, self.made_by)
 
-    @contextmanager
-    def _settings(self) -> Iterator[None]:
-        """Within it, the process has this predictor's kernels and TF32."""
-        with _SETTINGS.holding(self._kernels, self.device, self._in_tf32):
-            yield
-
 
 class _ProcessSettings:
-    """Kernels and TF32 of the process. Threads that need the same ones share them, others wait until they are free."""
+    """Kernels and TF32 of the process. Threads that need the same ones share them; others wait until they are free."""
 
     def __init__(self) -> None:
         self.is_free, self.users = Condition(), 0

@@ -52,16 +52,12 @@ def make_parser() -> Parser:
     parser.add_argument("--root", type=Path, help="A data set, all of its cases; default: the run's validation cases.")
     parser.add_argument("--release", choices=sorted(CODINGS), help="Label coding of --root, if names leave it open.")
     parser.add_argument("--cases", type=str, nargs="+", help="Only these cases.")
-    parser.add_argument(
-        "--on", choices=list(GRIDS), default="source", help="; ".join(f"{k}: {v}" for k, v in GRIDS.items())
-    )
+    grids = "; ".join(f"{name}: {grid}" for name, grid in GRIDS.items())
+    parser.add_argument("--on", choices=list(GRIDS), default="source", help=grids)
     scored = "label_map: what is written, ET within TC within WT; masks: the network's masks, as they overlap"
     parser.add_argument("--score", choices=("label_map", "masks"), default="label_map", help=scored)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="Folder for the tables; default: evaluation-GRID[-ROOT][-flips][-masks] in the run's folder.",
-    )
+    folder = "Folder for the tables; default: evaluation-GRID[-ROOT][-flips][-masks] in the run's folder."
+    parser.add_argument("--output", type=Path, help=folder)
     return parser
 
 

@@ -43,30 +43,21 @@ def make_parser() -> Parser:
     """The options of this command."""
     parser = Parser("Segment scans with a trained network, or the average of several.")
     add_network_options(parser)
-    parser.add_argument(
-        "--input",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="A data set, case folders, a case's files (one for each modality), or 4D files.",
-    )
+    scans = "A data set, case folders, a case's files (one for each modality), or 4D files."
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help=scans)
     parser.add_argument("--output", type=Path, required=True, help="Folder for <case>.nii.gz.")
-    parser.add_argument(
-        "--modalities",
-        type=str,
-        nargs="+",
-        help="Modalities of the --input files, in their order, or on a 4D file's last axis; needed if the files' names "
-        "do not contain them and the order is not the network's.",
+    modalities = (
+        "Modalities of the --input files, in their order, or on a 4D file's last axis; needed if the files' names do "
+        "not contain them and the order is not the network's."
     )
-    parser.add_argument(
-        "--release",
-        choices=sorted(CODINGS),
-        help="Label coding to write. By default the one that the names of all data sets and case folders show; "
-        "otherwise, and for files, the one of the network's training data.",
+    parser.add_argument("--modalities", type=str, nargs="+", help=modalities)
+    coding = (
+        "Label coding to write. By default the one that the names of all data sets and case folders show; otherwise, "
+        "and for files, the one of the network's training data."
     )
-    parser.add_argument(
-        "--probabilities", action="store_true", help="Write <case>-probabilities.nii.gz (TC, WT, ET) too."
-    )
+    parser.add_argument("--release", choices=sorted(CODINGS), help=coding)
+    written = "Write <case>-probabilities.nii.gz (TC, WT, ET) too."
+    parser.add_argument("--probabilities", action="store_true", help=written)
     parser.add_argument("--overwrite", action="store_true", help="Replace existing segmentations.")
     return parser
 

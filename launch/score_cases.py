@@ -142,7 +142,10 @@ def score_cases(
         raw = read_case(case, cases.coding)
         scan = predictor.prepare(raw)
         raw.image = np.empty(0)  # only the label is needed from here on
-        return raw, crop_centre(scan, size) if grid == "center_crop" else scan
+        if grid == "center_crop":
+            x, y, z = centre(scan.image_1CXYZ.shape[2:], size)
+            scan = replace(scan, image_1CXYZ=scan.image_1CXYZ[..., x, y, z].contiguous())
+        return raw, scan
 
     def score(case: Case, content: tuple[RawCase, Prepared], found: torch.Tensor) -> CaseScores:
         raw, scan = content
@@ -168,13 +171,7 @@ def score_cases(
     ]
 
 
-def crop_centre(scan: Prepared, size: Sequence[int]) -> Prepared:
-    """The scan with its image cropped; an axis that is smaller stays as it is."""
-    x, y, z = centre(scan.image_1CXYZ.shape[2:], size)
-    return replace(scan, image_1CXYZ=scan.image_1CXYZ[..., x, y, z].contiguous())
-
-
 def centre(shape: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
-    """The centre crop of MONAI's `CenterSpatialCrop`."""
+    """The centre crop of MONAI's `CenterSpatialCrop`; an axis that is smaller stays as it is."""
     starts = [max(n // 2 - wanted // 2, 0) for n, wanted in zip(shape, size, strict=True)]
     return tuple(slice(start, min(start + wanted, n)) for start, wanted, n in zip(starts, size, shape, strict=True))

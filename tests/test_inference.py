@@ -10,6 +10,7 @@ import signal
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -166,7 +167,7 @@ def process_state() -> tuple[object, ...]:
 def tf32_predictor(run: Path) -> Predictor:
     """As one on a GPU, of a network that was trained in TF32."""
     predictor = Predictor(run, "cpu")
-    predictor._in_tf32 = True
+    predictor._settings = partial(inference._SETTINGS.holding, "auto", predictor.device, True)
     return predictor
 
 

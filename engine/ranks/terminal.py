@@ -14,7 +14,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TextIO
 
 from pipelines.basics.atomic import open_own
 from pipelines.basics.text import as_text
@@ -110,10 +109,6 @@ def set_up_terminal() -> None:
                 stream.flush()
             setattr(sys, name, Terminal(stream))
             for handler in logging.getLogger().handlers:
-                _replace(handler, stream, getattr(sys, name))
-
-
-def _replace(handler: logging.Handler, stream: TextIO, terminal: Terminal) -> None:
-    if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
-        handler.setStream(terminal)
-        handler.setFormatter(PlainFormatter(handler.formatter._fmt if handler.formatter else None))
+                if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                    handler.setStream(getattr(sys, name))
+                    handler.setFormatter(PlainFormatter(handler.formatter._fmt if handler.formatter else None))
