@@ -6,6 +6,7 @@ import errno
 import os
 import pty
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -125,6 +126,34 @@ def test_an_import_that_was_stopped_ends_as_its_cause(cause: BaseException, stat
     error = ImportError("initialization failed")
     error.__cause__ = cause
     assert ends(error)[0] == status
+
+
+IMPORTING = """
+import importlib.machinery, signal, sys, types
+from engine.ranks.command import run_command
+
+torch = sys.modules["torch"] = types.ModuleType("torch")
+torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+torch.__spec__._initializing = True
+
+def work():
+    try:
+        signal.raise_signal(int(sys.argv[1]))
+    except BaseException:
+        print("raised")
+
+run_command(work, lambda: "start again", alone=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [(signal.SIGINT, 130, "\ninterrupted; start again\n"), (signal.SIGTERM, 75, "stopped by SIGTERM; start again\n")],
+)
+def test_nothing_is_raised_while_pytorch_is_being_imported(number: signal.Signals, status: int, line: str) -> None:
+    """Its extension module crashes where an exception comes in between."""
+    done = subprocess.run([sys.executable, "-c", IMPORTING, str(int(number))], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", line)
 
 
 def test_a_single_rank_needs_no_thread_and_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
