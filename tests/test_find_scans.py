@@ -37,7 +37,7 @@ def test_files_are_taken_by_their_names_in_whatever_order_a_shell_gives_them(tmp
         cases_from_files(paths, network(), ORDER)
 
 
-def test_a_file_of_another_modality_is_no_case_of_a_network_of_one(tmp_path: Path) -> None:
+def test_a_file_of_another_modality_is_refused_for_a_network_of_one(tmp_path: Path) -> None:
     paths = [write(tmp_path / name) for name in ("a_t1c.nii", "b.nii")]
     cases, _ = cases_from_files(paths, network("t1c"), None)
     assert [case.images for case in cases] == [(path,) for path in paths]
@@ -59,7 +59,7 @@ def case_folder(root: Path, name: str, ends: tuple[str, ...] = ("t2f", "t1n", "t
     return root / name
 
 
-def test_one_folder_of_several_that_holds_no_case_leaves_the_others_alone(tmp_path: Path) -> None:
+def test_a_folder_without_cases_does_not_stop_the_others(tmp_path: Path) -> None:
     good = [case_folder(tmp_path, f"BraTS-GLI-0000{i}-000") for i in (1, 2)]
     (tmp_path / "empty").mkdir()
     found, faults = find_scans([good[0], tmp_path / "empty", tmp_path / "gone", good[1]], network(), None)

@@ -41,7 +41,9 @@ def test_the_cache_is_the_first_that_is_set(monkeypatch: pytest.MonkeyPatch, tmp
     assert cache_dir() == tmp_path / "own"
 
 
-def test_a_cache_that_cannot_be_made_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_made_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("GLIOFORGE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ValueError, match="file/cache, can't be made .Not a directory.: set GLIOFORGE_CACHE to another"):
@@ -60,7 +62,7 @@ def test_packages_get_a_home_in_the_cache(home: str | None, monkeypatch: pytest.
     assert cache_dir() == tmp_path / "cache"
 
 
-def test_without_a_cache_they_get_a_temporary_one_which_is_no_cache(
+def test_without_a_cache_packages_get_a_temporary_home_that_is_not_a_cache(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for _ in range(2):  # the process that this one starts finds it as HOME

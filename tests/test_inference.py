@@ -339,7 +339,7 @@ def test_one_image_given_as_two_modalities_is_refused(run: Path, scan: np.ndarra
 
 @pytest.mark.parametrize("name", ["unet", "unetr"])
 @pytest.mark.parametrize("scale", [1e20, 1e38])
-def test_weights_that_overflow_give_an_error_and_no_segmentation(
+def test_weights_that_overflow_are_an_error_not_a_segmentation(
     name: Literal["unet", "unetr"], scale: float, scan: np.ndarray, tmp_path: Path
 ) -> None:
     """Every voxel was background, for NaN is not above one half."""

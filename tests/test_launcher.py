@@ -53,7 +53,7 @@ def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Processes:
         ("", ""),
     ],
 )
-def test_a_program_is_told_by_its_command_line(line: str, program: str) -> None:
+def test_a_program_is_recognised_by_its_command_line(line: str, program: str) -> None:
     assert program_of(line.split()) == program
 
 
@@ -87,7 +87,7 @@ def test_a_rank_whose_launcher_ended_before_it_could_look_knows_by_its_session(p
         (40, 50, LAUNCH),  # by a process that may not be looked at
     ],
 )
-def test_a_launcher_without_deepspeed_above_it_is_no_false_alarm(
+def test_a_node_launcher_without_deepspeed_above_it_raises_no_alarm(
     parent: int, session: int, arguments: tuple[str, ...], processes: Processes
 ) -> None:
     processes.add(61, parent, session, *arguments)
@@ -141,12 +141,12 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_launcher_is_told_to_its_child(tmp_path: Path) -> None:
+def test_a_child_learns_that_its_launcher_was_killed(tmp_path: Path) -> None:
     start_and_kill(tmp_path, "torchrun")
     wait_for(tmp_path / "gone")
 
 
-def test_the_end_of_another_parent_is_no_concern(tmp_path: Path) -> None:
+def test_the_end_of_another_parent_sends_no_signal(tmp_path: Path) -> None:
     start_and_kill(tmp_path, "job.py")
     time.sleep(2.5 * launcher.LOOK_EVERY_S)
     assert not (tmp_path / "gone").exists()

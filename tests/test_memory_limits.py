@@ -1,4 +1,4 @@
-"""The memory a process may take, on made-up control groups and limits, and the errors that say it ran out."""
+"""The memory that a process may use, with simulated control groups and limits, and errors that say it ran out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.ranks import memory_limits
 from engine.ranks.memory_limits import is_out_of_memory
 
 
-def test_real_errors_of_memory_are_recognised_and_no_others() -> None:
+def test_only_real_memory_errors_are_recognised() -> None:
     def error_of(work: Any) -> Exception:
         with pytest.raises(Exception) as caught:
             work()
@@ -88,5 +88,5 @@ def test_a_limit_of_the_shell_bounds_a_process_and_is_named(monkeypatch: pytest.
         (RuntimeError("size mismatch"), False),
     ],
 )
-def test_whose_words_mean_that_memory_ran_out(error: Exception, ran_out: bool) -> None:
+def test_messages_that_mean_memory_ran_out_are_recognised(error: Exception, ran_out: bool) -> None:
     assert is_out_of_memory(error) == ran_out

@@ -53,7 +53,9 @@ def test_two_ranks_under_the_launcher_train_together(two_ranks: TrainedByTwo) ->
     assert "2 rank(s)" in output
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_with_the_reason(folder: Path) -> None:
+    """Under the launcher; without it: tests/test_watchdog.py."""
     launcher = (*DEEPSPEED, free_port())
     options = ("--config", str(write_small(folder)), "--run_dir", "runs/lost", "--train.epochs", "1000")
     process = start(folder, *options, launcher=launcher)

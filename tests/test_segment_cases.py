@@ -381,7 +381,7 @@ def sorted_files(case: Path) -> list[Path]:
     return [case / f"{case.name}-{modality}.nii.gz" for modality in ("t2f", "t1n", "t1c", "t2w")]
 
 
-def test_files_that_make_up_no_case_are_refused(run: Path, scans: Path, tmp_path: Path) -> None:
+def test_files_that_do_not_make_up_a_case_are_refused(run: Path, scans: Path, tmp_path: Path) -> None:
     case = brats_folder(tmp_path, "BraTS-GLI-1", scans)
     stacked = scans / "imagesTr" / "BRATS_001.nii.gz"
     command = ("--runs", run, "--output", tmp_path / "out", "--input")

@@ -1,4 +1,4 @@
-"""Standard streams and log files that no failure of theirs ends the work."""
+"""Standard streams and log files: a failed write never ends the work."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def run(redirected: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, timeout=60)
 
 
-def test_escapes_stand_for_what_steers_a_terminal_or_is_no_text() -> None:
+def test_control_characters_and_bytes_that_are_not_text_become_escapes() -> None:
     assert as_text(HOSTILE) == SHOWN
     assert as_text("Gehirn größer als 5 µm,\tNo 3\n脳") == "Gehirn größer als 5 µm,\tNo 3\n脳"
 
 
 @pytest.mark.parametrize("redirected", ["| true", "> /dev/full", ">&-", "2>&-"])
-def test_output_that_nobody_takes_changes_nothing(redirected: str) -> None:
+def test_output_that_cannot_be_written_changes_nothing(redirected: str) -> None:
     done = run(f"{redirected}; exit ${{PIPESTATUS[0]}}")
     assert done.returncode == 0
     assert done.stderr in (b"", "name \\udcff ä\n".encode())
@@ -68,14 +68,14 @@ def through(write: Callable[[io.TextIOWrapper], object], on_terminal: bool) -> s
     return found
 
 
-def test_a_terminal_gets_what_bars_and_tables_are_made_of_and_no_other_commands() -> None:
+def test_a_terminal_gets_colours_and_cursor_movements_and_no_other_commands() -> None:
     bar = "\r\x1b[2K\x1b[1A\x1b[1;31mred\x1b[0m\x1b[?25h"
     hostile = HOSTILE.replace("\r", "")
     assert through(lambda stream: stream.write(bar + hostile), on_terminal=True) == bar + as_text(hostile)
     assert "\x1b" not in through(lambda stream: stream.write(bar + hostile), on_terminal=False)
 
 
-def test_a_terminal_that_hung_up_is_no_error() -> None:
+def test_a_terminal_that_hung_up_raises_nothing() -> None:
     end, own = pty.openpty()
     with open(own, "w") as stream:
         terminal = Terminal(stream)
@@ -101,14 +101,14 @@ def test_a_full_pipe_that_does_not_wait_loses_lines_and_not_the_reader() -> None
     os.close(end)
 
 
-def test_lines_of_a_log_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_a_log_cannot_control_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(message)s"))
     handler.handle(logging.makeLogRecord({"msg": "case %s", "args": (HOSTILE,)}))
     assert capsys.readouterr().err == f"case {SHOWN}\n"
 
 
-def test_handlers_that_are_there_already_write_as_the_streams_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_handlers_write_through_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     end, own = os.pipe()
     stream = open(own, "w", encoding="utf-8")  # noqa: SIM115  # the Terminal's, from here on
     monkeypatch.setattr(sys, "stderr", stream)
@@ -129,14 +129,14 @@ def test_a_log_file_takes_names_that_are_not_utf_8(tmp_path: Path) -> None:
     assert (tmp_path / "run.log").read_text(encoding="utf-8").endswith("case \\udcff ä\n")
 
 
-def test_a_log_file_on_a_full_disk_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_file_on_a_full_disk_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
     handler = LogFile(Path("/dev/full"))
     for _ in range(100):
         handler.handle(logging.makeLogRecord({"msg": "a line"}))
     assert capsys.readouterr().err == "/dev/full can't be written (No space left on device) and will lack lines\n"
 
 
-def test_a_mistake_in_a_record_is_still_told_by_logging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_a_record_is_still_reported_by_logging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     handler = LogFile(tmp_path / "run.log")
     handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
     assert "TypeError" in capsys.readouterr().err

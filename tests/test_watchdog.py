@@ -170,7 +170,7 @@ def test_ranks_that_end_well_wait_for_each_other_and_say_nothing(two_ranks: TwoR
         ({"MASTER_PORT": ""}, "at 127.0.0.1:[0-9]+: the port is in use"),
     ],
 )
-def test_ranks_that_cannot_meet_are_told_why(
+def test_ranks_that_cannot_meet_say_why(
     variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog, "NAME_LIMIT_S", 0)
