@@ -16,7 +16,7 @@ from launch import evaluate, predict
 from launch.network_options import with_own_options
 
 
-def test_options_of_training_become_the_commands_own_or_settings_of_the_run() -> None:
+def test_messages_name_options_of_training_as_the_command_does() -> None:
     for given, told in (
         ("give --data.release brats2018", "give --release brats2018"),
         ("--train.device cuda: no GPU", "--device cuda: no GPU"),

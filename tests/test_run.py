@@ -21,11 +21,11 @@ from commands import rows_of, start, train, write_small
 from engine.checkpoint import states
 from engine.config import Config
 from engine.data import DataConfig
-from engine.ranks.command import run_command
 from engine.reports.finished_run import FinishedRun
 from engine.reports.report import is_finished
 from engine.run import _claim, run
 from engine.step import TrainConfig
+from launch.train import main
 from pipelines.cases import find_cases
 from pipelines.phantom import make_phantoms
 from pipelines.scans.nifti import read_nifti, write_nifti
@@ -221,8 +221,7 @@ def test_a_folder_that_is_not_utf_8_is_refused_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
-    config = Config(data=DataConfig(root=folder), train=CPU, run_dir=tmp_path / "run")
-    status = run_command(lambda: run(config), str)
+    status = main(["--data.root", str(folder), "--train.device", "cpu", "--run_dir", str(tmp_path / "run")])
     assert status == 2 and not (tmp_path / "run").exists()
     assert capsys.readouterr().err == rf"error: --data.root {tmp_path}/caf\udce9 is not UTF-8: rename the folder" + "\n"
 
