@@ -1,0 +1,298 @@
+"""Count the folders, files and imports of the source, and draw which folder imports which.
+
+python docs/make_structure.py                  print the counts, draw docs/structure.svg
+python docs/make_structure.py --check          draw nothing; status 1 if the picture is out of date
+python docs/make_structure.py --root FOLDER    count another checkout; --svg FILE draws it, --json FILE keeps the counts
+
+An arrow leads from a file to a file that it imports, whether at the top, in a function or under `TYPE_CHECKING`; two
+folders have an arrow between them if any of their files have. Floors are the files in the longest chain of imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+from collections.abc import Collection, Mapping
+from graphlib import CycleError, TopologicalSorter
+from html import escape
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURE = ROOT / "docs" / "structure.svg"
+PACKAGES = ("launch", "engine", "pipelines", "models", "kernels")
+USERS = ("benchmarks",)  # counted, not drawn
+WIDTH, GAP, PAD, LINE = 960, 40, 12, 17  # of the picture, in pixels
+HEAD = f"""<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} %d'>
+<style>
+  text {{ font: 11px sans-serif; fill: #57606a }} .file {{ font: 11px monospace; fill: #1f2328 }}
+  .folder {{ font: bold 14px monospace; fill: #1f2328 }} rect {{ fill: #f6f8fa; stroke: #8c959f }}
+  .page {{ fill: white; stroke: none }} line {{ stroke: #0969da; stroke-width: 1.5 }} marker {{ fill: #0969da }}
+</style>
+<marker id='head' viewBox='0 0 8 8' refX='8' refY='4' markerWidth='6' markerHeight='6' orient='auto'>
+  <path d='M0 0L8 4L0 8z'/>
+</marker>
+<rect class='page' width='100%%' height='100%%'/>"""
+LETTER = {"folder": 8.6, "file": 6.8, "summary": 6.1}  # widths in pixels
+
+Graph = Mapping[str, Collection[str]]
+"""From each name to the names that it imports."""
+
+
+class File(NamedTuple):
+    """One module."""
+
+    folder: str  # such as "engine/reports"
+    lines: int
+    summary: str  # the first line of its docstring
+    imports: frozenset[str]  # names of modules
+
+
+class Box(NamedTuple):
+    """A rectangle of the picture, in pixels; y grows downwards."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    columns: int = 0  # of files
+
+    def nearest(self, x: float) -> float:
+        """The place on its upper or lower side that is nearest to x, away from the corners."""
+        inset = min(PAD, self.width / 2)
+        return min(max(x, self.x + inset), self.x + self.width - inset)
+
+
+def read_files(root: Path) -> dict[str, File]:
+    """The modules of a checkout by dotted name; a package's own name is its `__init__`.
+
+    Raises:
+        SyntaxError: a file that does not parse.
+    """
+    paths = {}
+    for path in sorted(path for package in (*PACKAGES, *USERS) for path in (root / package).rglob("*.py")):
+        paths[path.relative_to(root).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")] = path
+    files = {}
+    for name, path in paths.items():
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text, str(path))
+        folder = path.parent.relative_to(root).as_posix()
+        summary = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".:")
+        imports = _imported(tree, folder.split("/"), paths) - {name}
+        files[name] = File(folder, text.count("\n"), summary, frozenset(imports))
+    return files
+
+
+def _imported(tree: ast.Module, package: list[str], names: Collection[str]) -> set[str]:
+    """Those of `names` that a module in `package` imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*base, node.module] if node.module else base)
+            members = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {member if member in names else source for member in members}
+    return found & set(names)
+
+
+def within(files: Mapping[str, File], *folders: str) -> dict[str, File]:
+    """The files in some folders and in the folders below them."""
+    starts = tuple(f"{folder}/" for folder in folders)
+    return {name: file for name, file in files.items() if f"{file.folder}/".startswith(starts)}
+
+
+def file_graph(files: Mapping[str, File]) -> dict[str, set[str]]:
+    """The imports of some files among themselves."""
+    return {name: set(file.imports & files.keys()) for name, file in files.items()}
+
+
+def folder_graph(files: Mapping[str, File]) -> dict[str, set[str]]:
+    """The folders of some files, and which of the others each imports."""
+    graph: dict[str, set[str]] = {file.folder: set() for file in files.values()}
+    for name, others in file_graph(files).items():
+        graph[files[name].folder] |= {files[other].folder for other in others} - {files[name].folder}
+    return graph
+
+
+def find_circle(graph: Graph) -> list[str]:
+    """The names along a circle of imports, the first again at the end; empty if there is no circle."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
+def floors(graph: Graph) -> dict[str, int]:
+    """The floor of each name: 1 if it imports no other, else one above the highest that it imports.
+
+    Raises:
+        CycleError: the imports form a circle.
+    """
+    floor: dict[str, int] = {}
+    for name in TopologicalSorter(graph).static_order():
+        floor[name] = 1 + max((floor[other] for other in graph[name]), default=0)
+    return floor
+
+
+def count(files: Mapping[str, File]) -> dict[str, Any]:
+    """Sizes of some files and of the imports among them; 0 floors if they form a circle."""
+    graph, folders = file_graph(files), folder_graph(files)
+    circle = find_circle(graph)
+    return {
+        "files": len(files),
+        "lines": sum(file.lines for file in files.values()),
+        "folders": len(folders),
+        "floors": 0 if circle else max(floors(graph).values(), default=0),
+        "arrows": sum(map(len, graph.values())),
+        "arrows between folders": sum(map(len, folders.values())),
+        "circle": " -> ".join(circle or find_circle(folders)),
+    }
+
+
+def count_all(files: Mapping[str, File]) -> dict[str, dict[str, Any]]:
+    """`count` of each folder with those below it, of the product, and of the product with its users."""
+    counts = {folder: count(within(files, folder)) for folder in sorted(folder_graph(files))}
+    return counts | {"product": count(within(files, *PACKAGES)), "product and benchmarks": count(files)}
+
+
+def without_implied(graph: Graph) -> dict[str, set[str]]:
+    """A graph without the arrows that chains of others imply."""
+    below: dict[str, set[str]] = {}
+    for name in TopologicalSorter(graph).static_order():
+        below[name] = set(graph[name]).union(*(below[other] for other in graph[name]))
+    return {name: set(others) - set().union(*(below[other] for other in others)) for name, others in graph.items()}
+
+
+def arrange(graph: Graph, sizes: Mapping[str, int]) -> tuple[list[tuple[str, str]], dict[str, Box]]:
+    """Boxes in rows, each folder above those that it imports and as high as that allows.
+
+    Args:
+        graph: folders and what they import. sizes: the files of each.
+
+    Returns:
+        the lines to draw, each between two names in neighbouring rows, upper first; the box of each name. A name is
+        a folder, or a lane in which an arrow passes a row on its way further down.
+    """
+    row_of = floors({name: {other for other in graph if name in graph[other]} for name in graph})
+    row_of |= {name: max(row_of.values()) for name, others in graph.items() if not others}
+    lines: dict[tuple[str, str], None] = {}  # shared lanes once, in a fixed order
+    for name, other in sorted((name, other) for name, others in graph.items() for other in others):
+        lanes = {f"{other}/|{row}": row for row in range(row_of[name] + 1, row_of[other])}
+        row_of |= lanes
+        lines |= dict.fromkeys(zip([name, *lanes], [*lanes, other]))
+    boxes: dict[str, Box] = {}
+    y = float(PAD)
+    for row in range(1, max(row_of.values()) + 1):
+
+        def place(name: str) -> tuple[float, int, str]:  # below the middle of what leads to it
+            above = [boxes[upper].nearest(WIDTH / 2) for upper, lower in lines if lower == name]
+            return sum(above) / max(1, len(above)), PACKAGES.index(name.split("/")[0]), name
+
+        names = sorted((name for name in row_of if row_of[name] == row), key=place)
+        folders = [name for name in names if name in graph]
+        columns = 2 if len(folders) == 1 else 1
+        heights = {name: (2 - -sizes[name] // columns) * LINE + PAD for name in folders}
+        width = (WIDTH - PAD * (len(names) + 1)) / len(folders)
+        tallest = max(heights.values())
+        x = float(PAD)
+        for name in names:
+            boxes[name] = Box(x, y, width, heights[name], columns) if name in graph else Box(x, y, 0, tallest)
+            x += boxes[name].width + PAD
+        y += tallest + GAP
+    return list(lines), boxes
+
+
+def draw(files: Mapping[str, File]) -> str:
+    """The folders of some files as an SVG picture, each with its files and above the folders that it imports.
+
+    Arrows that chains of others imply are not drawn.
+
+    Raises:
+        CycleError: the folders' imports form a circle.
+    """
+    graph = without_implied(folder_graph(files))
+    summaries: dict[str, dict[str, str]] = {folder: {} for folder in graph}
+    for name, file in files.items():
+        if name.replace(".", "/") != file.folder:  # an __init__ gives the folder's own line
+            summaries[file.folder][name.rpartition(".")[2]] = file.summary
+    lines, boxes = arrange(graph, {folder: len(inside) for folder, inside in summaries.items()})
+    shapes = []
+    for folder, inside in summaries.items():
+        package = files.get(folder.replace("/", "."))
+        shapes += _draw_folder(folder, package.summary if package else "", inside, boxes[folder])
+    for upper, lower in lines:
+        start = boxes[upper].nearest(boxes[lower].nearest(WIDTH / 2))
+        end = boxes[lower].nearest(start)
+        shapes.append(_line(start, boxes[upper].y + boxes[upper].height, end, boxes[lower].y, lower in graph))
+    shapes += [_line(box.x, box.y, box.x, box.y + box.height) for name, box in boxes.items() if name not in graph]
+    bottom = max(box.y + box.height for box in boxes.values()) + PAD
+    return "\n".join([HEAD % bottom, *shapes, "</svg>\n"])
+
+
+def _draw_folder(folder: str, about: str, summaries: Mapping[str, str], box: Box) -> list[str]:
+    shapes = [f"<rect x='{box.x:.0f}' y='{box.y:.0f}' width='{box.width:.0f}' height='{box.height:.0f}' rx='6'/>"]
+    x, width = box.x + PAD, box.width - 2 * PAD
+    shapes += _draw_entry("folder", f"{folder}/", about, (x, box.y + 1.4 * LINE), width, len(folder) + 1)
+    rows, width = -(-len(summaries) // box.columns), width / box.columns
+    longest = max(map(len, summaries), default=0)
+    for index, (name, summary) in enumerate(sorted(summaries.items())):
+        column, row = divmod(index, rows)
+        shapes += _draw_entry("file", name, summary, (x + column * width, box.y + (2.6 + row) * LINE), width, longest)
+    return shapes
+
+
+def _draw_entry(kind: str, name: str, about: str, corner: tuple[float, float], width: float, letters: int) -> list[str]:
+    """A name, and behind the place for some letters as much of a text as fits into a width."""
+    x, y = corner
+    start = letters * LETTER[kind] + PAD
+    about = shorten(about, int((width - start) / LETTER["summary"]), placeholder=" ...")
+    return [
+        f"<text x='{x:.0f}' y='{y:.0f}' class='{kind}'>{escape(name)}</text>",
+        f"<text x='{x + start:.0f}' y='{y:.0f}'>{escape(about)}</text>",
+    ]
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, has_head: bool = False) -> str:
+    head = " marker-end='url(#head)'" if has_head else ""
+    return f"<line x1='{x1:.0f}' y1='{y1:.0f}' x2='{x2:.0f}' y2='{y2:.0f}'{head}/>"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Print the counts; draw the picture, or check it. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, help="checkout to count, instead of the one of this file")
+    parser.add_argument("--check", action="store_true", help="compare with the picture instead of drawing it")
+    parser.add_argument("--svg", type=Path, help="file of the picture")
+    parser.add_argument("--json", type=Path, help="file for the counts")
+    options = parser.parse_args(args)
+    files = read_files(options.root or ROOT)
+    if not files:
+        parser.error(f"--root {options.root} has none of {', '.join(PACKAGES)}; give the top folder of a checkout")
+    counts = count_all(files)
+    columns = [column for column in counts["product"] if column != "circle"]
+    print(" " * 24 + "".join(f"{column:>{len(column) + 3}}" for column in columns))
+    for name, numbers in counts.items():
+        print(f"{name:24}" + "".join(f"{numbers[column]:>{len(column) + 3},}" for column in columns))
+    if options.json:
+        options.json.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    if circle := counts["product and benchmarks"]["circle"]:
+        print(f"imports form a circle: {circle}", file=sys.stderr)
+        return 1
+    path = options.svg or (None if options.root else PICTURE)
+    picture = draw(within(files, *PACKAGES))
+    if path and not options.check:
+        path.write_text(picture, encoding="utf-8")
+    elif path and (not path.is_file() or path.read_text(encoding="utf-8") != picture):
+        print(f"{path} is out of date: run python docs/make_structure.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
