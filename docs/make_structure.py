@@ -129,7 +129,7 @@ def find_circle(graph: Graph) -> list[str]:
 
 
 def floors(graph: Graph) -> dict[str, int]:
-    """The floor of each name: 1 if it imports no other, else one above the highest that it imports.
+    """The floor of each name: 1 if it imports none of the others, else one above the highest that it imports.
 
     Raises:
         CycleError: the imports form a circle.
@@ -170,14 +170,14 @@ def without_implied(graph: Graph) -> dict[str, set[str]]:
 
 
 def arrange(graph: Graph, sizes: Mapping[str, int]) -> tuple[list[tuple[str, str]], dict[str, Box]]:
-    """Boxes in rows, each folder above those that it imports and as high as that allows.
+    """Boxes in rows: a folder is below all that import it, as high as that allows; at the bottom if it imports nothing.
 
     Args:
         graph: folders and what they import. sizes: the files of each.
 
     Returns:
-        the lines to draw, each between two names in neighbouring rows, upper first; the box of each name. A name is
-        a folder, or a lane in which an arrow passes a row on its way further down.
+        the lines to draw, each from a name to one in the next row; the box of each name. A name is a folder, or a
+        lane: the gap in a row through which an arrow goes on down.
     """
     row_of = floors({name: {other for other in graph if name in graph[other]} for name in graph})
     row_of |= {name: max(row_of.values()) for name, others in graph.items() if not others}
@@ -248,7 +248,7 @@ def _draw_folder(folder: str, about: str, summaries: Mapping[str, str], box: Box
 
 
 def _draw_entry(kind: str, name: str, about: str, corner: tuple[float, float], width: float, letters: int) -> list[str]:
-    """A name, and behind the place for some letters as much of a text as fits into a width."""
+    """A name and, after room for so many letters, as much of what it is about as fits the width."""
     x, y = corner
     start = letters * LETTER[kind] + PAD
     about = shorten(about, int((width - start) / LETTER["summary"]), placeholder=" ...")

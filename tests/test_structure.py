@@ -141,6 +141,12 @@ def test_a_circle_is_named_and_nothing_drawn(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "picture.svg").exists()
 
 
+def test_a_circle_is_told_in_the_order_of_its_imports() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}
+    circle = find_circle(graph)
+    assert len(circle) == 4 and all(after in graph[name] for name, after in zip(circle, circle[1:]))
+
+
 def test_floors_are_the_files_in_the_longest_chain() -> None:
     assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": {"c"}}) == {"a": 3, "b": 2, "c": 1, "d": 2}
 
@@ -173,6 +179,7 @@ def test_a_picture_out_of_date_fails_the_check(tmp_path: Path) -> None:
     assert make_structure.main([*args, "--check"]) == 1
     assert make_structure.main(args) == 0
     assert make_structure.main([*args, "--check"]) == 0
+    assert "Train a < b" in [element.text for element in ElementTree.parse(tmp_path / "picture.svg").iter()]
     (tmp_path / "launch" / "predict.py").touch()
     assert make_structure.main([*args, "--check"]) == 1
 
