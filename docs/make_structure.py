@@ -30,10 +30,10 @@ HEAD = f"""<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} %d'>
 <style>
   text {{ font: 11px sans-serif; fill: #57606a }} .file {{ font: 11px monospace; fill: #1f2328 }}
   .folder {{ font: bold 14px monospace; fill: #1f2328 }} rect {{ fill: #f6f8fa; stroke: #8c959f }}
-  .page {{ fill: white; stroke: none }} line {{ stroke: #0969da; stroke-width: 1.5 }} marker {{ fill: #0969da }}
+  .page {{ fill: white; stroke: none }} polyline {{ fill: none; stroke: #0969da; stroke-width: 1.5 }}
 </style>
 <marker id='head' viewBox='0 0 8 8' refX='8' refY='4' markerWidth='6' markerHeight='6' orient='auto'>
-  <path d='M0 0L8 4L0 8z'/>
+  <path d='M0 0L8 4L0 8z' fill='#0969da'/>
 </marker>
 <rect class='page' width='100%%' height='100%%'/>"""
 LETTER = {"folder": 8.6, "file": 6.8, "summary": 6.1}  # widths in pixels
@@ -169,29 +169,29 @@ def without_implied(graph: Graph) -> dict[str, set[str]]:
     return {name: set(others) - set().union(*(below[other] for other in others)) for name, others in graph.items()}
 
 
-def arrange(graph: Graph, sizes: Mapping[str, int]) -> tuple[list[tuple[str, str]], dict[str, Box]]:
+def arrange(graph: Graph, sizes: Mapping[str, int]) -> tuple[list[list[str]], dict[str, Box]]:
     """Boxes in rows: a folder is below all that import it, as high as that allows; at the bottom if it imports nothing.
 
     Args:
         graph: folders and what they import. sizes: the files of each.
 
     Returns:
-        the lines to draw, each from a name to one in the next row; the box of each name. A name is a folder, or a
-        lane: the gap in a row through which an arrow goes on down.
+        what each arrow passes, row by row: a folder, lanes (gaps in rows that it goes through), a folder; the box of
+        each folder and lane.
     """
     row_of = floors({name: {other for other in graph if name in graph[other]} for name in graph})
     row_of |= {name: max(row_of.values()) for name, others in graph.items() if not others}
-    lines: dict[tuple[str, str], None] = {}  # shared lanes once, in a fixed order
+    arrows = []
     for name, other in sorted((name, other) for name, others in graph.items() for other in others):
         lanes = {f"{other}/|{row}": row for row in range(row_of[name] + 1, row_of[other])}
         row_of |= lanes
-        lines |= dict.fromkeys(zip([name, *lanes], [*lanes, other]))
+        arrows.append([name, *lanes, other])
     boxes: dict[str, Box] = {}
     y = float(PAD)
     for row in range(1, max(row_of.values()) + 1):
 
         def place(name: str) -> tuple[float, int, str]:  # below the middle of what leads to it
-            above = [boxes[upper].nearest(WIDTH / 2) for upper, lower in lines if lower == name]
+            above = [boxes[arrow[arrow.index(name) - 1]].nearest(WIDTH / 2) for arrow in arrows if name in arrow[1:]]
             return sum(above) / max(1, len(above)), PACKAGES.index(name.split("/")[0]), name
 
         names = sorted((name for name in row_of if row_of[name] == row), key=place)
@@ -205,7 +205,7 @@ def arrange(graph: Graph, sizes: Mapping[str, int]) -> tuple[list[tuple[str, str
             boxes[name] = Box(x, y, width, heights[name], columns) if name in graph else Box(x, y, 0, tallest)
             x += boxes[name].width + PAD
         y += tallest + GAP
-    return list(lines), boxes
+    return arrows, boxes
 
 
 def draw(files: Mapping[str, File]) -> str:
@@ -221,16 +221,17 @@ def draw(files: Mapping[str, File]) -> str:
     for name, file in files.items():
         if name.replace(".", "/") != file.folder:  # an __init__ gives the folder's own line
             summaries[file.folder][name.rpartition(".")[2]] = file.summary
-    lines, boxes = arrange(graph, {folder: len(inside) for folder, inside in summaries.items()})
+    arrows, boxes = arrange(graph, {folder: len(inside) for folder, inside in summaries.items()})
     shapes = []
     for folder, inside in summaries.items():
         package = files.get(folder.replace("/", "."))
         shapes += _draw_folder(folder, package.summary if package else "", inside, boxes[folder])
-    for upper, lower in lines:
-        start = boxes[upper].nearest(boxes[lower].nearest(WIDTH / 2))
-        end = boxes[lower].nearest(start)
-        shapes.append(_line(start, boxes[upper].y + boxes[upper].height, end, boxes[lower].y, lower in graph))
-    shapes += [_line(box.x, box.y, box.x, box.y + box.height) for name, box in boxes.items() if name not in graph]
+    for first, *lanes, last in ([boxes[name] for name in arrow] for arrow in arrows):
+        points = [(first.nearest([*lanes, last][0].nearest(WIDTH / 2)), first.y + first.height)]
+        points += [(lane.x, y) for lane in lanes for y in (lane.y, lane.y + lane.height)]
+        points += [(last.nearest(points[-1][0]), last.y)]
+        line = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
+        shapes.append(f"<polyline points='{line}' marker-end='url(#head)'/>")
     bottom = max(box.y + box.height for box in boxes.values()) + PAD
     return "\n".join([HEAD % bottom, *shapes, "</svg>\n"])
 
@@ -256,11 +257,6 @@ def _draw_entry(kind: str, name: str, about: str, corner: tuple[float, float], w
         f"<text x='{x:.0f}' y='{y:.0f}' class='{kind}'>{escape(name)}</text>",
         f"<text x='{x + start:.0f}' y='{y:.0f}'>{escape(about)}</text>",
     ]
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, has_head: bool = False) -> str:
-    head = " marker-end='url(#head)'" if has_head else ""
-    return f"<line x1='{x1:.0f}' y1='{y1:.0f}' x2='{x2:.0f}' y2='{y2:.0f}'{head}/>"
 
 
 def main(args: list[str] | None = None) -> int:

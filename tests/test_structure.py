@@ -192,9 +192,9 @@ def test_the_picture_names_every_file_and_folder() -> None:
 
 def test_an_arrow_passes_beside_the_folders_between_its_ends() -> None:
     graph = {"launch": {"engine"}, "engine": {"models", "pipelines"}, "models": {"kernels"}, "pipelines": set()}
-    lines, boxes = make_structure.arrange(graph | {"kernels": set()}, dict.fromkeys([*graph, "kernels"], 3))
+    arrows, boxes = make_structure.arrange(graph | {"kernels": set()}, dict.fromkeys([*graph, "kernels"], 3))
     lane = boxes["pipelines/|3"]
-    assert ("engine", "pipelines/|3") in lines and ("pipelines/|3", "pipelines") in lines
+    assert ["engine", "pipelines/|3", "pipelines"] in arrows
     assert boxes["engine"].y < lane.y == boxes["models"].y < boxes["pipelines"].y == boxes["kernels"].y
     assert lane.x < boxes["models"].x or lane.x > boxes["models"].x + boxes["models"].width
     assert lane.height == boxes["models"].height
