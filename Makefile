@@ -17,7 +17,7 @@ test: export OMP_NUM_THREADS = 1 # for each of two workers
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest --slow -n 2 --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNEL_TESTS)
-	$(BIN)/python -m kernels.aot
+	$(BIN)/python -m benchmarks.aot
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.common import DEVICE, IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
+from benchmarks.workloads import ATTENTION, AttentionWorkload
 from kernels.attention import flash_attention
 from kernels.dispatch import DIRECTIONS
-from kernels.workloads import ATTENTION, AttentionWorkload
 from models.vit import SelfAttention
 
 GPU_WORKLOADS = ATTENTION

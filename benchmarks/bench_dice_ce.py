@@ -19,9 +19,9 @@ from torch import Tensor
 from benchmarks.common import IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
+from benchmarks.workloads import DICE_CE, REGIONS, DiceCEWorkload
 from kernels.dice_ce import dice_ce_loss, dice_ce_loss_reference, region_masks
 from kernels.dispatch import DIRECTIONS
-from kernels.workloads import DICE_CE, REGIONS, DiceCEWorkload
 
 GPU_WORKLOADS = DICE_CE
 WORKLOADS = GPU_WORKLOADS if IS_GPU else (DiceCEWorkload((2, 3, 32, 32, 32), torch.float32),)

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from benchmarks.common import IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
+from benchmarks.workloads import FIRST, INSTANCE_NORM, SLOPE, InstanceNormWorkload, launches
 from kernels.dispatch import DIRECTIONS
 from kernels.instance_norm import instance_norm
-from kernels.workloads import FIRST, INSTANCE_NORM, SLOPE, InstanceNormWorkload, launches
 
 PASSES = {"none": (3, 5), "raw": (4, 7), "normalised": (5, 8)}
 """(forward, backward), by the residual."""

@@ -40,9 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import DEVICE, IS_GPU, machine
-from pipelines.basics.home import cache_dir
-from pipelines.basics.processes import cores
-from pipelines.cases import CaseSet, find_cases
+from pipelines.basics.machine import cache_dir, cores
+from pipelines.layouts.cases import CaseSet, find_cases
 from pipelines.loading.loader_options import CropOptions, LoaderOptions, Residence
 from pipelines.phantom import FORMAT, make_phantoms
 
@@ -70,7 +69,7 @@ def prepare_monai(cases: CaseSet, work: Path) -> Iterator[float]:
     """MONAI's load, Spacing and Orientation of one case."""
     from monai.transforms import Compose
 
-    from pipelines.reference import case_to_dict, prepare_steps
+    from benchmarks.monai_chain import case_to_dict, prepare_steps
 
     torch.set_num_threads(1)
     chain = Compose(prepare_steps(cases.coding))
@@ -95,7 +94,7 @@ def batches_monai(cases: CaseSet, work: Path, cached: bool, workers: int = CORES
     """Batches of MONAI's chain, from the files or from a cache of all that is deterministic."""
     from monai.data import CacheDataset, DataLoader, Dataset
 
-    from pipelines.reference import case_to_dict, seed_transforms
+    from benchmarks.monai_chain import case_to_dict, seed_transforms
 
     data = [case_to_dict(case) for case in cases.cases] * 64
     chain = seed_transforms(cases.coding, CROP)

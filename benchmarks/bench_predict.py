@@ -45,8 +45,8 @@ from benchmarks.common import IS_GPU, machine
 from benchmarks.report import OURS
 from engine.sliding_window import OVERLAP, window_starts
 from engine.trained import load_trained
-from pipelines.basics.home import cache_dir
-from pipelines.geometry import target_grid
+from pipelines.basics.machine import cache_dir
+from pipelines.scans.geometry import target_grid
 from pipelines.scans.nifti import read_grid, read_nifti
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -44,7 +44,7 @@ from engine.sliding_window import OVERLAP, WINDOWS_AT_ONCE
 from engine.trained import TrainedNetwork, load_trained
 from kernels import dispatch
 from models import NETWORKS
-from pipelines.labels import REGIONS
+from pipelines.layouts.labels import REGIONS
 
 
 def plain_network(trained: TrainedNetwork) -> torch.nn.Module:

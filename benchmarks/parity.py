@@ -45,15 +45,15 @@ from engine.metrics import summarise
 from engine.network import ModelConfig, make_model
 from engine.precision import set_up_torch
 from engine.ranks.distributed import Ranks, init_ranks
-from engine.reports.formats import percent
 from engine.step import LossConfig, TrainConfig
 from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import NETWORKS
 from models.convert import to_reference
-from pipelines.basics.home import cache_dir
-from pipelines.labels import REGIONS
+from pipelines.basics.machine import cache_dir
+from pipelines.basics.tables import percent
+from pipelines.layouts.labels import REGIONS
 
 HEADS = 10  # of self-attention-cv, where `--model.num_heads` would be None
 LATE = 0.1

@@ -38,11 +38,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.workloads import REGIONS
 from engine.optim import GuardedAdamW, OptimConfig
 from engine.precision import LOW_PRECISION
 from kernels import attention, dice_ce, dispatch, instance_norm
 from kernels.dice_ce import dice_ce_loss
-from kernels.workloads import REGIONS
 from models import NETWORKS, build_model
 from pipelines.basics.atomic import replacing, write_text
 

@@ -29,6 +29,7 @@ from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from benchmarks.common import DEVICE, IS_GPU
+from benchmarks.monai_chain import case_to_dict, seed_transforms
 from benchmarks.report import OURS
 from benchmarks.step_profile import allocated_peak, synchronize
 from engine.config import Config
@@ -39,10 +40,9 @@ from engine.ranks.distributed import Ranks
 from engine.step import LossConfig, TrainConfig
 from engine.trainer import Trainer
 from models import NETWORKS
-from pipelines.basics.home import cache_dir
-from pipelines.cases import CaseSet, find_cases
+from pipelines.basics.machine import cache_dir
+from pipelines.layouts.cases import CaseSet, find_cases
 from pipelines.preparing.store import prepare
-from pipelines.reference import case_to_dict, seed_transforms
 
 BATCH = 2
 WORKERS = 2

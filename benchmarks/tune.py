@@ -31,12 +31,12 @@ import torch
 from triton import TritonError
 
 from benchmarks import bench_attention, bench_dice_ce, bench_instance_norm
+from benchmarks.aot import compile_workloads
 from benchmarks.common import IS_GPU, MARGIN, forced, machine, path_taken, seconds
 from benchmarks.report import OURS
+from benchmarks.workloads import MEASURED, Workload
 from kernels import dispatch
-from kernels.aot import compile_workloads
 from kernels.dispatch import DIRECTIONS
-from kernels.workloads import MEASURED, Workload
 from pipelines.basics.atomic import write_text
 
 BENCHES = (bench_attention, bench_instance_norm, bench_dice_ce)

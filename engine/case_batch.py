@@ -13,11 +13,10 @@ import torch
 
 from engine.ranks.distributed import Ranks, gather
 from engine.ranks.memory_limits import is_out_of_memory
-from pipelines.basics.errors import DataError
-from pipelines.basics.os_errors import explain
+from pipelines.basics.errors import DataError, explain
 from pipelines.basics.progress_bar import show_progress
 from pipelines.basics.text import one_line
-from pipelines.cases import Case
+from pipelines.layouts.cases import Case
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")

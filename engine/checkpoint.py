@@ -7,8 +7,8 @@
 
 A state is one file for any number of ranks and any ZeRO stage. (These networks have 5 to 100 million parameters; with
 two moments each that is 60 MB to 1.2 GB.) It holds plain values and tensors and loads with
-`torch.load(weights_only=True)`: see `engine.archive`. A folder is written under a temporary name with its hash, synced,
-and renamed when complete: a crash leaves earlier ones as they were. A thread writes while training goes on.
+`torch.load(weights_only=True)`: see `engine.weights_file`. A folder is written under a temporary name with its hash,
+synced, and renamed when complete: a crash leaves earlier ones as they were. A thread writes while training goes on.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from engine.archive import Unreadable, read_archive, write_archive
 from engine.ranks.memory_limits import is_out_of_memory
-from engine.weights_file import WeightsFile
+from engine.weights_file import Unreadable, WeightsFile, read_archive, write_archive
 from pipelines.basics.atomic import remove_left_over, replacing, temporary_name
 from pipelines.basics.text import one_line
-from pipelines.labels import REGIONS
+from pipelines.layouts.labels import REGIONS
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from engine.step import LossConfig, TrainConfig
 from kernels.dispatch import Kernels
 from pipelines.basics.option_values import Misfit, convert, faults, plain, refuse, shown
 from pipelines.basics.text import encodable
-from pipelines.cases import check_folds
+from pipelines.layouts.cases import check_folds
 
 CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
 

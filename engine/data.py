@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,20 +14,21 @@ import torch
 from engine.ranks.distributed import Ranks
 from engine.step import TrainConfig
 from pipelines.basics.errors import DataError
-from pipelines.basics.home import cache_dir
+from pipelines.basics.machine import cache_dir
 from pipelines.basics.option_values import MANY, MOST_SEED, number
 from pipelines.basics.text import first_few
-from pipelines.cases import CaseSet, find_cases, split_cases, survey_cases
 from pipelines.decathlon import download_task01
-from pipelines.labels import Release
+from pipelines.layouts.cases import CaseSet, find_cases, split_cases, survey_cases
+from pipelines.layouts.labels import Release
 from pipelines.loading.augment import Augment
 from pipelines.loading.loader_options import CropOptions, LoaderOptions, Residence
 from pipelines.loading.loaders import CropLoader, TrainLoader, ValLoader
+from pipelines.loading.raw import resample_case
 from pipelines.loading.raw_loader import RawLoader
 from pipelines.phantom import FORMAT, make_phantoms
-from pipelines.preparing.prepared_case import StoreDtype
+from pipelines.preparing.prepared_case import StoreDtype, resample_on_cpu
 from pipelines.preparing.store import Store, prepare
-from pipelines.spacing import Spacing, SpacingAxes
+from pipelines.scans.geometry import Spacing, SpacingAxes
 
 log = logging.getLogger(__name__)
 
@@ -176,9 +178,8 @@ def split_names(config: DataConfig, cases: CaseSet) -> tuple[tuple[str, ...], tu
 def prepared(config: DataConfig, cases: CaseSet) -> Store:
     """The store of these cases, after preparing those that it lacks; with `skip_faulty` without the faulty ones."""
     folder = config.store_dir or cache_dir() / "store"
-    return prepare(
-        cases, folder, config.spacing, config.workers, config.store_dtype, config.skip_faulty, config.prepare_on
-    )
+    resample = partial(resample_case, device=torch.device("cuda")) if config.prepare_on == "gpu" else resample_on_cpu
+    return prepare(cases, folder, config.spacing, config.workers, config.store_dtype, config.skip_faulty, resample)
 
 
 def load_data(config: DataConfig) -> Data:

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 
 from engine.metrics import SCORED, CaseDice, Score, case_dice, summarise
-from engine.reports.formats import markdown_table, percent
 from pipelines.basics.atomic import write_texts
 from pipelines.basics.lazy import Lazy
-from pipelines.basics.tables import table_text
+from pipelines.basics.tables import markdown_table, percent, table_text
 from pipelines.basics.text import markdown as escaped
-from pipelines.labels import REGIONS
+from pipelines.layouts.labels import REGIONS
 
 monai_metrics = Lazy("monai.metrics")
 WORST = 5

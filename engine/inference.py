@@ -30,10 +30,8 @@ from engine.sliding_window import sliding_window_logits
 from engine.trained import TrainedNetwork, load_trained
 from kernels import dispatch
 from pipelines.basics.errors import DataError
-from pipelines.cases import Case
-from pipelines.domain_shift import duplicate_channels, scan_statistics, shift_warnings
-from pipelines.geometry import Grid, target_grid
-from pipelines.labels import (
+from pipelines.layouts.cases import Case
+from pipelines.layouts.labels import (
     CODINGS,
     CYST,
     ENHANCING,
@@ -45,10 +43,12 @@ from pipelines.labels import (
     Coding,
     coding_for_release,
 )
-from pipelines.layouts.order import in_order
-from pipelines.resample import BackToFile, resample_image
+from pipelines.layouts.names import in_order
+from pipelines.preparing.domain_shift import duplicate_channels, scan_statistics, shift_warnings
+from pipelines.scans.geometry import Grid, target_grid
 from pipelines.scans.nifti import RawCase, read_case, read_grid, write_nifti
 from pipelines.scans.nifti_header import affine_fault
+from pipelines.scans.resample import BackToFile, resample_image
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Predictor:
         """The case that files make up; see `segment`.
 
         Raises:
-            ValueError: as `pipelines.layouts.order.in_order`; a 4D file with more or fewer images than modalities.
+            ValueError: as `pipelines.layouts.names.in_order`; a 4D file with more or fewer images than modalities.
         """
         given = list(images) if isinstance(images, Mapping) else None
         if isinstance(images, Mapping):

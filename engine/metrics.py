@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines.labels import REGIONS, Coding
+from pipelines.layouts.labels import REGIONS, Coding
 
 Score = Literal["label_map", "masks"]
 SCORED: dict[Score, str] = {

@@ -9,7 +9,7 @@ from torch import nn
 
 from models import NetworkName, build_model, check_img_size, find_network
 from pipelines.basics.option_values import number
-from pipelines.labels import REGIONS
+from pipelines.layouts.labels import REGIONS
 
 
 @dataclass

@@ -24,7 +24,7 @@ from engine.weights_file import WeightsFile, written_by_this_version
 from pipelines.basics.option_values import shown
 from pipelines.basics.text import first_few
 from pipelines.decathlon import TASK
-from pipelines.labels import REGIONS, Coding
+from pipelines.layouts.labels import REGIONS, Coding
 
 NOT_DESCRIPTIVE = ("download", "store_dir", "store_dtype", "residence", "workers", "prepare_on", "unprepared",
                    "augment")  # fmt: skip

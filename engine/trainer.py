@@ -21,20 +21,18 @@ from engine import checkpoint, memory, metrics
 from engine.config import Config, to_portable_dict
 from engine.data import Data, make_loaders
 from engine.diagnosis import Diverged, first_nonfinite
-from engine.epoch_sums import EpochSums, epoch_means
-from engine.progress import DataWait, LateValues, TrainingProgress
+from engine.progress import DataWait, EpochSums, LateValues, TrainingProgress, epoch_means
 from engine.ranks.distributed import Ranks, gather
 from engine.ranks.memory_limits import is_out_of_memory, limit_bytes
-from engine.ranks.signals import TrainingStopped
-from engine.ranks.stop_signal import StopSignal
-from engine.reports.run_tables import EpochLog, write_validation
+from engine.ranks.signals import StopSignal, TrainingStopped
+from engine.run_tables import EpochLog, write_validation
 from engine.sharding import full_moments, full_weights, load_moments
 from engine.step import StepValues, TrainingStep
 from engine.validation import Validator
 from engine.weights_file import WeightsFile
 from models import parameter_count
-from pipelines.domain_shift import background_warning, store_statistics
-from pipelines.labels import REGIONS
+from pipelines.layouts.labels import REGIONS
+from pipelines.preparing.domain_shift import background_warning, store_statistics
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from engine.ranks.distributed import Ranks, gather
 from engine.sliding_window import sliding_window_logits
 from kernels.dice_ce import region_masks
 from pipelines.basics.text import first_few
-from pipelines.labels import Coding
+from pipelines.layouts.labels import Coding
 from pipelines.loading.loaders import ValLoader
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,8 @@ A file may come from anybody. No code in it is run, and each of its values is ch
 What `torch.save` writes is a zip file with checksums that `torch.load` does not look at: where a bit is flipped, it
 gives other weights. So a weights file holds a hash of what was written, of tensors and values alike and whatever their
 container, and what is read must have the same one. A hash shows damage, not intent: whoever makes a file can hash it.
+
+@@ Files of tensors and plain values: written whole, and read without running code from them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import logging
 import math
 import os
 import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,12 +33,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.archive import Unreadable, read_archive, write_archive
 from pipelines.basics.atomic import replacing
 from pipelines.basics.option_values import shown
 from pipelines.basics.text import one_line
-from pipelines.labels import CODINGS, ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
+from pipelines.layouts.labels import CODINGS, ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
 from pipelines.layouts.names import canonical_modalities
+
+
+class Unreadable(ValueError):
+    """What is wrong with a file, without its name."""
+
+
+def read_archive(path: Path) -> Any:
+    """Read what `torch.save` wrote, onto the CPU. No code from the file is run, and nothing is decompressed.
+
+    Raises:
+        Unreadable: it is damaged, or holds more than tensors and plain values.
+        PermissionError: the user may not read it.
+    """
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"  # else a file of torch before 1.6, which is not an archive
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+            stored = sum(entry.file_size for entry in entries)
+            if stored > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise Unreadable("its parts are compressed or overlap, which torch.save never writes")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a damaged file, before the error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, Unreadable):
+        raise
+    except Exception as error:  # zipfile, pickle and torch raise many kinds
+        raise Unreadable(
+            f"it is damaged, or holds more than tensors and plain values ({type(error).__name__}), and no code from a "
+            "file is run"
+        ) from error
+
+
+def write_archive(content: Mapping[str, Any], path: Path) -> None:
+    """Write tensors and plain values with `torch.save`, complete and synced to the disk.
+
+    Raises:
+        OSError: it can't be written; `filename` is `path`.
+    """
+    with replacing(path, "wb", sync=True) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            cause = error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            # When the disk is full, PyTorch raises its own error, about positions in the file.
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +114,7 @@ class WeightsFile:
         validation: Dice then, as in `metrics.json`: numbers by name, possibly in groups.
         modalities: of the network's channels, in order.
         coding: of the labels that it was trained on.
-        scans: what its training scans look like, see `pipelines.domain_shift`; or nothing.
+        scans: what its training scans look like, see `pipelines.preparing.domain_shift`; or nothing.
     """
 
     weights: dict[str, Tensor]

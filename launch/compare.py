@@ -32,19 +32,18 @@ import yaml
 from jsonargparse import Namespace
 
 from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
+from engine.parser import read_yaml
 from engine.ranks.command import run_command
 from engine.ranks.rank_env import read_rank_env
 from engine.ranks.signals import install_handlers, restore_handlers
 from engine.reports import comparison
-from engine.reports.comparison import ComparisonRow
-from engine.reports.finished_run import FinishedRun, by_option
-from engine.reports.formats import print_table
+from engine.reports.comparison import ComparisonRow, FinishedRun, by_option
 from engine.reports.report import is_finished
-from engine.yaml_file import read_yaml
 from kernels import dispatch
 from models import NETWORKS
 from pipelines.basics.atomic import below, replacing
 from pipelines.basics.option_values import Bounds, path_text
+from pipelines.basics.tables import print_table
 from pipelines.basics.text import printable
 
 PUBLISHED = {name: network.published for name, network in sorted(NETWORKS.items()) if network.published}

@@ -31,7 +31,6 @@ from typing import Any, Literal, get_args
 
 import jsonargparse
 
-from engine.archive import write_archive
 from engine.config import Config, make_parser
 from engine.export.bundle import WEIGHTS, write_bundle
 from engine.export.packages import find_reference, import_weights, read_state_dict, reference_class, reference_weights
@@ -39,8 +38,8 @@ from engine.export.programs import save_onnx, save_torch_export, trace
 from engine.parser import build
 from engine.ranks.command import run_command
 from engine.trained import TrainedNetwork, load_trained
-from engine.weights_file import WeightsFile
-from pipelines.labels import coding_for_release, tutorial_coding
+from engine.weights_file import WeightsFile, write_archive
+from pipelines.layouts.labels import coding_for_release, tutorial_coding
 from pipelines.layouts.names import canonical_modalities
 
 Target = Literal["onnx", "torch_export", "safetensors", "monai", "self_attention_cv", "bundle"]

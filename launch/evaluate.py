@@ -19,14 +19,8 @@ import sys
 from pathlib import Path
 
 from engine.parser import Parser
-from launch.network_options import add_network_options, run_with_networks
-from pipelines.labels import CODINGS
-
-GRIDS = {
-    "source": "the scans' own grid",
-    "prepared": "the prepared grid",
-    "center_crop": "the centre crop of the prepared grid",
-}
+from launch.network_options import GRIDS, add_network_options, run_with_networks
+from pipelines.layouts.labels import CODINGS
 
 
 def main(args: list[str] | None = None) -> int:

@@ -13,6 +13,12 @@ from engine.ranks.command import run_command
 OWN = {"data.release": "--release", "train.device": "--device"}
 """What these commands call options of training."""
 
+GRIDS = {
+    "source": "the scans' own grid",
+    "prepared": "the prepared grid",
+    "center_crop": "the centre crop of the prepared grid",
+}
+
 
 def add_network_options(parser: Parser) -> None:
     """`--runs`, `--flips`, `--device`, `--kernels`."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from engine.parser import Parser
 from launch.network_options import add_network_options, run_with_networks
-from pipelines.labels import CODINGS
+from pipelines.layouts.labels import CODINGS
 
 
 def main(args: list[str] | None = None) -> int:

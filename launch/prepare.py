@@ -28,7 +28,7 @@ from engine.config import make_parser, parse_config
 from engine.data import DataConfig, list_cases, obtain_root, prepared
 from engine.ranks.command import run_command
 from pipelines.basics.errors import CaseError
-from pipelines.cases import survey_cases
+from pipelines.layouts.cases import survey_cases
 from pipelines.preparing.store import check_cases
 
 PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit

@@ -19,17 +19,16 @@ from engine.evaluation import CaseScores
 from engine.inference import Predictor, Prepared, Segmentation
 from engine.metrics import Score, scored_regions
 from engine.ranks.distributed import Ranks, first_on_node, init_ranks
-from engine.reports.formats import percent, print_table
-from launch.evaluate import GRIDS
-from launch.network_options import with_own_options
+from launch.network_options import GRIDS, with_own_options
 from pipelines.basics.atomic import cannot_write, make_writable, own_folder
 from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.tables import percent, print_table
 from pipelines.basics.text import first_few, printable
-from pipelines.cases import Case, CaseSet, survey_cases
-from pipelines.geometry import label_grid
-from pipelines.labels import regions_from_labels
-from pipelines.resample import resample_label
+from pipelines.layouts.cases import Case, CaseSet, survey_cases
+from pipelines.layouts.labels import regions_from_labels
+from pipelines.scans.geometry import label_grid
 from pipelines.scans.nifti import RawCase, read_case
+from pipelines.scans.resample import resample_label
 
 NAMED = 3  # cases of a warning that has more
 

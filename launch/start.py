@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
-from pipelines.basics.home import give_home
+from pipelines.basics.machine import give_home
 from pipelines.basics.text import one_line
 
 _OURS = ("engine", "kernels", "launch", "models", "pipelines")

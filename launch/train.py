@@ -32,7 +32,7 @@ def main(args: list[str] | None = None) -> int:
             "Train UNETR or UNet on BraTS or Decathlon scans, or, with no arguments, on synthetic ones."
         )
         config, _ = parse_config(parser, args)
-        from engine import run as training  # and with it all that trains, draws and writes: seconds
+        from launch import run as training
 
         advice = training.how_to_resume
         training.run(config)

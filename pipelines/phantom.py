@@ -42,7 +42,7 @@ from pipelines.anatomy import (
 from pipelines.basics.atomic import remove_left_over, write_text
 from pipelines.basics.errors import DataError
 from pipelines.basics.lazy import Lazy
-from pipelines.basics.processes import cores
+from pipelines.basics.machine import cores
 from pipelines.basics.progress_bar import show_progress
 from pipelines.scans.nifti import write_nifti
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from engine.config import CONFIGS, Config, config_from_dict, to_dict
-from engine.reports.finished_run import FinishedRun
+from engine.reports.comparison import FinishedRun
 from engine.reports.report import END
 
 DEFINITION = "Dice per case and region"

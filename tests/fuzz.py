@@ -44,11 +44,11 @@ from test_trained import CONFIG, content_of
 
 from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
 from engine.network import make_model
-from engine.reports.finished_run import FinishedRun
+from engine.reports.comparison import FinishedRun
 from engine.trained import load_trained
 from engine.weights_file import write_content
 from launch.segment_cases import PredictionRow, write_rows
-from pipelines.cases import survey_cases
+from pipelines.layouts.cases import survey_cases
 from pipelines.scans.nifti import read_grid, read_nifti
 
 READ, REFUSED = "read", "refused"

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import bench_attention, bench_dice_ce, bench_instance_norm, tune
+from benchmarks import aot, bench_attention, bench_dice_ce, bench_instance_norm, tune, workloads
 from benchmarks.report import OURS
-from kernels import aot, attention, dice_ce, dispatch, instance_norm, workloads
+from kernels import attention, dice_ce, dispatch, instance_norm
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="TRITON_INTERPRET is set: nothing compiles")
 FITS = aot.Compiled(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.archive import Unreadable, read_archive
+from engine.weights_file import Unreadable, read_archive
 
 MIB = 2**20
 

@@ -24,7 +24,7 @@ from engine.ranks.distributed import Ranks
 from engine.weights_file import write_content
 from kernels import dispatch
 from launch import predict
-from pipelines.labels import CODINGS
+from pipelines.layouts.labels import CODINGS
 from pipelines.phantom import make_phantoms
 from pipelines.scans.nifti import write_nifti
 

@@ -30,11 +30,12 @@ from benchmarks import (
     step_profile,
     training,
     tune,
+    workloads,
 )
 from benchmarks.common import MARGIN, Roofline
 from engine.data import DataConfig, PhantomConfig
 from engine.ranks.distributed import Ranks
-from kernels import dispatch, workloads
+from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models.convert import to_reference
 from pipelines.phantom import make_phantoms

@@ -21,13 +21,13 @@ from monai.data.utils import partition_dataset
 
 from pipelines.basics.errors import DataError
 from pipelines.basics.text import as_text
-from pipelines.cases import Case, CaseSet, find_cases, split_cases, survey_cases
-from pipelines.labels import CODINGS
+from pipelines.layouts.cases import Case, CaseSet, find_cases, split_cases, survey_cases
+from pipelines.layouts.labels import CODINGS
 
 
 def test_finding_cases_imports_no_package_that_takes_seconds() -> None:
     code = (
-        "import sys, pipelines.cases, pipelines.spacing, pipelines.basics.processes\n"
+        "import sys, pipelines.layouts.cases, pipelines.scans.geometry, pipelines.preparing.processes\n"
         "heavy = {'torch', 'monai', 'nibabel', 'scipy', 'nvidia', 'triton', 'deepspeed'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

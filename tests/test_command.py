@@ -18,7 +18,7 @@ from two_ranks import LAUNCHER_VARIABLES
 from engine.ranks.command import run_command
 from engine.ranks.signals import STOP_SIGNALS
 from engine.ranks.terminal import Terminal
-from pipelines.basics.os_errors import explain
+from pipelines.basics.errors import explain
 
 Raises = Callable[[BaseException], tuple[int, str]]
 

@@ -11,9 +11,8 @@ import pytest
 from finished_runs import DEFINITION, read_run, settings, write_run
 
 from engine.reports import comparison
-from engine.reports.comparison import differing_settings, make_rows, table_notes, unmet_conditions
+from engine.reports.comparison import FinishedRun, differing_settings, make_rows, table_notes, unmet_conditions
 from engine.reports.comparison_pictures import can_share_a_case
-from engine.reports.finished_run import FinishedRun
 from models import NETWORKS
 
 PUBLISHED = {name: network.published for name, network in NETWORKS.items() if network.published}

@@ -18,8 +18,7 @@ from engine.config import config_from_dict, to_dict
 from engine.data import load_data
 from engine.network import make_model
 from engine.reports import comparison_pictures
-from engine.reports.comparison import make_rows
-from engine.reports.finished_run import FinishedRun
+from engine.reports.comparison import FinishedRun, make_rows
 from engine.weights_file import write_content
 from models import NETWORKS
 

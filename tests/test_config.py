@@ -16,7 +16,7 @@ from engine.config import CONFIGS, Config, config_from_dict, make_parser, parse_
 from engine.data import Data, DataConfig, load_data, make_loaders, prepared
 from engine.ranks.distributed import Ranks
 from engine.step import TrainConfig
-from pipelines.spacing import Spacing
+from pipelines.scans.geometry import Spacing
 
 
 def parse(*args: str) -> Config:

@@ -24,7 +24,7 @@ from engine.step import TrainConfig
 from engine.trainer import Trainer
 from launch import prepare
 from pipelines.basics.tables import read_table
-from pipelines.labels import CODINGS, Coding, regions_from_labels
+from pipelines.layouts.labels import CODINGS, Coding, regions_from_labels
 from pipelines.phantom import make_phantoms
 from pipelines.scans.nifti import read_nifti
 

@@ -20,7 +20,8 @@ from kernel_paths import not_interpreted
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import dispatch, workloads
+from benchmarks import workloads
+from kernels import dispatch
 from kernels.attention import flash_attention
 from kernels.dice_ce import dice_ce_loss
 from kernels.instance_norm import instance_norm

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.cases import find_cases
-from pipelines.domain_shift import (
+from pipelines.layouts.cases import find_cases
+from pipelines.phantom import make_phantoms
+from pipelines.preparing.domain_shift import (
     background_warning,
     duplicate_channels,
     ranges,
     scan_statistics,
     shift_warnings,
 )
-from pipelines.geometry import target_grid
-from pipelines.phantom import make_phantoms
-from pipelines.resample import resample_image
+from pipelines.scans.geometry import target_grid
 from pipelines.scans.nifti import read_case
+from pipelines.scans.resample import resample_image
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 ORDER = ("flair", "t1", "t1c", "t2")

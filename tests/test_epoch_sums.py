@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.epoch_sums import EpochSums, epoch_means
+from engine.progress import EpochSums, epoch_means
 from engine.ranks.distributed import Ranks
 from engine.step import StepValues
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_store import AFFINE, CODING, SHAPE, SPACING, state, three_cases
 
-from pipelines.cases import Case, CaseSet
+from pipelines.layouts.cases import Case, CaseSet
 from pipelines.preparing import prepared_case
 from pipelines.preparing.store import prepare
 

@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from launch.find_scans import cases_from_files, find_scans
+from launch.segment_cases import cases_from_files, find_scans
 from pipelines.basics.errors import DataError
-from pipelines.labels import CODINGS
+from pipelines.layouts.labels import CODINGS
 
 ORDER = ("flair", "t1", "t1c", "t2")
 

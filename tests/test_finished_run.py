@@ -10,8 +10,8 @@ import pytest
 from finished_runs import settings, write_run
 
 from engine.metrics import CaseDice
-from engine.reports.finished_run import FinishedRun
-from engine.reports.run_tables import write_validation
+from engine.reports.comparison import FinishedRun
+from engine.run_tables import write_validation
 
 
 def test_an_unfinished_run_is_refused_with_the_command_that_continues_it(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from datasets import ALL, brats_2018, brats_2023, decathlon, touch
 
 from pipelines.basics.errors import DataError
-from pipelines.cases import Case, find_cases, survey_cases
-from pipelines.labels import CODINGS
+from pipelines.layouts.cases import Case, find_cases, survey_cases
+from pipelines.layouts.labels import CODINGS
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".NII.GZ"])

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from engine.reports.formats import dice_text, markdown_table, percent, print_table
+from engine.progress import dice_text
+from pipelines.basics.tables import markdown_table, percent, print_table
 
 
 def test_dice_are_percents_and_unknown_ones_are_not_numbers() -> None:

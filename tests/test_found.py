@@ -10,9 +10,9 @@ import pytest
 from datasets import decathlon
 
 from pipelines.basics.errors import DataError
-from pipelines.cases import survey_cases
-from pipelines.labels import CODINGS
+from pipelines.layouts.cases import survey_cases
 from pipelines.layouts.found import listed_case, require_text, unstated_coding
+from pipelines.layouts.labels import CODINGS
 
 
 def test_every_listed_file_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from monai.transforms import Compose, Orientation, Spacing
 from nibabel.eulerangles import euler2mat
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from pipelines.geometry import label_grid, target_grid, voxel_size_mm
-from pipelines.resample import resample_label
-from pipelines.spacing import Spacing as VoxelSize
+from pipelines.scans.geometry import Spacing as VoxelSize
+from pipelines.scans.geometry import label_grid, target_grid, voxel_size_mm
+from pipelines.scans.resample import resample_label
 
 TOLERANCE_MM = 1e-9
 

@@ -33,8 +33,8 @@ from engine.precision import tf32
 from engine.sliding_window import sliding_window_logits, zscore_nonzero
 from engine.weights_file import write_content
 from kernels import dispatch
-from pipelines.domain_shift import ranges, scan_statistics
-from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
+from pipelines.layouts.labels import CODINGS, regions_from_labels, tutorial_coding
+from pipelines.preparing.domain_shift import ranges, scan_statistics
 from pipelines.scans.nifti import read_description, read_nifti
 
 SHAPE = (30, 44, 21)

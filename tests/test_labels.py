@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from monai.transforms import ConvertToMultiChannelBasedOnBratsClasses
 
-from pipelines.labels import (
+from pipelines.layouts.labels import (
     CODINGS,
     REGIONS,
     Release,

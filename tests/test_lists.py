@@ -11,7 +11,7 @@ import pytest
 from datasets import touch
 
 from pipelines.basics.errors import DataError
-from pipelines.cases import Case, find_cases
+from pipelines.layouts.cases import Case, find_cases
 
 
 def test_csv_and_json_lists_give_the_same_cases(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from test_dali import numpy_z_score
 
 from pipelines.basics.errors import DataError
-from pipelines.cases import find_cases
+from pipelines.layouts.cases import find_cases
 from pipelines.loading import loaders
 from pipelines.loading.augment import Augment
 from pipelines.loading.loader_options import CropOptions, LoaderOptions, Residence

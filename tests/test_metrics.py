@@ -11,7 +11,14 @@ from monai.metrics import DiceMetric
 
 from engine.inference import compose_labels
 from engine.metrics import CaseDice, case_dice, scored_regions, summarise, written_regions
-from pipelines.labels import CODINGS, TUTORIAL, Coding, coding_from_dataset_json, regions_from_labels, tutorial_coding
+from pipelines.layouts.labels import (
+    CODINGS,
+    TUTORIAL,
+    Coding,
+    coding_from_dataset_json,
+    regions_from_labels,
+    tutorial_coding,
+)
 
 
 def random_cases() -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -15,7 +15,7 @@ from engine.export.packages import find_reference, reference_weights
 from engine.network import ModelConfig, make_model, widths_of
 from engine.trained import TrainedNetwork
 from models import NETWORKS, Network, NetworkName, build_model
-from pipelines.labels import CODINGS
+from pipelines.layouts.labels import CODINGS
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from pipelines.basics.errors import CaseError, DataError
-from pipelines.cases import Case
-from pipelines.labels import CODINGS
+from pipelines.layouts.cases import Case
+from pipelines.layouts.labels import CODINGS
 from pipelines.scans.nifti import RawCase, read_case, read_grid, read_nifti, write_nifti
 
 SHAPE = (7, 6, 5)
@@ -260,8 +260,8 @@ def test_a_case_that_memory_does_not_hold_is_a_fault_of_that_case(tmp_path: Path
     image = nib.Nifti1Image(np.arange(1 << 24, dtype=np.uint8).reshape(256, 256, 256), AFFINE)
     nib.save(image, tmp_path / "a.nii")
     code = (
-        "import resource, sys; import nibabel; from pathlib import Path; from pipelines.cases import Case;"
-        "from pipelines.labels import CODINGS; from pipelines.basics.errors import CaseError;"
+        "import resource, sys; import nibabel; from pathlib import Path; from pipelines.layouts.cases import Case;"
+        "from pipelines.layouts.labels import CODINGS; from pipelines.basics.errors import CaseError;"
         "from pipelines.scans.nifti import read_case; path = Path(sys.argv[1]);"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + (40 << 20), -1));\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.layouts.order import in_order
+from pipelines.layouts.names import in_order
 
 ORDER = ("flair", "t1", "t1c", "t2")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.basics import os_errors
-from pipelines.basics.os_errors import REMEDIES, explain
+from pipelines.basics import errors
+from pipelines.basics.errors import REMEDIES, explain
 
 
 @pytest.mark.parametrize("number", list(REMEDIES))
@@ -28,7 +28,7 @@ def test_a_full_disk_without_a_file_is_looked_for(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "a folder that the system does not name" in explain(error)
-    monkeypatch.setattr(os_errors, "_FULL_BELOW", float("inf"))
+    monkeypatch.setattr(errors, "_FULL_BELOW", float("inf"))
     assert f"No space left on device in {tmp_path} and " in explain(error)
 
 

@@ -17,7 +17,7 @@ from engine.export.packages import read_state_dict, reference_class
 from engine.trained import TrainedNetwork, load_trained
 from launch.convert import main
 from models import NETWORKS
-from pipelines.labels import CODINGS
+from pipelines.layouts.labels import CODINGS
 
 TOLERANCES = {"logits": 1e-4}
 

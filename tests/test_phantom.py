@@ -15,8 +15,8 @@ from test_store import files_of_at_most
 from pipelines import phantom
 from pipelines.basics.atomic import temporary_name
 from pipelines.basics.errors import DataError
-from pipelines.cases import find_cases
-from pipelines.labels import CODINGS, regions_from_labels
+from pipelines.layouts.cases import find_cases
+from pipelines.layouts.labels import CODINGS, regions_from_labels
 from pipelines.phantom import draw_phantom, make_phantoms
 
 SIZE = (48, 48, 32)

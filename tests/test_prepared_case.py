@@ -28,8 +28,8 @@ from test_store import (
 )
 
 from pipelines.basics.errors import DataError, StoreError
-from pipelines.cases import Case, CaseSet
-from pipelines.labels import Coding
+from pipelines.layouts.cases import Case, CaseSet
+from pipelines.layouts.labels import Coding
 from pipelines.preparing import prepared_case
 from pipelines.preparing.prepared_case import FOREGROUND_VOXELS, checksum, to_float16
 from pipelines.preparing.store import prepare

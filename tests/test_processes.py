@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.basics.errors import CaseError, CaseFailure, DataError
-from pipelines.basics.processes import run_on_cases
-from pipelines.cases import Case
+from pipelines.layouts.cases import Case
+from pipelines.preparing.processes import run_on_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = [Case(name, (Path(name),), None, None) for name in ("a", "b", "c", "d")]
@@ -103,8 +103,8 @@ def test_a_few_quick_cases_start_no_process() -> None:
 
 def test_processes_start_once_they_save_more_than_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.2 s a case: of 30 two processes save about 3 s, of 20 cases 2 s."""
-    monkeypatch.setattr("pipelines.basics.processes.cores", lambda: 2)
-    monkeypatch.setattr("pipelines.basics.processes.START_S", 2.5)
+    monkeypatch.setattr("pipelines.preparing.processes.cores", lambda: 2)
+    monkeypatch.setattr("pipelines.preparing.processes.START_S", 2.5)
     pids = [pid for _, pid in run_on_cases(partial(sleep_and_name_process, 0.2), CASES * 5, None, "Asking")]
     assert set(pids) == {os.getpid()}
     more = [Case(str(i), (Path("a"),), None, None) for i in range(30)]
@@ -118,8 +118,8 @@ def test_an_early_interrupt_ends_the_run_once_the_workers_have_started_and_spare
         "import os, signal, threading\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's job in the background ignores it
         "from pathlib import Path\n"
-        "from pipelines.cases import Case\n"
-        "from pipelines.basics.processes import run_on_cases\n"
+        "from pipelines.layouts.cases import Case\n"
+        "from pipelines.preparing.processes import run_on_cases\n"
         "threading.Timer(0.2, os.killpg, (os.getpgid(0), signal.SIGINT)).start()\n"
         "try:\n"
         "    list(run_on_cases(repr, [Case(str(i), (Path('a'),), None, None) for i in range(4)], 2, 'Naming'))\n"
@@ -162,8 +162,8 @@ def test_processes_do_not_import_the_script_that_runs(tmp_path: Path) -> None:
     script.write_text(
         "print('begins', flush=True)\n"
         "from pathlib import Path\n"
-        "from pipelines.cases import Case\n"
-        "from pipelines.basics.processes import run_on_cases\n"
+        "from pipelines.layouts.cases import Case\n"
+        "from pipelines.preparing.processes import run_on_cases\n"
         "cases = [Case(str(i), (Path('a'),), None, None) for i in range(4)]\n"
         "print(sorted(case.name for case, _ in run_on_cases(repr, cases, 2, 'Naming')))\n"
     )
@@ -182,7 +182,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     script = (
         "import sys; from functools import partial; from pathlib import Path\n"
         "from test_processes import CASES, report_and_wait\n"
-        "from pipelines.basics.processes import run_on_cases\n"
+        "from pipelines.preparing.processes import run_on_cases\n"
         f"list(run_on_cases(partial(report_and_wait, Path({str(tmp_path)!r})), CASES, 2, 'Waiting'))\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

@@ -21,7 +21,7 @@ from engine.network import make_model
 from engine.trained import TrainedNetwork
 from launch.convert import main
 from models.unetr import MONAI, SELF_ATTENTION_CV, UNETR
-from pipelines.labels import CODINGS
+from pipelines.layouts.labels import CODINGS
 
 TOLERANCES = {"written": programs.TOLERANCE, "instance norm": 1e-5}
 

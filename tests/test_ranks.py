@@ -162,7 +162,7 @@ def test_two_nodes_go_on_after_one_was_lost(folder: Path, two_ranks: TrainedByTw
 
 
 def both_ranks_warn() -> None:
-    from engine import run
+    from launch import run
 
     ranks = ready()
     run._start_log(Path("runs/one"), ranks)

@@ -5,6 +5,7 @@ Small phantoms with a background of zeros, in the orientations that files come i
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -14,15 +15,15 @@ import torch
 from nibabel.eulerangles import euler2mat
 
 from pipelines.basics.errors import CaseError
-from pipelines.cases import Case, CaseSet
-from pipelines.geometry import target_grid
-from pipelines.labels import CODINGS
+from pipelines.layouts.cases import Case, CaseSet
+from pipelines.layouts.labels import CODINGS
 from pipelines.loading import raw
 from pipelines.loading.raw import ImageOnGrid, resample_case
 from pipelines.phantom import draw_phantom
 from pipelines.preparing.store import prepare
-from pipelines.resample import axis_weights, resample_image
+from pipelines.scans.geometry import target_grid
 from pipelines.scans.nifti import read_case, read_grid
+from pipelines.scans.resample import axis_weights, resample_image
 
 SPACING = (1.5, 1.5, 2.0)
 CROP = (24, 20, 12)
@@ -82,7 +83,9 @@ def assert_close(image: torch.Tensor | np.ndarray, expected: torch.Tensor | np.n
 def test_a_store_may_be_filled_by_dali(cases: CaseSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = prepare(cases, tmp_path / "cpu", SPACING, workers=1)
     monkeypatch.setattr(raw, "resample_case", lambda case, grid, device: resample_case(case, grid, CPU))
-    filled = prepare(cases, tmp_path / "gpu", SPACING, workers=1, device="gpu")
+    filled = prepare(
+        cases, tmp_path / "gpu", SPACING, workers=1, resample=partial(resample_case, device=torch.device("cuda"))
+    )
     for i in range(len(store)):
         assert_close(filled.image(i), store.image(i))
         np.testing.assert_array_equal(filled.image(i) != 0, store.image(i) != 0)

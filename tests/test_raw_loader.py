@@ -17,17 +17,17 @@ import torch
 from test_loaders import options_of
 from test_raw import AFFINES, CODING, CROP, SPACING, assert_close, write_case, write_cases
 
+from benchmarks.monai_chain import case_to_dict, prepare_steps
 from pipelines.basics.errors import CaseError, DataError
-from pipelines.cases import Case, CaseSet
-from pipelines.labels import Coding, regions_from_labels
+from pipelines.layouts.cases import Case, CaseSet
+from pipelines.layouts.labels import Coding, regions_from_labels
 from pipelines.loading import raw_loader
 from pipelines.loading.augment import Augment
 from pipelines.loading.loaders import TrainLoader
 from pipelines.loading.raw_loader import DecodedCase, RawLoader, ReadAhead
 from pipelines.preparing.store import Store, prepare
-from pipelines.reference import case_to_dict, prepare_steps
+from pipelines.scans.geometry import Spacing
 from pipelines.scans.nifti import RawCase
-from pipelines.spacing import Spacing
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from pipelines.basics.errors import CaseError
 from pipelines.basics.regular_files import file_fault, open_regular
 from pipelines.basics.text import as_text
-from pipelines.preparing.file_hashes import hash_file
+from pipelines.preparing.prepared_case import hash_file
 from pipelines.scans.nifti import read_grid, read_nifti
 
 

@@ -12,12 +12,12 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientation, Orientationd, Spacing, Spacingd
 from test_geometry import AFFINES, ORIENTATIONS, RAS_AFFINE, SHAPE, axis_affine, monai_chain, rotated, stored_as
 
-from pipelines.cases import Case
-from pipelines.geometry import Grid, label_grid, target_grid
-from pipelines.labels import CODINGS, Coding
-from pipelines.resample import BackToFile, channels_last, resample_image, resample_label
+from pipelines.layouts.cases import Case
+from pipelines.layouts.labels import CODINGS, Coding
+from pipelines.scans.geometry import Grid, label_grid, target_grid
+from pipelines.scans.geometry import Spacing as VoxelSize
 from pipelines.scans.nifti import read_case
-from pipelines.spacing import Spacing as VoxelSize
+from pipelines.scans.resample import BackToFile, channels_last, resample_image, resample_label
 
 TOLERANCES = {
     "image": 2e-7,  # of its range

@@ -12,9 +12,8 @@ from test_checkpoint import write
 
 from engine.config import Config, to_portable_dict
 from engine.data import DataConfig, PhantomConfig
-from engine.resume import changed_options, log_effects_of_resuming, refuse_links, written_elsewhere
-from engine.run import run
 from engine.step import TrainConfig
+from launch.run import changed_options, log_effects_of_resuming, refuse_links, run, written_elsewhere
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "logs", "tensorboard", "run.log", ".lock", "logs/rank-0001.log"])
@@ -24,7 +23,7 @@ def test_a_link_out_of_a_run_folder_is_refused_before_anything_is_written(name: 
     (run_dir / name).parent.mkdir(parents=True)
     (run_dir / name).symlink_to(outside / "new" if "." in name else outside)
     before = sorted(run_dir.rglob("*"))
-    work = mock.patch("engine.run.load_data", side_effect=AssertionError)
+    work = mock.patch("launch.run.load_data", side_effect=AssertionError)
     with work, pytest.raises(ValueError, match=f"{name} is a link to {outside}"):
         run(Config(run_dir=run_dir, train=TrainConfig(device="cpu")))
     assert sorted(run_dir.rglob("*")) == before and not list(outside.iterdir())

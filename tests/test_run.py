@@ -21,12 +21,12 @@ from commands import rows_of, start, train, write_small
 from engine.checkpoint import states
 from engine.config import Config
 from engine.data import DataConfig
-from engine.reports.finished_run import FinishedRun
+from engine.reports.comparison import FinishedRun
 from engine.reports.report import is_finished
-from engine.run import _claim, run
 from engine.step import TrainConfig
+from launch.run import _claim, run
 from launch.train import main
-from pipelines.cases import find_cases
+from pipelines.layouts.cases import find_cases
 from pipelines.phantom import make_phantoms
 from pipelines.scans.nifti import read_nifti, write_nifti
 
@@ -131,7 +131,7 @@ def test_a_run_is_not_overwritten(finished: Path) -> None:
 
 
 def test_a_failed_start_leaves_alone_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.run._start_log", lambda run_dir, ranks: (run_dir / "run.log").touch())
+    monkeypatch.setattr("launch.run._start_log", lambda run_dir, ranks: (run_dir / "run.log").touch())
     kept = tmp_path / "kept" / "notes.txt"
     kept.parent.mkdir()
     kept.touch()
@@ -152,7 +152,7 @@ def test_a_run_applies_deepspeeds_json_and_sets_the_process_before_the_trainer(
     stand_ins = {"_start_log": mock.Mock(), "load_data": lambda _: data, "make_model": mock.Mock(),
                  "parameter_count": lambda _: 1, "set_up_torch": set_up, "Trainer": trainer}  # fmt: skip
     for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(f"engine.run.{name}", stand_in)
+        monkeypatch.setattr(f"launch.run.{name}", stand_in)
     with pytest.raises(ValueError, match="enough"):
         run(config)
     set_up.assert_called_once_with("bf16", True)
@@ -168,7 +168,7 @@ def test_a_folder_that_another_job_made_meanwhile_is_left_alone(
         (run_dir / "checkpoints").mkdir(parents=True)  # by a job that was started in the same second
         raise ValueError("another job is training in this folder")
 
-    monkeypatch.setattr("engine.run._claim", refuse)
+    monkeypatch.setattr("launch.run._claim", refuse)
     with pytest.raises(ValueError, match="another job is training"):
         run(Config(run_dir=tmp_path / "run", train=CPU))
     assert (tmp_path / "run" / "checkpoints").is_dir()

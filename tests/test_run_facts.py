@@ -13,10 +13,10 @@ import torch
 from engine.config import Config
 from engine.data import DataConfig
 from engine.ranks.distributed import Ranks
-from engine.reports import run_facts
-from engine.reports.run_facts import data_facts, environment_facts, timing_facts
+from engine.reports import report
+from engine.reports.report import data_facts, environment_facts, timing_facts
 from engine.step import TrainConfig
-from pipelines.labels import CODINGS
+from pipelines.layouts.labels import CODINGS
 
 ROW: dict[str, Any] = {"epoch": 1, "step": 2, "skipped_steps": 0, "samples_per_s": 2.0, "data_wait": 0.1}
 RANKS = Ranks(0, 1, 0, torch.device("cpu"))
@@ -84,10 +84,10 @@ def test_the_commit_is_that_of_the_checkout_and_of_no_repository_around_it(
     monkeypatch.delenv("GLIOFORGE_COMMIT", raising=False)
     git("init")
     git("commit", "--allow-empty", "-m", "first")
-    monkeypatch.setattr(run_facts, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     assert environment_facts(Config(), RANKS, "")["commit"] == git("rev-parse", "--short", "HEAD")
     (tmp_path / "site-packages").mkdir()
-    monkeypatch.setattr(run_facts, "ROOT", tmp_path / "site-packages")
+    monkeypatch.setattr(report, "ROOT", tmp_path / "site-packages")
     assert environment_facts(Config(), RANKS, "")["commit"] == "unknown"
     monkeypatch.setenv("GLIOFORGE_COMMIT", "abc1234")
     assert environment_facts(Config(), RANKS, "")["commit"] == "abc1234"

@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
-from engine import run
 from engine.ranks import command
-from engine.reports.run_tables import EpochLog
+from engine.run_tables import EpochLog
+from launch import run
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -57,9 +57,9 @@ def test_without_its_tables_and_pictures_a_run_gets_no_page(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("write_log", "write_validation", "pictures.draw_curves", "run_facts", "report.RunResults"):
-        monkeypatch.setattr(f"engine.run.{name}", mock.Mock(side_effect=FULL if name == missing else None))
+        monkeypatch.setattr(f"launch.run.{name}", mock.Mock(side_effect=FULL if name == missing else None))
     page = mock.Mock()
-    monkeypatch.setattr("engine.run.report.write_html", page)
+    monkeypatch.setattr("launch.run.report.write_html", page)
     with pytest.raises(OSError, match="No space left"):
         run.finish(mock.MagicMock(), tmp_path, "")
     page.assert_not_called()

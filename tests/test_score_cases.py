@@ -21,8 +21,8 @@ from engine.evaluation import CaseScores
 from engine.metrics import SCORED, CaseDice, case_dice
 from engine.weights_file import read_content, write_content
 from launch import score_cases
-from pipelines.cases import find_cases
-from pipelines.labels import CODINGS, REGIONS, regions_from_labels, tutorial_coding
+from pipelines.layouts.cases import find_cases
+from pipelines.layouts.labels import CODINGS, REGIONS, regions_from_labels, tutorial_coding
 from pipelines.scans.nifti import read_nifti
 
 

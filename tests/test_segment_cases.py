@@ -36,8 +36,8 @@ from engine.weights_file import write_content
 from launch import evaluate, predict, score_cases, segment_cases
 from pipelines.basics.errors import DataError
 from pipelines.basics.tables import read_table
-from pipelines.cases import Case, find_cases
-from pipelines.labels import CODINGS, regions_from_labels
+from pipelines.layouts.cases import Case, find_cases
+from pipelines.layouts.labels import CODINGS, regions_from_labels
 from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.loaders import ValLoader
 from pipelines.phantom import make_phantoms

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.spacing import Spacing, file_spacing, patient_spacing
+from pipelines.scans.geometry import Spacing, file_spacing, patient_spacing
 
 
 @pytest.mark.parametrize("mm", [(1.5, 0, 2), (1.5, -1, 2), (1.5, math.nan, 2), (math.inf, 1, 2), (1.5, 2), ()])

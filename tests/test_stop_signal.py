@@ -15,8 +15,7 @@ import torch.distributed as dist
 from two_ranks import LIMIT_S, PROMPT_S, TwoRanks, ready
 
 from engine.ranks.distributed import Ranks, init_ranks
-from engine.ranks.signals import TrainingStopped
-from engine.ranks.stop_signal import StopSignal
+from engine.ranks.signals import StopSignal, TrainingStopped
 
 
 @pytest.fixture
@@ -101,9 +100,9 @@ def test_a_second_sigterm_ends_at_once_and_the_same_one_passed_on_does_not(tmp_p
 def test_a_signal_is_noticed_within_two_seconds_or_three_steps(step_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a simulated clock: the signal comes after 100 steps."""
     now = [0.0]
-    monkeypatch.setattr("engine.ranks.stop_signal.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("engine.ranks.stop_signal.dist.new_group", lambda backend: object())
-    monkeypatch.setattr("engine.ranks.stop_signal.dist.all_reduce", lambda *args, **options: mock.Mock())
+    monkeypatch.setattr("engine.ranks.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.ranks.signals.dist.new_group", lambda backend: object())
+    monkeypatch.setattr("engine.ranks.signals.dist.all_reduce", lambda *args, **options: mock.Mock())
     stop = StopSignal(Ranks(0, 2, 0, torch.device("cpu")))
     for step in range(200):
         now[0] += step_s

@@ -25,13 +25,12 @@ from isal import isal_zlib
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from pipelines.basics.errors import DataError, StoreError
-from pipelines.cases import Case, CaseSet
-from pipelines.geometry import target_grid
-from pipelines.labels import CODINGS
+from pipelines.layouts.cases import Case, CaseSet
+from pipelines.layouts.labels import CODINGS
 from pipelines.preparing.store import Store, check_cases, prepare
-from pipelines.resample import resample_image, resample_label
+from pipelines.scans.geometry import Spacing, target_grid
 from pipelines.scans.nifti import read_case
-from pipelines.spacing import Spacing
+from pipelines.scans.resample import resample_image, resample_label
 
 SHAPE = (24, 21, 18)
 AFFINE = np.array([[-1, 0, 0, 3], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]], float)

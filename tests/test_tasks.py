@@ -11,8 +11,8 @@ import pytest
 from datasets import ALL, brats_2018, decathlon, touch
 
 from pipelines.basics.errors import DataError
-from pipelines.cases import Case, find_cases, survey_cases
-from pipelines.labels import CODINGS
+from pipelines.layouts.cases import Case, find_cases, survey_cases
+from pipelines.layouts.labels import CODINGS
 
 
 def test_decathlon_cases_keep_the_order_of_dataset_json_and_name_their_channels(tmp_path: Path) -> None:

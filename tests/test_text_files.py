@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.basics.errors import DataError
-from pipelines.basics.text_files import read_json, read_text
+from pipelines.basics.regular_files import read_json, read_text
 
 
 def test_text_keeps_its_line_ends_and_loses_its_mark(tmp_path: Path) -> None:

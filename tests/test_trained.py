@@ -15,7 +15,7 @@ from engine.network import ModelConfig, make_model
 from engine.trained import NOT_DESCRIPTIVE, load_trained
 from engine.weights_file import write_content
 from pipelines.decathlon import TASK
-from pipelines.labels import CODINGS, Coding, tutorial_coding
+from pipelines.layouts.labels import CODINGS, Coding, tutorial_coding
 
 CONFIG = Config(
     data=DataConfig(crop_size_voxels=(16, 16, 16), spacing_mm=(2.0, 2.0, 3.0)),

@@ -22,12 +22,12 @@ from matplotlib.colors import to_rgb
 
 from engine.config import Config, make_parser, parse_config, to_dict
 from engine.network import ModelConfig, make_model
-from engine.reports.finished_run import FinishedRun
+from engine.reports.comparison import FinishedRun
 from engine.reports.pictures import COLOURS
 from engine.weights_file import WeightsFile
 from launch import compare
 from models import NETWORKS
-from pipelines.labels import CODINGS
+from pipelines.layouts.labels import CODINGS
 from pipelines.layouts.names import MODALITIES
 
 ROOT = Path(__file__).resolve().parent.parent

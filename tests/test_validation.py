@@ -17,7 +17,7 @@ from engine.metrics import SCORED, case_dice, summarise
 from engine.trainer import Trainer
 from engine.validation import Validator
 from kernels.dice_ce import region_masks
-from pipelines.labels import regions_from_labels
+from pipelines.layouts.labels import regions_from_labels
 
 
 def test_a_validation_scores_the_label_map_that_is_written_or_the_masks_where_asked(

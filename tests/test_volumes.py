@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.basics.errors import DataError
-from pipelines.cases import find_cases
+from pipelines.layouts.cases import find_cases
 from pipelines.loading import volumes
 from pipelines.loading.sampling import copy_crop
 from pipelines.loading.volumes import LoadedVolumes, MappedVolumes, choose_residence, nonzero_mean_std

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.basics.errors import CaseError
-from pipelines.labels import CODINGS
+from pipelines.layouts.labels import CODINGS
 from pipelines.scans.voxels import to_labels
 
 SHAPE = (7, 6, 5)

@@ -14,11 +14,10 @@ import torch
 from test_archive import little_memory  # noqa: F401
 from test_trained import CONFIG, content_of
 
-from engine.archive import Unreadable
 from engine.config import to_dict
 from engine.trained import load_trained
-from engine.weights_file import FORMAT, HASH, WeightsFile, content_hash, read_content, write_content
-from pipelines.labels import CODINGS
+from engine.weights_file import FORMAT, HASH, Unreadable, WeightsFile, content_hash, read_content, write_content
+from pipelines.layouts.labels import CODINGS
 
 FLIPS = 400  # of some 32,000 and 18,000 bits; the names of entries in a zip file, say, mean nothing
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.yaml_file import parse_yaml, read_yaml
+from engine.parser import parse_yaml, read_yaml
 
 
 def test_scalars_stay_text_and_nothing_is_none() -> None:

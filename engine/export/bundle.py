@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.archive import write_archive
 from engine.export.packages import reference_class, reference_weights
 from engine.inference import compose_labels
 from engine.network import widths_of
 from engine.sliding_window import OVERLAP, SIGMA_SCALE, WINDOWS_AT_ONCE
 from engine.trained import TrainedNetwork
+from engine.weights_file import write_archive
 from kernels import attention, instance_norm
 from models import NETWORKS
 from pipelines.basics.atomic import own_folder, remove_left_over, temporary_name, write_text
-from pipelines.labels import REGIONS
+from pipelines.layouts.labels import REGIONS
 from pipelines.layouts.names import MODALITIES, SPELLINGS
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"

@@ -10,15 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.archive import Unreadable, read_archive
 from engine.config import Config, to_dict
 from engine.network import make_model, widths_of
 from engine.trained import TrainedNetwork, mismatch
-from engine.weights_file import WeightsFile
+from engine.weights_file import Unreadable, WeightsFile, read_archive
 from models import NETWORKS
 from models.convert import from_reference, to_reference
 from models.references import Reference, StateDict
-from pipelines.labels import REGIONS, Coding
+from pipelines.layouts.labels import REGIONS, Coding
 
 NESTED = ("state_dict", "model")
 """Where training programs put a network's state dict in their checkpoints."""

@@ -21,7 +21,7 @@ from engine.ranks.memory_limits import is_out_of_memory, plain_message
 from engine.ranks.rank_env import read_rank_env
 from engine.ranks.signals import StoppedBySignal, TrainingStopped, install_handlers, restore_handlers, signal_name
 from engine.ranks.terminal import Terminal, set_up_terminal
-from pipelines.basics.os_errors import DISK_FULL, explain
+from pipelines.basics.errors import DISK_FULL, explain
 from pipelines.basics.text import as_text
 
 if TYPE_CHECKING:

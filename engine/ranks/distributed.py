@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from engine.ranks.rank_env import RankEnv, export_rank_env, read_rank_env
-from pipelines.basics.processes import cores
+from pipelines.basics.machine import cores
 
 T = TypeVar("T")
 PREPARATION_LIMIT = timedelta(hours=12)  # while one rank of a node prepares the data, or has more cases than others

@@ -16,9 +16,8 @@ import torch
 
 from engine.data import existing_root, list_cases, make_val_loader, prepared
 from engine.metrics import CaseDice, case_dice, scored_regions
-from engine.reports.comparison import VALIDATION_CASES, ComparisonRow, differing_settings
-from engine.reports.finished_run import FinishedRun
-from engine.reports.formats import dice_text
+from engine.progress import dice_text
+from engine.reports.comparison import VALIDATION_CASES, ComparisonRow, FinishedRun, differing_settings
 from engine.reports.pictures import (
     add_region_legend,
     as_numpy,

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from engine.reports.formats import dice_text
+from engine.progress import dice_text
 from pipelines.basics.atomic import replacing
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.text import printable
-from pipelines.labels import REGIONS
+from pipelines.layouts.labels import REGIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,10 +1,59 @@
-"""The errors of a user's data: which file or folder, what is wrong with it, what to do."""
+"""The errors of a user's data: which file or folder, what is wrong with it, what to do.
+
+@@ Errors of the operating system in words for the user: the file, the cause, the remedy.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import shutil
 from pathlib import Path
 
 from pipelines.basics.text import as_text
+
+REMEDIES = {
+    errno.ENOSPC: "free space on that disk, or choose a folder on another one",
+    errno.EDQUOT: "your quota is used up: remove files, ask for more, or choose a folder elsewhere",
+    errno.EFBIG: "files may not be that large here (`ulimit -f`, or the file system): choose a folder elsewhere",
+    errno.EACCES: "change its permissions or those of the folders above, or choose another place",
+    errno.EPERM: "change its owner or permissions, or choose another place",
+    errno.EROFS: "this file system is read-only: choose another place",
+    errno.ENOENT: "check the path; a link may lead nowhere",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: check the path, or move that file",
+    errno.EISDIR: "it is a folder, and should be a file: check the path, or move that folder",
+    errno.ELOOP: "symbolic links lead in a circle there: check them",
+    errno.ENAMETOOLONG: "most file systems take names of 255 bytes and paths of 4,096: choose a shorter one",
+    errno.EMFILE: "too many files are open for `ulimit -n` ({files}): raise it, or use fewer --data.workers",
+    errno.ENFILE: "too many files are open on this machine: end other programs",
+    errno.EIO: "the disk or the connection to it failed: see the system's log (dmesg), and copy the file elsewhere",
+    errno.ESTALE: "the network file system has lost it: mount it again, and start again",
+    errno.EAGAIN: "too many processes or threads for `ulimit -u` ({processes}): end other programs, or raise it",
+}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_BELOW = 2**20  # bytes
+
+
+def explain(error: OSError) -> str:
+    """The error on one line; an error whose message has a remedy of its own keeps it."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    files = [name for name in (error.filename, error.filename2) if name is not None]
+    named = " -> ".join(os.fsdecode(name) if isinstance(name, bytes) else str(name) for name in files)
+    cause = f"{named}: {error.strerror}" if named else error.strerror
+    if error.strerror != os.strerror(error.errno) or error.errno not in REMEDIES:
+        return cause
+    if error.errno == errno.ENOSPC and not named:
+        cause = f"{cause} in {' and '.join(_full_folders()) or 'a folder that the system does not name'}"
+    limits = {"files": resource.RLIMIT_NOFILE, "processes": resource.RLIMIT_NPROC}
+    return f"{cause}; {REMEDIES[error.errno].format(**{name: resource.getrlimit(k)[0] for name, k in limits.items()})}"
+
+
+def _full_folders() -> list[str]:
+    """Which of the folders that a command writes to are on full disks."""
+    folders = (os.getcwd(), os.environ.get("GLIOFORGE_CACHE", ""), os.environ.get("TMPDIR", "/tmp"), "/dev/shm")
+    return [name for name in folders if os.path.isdir(name) and shutil.disk_usage(name).free < _FULL_BELOW]
 
 
 class DataError(ValueError):

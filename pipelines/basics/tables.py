@@ -3,12 +3,15 @@
 A spreadsheet runs a cell that begins with =, +, - or @ as a formula, and a table may hold the names of somebody else's
 files. Such a cell gets an apostrophe in front, as spreadsheets themselves mark text; numbers stay numbers. A name that
 is not UTF-8 is written with escapes (see `pipelines.basics.text`). Reading undoes both and returns what was written.
+
+Tables are also written in Markdown and on the terminal, with Dice in percent.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +19,11 @@ from typing import Any
 
 from pipelines.basics.atomic import open_own, write_text
 from pipelines.basics.errors import DataError
+from pipelines.basics.lazy import Lazy
 from pipelines.basics.text import encodable, shortened
 
+rich_console, rich_table = Lazy("rich.console"), Lazy("rich.table")
+PIPE_WIDTH = 160  # columns; a file or a pipe has no terminal to fit
 _FORMULA = re.compile(r"'*[=+\-@\t\r＝＋－＠]")  # noqa: RUF001  # some spreadsheets take the wide signs, too
 _ESCAPED = re.compile(r"\\u(005c|d[89a-f][0-9a-f]{2})")
 
@@ -139,3 +145,24 @@ def _lines(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
     for row in rows:
         table.writerow({name: to_cell(value) for name, value in row.items()})
     return file.getvalue()
+
+
+def percent(dice: float | None) -> str:
+    """A Dice between 0 and 1 in percent; "n/a" for None and NaN."""
+    return "n/a" if dice is None or math.isnan(dice) else f"{100 * dice:.1f}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers; cells are Markdown already."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print a table whose first column is text and whose others are numbers."""
+    table = rich_table.Table(title=title)
+    for index, column in enumerate(head):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    rich_console.Console(width=None if rich_console.Console().is_terminal else PIPE_WIDTH).print(table)

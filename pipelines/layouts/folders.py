@@ -27,8 +27,8 @@ from pathlib import Path
 from pipelines.basics.errors import CaseError, DataError
 from pipelines.basics.regular_files import file_fault, is_annexed
 from pipelines.basics.text import first_few, printable
-from pipelines.labels import CODINGS, Coding
 from pipelines.layouts.found import FoundCase
+from pipelines.layouts.labels import CODINGS, Coding
 from pipelines.layouts.names import TIME_POINT, is_label, modality_of, patient_of, stem_of
 
 log = logging.getLogger(__name__)

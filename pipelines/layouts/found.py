@@ -14,7 +14,7 @@ from typing import Any
 from pipelines.basics.errors import CaseError, DataError
 from pipelines.basics.regular_files import file_fault
 from pipelines.basics.text import brief
-from pipelines.labels import CODINGS, Coding
+from pipelines.layouts.labels import CODINGS, Coding
 from pipelines.layouts.names import name_fault
 
 _PATH_CHARACTERS = 4096

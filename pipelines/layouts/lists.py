@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.regular_files import read_json, read_text
 from pipelines.basics.tables import csv_rows
 from pipelines.basics.text import brief, shortened
-from pipelines.basics.text_files import read_json, read_text
-from pipelines.labels import Coding
 from pipelines.layouts.found import FoundCase, listed_case, require_text, unstated_coding
+from pipelines.layouts.labels import Coding
 from pipelines.layouts.names import LABEL_SPELLINGS, MODALITIES, canonical_modalities, modality_named, patient_of
 from pipelines.layouts.tasks import describes_task, from_task
 

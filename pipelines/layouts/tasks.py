@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.regular_files import read_json
 from pipelines.basics.text import brief, first_few
-from pipelines.basics.text_files import read_json
-from pipelines.labels import Coding, coding_from_dataset_json
 from pipelines.layouts.found import FoundCase, listed_case, require_text, unstated_coding
+from pipelines.layouts.labels import Coding, coding_from_dataset_json
 from pipelines.layouts.names import case_name_of, modality_named, modality_of, patient_of, stem_of
 
 log = logging.getLogger(__name__)

@@ -39,12 +39,12 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.basics.lazy import Lazy
-from pipelines.geometry import Grid
 from pipelines.loading.augment import Augment, input_names
 from pipelines.loading.dali import augmented, build_pipeline, external_inputs, with_index
 from pipelines.loading.sampling import overlap
-from pipelines.resample import Weights, axis_weights, resample_image
+from pipelines.scans.geometry import Grid
 from pipelines.scans.nifti import RawCase
+from pipelines.scans.resample import Weights, axis_weights, resample_image
 
 fn, types = Lazy("nvidia.dali.fn"), Lazy("nvidia.dali.types")
 

@@ -14,16 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.cases import CaseSet
-from pipelines.geometry import target_grid
+from pipelines.layouts.cases import CaseSet
 from pipelines.loading.dali import BUFFERS, Batch, Stream
 from pipelines.loading.loader_options import DEFAULT_OPTIONS, CropOptions, LoaderOptions
 from pipelines.loading.loaders import CropLoader
 from pipelines.loading.raw import ImageOnGrid, ResampleInputs, raw_pipeline
 from pipelines.loading.sampling import CropDraw, copy_crop
 from pipelines.preparing.prepared_case import foreground_voxels, prepared_label
+from pipelines.scans.geometry import DEFAULT_SPACING, Spacing, patient_spacing, target_grid
 from pipelines.scans.nifti import read_case, read_grid
-from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,85 @@
-"""One prepared case: its key, its files, and how they are made and read. store.py holds many."""
+"""One prepared case: its key, its files, and how they are made and read. store.py holds many.
+
+@@ Scans known by their content: hashes of files, and the index that saves hashing them again.
+
+`index.json` holds the content hash of a scan by path, and the state of the file that it was taken in: its size, inode
+and times. A scan that was replaced by one of the same size and time has another inode, and one that was written to has
+another change time, which no program can set. A data set that was copied or moved is hashed again, and found prepared.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from isal import isal_zlib
+from numpy.typing import NDArray
 
-from pipelines.basics.atomic import replacing
-from pipelines.basics.errors import CaseError, StoreError
-from pipelines.basics.os_errors import DISK_FULL
-from pipelines.cases import Case
-from pipelines.geometry import Grid, label_grid, target_grid
-from pipelines.labels import Coding
-from pipelines.preparing.file_hashes import FileHash, hash_file, is_unchanged
-from pipelines.resample import resample_image, resample_label
+from pipelines.basics.atomic import replacing, write_text
+from pipelines.basics.errors import DISK_FULL, CaseError, StoreError
+from pipelines.basics.regular_files import open_regular
+from pipelines.layouts.cases import Case
+from pipelines.layouts.labels import Coding
+from pipelines.scans.geometry import Grid, Spacing, label_grid, target_grid
 from pipelines.scans.nifti import RawCase, read_case
-from pipelines.spacing import Spacing
+from pipelines.scans.resample import resample_image, resample_label
+
+
+@dataclass(frozen=True)
+class FileHash:
+    """Content hash of a file, and the file's state at that time: size in bytes, inode, mtime and ctime in ns."""
+
+    state: tuple[int, ...]
+    digest: str
+
+
+def hash_file(path: Path) -> FileHash:
+    """Hash the content of a scan. Raises CaseError where it can't be read."""
+    with open_regular(path) as file:
+        state = _state(os.fstat(file.fileno()))
+        digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+    return FileHash(state, digest)
+
+
+def is_unchanged(path: Path, known: FileHash) -> bool:
+    """Whether a file is in the state that it was hashed in."""
+    try:
+        return _state(path.stat()) == known.state
+    except (OSError, ValueError):
+        return False
+
+
+def read_index(folder: Path) -> dict[str, FileHash]:
+    """Known hashes by absolute path; empty where the index is missing or damaged: it only saves time."""
+    try:
+        entries = json.loads((folder / "index.json").read_text())
+        return {path: FileHash(tuple(state), digest) for path, (*state, digest) in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def add_to_index(folder: Path, known: Mapping[str, FileHash]) -> None:
+    """Add hashes to the index of a store."""
+    if not known:
+        return
+    entries = {path: [*h.state, h.digest] for path, h in {**read_index(folder), **known}.items()}
+    with contextlib.suppress(OSError):  # it only saves time, and must not hide the error of a full disk
+        write_text(folder / "index.json", json.dumps(entries, indent=0))
+
+
+def _state(now: os.stat_result) -> tuple[int, ...]:
+    return now.st_size, now.st_ino, now.st_mtime_ns, now.st_ctime_ns
+
 
 FORMAT = 3
 StoreDtype = Literal["float32", "float16"]
@@ -33,6 +87,15 @@ FOREGROUND_VOXELS = 4096
 _NAME_LENGTH = 150
 _PIECE = 1 << 22
 _INTENSITIES = "as in the files, resampled; not normalised"
+
+
+Resample = Callable[[RawCase, Grid], NDArray[np.float32]]
+"""Resamples and orients the image of a case; a function of a module, or a `partial` of one."""
+
+
+def resample_on_cpu(raw: RawCase, grid: Grid) -> NDArray[np.float32]:
+    """`resample_image` of a case."""
+    return resample_image(raw.image, raw.affine, grid)
 
 
 @dataclass(frozen=True)
@@ -44,7 +107,7 @@ class PrepareOptions:
     coding: Coding  # of the labels
     spacing: Spacing  # of the result
     dtype: StoreDtype  # of the images on disk
-    device: Literal["cpu", "gpu"]  # that resamples
+    resample: Resample
 
     def key(self, case: Case, hashes: Mapping[Path, FileHash]) -> str:
         """Hash of these options and of the content of a case's files."""
@@ -114,12 +177,7 @@ def build(options: PrepareOptions, case: Case, hashes: Mapping[Path, FileHash]) 
             raise CaseError(path, "was changed while it was prepared", "Run again when the file is complete")
     source_shape = raw.image.shape[:3]
     grid = target_grid(source_shape, raw.affine, options.spacing)
-    if options.device == "gpu":
-        from pipelines.loading.raw import resample_case  # which imports the store
-
-        arrays = {"image": resample_case(raw, grid, torch.device("cuda"))}
-    else:
-        arrays = {"image": resample_image(raw.image, raw.affine, grid)}
+    arrays = {"image": options.resample(raw, grid)}
     if raw.label is not None:
         arrays["label"] = prepared_label(raw, grid, options.spacing)
         arrays["foreground"] = foreground_voxels(arrays["label"])

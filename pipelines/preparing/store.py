@@ -19,8 +19,8 @@ the same bytes. Temporary files of dead runs are removed at the next start.
 Each `.npy`, its header included, is compared with its checksum when it is first opened; one that is damaged or gone is
 prepared again from the scans, with a warning. A `.json` holds its own checksum, and a damaged one counts as missing.
 
-Cases are prepared in processes (pipelines/basics/processes.py), each one case at a time, and only its record and hashes
-come back: memory is about 0.4 GB per worker, however many cases there are.
+Cases are prepared in processes (pipelines/preparing/processes.py), each one case at a time, and only its record and
+hashes come back: memory is about 0.4 GB per worker, however many cases there are.
 """
 
 from __future__ import annotations
@@ -30,30 +30,34 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from pipelines.basics.atomic import remove_left_over
 from pipelines.basics.errors import CaseError, CaseFailure, DataError, StoreError
-from pipelines.basics.processes import run_on_cases
-from pipelines.cases import Case, CaseSet
-from pipelines.geometry import target_grid
-from pipelines.labels import Coding
-from pipelines.preparing.file_hashes import FileHash, add_to_index, is_unchanged, read_index
+from pipelines.layouts.cases import Case, CaseSet
+from pipelines.layouts.labels import Coding
 from pipelines.preparing.prepared_case import (
+    FileHash,
     PrepareOptions,
+    Resample,
     StoreDtype,
+    add_to_index,
     build,
     checksum,
     files_of,
     hash_files,
+    is_unchanged,
     prepare_case,
+    read_index,
     read_record,
+    resample_on_cpu,
     stem_of,
 )
+from pipelines.preparing.processes import run_on_cases
+from pipelines.scans.geometry import DEFAULT_SPACING, Spacing, patient_spacing, target_grid
 from pipelines.scans.nifti import read_case
-from pipelines.spacing import DEFAULT_SPACING, Spacing, patient_spacing
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +191,7 @@ def prepare(
     workers: int | None = None,
     dtype: StoreDtype = "float32",
     skip_faulty: bool = False,
-    device: Literal["cpu", "gpu"] = "cpu",
+    resample: Resample = resample_on_cpu,
 ) -> Store:
     """Open the store of some cases, after preparing those that it lacks; if it has all, nothing is written.
 
@@ -198,7 +202,7 @@ def prepare(
         workers: processes; 1 works in this process. None: one per core available, if that is faster than working here.
         dtype: of the images on disk.
         skip_faulty: skip cases whose scans are faulty, with a warning that names each, instead of raising.
-        device: "gpu" resamples images with DALI on torch's current GPU, within 3e-6 of their range.
+        resample: of images; on a GPU `pipelines.loading.raw.resample_case`, within 3e-6 of their range.
 
     Returns:
         the cases in their order, without the faulty ones that were skipped.
@@ -210,7 +214,7 @@ def prepare(
     if not case_set.cases:
         raise DataError("there are no cases to prepare: check --data.root")
     folder = Path(store_dir).absolute()
-    options = PrepareOptions(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, device)
+    options = PrepareOptions(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, resample)
     remove_left_over(folder)
     index = read_index(folder)
     records = {case.name: _record_of(options, case, index) for case in case_set.cases}

@@ -27,8 +27,8 @@ from pipelines.basics.atomic import replacing
 from pipelines.basics.errors import CaseError
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.regular_files import open_regular
-from pipelines.cases import Case
-from pipelines.labels import Coding
+from pipelines.layouts.cases import Case
+from pipelines.layouts.labels import Coding
 from pipelines.scans.file_bytes import ScanFile
 from pipelines.scans.nifti_header import WITHOUT_IT, NiftiHeader, check_extensions, parse_header
 from pipelines.scans.voxels import check_image, to_labels

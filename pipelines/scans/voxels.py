@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.basics.errors import CaseError
-from pipelines.labels import CODINGS, Coding
+from pipelines.layouts.labels import CODINGS, Coding
 from pipelines.scans.nifti_header import WITHOUT_IT
 
 LABEL_TOLERANCE = 1e-3

@@ -14,7 +14,7 @@ from engine.metrics import CaseDice
 from pipelines.basics.atomic import own_folder, write_texts
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.tables import table_text, write_table
-from pipelines.labels import REGIONS
+from pipelines.layouts.labels import REGIONS
 
 tensorboard = Lazy("torch.utils.tensorboard")
 log = logging.getLogger(__name__)

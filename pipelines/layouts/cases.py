@@ -22,9 +22,9 @@ import numpy as np
 from pipelines.basics.errors import CaseError, DataError
 from pipelines.basics.option_values import nearest
 from pipelines.basics.text import first_few, printable
-from pipelines.labels import Coding, coding_for_release, tutorial_coding
 from pipelines.layouts.folders import from_folders
 from pipelines.layouts.found import FoundCase
+from pipelines.layouts.labels import Coding, coding_for_release, tutorial_coding
 from pipelines.layouts.lists import from_list
 from pipelines.layouts.names import CASE_NAME_BYTES, MODALITIES, canonical_modalities, modality_of, name_fault
 from pipelines.layouts.tasks import from_task

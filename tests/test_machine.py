@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 from commands import TRAIN, write_small
 
-from pipelines.basics.home import cache_dir, give_home
+from pipelines.basics.machine import cache_dir, give_home
 
 
 def unknown(uid: int) -> NoReturn:

@@ -1,4 +1,9 @@
-"""A training run from configuration to report."""
+"""A training run from configuration to report.
+
+@@ What resuming a run will do, logged before anything is done: the run folder may be somebody else's.
+
+Its `config.yaml` decides, as in any run, and may have been changed since the checkpoint was written.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import yaml
@@ -23,16 +28,15 @@ from engine.network import make_model
 from engine.precision import set_up_torch
 from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.ranks.terminal import LogFile, PlainFormatter
-from engine.reports import pictures, report, run_facts
-from engine.reports.formats import percent, print_table
-from engine.reports.run_tables import write_log, write_validation
-from engine.resume import log_effects_of_resuming, refuse_links
+from engine.reports import pictures, report
+from engine.run_tables import write_log, write_validation
 from engine.trained import load_trained
 from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import parameter_count
-from pipelines.basics.atomic import cannot_write, open_own, own_folder, replacing
+from pipelines.basics.atomic import below, cannot_write, open_own, own_folder, replacing
+from pipelines.basics.tables import percent, print_table
 from pipelines.basics.text import printable
 
 log = logging.getLogger(__name__)
@@ -108,9 +112,9 @@ def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
     pictures.draw_curves(trainer.history, run_dir / "curves.png")
     samples = len(trainer.train_loader) * config.train.batch_size * trainer.ranks.world_size
     facts = {
-        "Data": run_facts.data_facts(config.data, data.train, data.val, data.store.modalities, data.store.coding),
-        "Timing": run_facts.timing_facts(trainer.history, epoch_samples=samples),
-        "Environment": run_facts.environment_facts(config, trainer.ranks, paths_taken),
+        "Data": report.data_facts(config.data, data.train, data.val, data.store.modalities, data.store.coding),
+        "Timing": report.timing_facts(trainer.history, epoch_samples=samples),
+        "Environment": report.environment_facts(config, trainer.ranks, paths_taken),
     }
     results = report.RunResults(config, summary, trainer.cases, data.train, data.val, facts)
     sections = [
@@ -253,3 +257,53 @@ def _write_config(config: Config, run_dir: Path) -> None:
     """Write `config.yaml`, for `--resume` and for anyone who starts the same run again, from any folder."""
     with replacing(run_dir / "config.yaml") as file:
         yaml.safe_dump(to_portable_dict(config), file, sort_keys=False)
+
+
+log = logging.getLogger(__name__)
+
+WRITTEN = ("checkpoints", "logs", "tensorboard", "run.log", ".lock")
+"""Folders that a run writes to, and files that it appends to; all others it replaces."""
+
+
+def refuse_links(run_dir: Path) -> None:
+    """Refuse a run folder in which a link would have the run write somewhere else.
+
+    Raises:
+        ValueError: naming the link.
+    """
+    for name in WRITTEN:
+        below(run_dir, name)
+        if name in ("logs", "tensorboard") and (run_dir / name).is_dir():
+            for path in sorted((run_dir / name).iterdir()):
+                below(run_dir, name, path.name)
+
+
+def log_effects_of_resuming(config: Config) -> None:
+    """Log how the configuration differs from that of the newest checkpoint, and what it writes elsewhere."""
+    assert config.run_dir is not None
+    recorded = checkpoint.recorded_config(config.run_dir / "checkpoints")
+    for line in changed_options(recorded, to_portable_dict(config)) if recorded else ():
+        log.warning("--resume: %s", printable(line))
+    for line in written_elsewhere(config):
+        log.warning("--resume: outside its folder, this run %s", printable(line))
+
+
+def changed_options(was: Any, now: Any, name: str = "") -> list[str]:
+    """A line for each option that differs between two configurations from `to_portable_dict`."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = dict.fromkeys([*now, *was])
+        prefix = f"{name}." if name else "--"
+        return [line for key in names for line in changed_options(was.get(key), now.get(key), f"{prefix}{key}")]
+    return [] if was == now else [f"{name} is {now}, and was {was} when the checkpoint was written"]
+
+
+def written_elsewhere(config: Config) -> list[str]:
+    """What a run of this configuration makes outside its own folder, where it is not there yet."""
+    data, found = config.data, []
+    if data.store_dir is not None:
+        found.append(f"writes prepared volumes to {data.store_dir} (--data.store_dir)")
+    if data.download:
+        found.append(f"downloads 7.1 GB to {data.root} (--data.download true)")
+    elif data.root is None:
+        found.append(f"makes {data.phantom.cases} synthetic scans in the cache (no --data.root)")
+    return found

@@ -6,24 +6,71 @@ LPS scan an origin of -239 instead of -238.5 mm, and a third of noisy labels dif
 1. Spaced grid. The affine's axes keep their directions and get the new lengths (any shear is removed), except an axis
    whose own length is within 1e-3 mm of the new one. Its first voxel is the file's, and it spans the voxel centres:
    n' = round((n - 1) s / s' + 1). If neither affine nor shape change (by 1e-3), nothing is resampled.
-2. Sampling (`pipelines.resample`) at M @ index, M = inv(affine) @ spaced affine.
+2. Sampling (`pipelines.scans.resample`) at M @ index, M = inv(affine) @ spaced affine.
 3. Orientation: flips and a permutation of the axes. They only move voxels, so here they are part of the sampling.
 
 MONAI's spacing follows the file's axes, whatever they are in the patient: a scan stored as PIR gets the R spacing along
 P. A `Spacing` follows the patient's (R, A, S). A file whose axes are in another order is first turned to LPS, which
 only moves voxels, and so gives the very volume that it would give as LPS. Files with their axes in this order (LPS,
 RAS, LAS, ...) are not turned and keep MONAI's grid.
+
+@@ Voxel size of a prepared volume, and along whose axes it is counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from pipelines.basics.lazy import Lazy
-from pipelines.spacing import Spacing, file_spacing
+
+SpacingAxes = Literal["patient", "file"]
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """Voxel size of a prepared volume.
+
+    Args:
+        mm: along three axes.
+        axes: "patient": R, A and S, each assigned to the file's axis nearest to it by nibabel's `io_orientation` (the
+            axis closest to one of the patient's chooses first; of two equally close, the first). "file": the file's
+            first, second and third, as in MONAI.
+
+    Raises:
+        ValueError: a size that is not positive.
+    """
+
+    mm: tuple[float, float, float] = (1.5, 1.5, 2.0)
+    axes: SpacingAxes = "patient"
+
+    def __post_init__(self) -> None:
+        if len(self.mm) != 3 or not all(math.isfinite(s) and s > 0 for s in self.mm):
+            raise ValueError(f"spacing_mm {tuple(self.mm)} must be three positive numbers of mm; 1.5 1.5 2.0 is usual")
+        x, y, z = (float(s) for s in self.mm)
+        object.__setattr__(self, "mm", (x, y, z))  # 1 and 1.0 give a store the same key
+
+    def __str__(self) -> str:
+        along = "R, A, S" if self.axes == "patient" else "the axes of the file"
+        return f"{' x '.join(f'{s:g}' for s in self.mm)} mm along {along}"
+
+
+DEFAULT_SPACING = Spacing()
+
+
+def patient_spacing(value: Spacing | Sequence[float]) -> Spacing:
+    """A spacing as it is; three plain numbers are along R, A and S. Raises ValueError as `Spacing`."""
+    return value if isinstance(value, Spacing) else Spacing(tuple(value))  # type: ignore[arg-type]
+
+
+def file_spacing(value: Spacing | Sequence[float]) -> Spacing:
+    """A spacing as it is; three plain numbers are along the file's axes (MONAI's). Raises ValueError as `Spacing`."""
+    return value if isinstance(value, Spacing) else Spacing(tuple(value), "file")  # type: ignore[arg-type]
+
 
 ornt = Lazy("nibabel.orientations")
 

@@ -79,3 +79,8 @@ def _temporary_home() -> Path | None:
         return Path(tempfile.gettempdir()) / f"glioforge-{os.getuid()}"
     except FileNotFoundError:
         return None
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

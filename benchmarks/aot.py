@@ -1,10 +1,10 @@
 """Compile every kernel for GPUs that are not here, and refuse those that would not run well on them.
 
-    python -m kernels.aot             default configurations, on the shapes that the models use
-    python -m kernels.aot --every     every configuration that tuning may choose, and what other users bring
+    python -m benchmarks.aot             default configurations, on the shapes that the models use
+    python -m benchmarks.aot --every     every configuration that tuning may choose, and what other users bring
 
-Without `--arch` that is for all four GPUs, except for what other users bring (`kernels.workloads.OTHERS`), which is for
-sm_90 alone: a quarter of an hour on one core.
+Without `--arch` that is for all four GPUs, except for what other users bring (`benchmarks.workloads.OTHERS`), which is
+for sm_90 alone: a quarter of an hour on one core.
 
 The operations run on tensors without storage (`device="meta"`) while `dispatch.observed` collects their launches. Each
 is compiled exactly as at run time, argument specialisation included, with a stand-in for Triton's driver that only
@@ -38,8 +38,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import dispatch
-from .workloads import MEASURED, MODELS, OTHERS, Workload, launches
+from benchmarks.workloads import MEASURED, MODELS, OTHERS, Workload, launches
+from kernels import dispatch
 
 SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, in KiB, by compute capability (CUDA C++ Programming Guide, table of

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.geometry import voxel_size_mm
 from pipelines.preparing.store import Store
+from pipelines.scans.geometry import voxel_size_mm
 
 MOST_SCANS = 8  # of a store that are measured
 NO_BACKGROUND = 0.95  # share of non-zero voxels above which a scan has no background of zero

@@ -36,9 +36,9 @@ from monai.transforms import (
     Transform,
 )
 
-from pipelines.cases import Case
-from pipelines.labels import Coding
-from pipelines.spacing import DEFAULT_SPACING
+from pipelines.layouts.cases import Case
+from pipelines.layouts.labels import Coding
+from pipelines.scans.geometry import DEFAULT_SPACING
 
 SPACING_MM = DEFAULT_SPACING.mm
 KEYS = ("image", "label")

@@ -19,16 +19,7 @@ import torch
 from monai.data import MetaTensor
 from nvidia.dali import fn, pipeline_def
 
-from pipelines.cases import CaseSet, find_cases
-from pipelines.labels import CODINGS, regions_from_labels, tutorial_coding
-from pipelines.loading import dali, loaders
-from pipelines.loading.loader_options import CropOptions
-from pipelines.loading.loaders import TrainLoader, ValLoader
-from pipelines.loading.sampling import CropDraw, copy_crop
-from pipelines.loading.volumes import MappedVolumes, label_of
-from pipelines.phantom import make_phantoms
-from pipelines.preparing.store import Store, prepare
-from pipelines.reference import (
+from benchmarks.monai_chain import (
     LabelsToRegionsd,
     case_to_dict,
     prepare_steps,
@@ -36,6 +27,15 @@ from pipelines.reference import (
     train_steps,
     val_steps,
 )
+from pipelines.layouts.cases import CaseSet, find_cases
+from pipelines.layouts.labels import CODINGS, regions_from_labels, tutorial_coding
+from pipelines.loading import dali, loaders
+from pipelines.loading.loader_options import CropOptions
+from pipelines.loading.loaders import TrainLoader, ValLoader
+from pipelines.loading.sampling import CropDraw, copy_crop
+from pipelines.loading.volumes import MappedVolumes, label_of
+from pipelines.phantom import make_phantoms
+from pipelines.preparing.store import Store, prepare
 
 TOLERANCES = {"image": 1e-3, "shift": 1e-6, "affine": 1e-6}  # of the image's range, of a value, in mm
 DRAWS = 4

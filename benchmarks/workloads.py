@@ -4,7 +4,7 @@
     MEASURED  the sizes that are tuned and that the benchmarks report; compiled in every configuration before either
     OTHERS    what other users bring, and the options that change a kernel
 
-`python -m kernels.aot --every` compiles all three in every configuration.
+`python -m benchmarks.aot --every` compiles all three in every configuration.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import attention, dice_ce, dispatch, instance_norm
+from kernels import attention, dice_ce, dispatch, instance_norm
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last_3d
 REGIONS = ((2, 3), (1, 2, 3), (3,))

@@ -28,21 +28,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from pipelines.basics.errors import CaseError, CaseFailure, DataError
+from pipelines.basics.machine import cores
 from pipelines.basics.progress_bar import show_progress
 
 if TYPE_CHECKING:
-    from pipelines.cases import Case
+    from pipelines.layouts.cases import Case
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 START_S = 3.0
 """How long the first worker takes to start, as it imports torch; the others are forks of it."""
 _LESS_MEMORY = "Work on fewer cases at a time (--data.workers 1; about 0.4 GB each), or give it more memory"
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_on_cases(

@@ -1,4 +1,4 @@
-"""Sample a scan on the grid of `pipelines.geometry`, with MONAI's rounding; and bring predictions back to the file.
+"""Sample a scan on the grid of `geometry`, with MONAI's rounding; and bring predictions back to the file.
 
 MONAI's "border" padding: linear for images, nearest for labels, at M @ index, M = inv(affine) @ spaced affine.
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.nn.functional import affine_grid, grid_sample
 
-from pipelines.geometry import Grid, oriented, turned_grid
+from pipelines.scans.geometry import Grid, oriented, turned_grid
 
 _SLICES = 8  # interpolated at a time: 5 MB of rows, which malloc hands out again without page faults
 _BLOCK = 16  # side of a transposition's blocks; 16 floats are a cache line: 189 ms where a plain copy takes 540
