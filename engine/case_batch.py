@@ -1,4 +1,4 @@
-"""Many cases over all ranks, on each rank in three stages side by side. A case that fails never ends the others."""
+"""Many cases over all ranks, in three stages that overlap on each rank. A case that fails never stops the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ D = TypeVar("D")
 
 
 class BatchStopped(ValueError):
-    """What would stop every further case too, such as a full disk; the message is for the user."""
+    """A fault that every further case would meet too, such as a full disk; the message is for the user."""
 
 
 def run_batch(
@@ -40,38 +40,29 @@ def run_batch(
     """Share cases among the ranks and work on them, with a progress bar.
 
     Args:
-        verb: for the bar, as "Segmenting". read, compute, finish: as in `in_stages`.
+        verb: for the bar, as "Segmenting". read, compute, finish: as in `in_stages`, as are the errors.
 
     Returns:
         for every rank, on every rank: names of its cases and their outcomes, as `in_stages` yields them.
-
-    Raises:
-        BatchStopped, torch.AcceleratorError: as `in_stages`.
     """
     mine = cases[ranks.rank :: ranks.world_size]
-    outcomes = in_stages(mine, read, lambda _, content: compute(content), finish)
-    shown = show_progress(outcomes, verb, len(mine), is_shown=ranks.is_first)
+    shown = show_progress(in_stages(mine, read, compute, finish), verb, len(mine), is_shown=ranks.is_first)
     return gather([(case.name, outcome) for case, outcome in shown], ranks, is_patient=True)
 
 
 def in_stages(
-    items: Sequence[A],
-    read: Callable[[A], B],
-    compute: Callable[[A, B], C],
-    finish: Callable[[A, B, C], D],
+    items: Sequence[A], read: Callable[[A], B], compute: Callable[[B], C], finish: Callable[[A, B, C], D]
 ) -> Iterator[tuple[A, D | DataError]]:
     """Work on items one by one, while threads read the next one and finish the last one.
 
     Args:
-        items: what to work on.
         read: runs in a thread, one item ahead. compute: runs here. finish: runs in another thread, one item behind.
 
     Yields:
-        (item, what `finish` returned, or the fault of the stage that failed), in order. At most three items are in
-        memory.
+        (item, what `finish` returned or why a stage failed), in order. At most three items are in memory.
 
     Raises:
-        BatchStopped: a stage did.
+        BatchStopped: raised by a stage.
         torch.AcceleratorError: the device takes no more work.
     """
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "finish") as finisher:
@@ -83,7 +74,7 @@ def in_stages(
             finishing: Future[D] = Future()
             try:
                 content = reading.result()
-                finishing = finisher.submit(finish, item, content, compute(item, content))
+                finishing = finisher.submit(finish, item, content, compute(content))
             except Exception as error:
                 finishing.set_exception(_fault(error))
             del reading  # and with it the item's content
@@ -108,14 +99,13 @@ def _fault(error: Exception) -> Exception:
     """A case's fault in words, without its traceback, which would keep volumes in memory; or what stops the batch."""
     if isinstance(error, DataError):
         return error.with_traceback(None)
-    if isinstance(error, BatchStopped):
-        return error
-    if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+    is_memory = is_out_of_memory(error)
+    if isinstance(error, BatchStopped) or (isinstance(error, torch.AcceleratorError) and not is_memory):
         return error
     log.debug("a case failed", exc_info=error)
     message = fault_message(error)
     traceback.clear_frames(error.__traceback__)
-    if is_out_of_memory(error) and torch.cuda.is_available():
+    if is_memory and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return DataError(message)
 

@@ -1,14 +1,14 @@
-"""Checkpoints: the states from which a run resumes, and the writing of them and of its weights files.
+"""Checkpoints: the states that a run resumes from, and the thread that writes them and the run's weights files.
 
     checkpoints/step-00001200/state.pt     everything that training needs to continue
     checkpoints/step-00001200/about.json   its size and hash, the configuration, and how many ranks wrote it
-    checkpoints/step-00001200-validated/   the same after the epoch's validation, instead of that one
+    checkpoints/step-00001200-validated/   the same after the epoch's validation; it replaces the other
     checkpoints/last.pt, best.pt           see `engine.weights_file`
 
 A state is one file for any number of ranks and any ZeRO stage. (These networks have 5 to 100 million parameters; with
 two moments each that is 60 MB to 1.2 GB.) It holds plain values and tensors and loads with
-`torch.load(weights_only=True)`: see `engine.weights_file`. A folder is written under a temporary name with its hash,
-synced, and renamed when complete: a crash leaves earlier ones as they were. A thread writes while training goes on.
+`torch.load(weights_only=True)`: see `engine.weights_file`. A folder is written under a temporary name, with its hash,
+synced, and renamed once complete: a crash leaves earlier ones as they were. Training goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STATE_FORMAT = 2
 HASH = "blake2b"
 VALIDATED = "-validated"
 STATES = "step-*/about.json"
-"""Below `checkpoints`: one for each state that a run can resume from."""
+"""Pattern below `checkpoints` that matches each state that a run can resume from."""
 _STATE = re.compile(rf"step-\d{{8,}}({VALIDATED})?")
 
 
@@ -58,12 +58,10 @@ def _are(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_case(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != {"name", "intersection", "predicted", "truth"}:
-        return False
-    counts = [value[name] for name in ("intersection", "predicted", "truth")]
-    return isinstance(value["name"], str) and all(
-        isinstance(each, tuple | list) and len(each) == len(REGIONS) and all(map(_is_count, each)) for each in counts
-    )
+    match value:
+        case {"name": str(), "intersection": [*a], "predicted": [*b], "truth": [*c], **others} if not others:
+            return len(a) == len(b) == len(c) == len(REGIONS) and all(map(_is_count, [*a, *b, *c]))
+    return False
 
 
 _STATE_PARTS: dict[str, Callable[[Any], bool]] = {
@@ -100,7 +98,7 @@ class CheckpointWriter:
             name: of the folder, from `state_name`.
             state: content of `state.pt`; its tensors are on the CPU and must not change any more.
             about: more for `about.json`.
-            weights: weights files by their name.
+            weights: weights files by name.
 
         Raises:
             OSError: the previous one could not be written.
@@ -109,32 +107,29 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, name, state, about, weights)
 
     def wait(self) -> None:
-        """Wait until everything is on disk.
-
-        Raises:
-            OSError: it can't be written.
-        """
+        """Wait until everything is on disk. Raises OSError if it can't be written."""
         pending, self._pending = self._pending, None
         if pending:
             pending.result()
 
     def _write(self, name: str, state: dict, about: dict, weights: Mapping[str, WeightsFile]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for file, content in weights.items():
-            with _advising():
-                content.write(self.folder / file)
-        remove_left_over(self.folder)
         final = self.folder / name
         partial = temporary_name(final)
-        partial.mkdir()
         try:
-            with _advising():
-                write_archive({"format": STATE_FORMAT, **state}, partial / "state.pt")
+            for file, content in weights.items():
+                content.write(self.folder / file)
+            remove_left_over(self.folder)
+            partial.mkdir()
+            write_archive({"format": STATE_FORMAT, **state}, partial / "state.pt")
             size, digest = (partial / "state.pt").stat().st_size, _digest(partial / "state.pt")
             with replacing(partial / "about.json", sync=True) as about_json:
                 json.dump({**about, "bytes": size, HASH: digest}, about_json)
             shutil.rmtree(final, ignore_errors=True)  # damaged: the run resumed from an earlier one
             partial.rename(final)
+        except OSError as error:
+            advice = "no checkpoint could be written; make room, then --resume continues from the previous one"
+            raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         _sync(self.folder)
@@ -149,11 +144,7 @@ class CheckpointWriter:
 
 
 def state_name(steps: int, is_validated: bool) -> str:
-    """The name of a state's folder; names sort in the order of writing.
-
-    Args:
-        steps: optimizer steps since the run began. is_validated: whether it is written after a validation.
-    """
+    """The name of a state's folder, after so many optimizer steps of the run; names sort in the order of writing."""
     return f"step-{steps:08d}{VALIDATED if is_validated else ''}"
 
 
@@ -163,15 +154,10 @@ def states(folder: Path) -> list[Path]:
 
 
 def find_state(folder: Path) -> Path:
-    """The newest intact state; the log names damaged ones.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The newest intact state; the log names damaged ones. Raises ValueError if there is none."""
     found = states(folder)
     for path in found:
-        fault = _fault(path)
-        if fault is None:
+        if not (fault := _fault(path)):
             return path
         log.warning("checkpoint %s is damaged (%s): going back to the previous one", path, fault)
     damaged = f"; all {len(found)} in it are damaged" if found else "; the run ended before it wrote one"
@@ -179,14 +165,12 @@ def find_state(folder: Path) -> Path:
 
 
 def recorded_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the run that wrote the newest state; None if no state says it."""
+    """The configuration of the run that wrote the newest state; None if no state holds one."""
     for path in states(folder):
-        try:
+        with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
             about = json.loads((path / "about.json").read_text())
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(about, dict) and isinstance(about.get("config"), dict):
-            return about["config"]
+            if isinstance(about["config"], dict):
+                return about["config"]
     return None
 
 
@@ -194,7 +178,7 @@ def load_state(path: Path) -> dict[str, Any]:
     """Load a state onto the CPU, without running code from the file.
 
     Raises:
-        ValueError: it has another format, or holds something else.
+        ValueError: it has another format, or other content.
     """
     try:
         state = read_archive(path / "state.pt")
@@ -212,11 +196,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def restoring(folder: Path) -> Iterator[None]:
-    """Give an error one line that names the run, if restoring its state fails.
-
-    Raises:
-        ValueError: the state is of another network or another version, or was made by hand.
-    """
+    """Turn an error while a state is restored into a ValueError of one line that names the run."""
     try:
         yield
     except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
@@ -228,19 +208,18 @@ def restoring(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a state, or None."""
+def _fault(path: Path) -> str:
+    """What is wrong with a state; empty if nothing is."""
     record, state = path / "about.json", path / "state.pt"
     try:
         if not (record.is_file() and state.is_file()):
             return "about.json or state.pt is missing, or not a file"
-        about = json.loads(record.read_text())
-        if not isinstance(about, dict):
-            return "about.json was not written by this program"
-        size = state.stat().st_size
-        if size != about.get("bytes"):
+        about, size = json.loads(record.read_text()), state.stat().st_size
+        if size != about["bytes"]:
             return f"state.pt has {size} bytes, not as many as were written"
-        return None if _digest(state) == about.get(HASH) else "the content of state.pt is not what was written"
+        return "" if _digest(state) == about[HASH] else "the content of state.pt is not what was written"
+    except (KeyError, TypeError):
+        return "about.json was not written by this program"
     except (OSError, ValueError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -248,15 +227,6 @@ def _fault(path: Path) -> str | None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, HASH).hexdigest()
-
-
-@contextlib.contextmanager
-def _advising() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        advice = "no checkpoint could be written; make room, then --resume continues from the previous one"
-        raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
 
 
 def _sync(folder: Path) -> None:

@@ -25,7 +25,7 @@ from threading import Condition
 import numpy as np
 import torch
 
-from engine.precision import prepare_network, tf32
+from engine.precision import LOW_PRECISION, prepare_network, tf32
 from engine.sliding_window import sliding_window_logits
 from engine.trained import TrainedNetwork, load_trained
 from kernels import dispatch
@@ -74,14 +74,14 @@ class Segmentation:
     """The regions found in a scan, on the scan's own grid.
 
     Attributes:
-        masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET, each where its probability is above one half. They may not be nested;
-            the regions of `labels`, which are written and scored, are: see `compose_labels`.
+        masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET, each where its probability is above one half. They need not be
+            nested; the regions of `labels`, which are written and scored, are.
         affine: (4, 4), voxel index to mm (RAS+).
         coding: of the label map.
         probabilities_RXYZ: float32 (3, X, Y, Z), if asked for.
         warnings: how the scan differs from the training data.
-        like: the scan's file; a saved segmentation gets its header.
-        made_by: see `Predictor.made_by`; a saved segmentation's header says it.
+        like: the scan's file, whose header a saved segmentation gets.
+        made_by: see `Predictor.made_by`; it goes into that header.
     """
 
     masks_RXYZ: np.ndarray
@@ -108,7 +108,7 @@ class Segmentation:
         Raises:
             ValueError: an unknown release.
         """
-        coding = self._coding(coding)
+        coding = self._as_coding(coding)
         return compose_labels(self.masks_as(coding), coding)
 
     def save(self, path: Path | str, coding: Coding | str | None = None) -> None:
@@ -121,9 +121,8 @@ class Segmentation:
             ValueError: another ending, or an unknown release.
             OSError: it can't be written.
         """
-        coding = self._coding(coding)
-        description = describe(coding, self.made_by)
-        write_nifti(Path(path), self.labels(coding), self.affine, self.like, description)
+        coding = self._as_coding(coding)
+        write_nifti(Path(path), self.labels(coding), self.affine, self.like, describe(coding, self.made_by))
 
     def save_probabilities(self, path: Path | str) -> None:
         """Write float32 (X, Y, Z, 3): TC, WT, ET, to a path as in `save`.
@@ -134,10 +133,10 @@ class Segmentation:
         """
         if self.probabilities_RXYZ is None:
             raise ValueError("the probabilities were not kept: ask for them when segmenting (probabilities=True)")
-        description = describe(None, self.made_by)
-        write_nifti(Path(path), np.moveaxis(self.probabilities_RXYZ, 0, -1), self.affine, self.like, description)
+        volume_XYZR = np.moveaxis(self.probabilities_RXYZ, 0, -1)
+        write_nifti(Path(path), volume_XYZR, self.affine, self.like, describe(None, self.made_by))
 
-    def _coding(self, coding: Coding | str | None) -> Coding:
+    def _as_coding(self, coding: Coding | str | None) -> Coding:
         return coding_for_release(coding) if isinstance(coding, str) else coding or self.coding
 
 
@@ -147,21 +146,17 @@ def describe(coding: Coding | None, made_by: str) -> str:
     Args:
         coding: of a label map; None for probabilities. made_by: from `Predictor.made_by`.
     """
-    if coding is None:
-        kind = "probabilities"
-    else:
-        kind = f"{coding.release} labels"
-        usual = CODINGS.get(coding.release)
-        if usual and usual.tissues != coding.tissues:  # from a dataset.json with other values
-            kind += f" {sha256(repr(sorted(coding.tissues.items())).encode()).hexdigest()[:6]}"
+    kind = f"{coding.release} labels" if coding else "probabilities"
+    if coding and coding.tissues != CODINGS.get(coding.release, coding).tissues:  # a dataset.json with other values
+        kind += f" {sha256(repr(sorted(coding.tissues.items())).encode()).hexdigest()[:6]}"
     return f"glioforge: {kind}{', ' if made_by else ''}{made_by}"
 
 
 class Predictor:
     """One trained network, or several whose probabilities are averaged.
 
-    Kernels and TF32 are set as for the network only while a predictor works; the process's own setting then returns.
-    Threads may share a predictor. Predictors of different settings wait for each other.
+    Kernels and TF32 are set only while a predictor works; then the process has its own setting back. Threads may share
+    a predictor. Predictors of different settings wait for each other.
 
     Args:
         runs: a run's folder or a weights file, or several. Members of an ensemble must have the same modalities,
@@ -171,11 +166,11 @@ class Predictor:
         kernels: "auto", "triton" or "reference", as in training.
 
     Attributes:
-        kernels_taken: a line for the log, what `kernels` means on this device and why.
-        made_by: the weights and the way of predicting; anything else gives another segmentation.
+        kernels_taken: a line for the log: what `kernels` means on this device and why.
+        made_by: the weights and the way of predicting, which together determine a segmentation.
 
     Raises:
-        ValueError: as `load_trained`; runs that do not go together; kernels that the device can't run.
+        ValueError: as `load_trained`; runs that don't go together; kernels that the device can't run.
     """
 
     def __init__(
@@ -193,12 +188,11 @@ class Predictor:
         if not paths:
             raise ValueError("no run is given: name a run's folder or a weights file")
         self.members = tuple(load_trained(path, self.device) for path in paths)
-        first = self.members[0]
         _check_alike(self.members)
-        self.modalities, self.coding = first.modalities, first.coding
+        first = self.members[0]
+        self.modalities, self.coding, self.spacing = first.modalities, first.coding, first.config.data.spacing
         hashes = sorted(_file_hash(member.path) for member in self.members)
         self.made_by = f"weights {sha256(''.join(hashes).encode()).hexdigest()[:12]}{', flips' if flips else ''}"
-        self.spacing = first.config.data.spacing
         # On a CPU half precision would be slower and less exact.
         in_training = [member.config.train.precision for member in self.members]
         precisions = in_training if self.device.type == "cuda" else ["float32"] * len(self.members)
@@ -222,51 +216,32 @@ class Predictor:
             probabilities: keep them.
 
         Raises:
-            ValueError: a file that can't be read; other images than the network needs; one image given twice; weights
+            ValueError: a file that can't be read; not the images that the network needs; one image given twice; weights
                 that give NaN or infinite numbers for it.
         """
         if isinstance(images, np.ndarray):
-            if affine is None or images.ndim != 4 or len(images) != len(self.modalities):
-                raise ValueError(
-                    f"an array is {images.shape}{'' if affine is not None else ' without an affine'}; it must be "
-                    f"(C, X, Y, Z) with the C = {len(self.modalities)} modalities {', '.join(self.modalities)}, and "
-                    "its affine (4, 4) given"
-                )
-            raw, like = _raw(images, affine), None
+            raw, like = _raw_of_array(images, affine, self.modalities), None
         else:
-            case = self.case_of(images)
-            raw, like = self.read(case), case.images[0]
+            case = self._case_of(images)
+            raw, like = read_case(case, self.coding), case.images[0]
         scan = self.prepare(raw)
         return self.finish(scan, self.probabilities(scan), probabilities, like)
 
-    def case_of(self, images: Sequence[Path | str] | Mapping[str, Path | str] | Path | str, name: str = "scan") -> Case:
-        """The case that files make up; see `segment`.
-
-        Raises:
-            ValueError: as `pipelines.layouts.names.in_order`; a 4D file with more or fewer images than modalities.
-        """
+    def _case_of(self, images: Sequence[Path | str] | Mapping[str, Path | str] | Path | str) -> Case:
         given = list(images) if isinstance(images, Mapping) else None
         if isinstance(images, Mapping):
             images = list(images.values())
-        files = tuple(Path(image) for image in ([images] if isinstance(images, str | Path) else images))
+        files = tuple(map(Path, [images] if isinstance(images, str | Path) else images))
         count = len(self.modalities)
-        if len(files) == 1 and count > 1 and given is None:
-            shape = read_grid(files[0])[0]
-            if len(shape) > 3 and shape[3] != count:
-                raise ValueError(
-                    f"{files[0]} has {shape[3]} images on its last axis: the network needs {count}, "
-                    f"{', '.join(self.modalities)}, and can't tell which they are; give a file of these alone"
-                )
-            return Case(name, files, tuple(range(count)), None)
-        return Case(name, in_order(files, self.modalities, given), None, None)
-
-    def read(self, case: Case) -> RawCase:
-        """The files of a case, checked; its label too, if it has one.
-
-        Raises:
-            CaseError: a fault, with its path.
-        """
-        return read_case(case, self.coding)
+        if len(files) != 1 or count == 1 or given:
+            return Case("scan", in_order(files, self.modalities, given), None, None)
+        shape = read_grid(files[0])[0]
+        if len(shape) > 3 and shape[3] != count:
+            raise ValueError(
+                f"{files[0]} has {shape[3]} images on its last axis: the network needs {count}, "
+                f"{', '.join(self.modalities)}, and can't tell which they are; give a file of these alone"
+            )
+        return Case("scan", files, tuple(range(count)), None)
 
     def prepare(self, raw: RawCase) -> Prepared:
         """Resample and orient a scan as in training; on the CPU, in any thread.
@@ -274,12 +249,10 @@ class Predictor:
         Raises:
             DataError: one image is given as two modalities.
         """
-        shape = raw.image.shape[:3]
+        shape, known = raw.image.shape[:3], self.members[0].scans
         grid = target_grid(shape, raw.affine, self.spacing)
         image_XYZC = resample_image(raw.image, raw.affine, grid)
-        known = self.members[0].scans
-        fault = duplicate_channels(image_XYZC, known, self.modalities)
-        if fault:
+        if fault := duplicate_channels(image_XYZC, known, self.modalities):
             raise DataError(fault)
         warnings = shift_warnings(scan_statistics(image_XYZC, raw.affine), known, self.modalities)
         image = torch.from_numpy(image_XYZC).permute(3, 0, 1, 2)[None].contiguous()
@@ -310,13 +283,11 @@ class Predictor:
 
     def _overflow(self) -> str:
         paths = ", ".join(str(member.path) for member in self.members)
-        low = sorted({member.config.train.precision for member in self.members} & {"bf16", "fp16"})
-        ways = "take weights of an earlier epoch"
-        if low and self.device.type == "cuda":
-            ways += f", or predict in float32 (a GPU computes in {', '.join(low)} here) by --device cpu"
+        low = sorted({member.config.train.precision for member in self.members} & LOW_PRECISION.keys())
+        in_float32 = f", or predict in float32 (a GPU computes in {', '.join(low)} here) by --device cpu"
         return (
             f"the logits of this scan are NaN or infinite, so there is no segmentation of it: {paths} overflows on it; "
-            f"{ways}"
+            f"take weights of an earlier epoch{in_float32 if low and self.device.type == 'cuda' else ''}"
         )
 
     def finish(
@@ -375,12 +346,13 @@ def _file_hash(path: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-def _raw(image_CXYZ: np.ndarray, affine: np.ndarray) -> RawCase:
-    """An array in the form of a scan that was read.
-
-    Raises:
-        ValueError: no voxels, voxels that are not finite real numbers, or an affine that maps no volume.
-    """
+def _raw_of_array(image_CXYZ: np.ndarray, affine: np.ndarray | None, modalities: Sequence[str]) -> RawCase:
+    """An array as a scan that was read; refuses one that is not a scan of these modalities."""
+    if affine is None or image_CXYZ.ndim != 4 or len(image_CXYZ) != len(modalities):
+        raise ValueError(
+            f"an array is {image_CXYZ.shape}{' without an affine' if affine is None else ''}; it must be (C, X, Y, Z) "
+            f"with the C = {len(modalities)} modalities {', '.join(modalities)}, and its affine (4, 4) given"
+        )
     affine = np.asarray(affine, np.float64)
     if not image_CXYZ.size or image_CXYZ.dtype.kind not in "buif" or not np.isfinite(image_CXYZ).all():
         raise ValueError(
@@ -397,8 +369,8 @@ def compose_labels(masks_RXYZ: np.ndarray, coding: Coding) -> np.ndarray:
     """A label map from overlapping regions.
 
     Enhancing tumour overrides core, and core overrides the rest of the whole tumour, so a voxel of an inner region is
-    in the outer ones too. The regions do not say which core that does not enhance is necrosis: it is the coding's
-    non-enhancing tumour, or necrosis if it has no such value. `engine.metrics.written_regions` inverts this.
+    in the outer ones too. The regions don't say how much of the core that does not enhance is necrosis: all of it gets
+    the coding's value of non-enhancing tumour, or else of necrosis. `engine.metrics.written_regions` inverts this.
 
     Args:
         masks_RXYZ: bool (3, X, Y, Z): TC, WT, ET. coding: of the result.
@@ -417,17 +389,12 @@ def compose_labels(masks_RXYZ: np.ndarray, coding: Coding) -> np.ndarray:
 
 def _check_alike(members: Sequence[TrainedNetwork]) -> None:
     def traits(member: TrainedNetwork) -> dict[str, object]:
-        return {
-            "modalities": member.modalities,
-            "spacing": member.config.data.spacing,
-            "label coding": (member.coding.release, member.coding.regions),
-        }
+        coding = member.coding.release, member.coding.regions
+        return {"modalities": member.modalities, "spacing": member.config.data.spacing, "label coding": coding}
 
-    first = traits(members[0])
     for member in members[1:]:
-        for name, value in traits(member).items():
-            if value != first[name]:
+        for (name, value), first in zip(traits(member).items(), traits(members[0]).values(), strict=True):
+            if value != first:
                 raise ValueError(
-                    f"{member.path} has {name} {value}, {members[0].path} has {first[name]}: an ensemble's runs must "
-                    "share it"
+                    f"{member.path} has {name} {value}, {members[0].path} has {first}: an ensemble's runs must share it"
                 )

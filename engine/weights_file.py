@@ -3,14 +3,13 @@
     checkpoints/last.pt   weights, model and data settings after the newest validation
     checkpoints/best.pt   the same of the epoch with the best validation Dice
 
-`WeightsFile` is what such a file holds; it reads, checks and writes itself, as `.pt` or as `.safetensors`.
+`WeightsFile` is what such a file holds; it reads, checks and writes itself, as `.pt` or as `.safetensors`. Below it are
+`read_archive` and `write_archive`, for any file of `torch.save`: written whole, read without running code from it.
 
-A file may come from anybody. No code in it is run, and each of its values is checked before anything is made by it.
-What `torch.save` writes is a zip file with checksums that `torch.load` does not look at: where a bit is flipped, it
-gives other weights. So a weights file holds a hash of what was written, of tensors and values alike and whatever their
-container, and what is read must have the same one. A hash shows damage, not intent: whoever makes a file can hash it.
-
-@@ Files of tensors and plain values: written whole, and read without running code from them.
+A file may come from anybody. No code in it is run, and each of its values is checked before it is used. `torch.load`
+ignores the checksums in the zip files that `torch.save` writes: where a bit is flipped, it returns other weights. So a
+weights file holds a hash of its tensors and values, the same in either container, which must still match when it is
+read. A hash shows damage, not intent: whoever makes a file can hash it.
 """
 
 from __future__ import annotations
@@ -39,56 +38,6 @@ from pipelines.basics.text import one_line
 from pipelines.layouts.labels import CODINGS, ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
 from pipelines.layouts.names import canonical_modalities
 
-
-class Unreadable(ValueError):
-    """What is wrong with a file, without its name."""
-
-
-def read_archive(path: Path) -> Any:
-    """Read what `torch.save` wrote, onto the CPU. No code from the file is run, and nothing is decompressed.
-
-    Raises:
-        Unreadable: it is damaged, or holds more than tensors and plain values.
-        PermissionError: the user may not read it.
-    """
-    try:
-        with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"  # else a file of torch before 1.6, which is not an archive
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                entries = archive.infolist()
-            stored = sum(entry.file_size for entry in entries)
-            if stored > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise Unreadable("its parts are compressed or overlap, which torch.save never writes")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about a damaged file, before the error
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (PermissionError, Unreadable):
-        raise
-    except Exception as error:  # zipfile, pickle and torch raise many kinds
-        raise Unreadable(
-            f"it is damaged, or holds more than tensors and plain values ({type(error).__name__}), and no code from a "
-            "file is run"
-        ) from error
-
-
-def write_archive(content: Mapping[str, Any], path: Path) -> None:
-    """Write tensors and plain values with `torch.save`, complete and synced to the disk.
-
-    Raises:
-        OSError: it can't be written; `filename` is `path`.
-    """
-    with replacing(path, "wb", sync=True) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            cause = error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            # When the disk is full, PyTorch raises its own error, about positions in the file.
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
-
-
 log = logging.getLogger(__name__)
 
 FORMAT = 3
@@ -100,7 +49,13 @@ METADATA_KEY = "glioforge"
 VALUES_LIMIT = 2**24
 """Characters of a file's values as JSON; a run's are some thousand, and a million case names fit."""
 PLAIN_NAME = re.compile("[A-Za-z0-9_]{1,64}")
+_AS_THEY_ARE = ("weights", "config", "epoch", "validation", "scans")
+"""Fields of a `WeightsFile` that need no conversion."""
 _ODD = (ArithmeticError, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError)
+
+
+class Unreadable(ValueError):
+    """What is wrong with a file, without its name."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +69,7 @@ class WeightsFile:
         validation: Dice then, as in `metrics.json`: numbers by name, possibly in groups.
         modalities: of the network's channels, in order.
         coding: of the labels that it was trained on.
-        scans: what its training scans look like, see `pipelines.preparing.domain_shift`; or nothing.
+        scans: what its training scans look like, see `pipelines.preparing.domain_shift`; may be empty.
     """
 
     weights: dict[str, Tensor]
@@ -134,30 +89,24 @@ class WeightsFile:
         """
         content = read_content(path)
         with written_by_this_version(path):
-            if not isinstance(content["config"], dict):
+            weights, config, epoch, validation, scans = (content[name] for name in _AS_THEY_ARE)
+            if not isinstance(config, dict):
                 raise ValueError("its configuration is not options by name")
-            modalities = _modalities(content["modalities"])
-            return cls(
-                content["weights"],
-                content["config"],
-                _epoch(content["epoch"]),
-                _numbers(content["validation"]),
-                modalities,
-                _coding(content["release"], content["tissues"], content["regions"]),
-                _ranges(content["scans"], len(modalities)),
-            )
+            if type(epoch) is not int or not 0 <= epoch < 2**31:
+                raise ValueError("its epoch is not a whole number, 0 or more")
+            _check_numbers(validation)
+            modalities = canonical_modalities(list(content["modalities"]))
+            _check_ranges(scans, len(modalities))
+            coding = _coding(content["release"], content["tissues"], content["regions"])
+            return cls(weights, config, epoch, validation, modalities, coding, scans)
 
     def content(self) -> dict[str, Any]:
         """Tensors and plain values as a file holds them."""
         return {
-            "weights": self.weights,
-            "config": self.config,
-            "epoch": self.epoch,
-            "validation": self.validation,
+            **{name: getattr(self, name) for name in _AS_THEY_ARE},
             "modalities": list(self.modalities),
             "release": self.coding.release,
             "tissues": dict(self.coding.tissues),
-            "scans": self.scans,
             "regions": [list(values) for values in self.coding.regions],
         }
 
@@ -168,11 +117,7 @@ class WeightsFile:
 
 @contextlib.contextmanager
 def written_by_this_version(path: Path) -> Iterator[None]:
-    """Give an error one line that names the file, where its values are not as this version writes them.
-
-    Raises:
-        ValueError: that line.
-    """
+    """Turn any error that odd values raise into a ValueError of one line that names the file."""
     try:
         yield
     except _ODD as error:
@@ -266,6 +211,54 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {**rest, "weights": weights} if isinstance(rest, dict) else {}
 
 
+# Archives
+
+
+def read_archive(path: Path) -> Any:
+    """Read what `torch.save` wrote, onto the CPU. No code from the file is run, and nothing is decompressed.
+
+    Raises:
+        Unreadable: it is damaged, or holds more than tensors and plain values.
+        PermissionError: the user may not read it.
+    """
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"  # else a file of torch before 1.6, which is not an archive
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+            stored = sum(entry.file_size for entry in entries)
+            if stored > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise Unreadable("its parts are compressed or overlap, which torch.save never writes")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a damaged file, before the error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, Unreadable):
+        raise
+    except Exception as error:  # zipfile, pickle and torch raise many kinds
+        raise Unreadable(
+            f"it is damaged, or holds more than tensors and plain values ({type(error).__name__}), and no code from a "
+            "file is run"
+        ) from error
+
+
+def write_archive(content: Mapping[str, Any], path: Path) -> None:
+    """Write tensors and plain values with `torch.save`, complete and synced to the disk.
+
+    Raises:
+        OSError: it can't be written; `filename` is `path`.
+    """
+    with replacing(path, "wb", sync=True) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            cause = error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            # When the disk is full, PyTorch raises its own error, about positions in the file.
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
 # The hash
 
 
@@ -326,40 +319,26 @@ def _as_json(values: dict[str, Any]) -> bytes:
 # Values
 
 
-def _modalities(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
-        raise ValueError("its modalities are not a list of names")
-    return canonical_modalities(list(values))
-
-
-def _epoch(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**31:
-        raise ValueError("its epoch is not a whole number, 0 or more")
-    return value
-
-
-def _numbers(values: Any, depth: int = 2) -> dict[str, Any]:
-    """Numbers by plain names, possibly in groups; a bundle shows both to MONAI, to which `$` begins code."""
+def _check_numbers(values: Any, depth: int = 2) -> None:
+    """Accept numbers by plain names, possibly in groups: a bundle hands them to MONAI, which runs text after `$`."""
     if not isinstance(values, dict):
         raise ValueError("its validation is not numbers by name")
     for name, value in values.items():
         if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
             raise ValueError("its validation has a name with other characters than letters, digits and _")
         if isinstance(value, dict) and depth > 1:
-            _numbers(value, depth - 1)
+            _check_numbers(value, depth - 1)
         elif value is not None and not _is_number(value):
             raise ValueError(f"{name} of its validation is not a number")
-    return values
 
 
-def _ranges(scans: Any, channels: int) -> dict[str, list[list[float]]]:
+def _check_ranges(scans: Any, channels: int) -> None:
     lengths = {"spacing_mm": 3, "occupied": channels, "contrast": channels} if scans else {}
     if not isinstance(scans, dict) or any(len(scans[name]) != length for name, length in lengths.items()):
         raise ValueError("its scans are not ranges of numbers by name")
     for name, spans in scans.items():
         if not all(len(span) == 2 and all(map(_is_number, span)) for span in spans):
             raise ValueError(f"the {name} of its scans are not ranges of numbers")
-    return scans
 
 
 def _is_number(value: Any) -> bool:
@@ -375,10 +354,7 @@ def _coding(release: Any, tissues: Any, regions: Any) -> Coding:
         raise ValueError(f"its regions are {shown(regions)}, must be the labels of {', '.join(REGIONS)}")
     core, whole, enhancing = members = tuple(tuple(map(int, values)) for values in regions)
     is_nested = set(enhancing) <= set(core) <= set(whole) <= set(names) <= set(range(1, 256))
-    if (
-        not is_nested
-        or {names[value] for value in enhancing} != {ENHANCING}
-        or OEDEMA in {names[value] for value in core}
-    ):
+    tissues_of_core, tissues_of_enhancing = ({names.get(value) for value in values} for values in (core, enhancing))
+    if not is_nested or tissues_of_enhancing != {ENHANCING} or OEDEMA in tissues_of_core:
         raise ValueError("its regions are not those of its labels, 1 to 255: ET of enhancing tumour, TC without oedema")
     return Coding(release, names, members)

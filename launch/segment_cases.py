@@ -30,7 +30,7 @@ from pipelines.basics.text import first_few, printable
 from pipelines.layouts.cases import Case, CaseSet, survey_cases
 from pipelines.layouts.labels import CODINGS, Coding
 from pipelines.layouts.names import canonical_modalities, case_name_of, in_order
-from pipelines.scans.nifti import read_description, read_grid, read_nifti
+from pipelines.scans.nifti import read_case, read_description, read_grid, read_nifti
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def predict_cases(
 
     def read(case: Case) -> Prepared:
         started[case.name] = time.perf_counter()
-        return predictor.prepare(predictor.read(replace(case, label=None)))
+        return predictor.prepare(read_case(replace(case, label=None), predictor.coding))
 
     def write(case: Case, scan: Prepared, found: torch.Tensor) -> PredictionRow:
         segmentation = predictor.finish(scan, found, output.probabilities, case.images[0])

@@ -28,9 +28,9 @@ def test_stages_overlap_and_a_faulty_item_leaves_the_others_alone() -> None:
         alive.add(item)
         return 10 * item
 
-    def compute(item: int, content: int) -> int:
+    def compute(content: int) -> int:
         assert len(alive) <= 3
-        if item == 1:
+        if content == 10:
             together.wait()
         return content + 1
 
@@ -108,7 +108,7 @@ def test_a_failed_items_volumes_are_not_kept() -> None:
         kept.append(weakref.ref(volume))
         return volume
 
-    def compute(item: int, volume: np.ndarray) -> None:
+    def compute(volume: np.ndarray) -> None:
         raise MemoryError
 
     faults = [fault for _, fault in in_stages(range(2), read, compute, lambda *_: None)]
