@@ -3,8 +3,8 @@
 Each group of options is a dataclass beside the code that uses it; every field carries its help, and every number its
 bounds. A later source overrides an earlier one: the defaults, the YAML files of `--config`, the command line. The
 defaults are the right recipe for BraTS (as in `launch/configs/brats.yaml`); with neither `--config` nor `--data.root`
-the demo runs (`launch/configs/demo.yaml`), so that `launch/train.py` alone does something to look at. Names carry
-their units (`spacing_mm`, `crop_size_voxels`).
+the demo runs (`launch/configs/demo.yaml`), so that `launch/train.py` alone has something to show. Names carry their
+units (`spacing_mm`, `crop_size_voxels`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Config:
         if self.data.unprepared and self.data.skip_faulty:
             raise ValueError(
                 "--data.skip_faulty true finds faulty scans by preparing them, which --data.unprepared true does not "
-                "do: leave out one of the two, or find faulty scans first with launch/prepare.py --check"
+                "do: omit one of the two, or find faulty scans first with launch/prepare.py --check"
             )
         if self.loss.dice_weight == self.loss.ce_weight == 0:
             raise ValueError("--loss.dice_weight 0 and --loss.ce_weight 0 leave no loss to train by: raise one of them")
@@ -70,7 +70,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_portable_dict(config: Config) -> dict[str, Any]:
-    """As `to_dict`, with absolute paths, and without what is about one run's folder.
+    """As `to_dict`, with absolute paths, and without `run_dir` and `resume`.
 
     Raises:
         ValueError: a path that is not UTF-8, which YAML can't hold.
@@ -78,10 +78,9 @@ def to_portable_dict(config: Config) -> dict[str, Any]:
     values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
     for group, name in (("data", "root"), ("data", "store_dir"), ("train", "deepspeed")):
         if values[group][name]:
-            path = str(Path(values[group][name]).resolve())
+            path = values[group][name] = str(Path(values[group][name]).resolve())
             if encodable(path) != path:
                 raise ValueError(f"--{group}.{name} {encodable(path)} is not UTF-8: rename the folder")
-            values[group][name] = path
     return values
 
 
@@ -108,24 +107,20 @@ def parse_config(parser: Parser, args: list[str] | None = None) -> tuple[Config,
     """Read a configuration.
 
     Args:
-        parser: what `make_parser` gave, with the options that a command adds.
-        args: command line; None: the process's own.
+        parser: from `make_parser`, with the options that a command adds. args: command line; None: the process's own.
 
     Returns:
         The configuration, and the parser's namespace for a command's own options.
 
     Raises:
-        ValueError: an unknown option, values that options refuse or that contradict each other, a file without options,
-            `--resume` without a run to resume.
+        ValueError: an unknown option, wrong or contradicting values, a file without options, `--resume` without a run
+            to resume.
     """
     words = list(sys.argv[1:] if args is None else args)
     given = {each.name: each.raw for each in parser.split(words, [])}
     run_dir = find_run(given["resume"], given.get("run_dir")) if "resume" in given else None
-    before = []
-    if run_dir:
-        before = [run_dir / "config.yaml"]
-    elif not given.keys() & {"config", "data", "data.root"}:
-        before = [CONFIGS / "demo.yaml"]
+    is_demo = not given.keys() & {"config", "data", "data.root"}
+    before = [run_dir / "config.yaml"] if run_dir else [CONFIGS / "demo.yaml"] if is_demo else []
     namespace = parser.parse_args(words, before=before)
     config = build(Config, dict(namespace.items()))
     config.resume = config.resume if run_dir else None
@@ -137,16 +132,10 @@ def parse_config(parser: Parser, args: list[str] | None = None) -> tuple[Config,
 
 
 def find_run(resume: str, run_dir: str | None) -> Path | None:
-    """The run folder that `--resume` means: the one it names, `--run_dir`, or the newest in `runs/`.
+    """The run folder that `--resume` means (options as typed): the one it names, `--run_dir`, or the newest in `runs/`.
 
     None for `auto` with a `--run_dir` that has no checkpoint yet, so that a job that a scheduler restarts can always
-    give both.
-
-    Args:
-        resume, run_dir: the options as typed.
-
-    Raises:
-        ValueError: there is no run to resume.
+    give both. Raises ValueError if there is no run to resume.
     """
     try:
         folder = convert(run_dir if resume == "auto" else resume, Path | None)

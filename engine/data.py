@@ -1,4 +1,4 @@
-"""From `--data.*` to prepared volumes: synthetic scans or a download where asked for, cases, split, store."""
+"""From `--data.*` to prepared volumes: synthetic scans or a download if asked for, cases, split, store, loaders."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class DataConfig:
     download: bool = False
     """First download Decathlon Task01_BrainTumour (7.1 GB) to `root`; resumable, with a checksum."""
     release: Release | None = None
-    """Label coding of the scans, if their file names don't tell."""
+    """Label coding of the scans, if their file names don't show it."""
     regions: Literal["release", "tutorial"] = "release"
     """TC, WT and ET by the release's coding, or by the published tutorial's swapped one (Decathlon only)."""
     modalities: list[str] | None = None
@@ -129,9 +129,9 @@ class Data:
 
 
 def obtain_root(config: DataConfig) -> Path:
-    """Folder or list of the scans, which are downloaded or synthesised first if the configuration says so."""
+    """Folder or list of the scans, downloaded or synthesised first if the configuration asks for it."""
+    phantom = config.phantom
     if config.root is None:
-        phantom = config.phantom
         log.info("no --data.root: synthetic scans")
         return make_phantoms(_phantoms(config), phantom.cases, phantom.size_voxels, phantom.seed)
     if config.download:
@@ -140,7 +140,7 @@ def obtain_root(config: DataConfig) -> Path:
 
 
 def existing_root(config: DataConfig) -> Path:
-    """Folder or list of scans that are there; none are made or downloaded, as the configuration may be somebody else's.
+    """Folder or list of the scans; makes and downloads nothing, as the configuration may be somebody else's.
 
     Raises:
         DataError: synthetic scans that are not in the cache.
@@ -158,7 +158,7 @@ def _phantoms(config: DataConfig) -> Path:
 
 
 def list_cases(config: DataConfig, root: Path) -> CaseSet:
-    """The cases below `root` that the configuration asks for; with `skip_faulty` those without a fault."""
+    """The cases below `root` that the configuration asks for, with `skip_faulty` only those without a fault."""
     if not config.skip_faulty:
         return find_cases(root, config.release, config.modalities, config.regions)
     survey = survey_cases(root, config.release, config.modalities, config.regions)
@@ -176,14 +176,14 @@ def split_names(config: DataConfig, cases: CaseSet) -> tuple[tuple[str, ...], tu
 
 
 def prepared(config: DataConfig, cases: CaseSet) -> Store:
-    """The store of these cases, after preparing those that it lacks; with `skip_faulty` without the faulty ones."""
+    """The store of these cases, after preparing those it lacks; with `skip_faulty` without the faulty ones."""
     folder = config.store_dir or cache_dir() / "store"
     resample = partial(resample_case, device=torch.device("cuda")) if config.prepare_on == "gpu" else resample_on_cpu
     return prepare(cases, folder, config.spacing, config.workers, config.store_dtype, config.skip_faulty, resample)
 
 
 def load_data(config: DataConfig) -> Data:
-    """Everything up to prepared volumes; what another process has done is not done again.
+    """Everything up to prepared volumes; cases that are already prepared are reused.
 
     Raises:
         ValueError: whatever is wrong with the scans or the options.
@@ -229,11 +229,7 @@ def _warn_without_tumour(store: Store, names: Sequence[str], use: str) -> None:
 def make_loaders(
     config: DataConfig, train: TrainConfig, ranks: Ranks, data: Data
 ) -> tuple[CropLoader, ValLoader | None]:
-    """This rank's training crops, and its validation cases if there are any.
-
-    Raises:
-        ValueError: as the loaders say.
-    """
+    """This rank's training crops, and its validation cases if there are any. Errors as in the loaders."""
     crops = CropOptions(
         config.crop_size_voxels,
         train.batch_size,
@@ -264,17 +260,14 @@ def make_val_loader(
     device: torch.device,
     ranks: Ranks | None = None,
 ) -> ValLoader:
-    """Named cases as `--train.validation` says: the centre crop, z-scored, or the full volume as it is.
+    """Named cases of a store on a device: by `validation` the centre crop, z-scored, or the full volume as it is.
 
     Args:
-        config: of the run.
-        store: where the cases are.
-        names: of the cases.
-        device: where they are wanted.
-        ranks: share the cases out among them, loaded to where `--data.residence` says; None: all cases, mapped.
+        validation: `--train.validation`.
+        ranks: share the cases among them, loaded to where `--data.residence` says; None: all cases, mapped.
 
     Raises:
-        ValueError: as the loader says.
+        ValueError: as the loader.
     """
     full = validation == "full_volume"
     size = None if full else config.crop_size_voxels

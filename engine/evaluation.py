@@ -1,8 +1,8 @@
-"""Scores of many cases: Dice and HD95 per region and case, and the tables of them.
+"""Scores of many cases: Dice and HD95 per region and case, and their tables.
 
 Dice is that of `engine.metrics`. HD95 is MONAI's: the 95th percentile of the distances from the surface of one mask to
-that of the other, in mm, the larger of the two directions. It exists where both masks do; a region that was missed
-altogether has none and is counted separately.
+that of the other, in mm, the larger of the two directions. It is defined where neither mask is empty; a region that was
+missed altogether is counted separately.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CaseScores:
 
     Attributes:
         dice: its voxel counts.
-        hd95: mm per region, in the order of `REGIONS`; NaN where truth or prediction has none.
+        hd95: mm per region, in the order of `REGIONS`; NaN where truth or prediction lacks the region.
         warnings: how the scan differs from the training data.
     """
 
@@ -64,7 +64,6 @@ def score(name: str, prediction_RXYZ: np.ndarray, truth_RXYZ: np.ndarray, spacin
     """Score one case.
 
     Args:
-        name: of the case.
         prediction_RXYZ, truth_RXYZ: bool (3, X, Y, Z): TC, WT, ET.
         spacing_mm: voxel size along X, Y and Z.
 
@@ -91,9 +90,6 @@ def hd95(prediction_XYZ: np.ndarray, truth_XYZ: np.ndarray, spacing_mm: Sequence
 def summary(cases: Sequence[CaseScores], scored: Score = "label_map") -> dict[str, Any]:
     """Scores over all cases.
 
-    Args:
-        cases: the scores. scored: which masks were scored.
-
     Returns:
         "definition", in words, and "scored"; "cases", their number; "dice" and "hd95", with "mean" and "median" per
         region (None if no case has one), for Dice also over the regions ("mean"); "missed", "empty_truths" and
@@ -103,8 +99,7 @@ def summary(cases: Sequence[CaseScores], scored: Score = "label_map") -> dict[st
     dice = {region: [case.dice.dice()[i] for case in cases] for i, region in enumerate(REGIONS)}
     distance = {region: [case.hd95[i] for case in cases] for i, region in enumerate(REGIONS)}
     median = {region: _of_known(statistics.median, values) for region, values in dice.items()}
-    scored_cases = [case.dice for case in cases if not math.isnan(case.dice.mean())]
-    worst = sorted(scored_cases, key=lambda dice: dice.mean())[:WORST]
+    worst = sorted((case.dice for case in cases if not math.isnan(case.dice.mean())), key=CaseDice.mean)[:WORST]
     return {
         "definition": definition(scored),
         "scored": scored,
@@ -133,16 +128,9 @@ def _of_known(function: Callable[[list[float]], float], values: Iterable[float |
 
 
 def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table below `HEAD`, as text.
-
-    Args:
-        found: from `summary`.
-    """
-    counts = {
-        "missed": "cases missed",
-        "empty_truths": "cases with empty truth",
-        "false_positives": "false positives (truth empty)",
-    }
+    """The table below `HEAD`, as text; `found` is from `summary`."""
+    counts = {"missed": "cases missed", "empty_truths": "cases with empty truth",
+              "false_positives": "false positives (truth empty)"}  # fmt: skip
     rows = [(f"Dice, {name} (%)", *map(percent, found["dice"][name].values())) for name in ("mean", "median")]
     for name in ("mean", "median"):
         distances = ("n/a" if value is None else f"{value:.1f}" for value in found["hd95"][name].values())
@@ -170,9 +158,9 @@ def write(folder: Path, cases: Sequence[CaseScores], found: dict[str, Any], titl
     rows = []
     for case in sorted(cases, key=lambda case: case.name):
         numbers = (case.dice.mean(), *case.dice.dice(), *case.hd95)
-        counts = (*case.dice.predicted, *case.dice.truth)
         rounded = ("" if math.isnan(number) else round(number, 6) for number in numbers)
-        rows.append(dict(zip(columns, [case.name, *rounded, *counts, "; ".join(case.warnings)], strict=True)))
+        cells = case.name, *rounded, *case.dice.predicted, *case.dice.truth, "; ".join(case.warnings)
+        rows.append(dict(zip(columns, cells, strict=True)))
     write_texts({
         folder / "cases.csv": table_text(columns, rows),
         folder / "summary.json": json.dumps(found, indent=1) + "\n",

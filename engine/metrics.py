@@ -1,6 +1,6 @@
 """Dice per region, and the summary over cases.
 
-The written label map is what is scored. A network predicts the three regions independently (probability > 0.5), so a
+What is scored is the written label map. A network predicts the three regions independently (probability > 0.5), so a
 voxel of ET may lie outside TC. A label map holds one tissue per voxel, so in it ET lies within TC and TC within WT.
 Its regions (`written_regions`) are scored everywhere; scoring the overlapping masks instead is an option (`masks`),
 used for the published tutorial's figures. On a real scan the two can be 10 points of Dice apart.

@@ -14,7 +14,7 @@ from pipelines.layouts.labels import REGIONS
 
 @dataclass
 class ModelConfig:
-    """The network; a width of None is the published one, and one that the network does not have is ignored."""
+    """The network. A width of None is the published one; widths that the network does not have are ignored."""
 
     name: NetworkName = "unetr"
     """UNETR as in self-attention-cv (unetr) or as in MONAI (unetr_monai), or another network of MONAI."""

@@ -4,11 +4,9 @@ jsonargparse only prints the help. It would read each value as YAML: a folder `n
 `# x` a comment. Here the type of the option decides what a value means: see `basics.option_values`. All mistakes are
 reported together, and a misspelt name with the one that was probably meant.
 
-@@ YAML files of options, read so that no value is mistaken for another.
-
-Scalars stay text (`00001`, `1e-4`, `on`): the type of the option decides what they mean. Only `null`, `~` and an empty
-value are None. Errors name file and line. Duplicate keys are an error, because YAML's own reader silently takes the
-last, and so are anchors, by which a small file can stand for a huge one.
+In YAML files too, scalars stay text (`00001`, `1e-4`, `on`) until the option's type decides; only `null`, `~` and an
+empty value are None. Errors name file and line. Duplicate keys are an error, because YAML's own reader silently takes
+the last, and so are anchors, with which a small file can stand for a huge one.
 """
 
 from __future__ import annotations
@@ -42,10 +40,9 @@ from pipelines.basics.text import one_line
 
 _LIMIT = 2**20  # bytes; an options file has a few hundred
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "seq", "map")}
+_NOT_IN_FILES = ("config", "print_config")
 
-
-class _Refused(yaml.MarkedYAMLError):
-    """YAML that options have no use for."""
+T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,18 +56,22 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if getattr(event, "anchor", None):
-            raise _Refused(problem="anchors (&, *) are not allowed: write the value out", problem_mark=event.start_mark)
+            raise _refused("anchors (&, *) are not allowed: write the value out", event)
         node = super().compose_node(parent, index)
         if node.tag not in _TAGS:
-            raise _Refused(problem=f"tags ({shown(node.tag)}) are not allowed", problem_mark=node.start_mark)
+            raise _refused(f"tags ({shown(node.tag)}) are not allowed", node)
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for index, (key, _) in enumerate(node.value):
             if isinstance(key, yaml.ScalarNode) and key.value in names[:index]:
-                raise _Refused(problem=f"{key.value} is given twice: remove one", problem_mark=key.start_mark)
+                raise _refused(f"{key.value} is given twice: remove one", key)
         return super().construct_mapping(node, deep)
+
+
+def _refused(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def read_yaml(path: Path) -> Any:
@@ -98,25 +99,17 @@ def parse_yaml(content: bytes, name: str) -> Any:
     try:
         return yaml.load(content.decode("utf-8-sig"), _Loader)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not YAML: byte {error.start} is not UTF-8; save it as UTF-8") from error
+        fault: Exception = error
+        problem = f"byte {error.start} is not UTF-8; save it as UTF-8"
     except RecursionError as error:
-        raise ValueError(f"{name} is not an options file: its brackets are nested too deeply") from error
-    except _Refused as error:
-        raise ValueError(f"{name}, {_place(error)}: {error.problem}") from error
+        fault, problem = error, "its brackets are nested too deeply"
     except yaml.MarkedYAMLError as error:
+        place = f"line {error.problem_mark.line + 1}" if error.problem_mark else "at its end"
         hint = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
-        raise ValueError(f"{name} is not YAML: {_place(error)}: {error.problem}{hint}") from error
+        fault, problem = error, f"{place}: {error.problem}{hint}"
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not YAML: {one_line(error)}") from error
-
-
-def _place(error: yaml.MarkedYAMLError) -> str:
-    return f"line {error.problem_mark.line + 1}" if error.problem_mark else "at its end"
-
-
-_NOT_IN_FILES = ("config", "print_config")
-
-T = TypeVar("T")
+        fault, problem = error, one_line(error)
+    raise ValueError(f"{name} is not an options file: {problem}") from fault
 
 
 @dataclass(frozen=True)
@@ -125,15 +118,14 @@ class Option:
 
     Attributes:
         kind: its type, one of those in `basics.option_values`. bounds: of its numbers. default: if it is not given.
-        bare: its value if it is given without one; None: it needs one.
-        is_flag: it takes no value on the command line. is_required, is_positional: as in argparse.
+        bare: its value if it is given without one; None: it needs one; True: a flag, with a value after `=` only.
+        is_required, is_positional: as in argparse.
     """
 
     kind: Any
     bounds: Bounds = NO_BOUNDS
     default: Any = None
     bare: Any = None
-    is_flag: bool = False
     is_required: bool = False
     is_positional: bool = False
 
@@ -181,7 +173,6 @@ class Parser:
             bounds,
             default=declared.get("default", False if is_flag else None),
             bare=True if is_flag else None,
-            is_flag=is_flag,
             is_required=is_positional or declared.get("required", False),
             is_positional=is_positional,
         )
@@ -198,7 +189,7 @@ class Parser:
         """Read a command line.
 
         Args:
-            args: None: the process's own. defaults: whether options that were not given have theirs.
+            args: None: the process's own. defaults: whether to fill in the defaults of options that were not given.
             before: files to read before those of the command line.
 
         Raises:
@@ -215,9 +206,10 @@ class Parser:
         files = [*before, *(each["config"] for each in named if each)]
         of_files = [each for path in files for each in self.flatten(read_yaml(path), f"{path}: ", faults)]
         found = self.read_values([*of_files, *given], faults)
-        missing = [name for name, option in self.options.items() if option.is_required and name not in found]
+        missing = [name if option.is_positional else f"--{name}" for name, option in self.options.items()
+                   if option.is_required and name not in found]  # fmt: skip
         if missing and defaults and not faults:
-            faults.append(f"{', '.join(map(self._as_typed, missing))} must be given; see --help")
+            faults.append(f"{', '.join(missing)} must be given; see --help")
         refuse(faults)
         namespace = Namespace()
         preset = {name: option.default for name, option in self.options.items()} if defaults else {}
@@ -242,7 +234,7 @@ class Parser:
         parser.print_help()
 
     def split(self, words: Sequence[str], faults: list[str]) -> list[Given]:
-        """The options of a command line with their values as written; appends what is no option to `faults`."""
+        """The options of a command line with their values as written; appends anything else to `faults`."""
         given: list[Given] = []
         starts = [i for i, word in enumerate(words) if word.startswith("--")]
         loose = list(words[: starts[0] if starts else len(words)])  # words before, between or after options
@@ -254,7 +246,7 @@ class Parser:
                 faults.append(self._unknown("--", name))
                 continue
             if option is None or not is_several(option.kind):
-                count = 0 if option and option.is_flag and not equals else 1
+                count = 0 if option and option.bare is True and not equals else 1
                 loose += values[count:]
                 values = values[:count]
             if not values and option and option.bare is not None:
@@ -317,9 +309,6 @@ class Parser:
             else:
                 self.options[name] = Option(inner, bounds_of(item), item.default, item.metadata.get("bare"))
 
-    def _as_typed(self, name: str) -> str:
-        return name if self.options[name].is_positional else f"--{name}"
-
     def _unknown(self, where: str, name: str) -> str:
         """A message that also names the options that may have been meant: by the last part, else by similar letters."""
         wanted = name.replace("-", "_").lower()
@@ -338,11 +327,11 @@ class Parser:
 def build(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """A dataclass, and those in it, from the values of its options, or else their defaults."""
     kinds = get_type_hints(kind)
-    given: dict[str, Any] = {}
-    for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # a dataclass
+
+    def value_of(item: dataclasses.Field) -> Any:
         name, inner = f"{prefix}{item.name}", kinds[item.name]
         if dataclasses.is_dataclass(inner):
-            given[item.name] = build(inner, values, f"{name}.")  # type: ignore[arg-type]
-        elif name in values:
-            given[item.name] = values[name]
-    return kind(**given)
+            return build(inner, values, f"{name}.")  # type: ignore[arg-type]  # a class
+        return values.get(name, item.default)
+
+    return kind(**{item.name: value_of(item) for item in dataclasses.fields(kind)})  # type: ignore[arg-type]

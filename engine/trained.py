@@ -1,9 +1,9 @@
 """Trained networks, as a run left them.
 
-A weights file says with its weights what they are for: the configuration, the modalities and their order, the spacing,
-and what the label values of its training data mean. So nothing has to be repeated, or can be mistaken, where a network
-is used. A file may come from anybody: of its configuration only what describes the network and its scans is used,
-nothing that downloads, makes or writes files.
+A weights file also holds what its weights are for: the configuration, the modalities and their order, the spacing, and
+the meaning of the label values. So whoever uses the network need not repeat it and can't get it wrong. A file may come
+from anybody: only the options that describe the network and its scans are used, none that download, make or write
+files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TrainedNetwork:
     Attributes:
         path: the weights file.
         network: in evaluation mode; float32 (N, C, X, Y, Z) of `config.data.crop_size_voxels` to logits (N, 3, ...).
-        config: the run's options about network and scans; the rest is as by default.
+        config: the run's options about network and scans; all others have their defaults.
         modalities, coding, epoch, validation, scans: see `engine.weights_file.WeightsFile`.
     """
 
@@ -54,7 +54,7 @@ class TrainedNetwork:
     scans: dict[str, Any]
 
     def description(self) -> dict[str, Any]:
-        """What it takes and gives, in plain values: what a program that runs it has to do around it."""
+        """Its input and output in plain values: all that a program that runs it needs to know."""
         data = self.config.data
         return {
             "model": self.config.model.name,
@@ -82,17 +82,11 @@ class TrainedNetwork:
 
 
 def weights_path(run: Path) -> Path:
-    """The weights that a run is known by: `checkpoints/best.pt`, else `last.pt`; a file is taken as it is.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    if run.is_file():
-        return run
-    for path in (run / "checkpoints" / name for name in ("best.pt", "last.pt")):
+    """The weights of a run: `checkpoints/best.pt`, else `last.pt`; or the weights file itself. Raises ValueError."""
+    for path in (run, run / "checkpoints" / "best.pt", run / "checkpoints" / "last.pt"):
         if path.is_file():
             return path
-    raise ValueError(f"{run} is no run with weights (checkpoints/best.pt, last.pt), nor a weights file")
+    raise ValueError(f"{run} is not a run with weights (checkpoints/best.pt, last.pt), nor a weights file")
 
 
 def load_trained(run: Path | str, device: torch.device | str = "cpu") -> TrainedNetwork:
@@ -103,19 +97,19 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
         device: where the network goes.
 
     Raises:
-        ValueError: no weights there, a damaged file, another program's, or one of a version that knew other options;
-            weights of another network, or with NaN or Inf.
+        ValueError: no weights there, a damaged file, another program's, or one of a version with other options; weights
+            of another network, or with NaN or Inf.
     """
     path = weights_path(Path(run))
     file = WeightsFile.read(path)
     with written_by_this_version(path):
         config = descriptive_config(config_from_dict(file.config))
-        with torch.device("meta"):  # whatever sizes the file names, nothing is made of them before its weights fit
+        with torch.device("meta"):  # takes no memory, whatever sizes the file names
             network = make_model(config.model, config.data.crop_size_voxels, len(file.modalities))
         fault = mismatch(network, file.weights)
     if fault:
         raise ValueError(
-            f"{path} holds the weights of another network than its configuration, {config.model.name}: {fault}; take a "
+            f"{path} holds the weights of another network than its configuration, {config.model.name}: {fault}; use a "
             "file as a run wrote it"
         )
     network.load_state_dict({name: value.float().contiguous() for name, value in file.weights.items()}, assign=True)
@@ -130,9 +124,9 @@ def load_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
 
 
 def descriptive_config(config: Config) -> Config:
-    """A configuration's options about the network and its scans; all others as by default.
+    """A configuration's options about the network and its scans, with scans where they were downloaded to.
 
-    Nothing that it asks for downloads, makes or writes files: scans are where they were downloaded to.
+    All others have their defaults, so that nothing is downloaded, made or written.
     """
     given, usual = config.data, DataConfig()
     data = replace(given, **{name: getattr(usual, name) for name in NOT_DESCRIPTIVE})
@@ -143,7 +137,7 @@ def descriptive_config(config: Config) -> Config:
 
 
 def mismatch(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
-    """Why a state dict is not that of a network, in words; empty where it is."""
+    """Why a state dict is not that of a network, in words; empty if it is."""
     expected = network.state_dict()
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         return "they are not tensors by name"

@@ -117,8 +117,8 @@ def test_a_typo_in_a_file_is_an_error_that_names_it(tmp_path: Path) -> None:
         (b"data:\n  phantom:\n", "mine.yaml: data.phantom is null and must be a group"),
         (b"", "mine.yaml: the file is null and must be a group"),
         (b"[1, 2]", "mine.yaml: the file is .* and must be a group"),
-        (b"data: [\n", "mine.yaml is not YAML"),
-        (b"\xff\xfe", "mine.yaml is not YAML"),
+        (b"data: [\n", "mine.yaml is not an options file: line"),
+        (b"\xff\xfe", "mine.yaml is not an options file: byte"),
     ],
 )
 def test_a_file_without_options_is_refused_by_name(content: bytes, message: str, tmp_path: Path) -> None:
@@ -134,6 +134,9 @@ def test_a_file_without_options_is_refused_by_name(content: bytes, message: str,
     ("args", "message"),
     [
         (("--train.batch_size", "0"), "train.batch_size 0 must be at least 1"),
+        (("--train.accumulate_steps", "0"), "train.accumulate_steps 0 must be at least 1"),
+        (("--data.crops_per_case", "0"), "data.crops_per_case 0 must be at least 1"),
+        (("--data.foreground_prob", "1.5"), "data.foreground_prob 1.5 must be at most 1"),
         (("--data.val_fraction", "2"), "--data.val_fraction 2 must be below 1"),
         (("--data.folds", "5"), "--data.folds 5 without --data.fold: .*0 to 4"),
         (("--loss.ce_weight", "0", "--loss.dice_weight", "0"), "leave no loss to train by"),

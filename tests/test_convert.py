@@ -144,7 +144,7 @@ def test_packages_are_imported_only_when_they_are_used() -> None:
         (["--to", "onnx", "--output", "model.pt"], "--output model.pt must end in .onnx"),
         (["--output", "model.pt"], "give either --to .* or --from"),
         (["--to", "monai", "--from", "monai", "--output", "model.pt"], "give either --to"),
-        (["--to", "monai", "--output", "model.pt"], "no run with weights"),
+        (["--to", "monai", "--output", "model.pt"], "not a run with weights"),
     ],
 )
 def test_the_error_for_a_nonsensical_command_line_is_one_line(

@@ -8,6 +8,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -94,7 +95,8 @@ def test_instance_norm_in_onnx_is_exact_over_a_million_voxels_of_one_background(
     x = torch.randn(1, 2, 128, 128, 64, generator=torch.Generator().manual_seed(0))
     x[..., :48] = 0.3
     program = torch.export.export(Norm(), (x,))
-    graph = torch.onnx.export(program, opset_version=OPSET, custom_translation_table=programs.IN_ONNX, verbose=False)
+    table: Any = {torch.ops.aten.instance_norm.default: programs._instance_norm_in_onnx}
+    graph = torch.onnx.export(program, opset_version=OPSET, custom_translation_table=table, verbose=False)
     assert graph is not None
     graph.save(tmp_path / "norm.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "norm.onnx", providers=["CPUExecutionProvider"])

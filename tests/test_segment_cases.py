@@ -37,7 +37,7 @@ from launch import evaluate, predict, score_cases, segment_cases
 from pipelines.basics.errors import DataError
 from pipelines.basics.tables import read_table
 from pipelines.layouts.cases import Case, find_cases
-from pipelines.layouts.labels import CODINGS, regions_from_labels
+from pipelines.layouts.labels import CODINGS, Coding, regions_from_labels
 from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.loaders import ValLoader
 from pipelines.phantom import make_phantoms
@@ -187,14 +187,14 @@ def test_a_stopped_command_leaves_complete_files_and_continues_with_the_rest(
 ) -> None:
     """The signal comes when the second case is predicted, the first one being written and the third one read."""
     at_work = threading.Barrier(3, timeout=20)
-    read, save, probabilities = Predictor.read, inference.write_nifti, Predictor.probabilities
+    read, save, probabilities = segment_cases.read_case, inference.write_nifti, Predictor.probabilities
     seen: list[Prepared] = []
 
-    def reading(predictor: Predictor, case: Case) -> RawCase:
+    def reading(case: Case, coding: Coding) -> RawCase:
         if case.name == "BRATS_003":
             at_work.wait()
             time.sleep(0.2)
-        return read(predictor, case)
+        return read(case, coding)
 
     def saving(path: Path, *rest: Any) -> None:
         if path.name == "BRATS_001.nii.gz":
@@ -212,7 +212,7 @@ def test_a_stopped_command_leaves_complete_files_and_continues_with_the_rest(
 
     command = ["--runs", str(run), "--input", str(scans), "--output", str(tmp_path), "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "read", reading)
+        patch.setattr(segment_cases, "read_case", reading)
         patch.setattr(inference, "write_nifti", saving)
         patch.setattr(Predictor, "probabilities", predicting)
         started = time.monotonic()

@@ -98,7 +98,7 @@ def test_weights_with_nan_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no run with weights"):
+    with pytest.raises(ValueError, match="is not a run with weights"):
         load_trained(tmp_path)
 
 

@@ -6,10 +6,10 @@
     docs/README.md            how to run it
     scripts/                  code that MONAI lacks
 
-MONAI's own networks get weights under MONAI's names. One that MONAI lacks comes as code: the files of this program that
-make it up, on the reference operations, so that they need only PyTorch. A bundle does what `engine.inference` does:
-MONAI's Spacing and Orientation, sliding window with z-scored windows, the probabilities back on the scan's own grid,
-masks above one half, labels in the coding of the training data.
+MONAI's own networks get weights under MONAI's names. A network that MONAI lacks comes as code: the files of this
+program that define it, on the reference operations, so that they need only PyTorch. A bundle does what
+`engine.inference` does: MONAI's Spacing and Orientation, sliding window with z-scored windows, the probabilities back
+on the scan's own grid, masks above one half, labels in the coding of the training data.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ or, after `pip install fire`, with `python -m monai.bundle run --config_file con
 `SCANS` holds a folder for each scan, with one NIfTI file for each modality ({files}), or 4D files with the modalities
 on the last axis; `channels` in `configs/inference.json` is where each is, counted from 0: {channels}.
 
-Input: {spacing} mm, RAS, not normalised (the bundle does all of it). Windows of {crop} voxels are z-scored one by one,
+Input: {spacing} mm, RAS, not normalised (the bundle prepares it so). Windows of {crop} voxels are z-scored one by one,
 over the non-zero voxels of each channel. The network gives logits of {regions}; a voxel whose probability is above one
 half belongs to the region. Labels written: {labels}.
 
@@ -106,11 +107,10 @@ def write_bundle(folder: Path, trained: TrainedNetwork) -> None:
         trained: the network and what belongs to it, on the CPU.
 
     Raises:
-        ValueError: another folder, or a subfolder that is a link out of it; a network that can't be bundled.
+        ValueError: any other folder; a subfolder that is a link out of it; a network that can't be bundled.
         OSError: it can't be written.
     """
-    is_there = os.path.lexists(folder)
-    if is_there:
+    if is_there := os.path.lexists(folder):
         _check_is_bundle(folder)
     remove_left_over(folder.parent)
     partial = temporary_name(folder)
@@ -184,20 +184,20 @@ def _network(trained: TrainedNetwork) -> tuple[dict[str, Any], list[str], str]:
     reference, constants = NETWORKS[model.name].reference, dict(NETWORKS[model.name].bundled_as)
     if reference and reference.package == "monai":
         target, arguments = reference_class(trained, reference)
-        return {"_target_": target, **arguments}, [], ""
+        return _made_of(target, **arguments), [], ""
     if not constants:
         raise ValueError(f"MONAI lacks our {model.name}, and its code can't go into a bundle: choose another --to")
     code, _, name = constants.pop("_target_").rpartition(".")
     scripts = code.replace("models.", "scripts.")
-    network = {
-        "_target_": f"{scripts}.{name}",
-        **{argument: f"${constant}" for argument, constant in constants.items()},
-        "in_channels": len(trained.modalities),
-        "out_channels": len(REGIONS),
-        "img_size": list(size),
-        **widths_of(model),
-    }
+    given = {argument: f"${constant}" for argument, constant in constants.items()}
+    network = _made_of(f"{scripts}.{name}", **given, in_channels=len(trained.modalities), out_channels=len(REGIONS),
+                       img_size=list(size), **widths_of(model))  # fmt: skip
     return network, [f"$from {scripts} import {constant}" for constant in constants.values()], code
+
+
+def _made_of(target: str, **arguments: Any) -> dict[str, Any]:
+    """An object in MONAI's configuration."""
+    return {"_target_": target, **arguments}
 
 
 def _label_values(trained: TrainedNetwork) -> list[int]:
@@ -212,7 +212,26 @@ def _channels(trained: TrainedNetwork) -> list[int]:
 
 def _inference(trained: TrainedNetwork, network: dict[str, Any], imports: list[str]) -> dict[str, Any]:
     data = trained.config.data
-    turned = [{"_target_": "scripts.steps.AxesInOrderd"}] if data.spacing_axes == "patient" else []
+    preprocessing = [
+        _made_of("LoadImaged", keys="image"),
+        _made_of("EnsureChannelFirstd", keys="image"),
+        _made_of("scripts.steps.SelectChannelsd"),
+        *([_made_of("scripts.steps.AxesInOrderd")] if data.spacing_axes == "patient" else []),
+        _made_of("Spacingd", keys="image", pixdim=list(data.spacing_mm), mode="bilinear"),
+        _made_of("Orientationd", keys="image", axcodes="RAS", labels=None),
+    ]
+    postprocessing = [
+        _made_of("Activationsd", keys="pred", sigmoid=True),
+        _made_of("Invertd", keys="pred", transform="@preprocessing", orig_keys="image", nearest_interp=False),
+        _made_of("scripts.steps.RegionsToLabelsd", values=_label_values(trained)),
+        _made_of("SaveImaged", keys="pred", output_dir="@output_dir", output_postfix="seg", output_dtype="$torch.uint8",
+                 resample=False, separate_folder=False, data_root_dir="@dataset_dir"),
+    ]  # fmt: skip
+    inferer = _made_of(
+        "SlidingWindowInferer", roi_size=list(data.crop_size_voxels), sw_batch_size=WINDOWS_AT_ONCE, overlap=OVERLAP,
+        mode="gaussian", sigma_scale=SIGMA_SCALE,
+    )  # fmt: skip
+    parts = "dataset", "network", "inferer", "postprocessing", "device"
     return {
         "imports": ["$import torch", "$from scripts.steps import find_scans", *imports],
         "bundle_root": ".",
@@ -224,59 +243,12 @@ def _inference(trained: TrainedNetwork, network: dict[str, Any], imports: list[s
         "channels": _channels(trained),
         "datalist": "$find_scans(@dataset_dir, @file_names, @channels)",
         "network_def": network,
-        "network": {"_target_": "scripts.steps.ZScoredWindows", "network": "$@network_def.to(@device)"},
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": "image"},
-                {"_target_": "EnsureChannelFirstd", "keys": "image"},
-                {"_target_": "scripts.steps.SelectChannelsd"},
-                *turned,
-                {"_target_": "Spacingd", "keys": "image", "pixdim": list(data.spacing_mm), "mode": "bilinear"},
-                {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": None},
-            ],
-        },
-        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
-        "inferer": {
-            "_target_": "SlidingWindowInferer",
-            "roi_size": list(data.crop_size_voxels),
-            "sw_batch_size": WINDOWS_AT_ONCE,
-            "overlap": OVERLAP,
-            "mode": "gaussian",
-            "sigma_scale": SIGMA_SCALE,
-        },
-        "postprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "Activationsd", "keys": "pred", "sigmoid": True},
-                {
-                    "_target_": "Invertd",
-                    "keys": "pred",
-                    "transform": "@preprocessing",
-                    "orig_keys": "image",
-                    "nearest_interp": False,
-                },
-                {"_target_": "scripts.steps.RegionsToLabelsd", "values": _label_values(trained)},
-                {
-                    "_target_": "SaveImaged",
-                    "keys": "pred",
-                    "output_dir": "@output_dir",
-                    "output_postfix": "seg",
-                    "output_dtype": "$torch.uint8",
-                    "resample": False,
-                    "separate_folder": False,
-                    "data_root_dir": "@dataset_dir",
-                },
-            ],
-        },
-        "evaluator": {
-            "_target_": "scripts.steps.Evaluator",
-            "dataset": "@dataset",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "device": "@device",
-        },
+        "network": _made_of("scripts.steps.ZScoredWindows", network="$@network_def.to(@device)"),
+        "preprocessing": _made_of("Compose", transforms=preprocessing),
+        "dataset": _made_of("Dataset", data="@datalist", transform="@preprocessing"),
+        "inferer": inferer,
+        "postprocessing": _made_of("Compose", transforms=postprocessing),
+        "evaluator": _made_of("scripts.steps.Evaluator", **{part: f"@{part}" for part in parts}),
         "run": [  # MONAI finds `scripts` here; in "initialize" it does not yet
             "$@network_def.load_state_dict(torch.load(@ckpt_path, map_location='cpu', weights_only=True))",
             "$@evaluator.run()",
@@ -286,8 +258,20 @@ def _inference(trained: TrainedNetwork, network: dict[str, Any], imports: list[s
 
 def _metadata(trained: TrainedNetwork) -> dict[str, Any]:
     description = trained.description()
-    image = {"type": "image", "modality": "MR", "dtype": "float32", "value_range": [], "is_patch_data": True}
-    image["spatial_shape"] = description["crop_size_voxels"]
+
+    def volume(kind: str, channels: Sequence[str]) -> dict[str, Any]:
+        return {
+            "type": "image",
+            "modality": "MR",
+            "dtype": "float32",
+            "value_range": [],
+            "is_patch_data": True,
+            "spatial_shape": description["crop_size_voxels"],
+            "format": kind,
+            "num_channels": len(channels),
+            "channel_def": {str(i): channel for i, channel in enumerate(channels)},
+        }
+
     return {
         "schema": SCHEMA,
         "version": VERSION,
@@ -307,22 +291,8 @@ def _metadata(trained: TrainedNetwork) -> dict[str, Any]:
         "intended_use": "Research; not for diagnosis",
         "eval_metrics": trained.validation,
         "network_data_format": {
-            "inputs": {
-                "image": {
-                    **image,
-                    "format": "magnitude",
-                    "num_channels": len(trained.modalities),
-                    "channel_def": {str(i): modality for i, modality in enumerate(trained.modalities)},
-                }
-            },
-            "outputs": {
-                "pred": {
-                    **image,
-                    "format": "classes",
-                    "num_channels": len(REGIONS),
-                    "channel_def": {str(i): region for i, region in enumerate(REGIONS)},
-                }
-            },
+            "inputs": {"image": volume("magnitude", trained.modalities)},
+            "outputs": {"pred": volume("classes", REGIONS)},
         },
         "glioforge": description,
     }

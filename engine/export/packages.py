@@ -24,11 +24,7 @@ NESTED = ("state_dict", "model")
 
 
 def find_reference(name: str, package: str) -> Reference:
-    """What a package has for one of our networks.
-
-    Raises:
-        ValueError: nothing.
-    """
+    """What a package has for one of our networks. Raises ValueError if that is nothing."""
     reference = NETWORKS[name].reference
     if reference is None or reference.package != package:
         others = [other for other, network in NETWORKS.items()
@@ -47,14 +43,9 @@ def reference_class(trained: TrainedNetwork, reference: Reference) -> tuple[str,
 
 
 def reference_weights(trained: TrainedNetwork) -> StateDict:
-    """The state dict of the reference package's network that computes the same.
-
-    Raises:
-        ValueError: no package has it.
-    """
+    """The state dict of the reference package's network that computes the same. Raises ValueError if none does."""
     model = trained.config.model
-    heads = widths_of(model).get("num_heads", 0)
-    weights = to_reference(model.name, trained.network.state_dict(), heads)
+    weights = to_reference(model.name, trained.network.state_dict(), widths_of(model).get("num_heads", 0))
     return {key: value.contiguous() for key, value in weights.items()}
 
 
@@ -62,7 +53,7 @@ def read_state_dict(path: Path) -> StateDict:
     """Read a state dict from a `.safetensors` file, or one of `torch.save`, without running code from it.
 
     Raises:
-        ValueError: no such file, one that can't be read so, or one that holds no state dict.
+        ValueError: no such file, one that can't be read, or one that holds no state dict.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give the file of a state dict")
@@ -91,7 +82,7 @@ def import_weights(
     Args:
         state_dict: of the package's model.
         package: "monai" or "self_attention_cv".
-        config: model, spacing and crop; the rest goes into the file as it is.
+        config: model, spacing and crop; the rest goes into the file unchanged.
         modalities, coding: what the channels are, and what label values to write.
 
     Raises:
@@ -101,8 +92,7 @@ def import_weights(
     find_reference(name, package)
     network = make_model(config.model, config.data.crop_size_voxels, len(modalities))
     weights = from_reference(name, state_dict, widths.get("num_heads", 0))
-    fault = mismatch(network, weights)
-    if fault:
+    if fault := mismatch(network, weights):
         raise ValueError(
             f"the weights are not those of a {name} with {len(modalities)} modalities, {widths} and crops of "
             f"{tuple(config.data.crop_size_voxels)}: set --model, --data.modalities and --data.crop_size_voxels as the "

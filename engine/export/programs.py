@@ -1,9 +1,9 @@
 """Trained networks as programs that run without this one: a `.pt2` archive of `torch.export`, and ONNX.
 
-A program is the network's graph of PyTorch's own operations and its weights. It has none of our kernels, which give way
-to their references when a network is traced. Its batch size is free; the size of the volume is that of the training
-crops. What the network expects of its input is not in the graph, so each file carries the network's description. Every
-program is run and compared with the network before its file gets its name.
+A program is the network's graph of PyTorch's own operations, and its weights. It has none of our kernels: tracing takes
+their references. Its batch size is free; the size of the volume is that of the training crops. The graph does not show
+what input the network expects, so each file carries the network's description. Every program is run and compared with
+the network before its file gets its name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def _free_batch() -> tuple[dict[int, Any]]:
 
 
 def save_torch_export(path: Path, trained: TrainedNetwork, program: torch.export.ExportedProgram) -> float:
-    """Write a program as a `.pt2` archive, read back and run before it gets its name.
+    """Write a program as a `.pt2` archive, after reading it back and running it.
 
     Returns:
         the largest difference of its logits from the network's.
@@ -62,14 +62,10 @@ def save_torch_export(path: Path, trained: TrainedNetwork, program: torch.export
 
 
 def save_onnx(path: Path, trained: TrainedNetwork, program: torch.export.ExportedProgram) -> float:
-    """Write a program as ONNX, run in ONNX Runtime on the CPU before it gets its name.
-
-    Returns:
-        the largest difference of its logits from the network's.
+    """Write a program as ONNX, after running it in ONNX Runtime on the CPU; otherwise as `save_torch_export`.
 
     Raises:
-        ValueError: that is too large, or a package that this needs is not installed.
-        OSError: it can't be written.
+        ValueError: also where a package that this needs is not installed.
     """
     try:
         import onnxruntime  # type: ignore[import-untyped]
@@ -83,7 +79,7 @@ def save_onnx(path: Path, trained: TrainedNetwork, program: torch.export.Exporte
             output_names=["logits"],
             dynamic_shapes=_free_batch(),
             opset_version=OPSET,
-            custom_translation_table=IN_ONNX,
+            custom_translation_table={torch.ops.aten.instance_norm.default: _instance_norm_in_onnx},
             verbose=False,
         )
     assert model is not None
@@ -144,30 +140,23 @@ def _instance_norm_in_onnx(
     return y if bias is None else op.Add(y, by_channel(bias))
 
 
-IN_ONNX: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.instance_norm.default: _instance_norm_in_onnx}
-"""Operations that are translated to ONNX otherwise than torch does."""
-
-
 @torch.no_grad()
 def _compare(trained: TrainedNetwork, run: Any) -> float:
-    """Run a program on noise in a background of zeros, as a batch of one, where it was traced with another.
+    """Run a program on noise in a background of zeros, as a batch of one (it was traced with two).
 
     Returns:
-        the largest difference from the network's logits.
-
-    Raises:
-        ValueError: it is above `TOLERANCE`.
+        the largest difference from the network's logits; one above `TOLERANCE` raises ValueError.
     """
     size = trained.config.data.crop_size_voxels
     image = torch.randn(1, len(trained.modalities), *size, generator=torch.Generator().manual_seed(0))
-    image[..., : size[2] // 2] = 0  # sums over equal voxels show how exact they are
+    image[..., : size[2] // 2] = 0  # summing equal voxels shows rounding errors
     expected = trained.network(image)
     difference = float((run(image) - expected).abs().max())
     largest = max(1.0, float(expected.abs().max()))
     if not difference <= TOLERANCE * largest:
         raise ValueError(
             f"the exported program's logits differ by up to {difference:.1e} from the network's, which reach "
-            f"{largest:.1f}; the limit is {TOLERANCE} of that. Nothing was written: other versions of torch and "
-            "onnxruntime may do better"
+            f"{largest:.1f}; the limit is {TOLERANCE} of that. Nothing was written: try other versions of torch and "
+            "onnxruntime"
         )
     return difference

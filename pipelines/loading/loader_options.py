@@ -1,4 +1,4 @@
-"""What a loader is given beside its cases: which crops, whose share of them, and where the batches go."""
+"""What a loader is given besides its cases: which crops, whose share of them, and where the batches go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-from pipelines.basics.option_values import faults, number, refuse
 from pipelines.loading.augment import Augment
 from pipelines.loading.sampling import Size
 
@@ -16,28 +15,24 @@ Residence = Literal["auto", "gpu", "pinned", "mapped"]
 
 @dataclass(frozen=True)
 class CropOptions:
-    """Random crops: all that decides which come, beside the cases and the number of ranks.
+    """Random crops: all that decides which ones come, apart from the cases and the number of ranks.
 
-    Raises:
-        ValueError: a value outside its bounds.
+    Values are not checked here; the options of a run that give them have bounds.
     """
 
     crop_size: Size  # (X, Y, Z) in voxels
-    batch_size: int = number(2, least=1)  # crops per step on this rank
+    batch_size: int = 2  # crops per step on this rank
     seed: int = 0  # of the order and of every draw
-    crops_per_case: int = number(1, least=1)  # in an epoch
-    accumulate_steps: int = number(1, least=1)  # an epoch has a multiple of so many batches
-    foreground_prob: float = number(0.0, least=0, most=1)  # share centred on a tumour voxel; published: 0
+    crops_per_case: int = 1  # in an epoch
+    accumulate_steps: int = 1  # an epoch has a multiple of so many batches
+    foreground_prob: float = 0.0  # share centred on a tumour voxel; published: 0
     augment: bool = True  # flip, scale and shift; crops stay random without
     extras: Augment = field(default_factory=Augment)  # extra augmentations
-
-    def __post_init__(self) -> None:
-        refuse(list(faults(self)))
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What a loader needs beside its cases and crops: whose share it loads, and where batches go.
+    """What a loader needs besides its cases and crops: whose share it loads, and where batches go.
 
     Raises:
         ValueError: no such device or rank.
