@@ -6,7 +6,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
-KERNEL_TESTS = $(addprefix tests/test_,attention.py dice_ce.py dispatch.py fused_models.py instance_norm.py)
 
 .PHONY: train test lint clean
 
@@ -16,7 +15,7 @@ train: $(VENV)/installed
 test: export OMP_NUM_THREADS = 1 # for each of two workers
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest --slow -n 2 --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m kernel
 	$(BIN)/python -m benchmarks.aot
 
 lint: $(VENV)/installed

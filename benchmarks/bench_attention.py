@@ -24,13 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.common import DEVICE, IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
-from benchmarks.workloads import ATTENTION, AttentionWorkload
+from benchmarks.workloads import AttentionWorkload, measured
 from kernels.attention import flash_attention
 from kernels.dispatch import DIRECTIONS
 from models.vit import SelfAttention
 
-GPU_WORKLOADS = ATTENTION
-WORKLOADS = GPU_WORKLOADS if IS_GPU else (AttentionWorkload(2, 10, 256, 51, torch.float32),)
+pytestmark = pytest.mark.kernel
+WORKLOADS = measured("attention") if IS_GPU else (AttentionWorkload(2, 10, 256, 51, torch.float32),)
 CHOICES = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 """What path "torch" can take."""
 

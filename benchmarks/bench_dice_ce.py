@@ -19,12 +19,12 @@ from torch import Tensor
 from benchmarks.common import IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
-from benchmarks.workloads import DICE_CE, REGIONS, DiceCEWorkload
+from benchmarks.workloads import REGIONS, DiceCEWorkload, measured
 from kernels.dice_ce import dice_ce_loss, dice_ce_loss_reference, region_masks
 from kernels.dispatch import DIRECTIONS
 
-GPU_WORKLOADS = DICE_CE
-WORKLOADS = GPU_WORKLOADS if IS_GPU else (DiceCEWorkload((2, 3, 32, 32, 32), torch.float32),)
+pytestmark = pytest.mark.kernel
+WORKLOADS = measured("dice_ce") if IS_GPU else (DiceCEWorkload((2, 3, 32, 32, 32), torch.float32),)
 CHOICES = ("torch.compile",)
 """What path "torch" can take."""
 MONAI_DICE = DiceLoss(sigmoid=True)

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from benchmarks.common import IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
-from benchmarks.workloads import FIRST, INSTANCE_NORM, SLOPE, InstanceNormWorkload, launches
+from benchmarks.workloads import FIRST, SLOPE, InstanceNormWorkload, launches, measured
 from kernels.dispatch import DIRECTIONS
 from kernels.instance_norm import instance_norm
 
+pytestmark = pytest.mark.kernel
 PASSES = {"none": (3, 5), "raw": (4, 7), "normalised": (5, 8)}
 """(forward, backward), by the residual."""
 ONE_LAUNCH_PASSES = {"none": (2, 3), "raw": (3, 5), "normalised": (3, 5)}
@@ -39,8 +40,7 @@ CPU_WORKLOADS = (
     InstanceNormWorkload((1, 16, 32, 32, 32), torch.float32, FIRST),
     InstanceNormWorkload((1, 16, 32, 32, 32), torch.float32, FIRST, residual="normalised"),
 )
-GPU_WORKLOADS = INSTANCE_NORM
-WORKLOADS = GPU_WORKLOADS if IS_GPU else CPU_WORKLOADS
+WORKLOADS = measured("instance_norm") if IS_GPU else CPU_WORKLOADS
 CHOICES = ("torch.compile",)
 """What path "torch" can take."""
 

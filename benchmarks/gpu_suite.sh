@@ -72,7 +72,7 @@ tune() {
 }
 
 bench() {
-  run 1 bench "$python" -m pytest --benchmark -q benchmarks/bench_{attention,instance_norm,dice_ce}.py
+  run 1 bench "$python" -m pytest --benchmark -q -m kernel
 }
 
 train() {

@@ -24,7 +24,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.workloads import REGIONS
 from engine.optim import GuardedAdamW, OptimConfig
 from engine.precision import LOW_PRECISION
-from kernels import attention, dice_ce, dispatch, instance_norm
+from kernels import dispatch
 from kernels.dice_ce import dice_ce_loss
 from models import NETWORKS, build_model
 from pipelines.basics.atomic import replacing, write_text
@@ -108,20 +108,13 @@ class Operation:
     width: int = 0
 
 
-OURS: dict[Any, Callable[..., Any]] = {
-    torch.ops.glioforge.instance_norm.default: instance_norm.instance_norm_forward,
-    torch.ops.glioforge.instance_norm_backward.default: instance_norm.instance_norm_backward,
-    torch.ops.glioforge.attention_forward.default: attention.attention_forward,
-    torch.ops.glioforge.attention_backward.default: attention.attention_backward,
-    torch.ops.glioforge.dice_ce.default: dice_ce.dice_ce_forward,
-    torch.ops.glioforge.dice_ce_backward.default: dice_ce.dice_ce_backward,
-}
-"""The function of each registered operation, for its launches."""
 KINDS = {
     "cat": "copy", "clone": "copy", "copy_": "copy", "stack": "copy", "_to_copy": "cast", "mm": "product",
     "addmm": "product", "bmm": "product", "native_layer_norm": "layer norm", "native_layer_norm_backward": "layer norm",
-    "sum": "reduction", "mean": "reduction", "linalg_vector_norm": "reduction", "prelu": "pointwise",
+    "sum": "reduction", "mean": "reduction", "linalg_vector_norm": "reduction",
+    "attention": "attention", "instance_norm": "norm", "dice_ce": "loss",
 }  # fmt: skip
+"""The kind of each operation, of PyTorch or ours; all others are pointwise."""
 FREE = {
     "empty",
     "empty_like",
@@ -146,7 +139,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in OURS:
+        if func in dispatch.LAUNCHERS:
             return self._launch(func, args)
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
@@ -218,8 +211,8 @@ class Counter(TorchDispatchMode):
 
     def _launch(self, func: Any, args: Any) -> Any:
         """One of our operations: its launches by their arguments, and its other operations as usual."""
-        name = func._schema.name.split("::")[1]
-        kind = "attention" if "attention" in name else "loss" if "dice" in name else "norm"
+        op, _, direction = func._schema.name.split("::")[1].rpartition("_")
+        kind = KINDS.get(op, "pointwise")
 
         def note(launch: dispatch.Launch) -> None:
             tensors = [leaf for leaf in tree_leaves(dict(launch.args)) if isinstance(leaf, Tensor)]
@@ -227,12 +220,11 @@ class Counter(TorchDispatchMode):
 
         first = len(self.rows)
         with dispatch.observed(note), self:
-            out = OURS[func](*args)
+            out = dispatch.LAUNCHERS[func](*args)
         if kind == "attention":
             batch, heads, tokens, features = args[0].shape
-            products = (
-                2 if name.endswith("forward") else 7
-            )  # the backward has five, and the scores again in both passes
+            # The backward has five, and computes two of them in both passes.
+            products = 2 if direction == "forward" else 7
             self.rows[first].flops = products * 2 * batch * heads * tokens * tokens * features
         return out
 

@@ -24,22 +24,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from triton import TritonError
 
-from benchmarks import bench_attention, bench_dice_ce, bench_instance_norm
 from benchmarks.aot import compile_workloads
 from benchmarks.common import IS_GPU, MARGIN, forced, machine, path_taken, seconds
 from benchmarks.report import OURS
-from benchmarks.workloads import MEASURED, Workload
+from benchmarks.workloads import MEASURED, OPS, Workload
 from kernels import dispatch
 from kernels.dispatch import DIRECTIONS
 from pipelines.basics.atomic import write_text
 
-BENCHES = (bench_attention, bench_instance_norm, bench_dice_ce)
+BENCHES = {op: import_module(f"benchmarks.bench_{op}") for op in OPS}
 
 
 def launches_of(calls: Sequence[Callable[[], Any]]) -> list[tuple[dispatch.Launch, ...]]:
@@ -116,7 +116,7 @@ def tune(measured: dict[str, Any], write: Callable[[], None]) -> None:
     configs, torch_wins = measured["configs"], measured["torch"]
     tuned: set[tuple[str, str]] = set()
     compared: set[str] = set()
-    for bench in BENCHES:
+    for bench in BENCHES.values():
         for workload in bench.WORKLOADS:
             with dispatch.using("triton"):  # an earlier entry must not keep a workload from being measured
                 tune_workload(bench, workload, configs, tuned)

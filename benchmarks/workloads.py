@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ def _layout(memory_format: torch.memory_format) -> str:
 class AttentionWorkload:
     """Queries, keys and values as the model passes them: views into one projection (B, N, 3, H, D)."""
 
+    op: ClassVar = "attention"
     batch: int
     heads: int
     tokens: int
@@ -64,6 +65,7 @@ class AttentionWorkload:
 class InstanceNormWorkload:
     """A feature map, its residual, and whether the activation is a PReLU instead of a leaky ReLU."""
 
+    op: ClassVar = "instance_norm"
     shape: tuple[int, int, int, int, int]
     dtype: torch.dtype = torch.bfloat16
     memory_format: torch.memory_format = LAST
@@ -108,6 +110,7 @@ class InstanceNormWorkload:
 class DiceCEWorkload:
     """Logits and their label map, the kind of cross-entropy, and the options that change the kernels."""
 
+    op: ClassVar = "dice_ce"
     shape: tuple[int, int, int, int, int]
     dtype: torch.dtype = torch.bfloat16
     ce: dice_ce.CrossEntropy = "bce"
@@ -137,6 +140,8 @@ class DiceCEWorkload:
 
 
 Workload = AttentionWorkload | InstanceNormWorkload | DiceCEWorkload
+OPS: tuple[str, ...] = tuple(kind.op for kind in get_args(Workload))
+"""Operations: `op` is in kernels/<op>.py, and benchmarks/bench_<op>.py measures it."""
 LARGE, CROP = (2, 16, 128, 128, 64), (2, 3, 128, 128, 64)
 
 MODELS: tuple[Workload, ...] = (
@@ -158,7 +163,7 @@ MODELS: tuple[Workload, ...] = (
     DiceCEWorkload(CROP, torch.float32, ce="argmax"),
 )
 
-ATTENTION = (
+MEASURED: tuple[Workload, ...] = (
     AttentionWorkload(2, 10, 256, 51),  # UNETR of self-attention-cv, 128 x 128 x 64
     AttentionWorkload(16, 10, 256, 51),
     AttentionWorkload(2, 10, 216, 51),  # 96 x 96 x 96
@@ -167,8 +172,6 @@ ATTENTION = (
     AttentionWorkload(2, 12, 4096, 64),  # 256 x 256 x 256
     AttentionWorkload(2, 8, 512, 128),
     AttentionWorkload(2, 10, 256, 51, torch.float32),
-)
-INSTANCE_NORM = (
     InstanceNormWorkload(LARGE),
     InstanceNormWorkload((8, 32, 128, 128, 64)),
     InstanceNormWorkload(LARGE, memory_format=FIRST),
@@ -180,8 +183,6 @@ INSTANCE_NORM = (
     InstanceNormWorkload((2, 64, 32, 32, 16)),
     InstanceNormWorkload((2, 128, 16, 16, 8), residual="normalised"),
     InstanceNormWorkload((2, 256, 8, 8, 4), prelu=True),
-)
-DICE_CE = (
     DiceCEWorkload(CROP),
     DiceCEWorkload(CROP, ce="multihot"),
     DiceCEWorkload(CROP, memory_format=LAST),
@@ -190,7 +191,6 @@ DICE_CE = (
     DiceCEWorkload((16, *CROP[1:]), ce="multihot"),
     DiceCEWorkload((16, *CROP[1:]), torch.float32, ce="argmax"),
 )
-MEASURED: tuple[Workload, ...] = ATTENTION + INSTANCE_NORM + DICE_CE
 
 OTHERS: tuple[Workload, ...] = (
     AttentionWorkload(1, 12, 216, 64),
@@ -219,6 +219,11 @@ OTHERS: tuple[Workload, ...] = (
     DiceCEWorkload(CROP, ce="argmax", memory_format=LAST, weighted=True),
     DiceCEWorkload((1, 3, 33, 31, 17), ce="multihot"),
 )
+
+
+def measured(op: str) -> tuple[Any, ...]:
+    """Those of `MEASURED` for one operation."""
+    return tuple(workload for workload in MEASURED if workload.op == op)
 
 
 def launches(workload: Workload) -> list[dispatch.Launch]:

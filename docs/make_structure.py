@@ -2,7 +2,7 @@
 
 python docs/make_structure.py                  print the counts, draw docs/structure.svg
 python docs/make_structure.py --check          draw nothing; status 1 if the picture is out of date
-python docs/make_structure.py --root FOLDER    count another checkout; --svg FILE draws it, --json FILE keeps the counts
+python docs/make_structure.py --root FOLDER    count another checkout; --svg FILE draws it
 
 An arrow leads from a file to a file that it imports, whether at the top, in a function or under `TYPE_CHECKING`; two
 folders have an arrow between them if any of their files have. Floors are the files in the longest chain of imports.
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import sys
 from collections.abc import Collection, Mapping
 from graphlib import CycleError, TopologicalSorter
 from html import escape
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "structure.svg"
@@ -72,9 +71,9 @@ def read_files(root: Path) -> dict[str, File]:
     Raises:
         SyntaxError: a file that does not parse.
     """
-    paths = {}
-    for path in sorted(path for package in (*PACKAGES, *USERS) for path in (root / package).rglob("*.py")):
-        paths[path.relative_to(root).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")] = path
+    found = sorted(path for package in (*PACKAGES, *USERS) for path in (root / package).rglob("*.py"))
+    names = [path.relative_to(root).with_suffix("").as_posix().removesuffix("/__init__") for path in found]
+    paths = {name.replace("/", "."): path for name, path in zip(names, found)}
     files = {}
     for name, path in paths.items():
         text = path.read_text(encoding="utf-8")
@@ -140,25 +139,17 @@ def floors(graph: Graph) -> dict[str, int]:
     return floor
 
 
-def count(files: Mapping[str, File]) -> dict[str, Any]:
+def count(files: Mapping[str, File]) -> dict[str, int]:
     """Sizes of some files and of the imports among them; 0 floors if they form a circle."""
     graph, folders = file_graph(files), folder_graph(files)
-    circle = find_circle(graph)
     return {
         "files": len(files),
         "lines": sum(file.lines for file in files.values()),
         "folders": len(folders),
-        "floors": 0 if circle else max(floors(graph).values(), default=0),
+        "floors": 0 if find_circle(graph) else max(floors(graph).values(), default=0),
         "arrows": sum(map(len, graph.values())),
         "arrows between folders": sum(map(len, folders.values())),
-        "circle": " -> ".join(circle or find_circle(folders)),
     }
-
-
-def count_all(files: Mapping[str, File]) -> dict[str, dict[str, Any]]:
-    """`count` of each folder with those below it, of the product, and of the product with its users."""
-    counts = {folder: count(within(files, folder)) for folder in sorted(folder_graph(files))}
-    return counts | {"product": count(within(files, *PACKAGES)), "product and benchmarks": count(files)}
 
 
 def without_implied(graph: Graph) -> dict[str, set[str]]:
@@ -187,20 +178,19 @@ def arrange(graph: Graph, sizes: Mapping[str, int]) -> tuple[list[list[str]], di
         row_of |= lanes
         arrows.append([name, *lanes, other])
     boxes: dict[str, Box] = {}
+
+    def place(name: str) -> tuple[float, int, str]:  # below the middle of what leads to it
+        above = [boxes[arrow[arrow.index(name) - 1]].nearest(WIDTH / 2) for arrow in arrows if name in arrow[1:]]
+        return sum(above) / max(1, len(above)), PACKAGES.index(name.split("/")[0]), name
+
     y = float(PAD)
     for row in range(1, max(row_of.values()) + 1):
-
-        def place(name: str) -> tuple[float, int, str]:  # below the middle of what leads to it
-            above = [boxes[arrow[arrow.index(name) - 1]].nearest(WIDTH / 2) for arrow in arrows if name in arrow[1:]]
-            return sum(above) / max(1, len(above)), PACKAGES.index(name.split("/")[0]), name
-
         names = sorted((name for name in row_of if row_of[name] == row), key=place)
         folders = [name for name in names if name in graph]
         columns = 2 if len(folders) == 1 else 1
         heights = {name: (2 - -sizes[name] // columns) * LINE + PAD for name in folders}
         width = (WIDTH - PAD * (len(names) + 1)) / len(folders)
-        tallest = max(heights.values())
-        x = float(PAD)
+        x, tallest = float(PAD), max(heights.values())
         for name in names:
             boxes[name] = Box(x, y, width, heights[name], columns) if name in graph else Box(x, y, 0, tallest)
             x += boxes[name].width + PAD
@@ -218,14 +208,16 @@ def draw(files: Mapping[str, File]) -> str:
     """
     graph = without_implied(folder_graph(files))
     summaries: dict[str, dict[str, str]] = {folder: {} for folder in graph}
+    about = dict.fromkeys(graph, "")
     for name, file in files.items():
-        if name.replace(".", "/") != file.folder:  # an __init__ gives the folder's own line
+        if name.replace(".", "/") == file.folder:  # its __init__
+            about[file.folder] = file.summary
+        else:
             summaries[file.folder][name.rpartition(".")[2]] = file.summary
     arrows, boxes = arrange(graph, {folder: len(inside) for folder, inside in summaries.items()})
-    shapes = []
-    for folder, inside in summaries.items():
-        package = files.get(folder.replace("/", "."))
-        shapes += _draw_folder(folder, package.summary if package else "", inside, boxes[folder])
+    shapes = [
+        line for folder in graph for line in _draw_folder(folder, about[folder], summaries[folder], boxes[folder])
+    ]
     for first, *lanes, last in ([boxes[name] for name in arrow] for arrow in arrows):
         points = [(first.nearest([*lanes, last][0].nearest(WIDTH / 2)), first.y + first.height)]
         points += [(lane.x, y) for lane in lanes for y in (lane.y, lane.y + lane.height)]
@@ -237,26 +229,21 @@ def draw(files: Mapping[str, File]) -> str:
 
 
 def _draw_folder(folder: str, about: str, summaries: Mapping[str, str], box: Box) -> list[str]:
+    x, rows, longest = box.x + PAD, -(-len(summaries) // box.columns), max(map(len, summaries), default=0)
+    width = (box.width - 2 * PAD) / box.columns
     shapes = [f"<rect x='{box.x:.0f}' y='{box.y:.0f}' width='{box.width:.0f}' height='{box.height:.0f}' rx='6'/>"]
-    x, width = box.x + PAD, box.width - 2 * PAD
-    shapes += _draw_entry("folder", f"{folder}/", about, (x, box.y + 1.4 * LINE), width, len(folder) + 1)
-    rows, width = -(-len(summaries) // box.columns), width / box.columns
-    longest = max(map(len, summaries), default=0)
+
+    def write(kind: str, name: str, about: str, column: int, row: float, room: float, letters: int) -> None:
+        """A name and, after room for so many letters, as much of what it is about as fits."""
+        start, y = letters * LETTER[kind] + PAD, box.y + row * LINE
+        text = shorten(about, int((room - start) / LETTER["summary"]), placeholder=" ...")
+        shapes.append(f"<text x='{x + column * width:.0f}' y='{y:.0f}' class='{kind}'>{escape(name)}</text>")
+        shapes.append(f"<text x='{x + column * width + start:.0f}' y='{y:.0f}'>{escape(text)}</text>")
+
+    write("folder", f"{folder}/", about, 0, 1.4, box.width - 2 * PAD, len(folder) + 1)
     for index, (name, summary) in enumerate(sorted(summaries.items())):
-        column, row = divmod(index, rows)
-        shapes += _draw_entry("file", name, summary, (x + column * width, box.y + (2.6 + row) * LINE), width, longest)
+        write("file", name, summary, index // rows, 2.6 + index % rows, width, longest)
     return shapes
-
-
-def _draw_entry(kind: str, name: str, about: str, corner: tuple[float, float], width: float, letters: int) -> list[str]:
-    """A name and, after room for so many letters, as much of what it is about as fits the width."""
-    x, y = corner
-    start = letters * LETTER[kind] + PAD
-    about = shorten(about, int((width - start) / LETTER["summary"]), placeholder=" ...")
-    return [
-        f"<text x='{x:.0f}' y='{y:.0f}' class='{kind}'>{escape(name)}</text>",
-        f"<text x='{x + start:.0f}' y='{y:.0f}'>{escape(about)}</text>",
-    ]
 
 
 def main(args: list[str] | None = None) -> int:
@@ -265,20 +252,18 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, help="checkout to count, instead of the one of this file")
     parser.add_argument("--check", action="store_true", help="compare with the picture instead of drawing it")
     parser.add_argument("--svg", type=Path, help="file of the picture")
-    parser.add_argument("--json", type=Path, help="file for the counts")
     options = parser.parse_args(args)
     files = read_files(options.root or ROOT)
     if not files:
         parser.error(f"--root {options.root} has none of {', '.join(PACKAGES)}; give the top folder of a checkout")
-    counts = count_all(files)
-    columns = [column for column in counts["product"] if column != "circle"]
+    counts = {folder: count(within(files, folder)) for folder in sorted(folder_graph(files))}
+    counts |= {"product": count(within(files, *PACKAGES)), "product and benchmarks": count(files)}
+    columns = list(counts["product"])
     print(" " * 24 + "".join(f"{column:>{len(column) + 3}}" for column in columns))
     for name, numbers in counts.items():
         print(f"{name:24}" + "".join(f"{numbers[column]:>{len(column) + 3},}" for column in columns))
-    if options.json:
-        options.json.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
-    if circle := counts["product and benchmarks"]["circle"]:
-        print(f"imports form a circle: {circle}", file=sys.stderr)
+    if circle := find_circle(file_graph(files)) or find_circle(folder_graph(files)):
+        print(f"imports form a circle: {' -> '.join(circle)}", file=sys.stderr)
         return 1
     path = options.svg or (None if options.root else PICTURE)
     picture = draw(within(files, *PACKAGES))

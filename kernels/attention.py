@@ -431,19 +431,17 @@ def attention_backward(
     return dq, dk, dv
 
 
-_forward_op = torch.library.custom_op("glioforge::attention_forward", mutates_args=())(attention_forward)
-_backward_op = torch.library.custom_op("glioforge::attention_backward", mutates_args=())(attention_backward)
+_forward_op = dispatch.operator(attention_forward)
+_backward_op = dispatch.operator(attention_backward)
 
 
 @_forward_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(q, k, v, scale):
     return _empty_outputs(q)
 
 
 @_backward_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q, k, v, out, lse, dout, scale):
     return _empty_like(q), _empty_like(q), _empty_like(q)
 
 
@@ -491,13 +489,13 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
     if torch.compiler.is_exporting():  # an exported graph has plain operations, and any batch size; a key needs one
         return attention_reference(q, k, v, scale)
     key = _key(q.shape, q.dtype)
-    path = dispatch.path("flash_attention", q, key)
+    path = dispatch.path("attention", q, key)
     if path == "triton":
         if scale < 0:
             q, scale = -q, -scale
         return _forward_op(q, k, v, scale)[0]
     if path == "torch":
-        backends = dispatch.sdpa_backends("flash_attention", q, key)
+        backends = dispatch.sdpa_backends("attention", q, key)
         with torch.autocast(q.device.type, enabled=False), sdpa_kernel(backends, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return attention_reference(q, k, v, scale)

@@ -557,8 +557,8 @@ def dice_ce_backward(
     return dx
 
 
-_forward_op = torch.library.custom_op("glioforge::dice_ce", mutates_args=())(dice_ce_forward)
-_backward_op = torch.library.custom_op("glioforge::dice_ce_backward", mutates_args=())(dice_ce_backward)
+_forward_op = dispatch.operator(dice_ce_forward)
+_backward_op = dispatch.operator(dice_ce_backward)
 
 
 @_forward_op.register_fake
@@ -597,15 +597,14 @@ def _check_tensors(logits: Tensor, labels: Tensor) -> None:
             f"labels of {labels.dtype} must be a uint8 label map, not one channel per region: convert with "
             "labels.to(torch.uint8)"
         )
-    if labels.shape != (logits.shape[0], *logits.shape[2:]):
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} must have {(logits.shape[0], *logits.shape[2:])} for logits of "
-            f"{tuple(logits.shape)}, without a channel axis"
-        )
+    expected = (logits.shape[0], *logits.shape[2:])
+    if labels.shape != expected:
+        given, shape = tuple(labels.shape), tuple(logits.shape)
+        raise ValueError(f"labels of shape {given} must have {expected} for logits of {shape}, without a channel axis")
     check_same_device("labels", labels, "logits", logits)
 
 
-def _check_values(values: Iterable[int]) -> tuple[int, ...] | None:
+def _label_values(values: Iterable[int]) -> tuple[int, ...] | None:
     """Label values as plain integers; None if they are anything else."""
     try:
         plain = tuple(operator.index(value) for value in values)  # constants under torch.compile too
@@ -622,7 +621,7 @@ def _check_regions(
         raise ValueError(f"regions {regions!r} must be a sequence of label values per channel, such as ((2, 3), (3,))")
     checked = []
     for region in regions:
-        values = _check_values(region)
+        values = _label_values(region)
         if not values:
             raise ValueError(
                 f"region {region!r} must name at least one label value, integers from 0 to 255, in a sequence of "
@@ -634,7 +633,7 @@ def _check_regions(
             f"{len(checked)} regions {regions} for logits of {channels} channels; give one region "
             "per channel, or build the model with as many output channels as regions"
         )
-    outside = _check_values(background)
+    outside = _label_values(background)
     if outside is None:
         raise ValueError(f"background {background!r} must be a sequence of label values, integers from 0 to 255: (0,)")
     return tuple(checked), outside
@@ -659,20 +658,14 @@ def _check_weight(weight: Sequence[float] | None, channels: int) -> list[float] 
     except (TypeError, ValueError):
         weights = []
     if len(weights) != channels or not all(0 <= value < math.inf for value in weights):
-        raise ValueError(
-            f"weight {weight!r} must be {channels} finite numbers, zero or positive, one per region; None weights all "
-            "equally"
-        )
+        rule = f"must be {channels} finite numbers, zero or positive, one per region"
+        raise ValueError(f"weight {weight!r} {rule}; None weights all equally")
     return weights
 
 
-def _can_be_read(labels: Tensor) -> bool:
-    """Whether values can be read here: not while a graph is traced or captured."""
-    capturing = labels.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or capturing)
-
-
 def _check_labels(labels: Tensor, regions: Regions, background: tuple[int, ...]) -> None:
+    if torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # no value can be read
     known = {*background, *(value for region in regions for value in region)}
     found = torch.bincount(labels.reshape(-1), minlength=256).nonzero().flatten().tolist()
     unknown = [value for value in found if value not in known]
@@ -730,7 +723,7 @@ def dice_ce_loss(
     factors = {"dice_weight": dice_weight, "ce_weight": ce_weight, "smooth_nr": smooth_nr, "smooth_dr": smooth_dr}
     _check_options(ce, channels, **factors)
     weight = _check_weight(weight, channels)
-    if check_labels and _can_be_read(labels):
+    if check_labels:
         _check_labels(labels, regions, background)
     chosen = dispatch.path("dice_ce", logits, _key_of(logits, ce)) if channels <= MAX_REGIONS else "reference"
     if chosen == "triton":

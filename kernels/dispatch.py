@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
-from inspect import signature
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal, TypeVar, get_args
@@ -105,14 +104,21 @@ def compiled(function: FunctionType, shape: torch.Size) -> Callable[..., Any]:
     return torch.compile(copy, dynamic=False)
 
 
-@cache
-def _argument_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(signature(function).parameters)
-
-
-def gradients(forward: Callable[..., Any], **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
+def gradients(forward: Any, **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a backward returns: gradients by the name of the forward's argument, None for all others."""
-    return tuple(by_name.get(name) for name in _argument_names(forward))
+    code = forward.__code__
+    return tuple(by_name.get(name) for name in code.co_varnames[: code.co_argcount])
+
+
+LAUNCHERS: dict[Any, Callable[..., Any]] = {}
+"""The function behind each of our operators, by `torch.ops.glioforge.<its name>.default`."""
+
+
+def operator(function: Callable[..., Any]) -> torch.library.CustomOpDef:
+    """A function that launches kernels, as an operator of PyTorch: `torch.ops.glioforge.<its name>`."""
+    defined = torch.library.custom_op(f"glioforge::{function.__name__}", function, mutates_args=())
+    LAUNCHERS[getattr(torch.ops.glioforge, function.__name__).default] = function
+    return defined
 
 
 @dataclass(frozen=True)
@@ -236,11 +242,9 @@ def launch(
     """
     it = Launch(kernel, grid, args, candidates, key)
     if _observer is not None:
-        _observer(it)
-        return
+        return _observer(it)
     if INTERPRETED:
-        it.run(candidates[0])
-        return
+        return it.run(candidates[0])
     x = next(value for value in args.values() if isinstance(value, Tensor))
     config = _tuned(x.device).get("configs", {}).get(it.name, {}).get(key, candidates[0])
     if config not in candidates:
@@ -265,8 +269,8 @@ def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
 def _refusal(device: torch.device) -> str:
     """Why the kernels can't run on a device; empty where they can."""
     if INTERPRETED:
-        elsewhere = f"TRITON_INTERPRET runs kernels on the CPU, the tensors are on {device.type}"
-        return "" if device.type == "cpu" else elsewhere
+        on_cpu = device.type == "cpu"
+        return "" if on_cpu else f"TRITON_INTERPRET runs kernels on the CPU, the tensors are on {device.type}"
     if device.type != "cuda":
         return f"Triton kernels need an NVIDIA GPU, the tensors are on {device.type}"
     if not torch.cuda.is_available():
@@ -274,9 +278,8 @@ def _refusal(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device)
     if torch.version.hip:
         return f"Triton kernels need an NVIDIA GPU, the tensors are on {name}"
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        return f"{name} is older than compute capability 8.0"
-    return ""
+    is_old = torch.cuda.get_device_capability(device) < MIN_CAPABILITY
+    return f"{name} is older than compute capability 8.0" if is_old else ""
 
 
 @cache

@@ -562,19 +562,10 @@ class _Plan(NamedTuple):
     def configs(self, *walks: tuple[int, int, int]) -> list[dispatch.Config]:
         """Candidates for one tile, or for walks of (KiB of one map in a tile, warps, stages)."""
         if self.one_tile:
-            return _one_tile_configs(next_power_of_two(self.voxels) * self.block_c)
-        return _walk_configs(1024 // self.itemsize // self.block_c, walks)
-
-
-@cache
-def _one_tile_configs(elements: int) -> list[dispatch.Config]:
-    warps = min(max(elements // 256, 1), 16)
-    return [{"num_warps": n, "num_stages": 1} for n in (warps, 2 * warps) if n <= 16]
-
-
-@cache
-def _walk_configs(voxels: int, walks: tuple[tuple[int, int, int], ...]) -> list[dispatch.Config]:
-    return [{"BLOCK_S": kib * voxels, "num_warps": warps, "num_stages": stages} for kib, warps, stages in walks]
+            warps = min(max(next_power_of_two(self.voxels) * self.block_c // 256, 1), 16)
+            return [{"num_warps": n, "num_stages": 1} for n in (warps, 2 * warps) if n <= 16]
+        voxels = 1024 // self.itemsize // self.block_c
+        return [{"BLOCK_S": kib * voxels, "num_warps": warps, "num_stages": stages} for kib, warps, stages in walks]
 
 
 @cache
@@ -784,8 +775,8 @@ def _combine_gradients(
     dispatch.launch(norm_gradient_combine_kernel, lambda config: (plan.channels,), args, configs, key)
 
 
-_forward_op = torch.library.custom_op("glioforge::instance_norm", mutates_args=())(instance_norm_forward)
-_backward_op = torch.library.custom_op("glioforge::instance_norm_backward", mutates_args=())(instance_norm_backward)
+_forward_op = dispatch.operator(instance_norm_forward)
+_backward_op = dispatch.operator(instance_norm_backward)
 
 
 @_forward_op.register_fake

@@ -59,8 +59,7 @@ def _key_table(reference: Reference, state_dict: StateDict) -> Mapping[str, str]
 
 
 def _rename(state_dict: StateDict, table: Mapping[str, str], what: str) -> StateDict:
-    missing = sorted(set(table) - set(state_dict))
-    unexpected = sorted(set(state_dict) - set(table))
+    missing, unexpected = sorted(table.keys() - state_dict.keys()), sorted(state_dict.keys() - table.keys())
     if missing or unexpected:
         raise ValueError(
             f"these are not the weights of {what}: {len(missing)} keys missing{_first(missing)}, "

@@ -91,26 +91,22 @@ def _unetr_keys() -> dict[str, str]:
     return _keys(bare, biased) | {"vit.position_embedding": "embed.position_embeddings.abs_pos_enc"}
 
 
-def _head_dim(weight: Tensor, num_heads: int) -> int:
-    if num_heads < 1 or weight.shape[0] % (3 * num_heads):
-        raise ValueError(
-            f"num_heads {num_heads} does not fit a projection of {weight.shape[0]} rows, which must be "
-            "a multiple of 3 x num_heads; give the num_heads that the model was built with"
-        )
-    return weight.shape[0] // (3 * num_heads)
-
-
 def _reorder_rows(state_dict: StateDict, num_heads: int, to_ours: bool) -> StateDict:
     """Rows of the fused projections from (feature, q|k|v, head) to (q|k|v, head, feature), or back."""
     result = dict(state_dict)
     for key, weight in state_dict.items():
-        if key.endswith("mhsa.to_qvk.weight"):
-            size = _head_dim(weight, num_heads)
-            if to_ours:
-                rows = weight.reshape(size, 3, num_heads, -1).permute(1, 2, 0, 3)
-            else:
-                rows = weight.reshape(3, num_heads, size, -1).permute(2, 0, 1, 3)
-            result[key] = rows.reshape(weight.shape)
+        if not key.endswith("mhsa.to_qvk.weight"):
+            continue
+        if num_heads < 1 or len(weight) % (3 * num_heads):
+            raise ValueError(
+                f"num_heads {num_heads} does not fit a projection of {len(weight)} rows, which must be "
+                "a multiple of 3 x num_heads; give the num_heads that the model was built with"
+            )
+        if to_ours:
+            rows = weight.reshape(-1, 3, num_heads, weight.shape[1]).permute(1, 2, 0, 3)
+        else:
+            rows = weight.reshape(3, num_heads, -1, weight.shape[1]).permute(2, 0, 1, 3)
+        result[key] = rows.reshape(weight.shape)
     return result
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import aot, bench_attention, bench_dice_ce, bench_instance_norm, tune, workloads
+import kernels
+from benchmarks import aot, tune, workloads
 from benchmarks.report import OURS
-from kernels import attention, dice_ce, dispatch, instance_norm
+from kernels import dispatch
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="TRITON_INTERPRET is set: nothing compiles")
 FITS = aot.Compiled(
@@ -94,13 +97,13 @@ def signatures(every_workload: Iterable[workloads.Workload], every: bool) -> set
 
 
 def test_every_kernel_of_the_package_is_in_a_workload() -> None:
-    kernels = {
+    found = {
         name
-        for module in (attention, dice_ce, instance_norm)
-        for name, value in vars(module).items()
+        for file in pkgutil.iter_modules(kernels.__path__)
+        for name, value in vars(import_module(f"kernels.{file.name}")).items()
         if isinstance(value, triton.JITFunction) and (name.endswith("_kernel") or not name.startswith("_"))
     }
-    assert kernels and kernels == {signature[0] for signature in signatures(workloads.MODELS, every=False)}
+    assert found and found == {signature[0] for signature in signatures(workloads.MODELS, every=False)}
 
 
 def test_continuous_integration_has_few_enough_kernels_to_compile() -> None:
@@ -115,6 +118,7 @@ SMALL = (
     workloads.InstanceNormWorkload((2, 5, 4, 4, 4), affine=True),
     workloads.DiceCEWorkload((2, 3, 16, 16, 16)),
     workloads.DiceCEWorkload((1, 3, 9, 7, 5), torch.float32, "argmax", workloads.LAST),
+    *(bench.WORKLOADS[0] for bench in tune.BENCHES.values()),
 )
 
 
@@ -123,15 +127,10 @@ def test_ahead_of_time_compilation_covers_what_a_training_step_launches(
     workload: workloads.Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Triton's own key, so that its cache serves the launch; and by the key of the tuned configurations."""
-    bench = {
-        workloads.AttentionWorkload: bench_attention,
-        workloads.InstanceNormWorkload: bench_instance_norm,
-        workloads.DiceCEWorkload: bench_dice_ce,
-    }
     monkeypatch.setattr(dispatch, "path", lambda *args: "triton")
     launched: list[dispatch.Launch] = []
     with dispatch.observed(launched.append):
-        (call, *_) = bench[type(workload)].calls(workload, OURS, "forward + backward")
+        (call, *_) = tune.BENCHES[workload.op].calls(workload, OURS, "forward + backward")
         launched.clear()
         call()
 
@@ -141,6 +140,7 @@ def test_ahead_of_time_compilation_covers_what_a_training_step_launches(
     assert described(launched) == described(workloads.launches(workload))
 
 
-def test_the_benchmarks_launch_nothing_that_was_not_compiled() -> None:
-    measured = [workload for bench in tune.BENCHES for workload in bench.GPU_WORKLOADS]
-    assert signatures(measured, every=True) <= signatures((*workloads.MODELS, *workloads.MEASURED), every=True)
+@pytest.mark.parametrize("op", workloads.OPS)
+def test_every_operation_is_measured_and_its_tests_run_in_the_interpreter(op: str) -> None:
+    assert tune.BENCHES[op].pytestmark == import_module(f"test_{op}").pytestmark == pytest.mark.kernel
+    assert workloads.measured(op) and getattr(torch.ops.glioforge, f"{op}_forward").default in dispatch.LAUNCHERS

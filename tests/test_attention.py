@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend
 from kernels import attention, dispatch
 from kernels.attention import attention_backward, attention_forward, flash_attention
 
+pytestmark = pytest.mark.kernel
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Largest error over the largest true value: float32 sums and, in half precision, P, dS and the results rounded."""
 DTYPES = [dtype for dtype in TOLERANCES if not dispatch.INTERPRETED or dtype in (torch.float16, torch.float32)]

@@ -53,7 +53,7 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
     monkeypatch.setattr(dispatch.Launch, "run", lambda launch, config: None)
     monkeypatch.setattr(bench_attention, "WORKLOADS", SMALL)
-    monkeypatch.setattr(tune, "BENCHES", (bench_attention,))
+    monkeypatch.setattr(tune, "BENCHES", {"attention": bench_attention})
     dispatch.tuned_table.cache_clear()
     yield lambda: json.loads((tmp_path / "tuned.json").read_text())["sm_90"]
     dispatch.tuned_table.cache_clear()
@@ -91,7 +91,7 @@ def test_tuning_lists_the_fastest_backend_where_ours_loses_in_one_direction(
         return times.get(who, 1.0) if direction == "forward" else 1.0
 
     tune_by(clock, monkeypatch)
-    assert table()["torch"]["forward"] == {f"flash_attention {key}": "FLASH_ATTENTION" for key in KEYS}
+    assert table()["torch"]["forward"] == {f"attention {key}": "FLASH_ATTENTION" for key in KEYS}
     assert table()["torch"]["forward + backward"] == {}
 
 
@@ -138,13 +138,13 @@ def test_interrupted_tuning_keeps_new_measurements_and_old_entries(
 
         return clock
 
-    listed = {"torch": {"forward": {f"flash_attention {KEYS[0]}": "MATH", "gone": "MATH"}}}
+    listed = {"torch": {"forward": {f"attention {KEYS[0]}": "MATH", "gone": "MATH"}}}
     for clock in (until(1, False), until(2, True)):
         with pytest.raises(KeyboardInterrupt):
             tune_by(clock, monkeypatch, listed)
         assert table()["configs"][FIRST.name][KEYS[0]] == best
         assert table()["torch"]["forward"]["gone"] == "MATH"
-    assert table()["torch"]["forward"][f"flash_attention {KEYS[0]}"] == "CUDNN_ATTENTION"
+    assert table()["torch"]["forward"][f"attention {KEYS[0]}"] == "CUDNN_ATTENTION"
     tune_by(lambda *_: 1.0, monkeypatch, {"torch": table()["torch"]})
     assert table()["torch"] == {"forward": {}, "forward + backward": {}}
 

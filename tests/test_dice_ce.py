@@ -25,6 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels import dice_ce, dispatch
 from kernels.dice_ce import CrossEntropy, DiceCE, dice_ce_loss, dice_ce_loss_reference, region_masks
 
+pytestmark = pytest.mark.kernel
+
+
 SHAPE = (2, 3, 8, 7, 6)
 DECATHLON = ((2, 3), (1, 2, 3), (3,))
 CODINGS = {"decathlon": DECATHLON, "brats2018": ((1, 4), (1, 2, 4), (4,)), "tutorial": ((2, 3), (1, 2, 3), (2,))}
@@ -260,10 +263,14 @@ def test_labels_are_not_checked_while_a_graph_is_traced_or_captured(monkeypatch:
     compiled = torch.compile(dice_ce_loss, backend="eager", fullgraph=True)
     expected = dice_ce_loss(logits, labels, DECATHLON, check_labels=False)
     torch.testing.assert_close(compiled(logits, labels, DECATHLON), expected)
-    for capturing in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        on_gpu: Any = SimpleNamespace(is_cuda=True)
-        assert dice_ce._can_be_read(on_gpu) == (not capturing) and dice_ce._can_be_read(labels)
+    on_gpu: Any = SimpleNamespace(is_cuda=True)  # and without values
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    dice_ce._check_labels(on_gpu, (), ())
+    with pytest.raises(ValueError, match="labels contain"):
+        dice_ce._check_labels(labels, (), ())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(AttributeError):
+        dice_ce._check_labels(on_gpu, (), ())
 
 
 @pytest.mark.parametrize(
@@ -491,7 +498,7 @@ def test_a_compiled_graph_has_the_table_as_a_constant_made_once(
     tables: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
-        ops = [node for node in graph.graph.nodes if node.target is torch.ops.glioforge.dice_ce.default]
+        ops = [node for node in graph.graph.nodes if node.target is torch.ops.glioforge.dice_ce_forward.default]
         tables.extend(op.args[2].op for op in ops)
         return aot_eager(graph, inputs)
 

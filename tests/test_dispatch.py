@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,14 @@ from kernel_paths import not_interpreted
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import kernels
 from benchmarks import workloads
 from kernels import dispatch
 from kernels.attention import flash_attention
 from kernels.dice_ce import dice_ce_loss
 from kernels.instance_norm import instance_norm
+
+pytestmark = pytest.mark.kernel
 
 
 @pytest.fixture(autouse=True)
@@ -200,20 +204,19 @@ def stale(measured: dict[str, Any]) -> list[str]:
         for key, config in by_key.items()
         if config not in candidates.get((kernel, key), [])
     ]
-    ops = ("flash_attention", "instance_norm", "dice_ce")
     won = [op_key for direction in measured["torch"] for op_key in measured["torch"][direction]]
-    return configs + [op_key for op_key in won if op_key not in {f"{op} {key}" for op in ops for key in keys}]
+    return configs + [op_key for op_key in won if op_key not in {f"{op} {key}" for op in workloads.OPS for key in keys}]
 
 
 def test_the_tuned_table_names_existing_kernels_and_configurations() -> None:
-    launch = workloads.launches(workloads.ATTENTION[0])[0]
+    launch = workloads.launches(workloads.measured("attention")[0])[0]
     key, last = launch.key, dict(launch.candidates[-1])
-    ours = {"configs": {launch.name: {key: last}}, "torch": {"forward": {f"flash_attention {key}": "MATH"}}}
+    ours = {"configs": {launch.name: {key: last}}, "torch": {"forward": {f"attention {key}": "MATH"}}}
     assert not stale(ours)
     assert stale({"configs": {launch.name: {key: last | {"num_warps": 3}}}, "torch": {}}) == [f"{launch.name} {key}"]
     assert stale({"configs": {launch.name: {"N7": last}}, "torch": {}}) == [f"{launch.name} N7"]
     assert stale({"configs": {"gone_kernel": {key: last}}, "torch": {}}) == [f"gone_kernel {key}"]
-    assert stale({"configs": {}, "torch": {"forward": {"attention N7": "MATH"}}}) == ["attention N7"]
+    assert stale({"configs": {}, "torch": {"forward": {"gone N7": "MATH"}}}) == ["gone N7"]
     for measured in dispatch.tuned_table().values():
         assert not stale(measured)
 
@@ -229,7 +232,7 @@ def test_the_interpreter_runs_kernels_on_a_cpu_but_not_in_bfloat16() -> None:
     assert "interpreted on the CPU" in done.stdout and done.stdout.split("\n")[1] == "triton reference", done.stderr
 
 
-MODULES = ("attention", "dice_ce", "instance_norm", "dispatch", "checks", "workloads", "aot")
+MODULES = [file.name for file in pkgutil.iter_modules(kernels.__path__)]
 
 
 def run_python(code: str, **env: str) -> str:
@@ -241,10 +244,10 @@ def run_python(code: str, **env: str) -> str:
 @not_interpreted
 def test_importing_kernels_and_models_imports_no_compiler() -> None:
     """`torch._dynamo` takes a second of processor time and brings sympy and inductor."""
-    code = """if True:
+    code = f"""if True:
         import sys
-        import kernels.attention, kernels.dice_ce, kernels.instance_norm, models
-        print(sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
+        import models, {", ".join(f"kernels.{name}" for name in MODULES)}
+        print(sorted({{"torch._dynamo", "torch._inductor", "sympy"}} & set(sys.modules)))
     """
     assert run_python(code) == "[]\n"
 

@@ -13,6 +13,8 @@ from kernels import dispatch
 from kernels.dice_ce import dice_ce_loss
 from models import build_model
 
+pytestmark = pytest.mark.kernel
+
 IMG_SIZE = (32, 16, 16)
 TRANSFORMER = {"hidden_size": 40, "mlp_dim": 56}
 WIDTHS: dict[str, dict[str, int]] = {

@@ -17,7 +17,6 @@ from nibabel.eulerangles import euler2mat
 from pipelines.basics.errors import CaseError
 from pipelines.layouts.cases import Case, CaseSet
 from pipelines.layouts.labels import CODINGS
-from pipelines.loading import raw
 from pipelines.loading.raw import ImageOnGrid, resample_case
 from pipelines.phantom import draw_phantom
 from pipelines.preparing.store import prepare
@@ -80,12 +79,9 @@ def assert_close(image: torch.Tensor | np.ndarray, expected: torch.Tensor | np.n
     assert difference.max() <= TOLERANCES["image"] * np.ptp(np.asarray(expected))
 
 
-def test_a_store_may_be_filled_by_dali(cases: CaseSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_may_be_filled_by_dali(cases: CaseSet, tmp_path: Path) -> None:
     store = prepare(cases, tmp_path / "cpu", SPACING, workers=1)
-    monkeypatch.setattr(raw, "resample_case", lambda case, grid, device: resample_case(case, grid, CPU))
-    filled = prepare(
-        cases, tmp_path / "gpu", SPACING, workers=1, resample=partial(resample_case, device=torch.device("cuda"))
-    )
+    filled = prepare(cases, tmp_path / "dali", SPACING, workers=1, resample=partial(resample_case, device=CPU))
     for i in range(len(store)):
         assert_close(filled.image(i), store.image(i))
         np.testing.assert_array_equal(filled.image(i) != 0, store.image(i) != 0)

@@ -64,22 +64,14 @@ class CropLoader:
         self.indices = indices_of(cases, names, crops.crop_size, options.pad)
         self.cases, self.names, self.crops, self.options = cases, tuple(names), crops, options
         self.samples = len(self.names) * crops.crops_per_case
+        self._batch_stride = crops.batch_size * options.world_size  # samples of all ranks in one batch
+        self._stride = self._batch_stride * crops.accumulate_steps  # the same in one optimizer step
         self.position = (0, 0)
         """Epoch, and step within it, of the batch that comes next."""
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
         return -(-self.samples // self._stride) * self.crops.accumulate_steps
-
-    @property
-    def _batch_stride(self) -> int:
-        """Samples of all ranks in one batch."""
-        return self.crops.batch_size * self.options.world_size
-
-    @property
-    def _stride(self) -> int:
-        """Samples of all ranks in one optimizer step."""
-        return self._batch_stride * self.crops.accumulate_steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (image (B, C, X, Y, Z), label uint8 (B, X, Y, Z)) of an epoch, in tensors of their own.
@@ -180,16 +172,9 @@ class TrainLoader(CropLoader):
         self._buffers = deque(self._volumes.new_buffers(crops.batch_size, crops.crop_size) for _ in range(BUFFERS))
         # The affine changes the crop before the z-score, so its statistics are not those of the crop as it was cut.
         self._statistics = options.device.type == "cpu" and not crops.extras.affine_prob
-        self._stream = Stream(
-            train_pipeline,
-            self._read,
-            len(self),
-            crops.batch_size,
-            options,
-            in_place=isinstance(self._volumes, LoadedVolumes),
-            extras=crops.extras,
-            statistics=self._statistics,
-        )
+        given = {"in_place": isinstance(self._volumes, LoadedVolumes), "statistics": self._statistics}
+        batch_size, extras = crops.batch_size, crops.extras
+        self._stream = Stream(train_pipeline, self._read, len(self), batch_size, options, extras=extras, **given)
 
     def _read(self, epoch: int, step: int) -> Batch:
         self._buffers.rotate()
@@ -231,23 +216,13 @@ class ValLoader:
         self.indices = indices_of(store, names, crop_size, options.pad)[own]
         self.names = tuple(names)[own]
         self._passes = 0
-        self._volumes: Volumes = (
-            MappedVolumes(store)
-            if options.residence == "mapped"
-            else open_volumes(store, self.indices, options, "validation volumes")
-        )
+        self._volumes: Volumes = MappedVolumes(store)
+        if options.residence != "mapped":
+            self._volumes = open_volumes(store, self.indices, options, "validation volumes")
         self.gpu_bytes = self._volumes.gpu_bytes  # in the memory of the GPU
         self._statistics = normalise and options.device.type == "cpu"
-        self._stream = Stream(
-            val_pipeline,
-            self._read,
-            len(self),
-            1,
-            options,
-            in_place=isinstance(self._volumes, LoadedVolumes),
-            normalise=normalise,
-            statistics=self._statistics,
-        )
+        given = {"in_place": isinstance(self._volumes, LoadedVolumes), "statistics": self._statistics}
+        self._stream = Stream(val_pipeline, self._read, len(self), 1, options, normalise=normalise, **given)
 
     def __len__(self) -> int:
         """Cases of this rank."""

@@ -97,9 +97,8 @@ class ImageOnGrid:
         order = list(grid.permutation)
         to_source = grid.to_source(affine)[order]
         image_CZYX = image_XYZC.transpose(3, *reversed(order))
-        return ImageOnGrid(
-            image_CZYX, tuple(weights[i] for i in order), to_source[:, 3], np.diag(to_source[:, :3]).copy()
-        )
+        ordered = tuple(weights[i] for i in order)
+        return ImageOnGrid(image_CZYX, ordered, to_source[:, 3], np.diag(to_source[:, :3]).copy())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,34 +114,27 @@ class ImageOnGrid:
             flip: reverse the first axis.
         """
         inside, target = overlap(self.shape, start, size)
-        low = [weights.low[part].numpy() for weights, part in zip(self.weights, inside, strict=True)]
-        high = [
-            torch.where(weights.high_weight > 0, weights.high, weights.low)[part].numpy()
-            for weights, part in zip(self.weights, inside, strict=True)
-        ]
-        begin = np.array([min(pair[0].min(), pair[1].min()) for pair in zip(low, high, strict=True)])
-        stop = np.array([max(pair[0].max(), pair[1].max()) + 1 for pair in zip(low, high, strict=True)])
+        pairs = []  # along each axis, the two voxels of the image that each voxel of the crop is made of
+        for weights, part in zip(self.weights, inside, strict=True):
+            high = torch.where(weights.high_weight > 0, weights.high, weights.low)
+            pairs.append(np.stack([weights.low[part], high[part]]))
+        begin = np.array([pair.min() for pair in pairs])
+        stop = np.array([pair.max() + 1 for pair in pairs])
         box = self.image_CZYX[:, begin[2] : stop[2], begin[1] : stop[1], begin[0] : stop[0]]
         support = np.zeros((len(box), *reversed(size)), np.uint8)
         oriented = support[..., ::-1] if flip else support
-        oriented[:, target[2], target[1], target[0]] = _support(
-            box, [(low[axis] - begin[axis], high[axis] - begin[axis]) for axis in (2, 1, 0)]
-        )
-        index = np.array([a.start - b.start for a, b in zip(inside, target, strict=True)])
+        reached = box != 0  # where a voxel of the crop has a non-zero one among its neighbours in the box
+        for axis in (2, 1, 0):
+            low, high = pairs[axis] - begin[axis]
+            reached = reached.take(low, 3 - axis) | reached.take(high, 3 - axis)
+        oriented[:, target[2], target[1], target[0]] = reached
+        index = np.array([part.start - place.start for part, place in zip(inside, target, strict=True)])
         # Faces lie half a voxel of the crop before the first centre, and a centre is half a voxel of the box from 0.
         faces = self.first + self.step * (index - 0.5) + 0.5 - begin
         ends = [faces, faces + self.step * size]
         if flip:
             ends[0][0], ends[1][0] = ends[1][0], ends[0][0]
         return ResampleInputs(box, support, *(np.array(values[::-1], np.float32) for values in (*ends, size)))
-
-
-def _support(box: NDArray[np.float32], neighbours: Sequence[tuple[NDArray, NDArray]]) -> NDArray[np.bool_]:
-    """Where a voxel of the crop has a non-zero one among its neighbours in the box, given for axes 1, 2 and 3."""
-    reached = box != 0
-    for axis, (low, high) in enumerate(neighbours, 1):
-        reached = reached.take(low, axis) | reached.take(high, axis)
-    return reached
 
 
 def resample(box: Any, support: Any, start: Any, end: Any, size: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,7 @@ from pipelines.scans.geometry import DEFAULT_SPACING, Spacing, patient_spacing, 
 from pipelines.scans.nifti import read_case, read_grid
 
 
-@dataclass(frozen=True)
-class DecodedCase:
+class DecodedCase(NamedTuple):
     """A case in memory: its raw image, and its label as prepared, uint8 (X, Y, Z, 1)."""
 
     image: ImageOnGrid
@@ -74,7 +73,7 @@ class ScanSource:
     def __init__(self, case_set: CaseSet, spacing: Spacing | Sequence[float]) -> None:
         self.cases, self.names, self.modalities = case_set.cases, case_set.names, case_set.modalities
         self.coding, self.spacing = case_set.coding, patient_spacing(spacing)
-        grids = [read_grid(case.images[0]) for case in case_set.cases]
+        grids = (read_grid(case.images[0]) for case in case_set.cases)
         self._shapes = [target_grid(shape[:3], affine, self.spacing).shape for shape, affine in grids]
         self._foreground: dict[int, NDArray[np.int32]] = {}  # at most 48 KB a case
 
@@ -139,9 +138,8 @@ class RawLoader(CropLoader):
     def _read(self, epoch: int, step: int) -> Batch:
         self._boxes.rotate()
         cases = self._cases_from(epoch, step)
-        samples = [
-            self._sample(b, epoch, position, cases[b:]) for b, (_, position) in enumerate(self._batch(epoch, step))
-        ]
+        batch = enumerate(self._batch(epoch, step))
+        samples = [self._sample(b, epoch, position, cases[b:]) for b, (_, position) in batch]
         inputs, labels, draws = zip(*samples, strict=True)
         return (*map(list, zip(*inputs, strict=True)), np.stack(labels)), self._numbers(draws, epoch, step)
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, get_args
+from functools import partial
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -35,13 +36,18 @@ GPU_SHARE = 0.4  # of a GPU's free memory, for volumes: the model, activations a
 HOST_SHARE = 0.5  # of a node's available memory, for the page-locked volumes of all its ranks
 
 
-class Volumes(Protocol):
-    """Volumes of some cases of a store, of which `gpu_bytes` are in a GPU's memory."""
+class MappedVolumes:
+    """Volumes in the files of a store; crops are NumPy arrays."""
 
-    gpu_bytes: int
+    gpu_bytes = 0  # in the memory of a GPU
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
     def new_buffers(self, batch_size: int, size: Size) -> tuple[Any, Any]:
         """Image (B, x, y, z, C) float32 and label (B, x, y, z, 1) uint8, for `crop` to fill."""
+        image = np.empty((batch_size, *size, len(self.store.modalities)), np.float32)
+        return image, np.empty((batch_size, *size, 1), np.uint8)
 
     def crop(self, case: int, start: Sequence[int], image: Any, label: Any, flip: bool = False) -> None:
         """Copy a crop into one sample of the buffers.
@@ -52,21 +58,6 @@ class Volumes(Protocol):
             image, label: (x, y, z, C) and (x, y, z, 1), overwritten.
             flip: reverse the first axis.
         """
-
-
-class MappedVolumes:
-    """Volumes in the files of a store; crops are NumPy arrays."""
-
-    gpu_bytes = 0
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def new_buffers(self, batch_size: int, size: Size) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        image = np.empty((batch_size, *size, len(self.store.modalities)), np.float32)
-        return image, np.empty((batch_size, *size, 1), np.uint8)
-
-    def crop(self, case: int, start: Sequence[int], image: NDArray, label: NDArray, flip: bool = False) -> None:
         voxels, scale = self.store.voxels(case)
         copy_crop(voxels, start, image[::-1] if flip else image)
         if scale is not None:
@@ -75,7 +66,7 @@ class MappedVolumes:
 
 
 class LoadedVolumes:
-    """Volumes in memory, read once from a store; crops are tensors on `device`.
+    """The same with volumes in memory, read once from a store; crops are tensors on `device`.
 
     Args:
         store: prepared cases.
@@ -92,21 +83,18 @@ class LoadedVolumes:
         for case in dict.fromkeys(cases):
             voxels, scale = store.voxels(case)
             image, label = (torch.tensor(array) for array in (voxels, label_of(store, case)))
-            self.volumes[case] = (
-                (image.pin_memory(), label.pin_memory()) if pinned else (image.to(device), label.to(device))
-            )
+            keep = torch.Tensor.pin_memory if pinned else partial(torch.Tensor.to, device=device)
+            self.volumes[case] = keep(image), keep(label)
             if scale is not None:
                 self.scales[case] = torch.from_numpy(scale).to(device)
         held = (part for volume in self.volumes.values() for part in volume if part.is_cuda)
         self.gpu_bytes = sum(part.nbytes for part in held)
 
-    def new_buffers(self, batch_size: int, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+    def new_buffers(self, batch_size: int, size: Size) -> tuple[Any, Any]:
         image = torch.empty((batch_size, *size, self.channels), dtype=torch.float32, device=self.device)
         return image, torch.empty((batch_size, *size, 1), dtype=torch.uint8, device=self.device)
 
-    def crop(
-        self, case: int, start: Sequence[int], image: torch.Tensor, label: torch.Tensor, flip: bool = False
-    ) -> None:
+    def crop(self, case: int, start: Sequence[int], image: Any, label: Any, flip: bool = False) -> None:
         for volume, out in zip(self.volumes[case], (image, label), strict=True):
             source, target = overlap(volume.shape, start, out.shape)
             # Whole planes of x are contiguous, as an asynchronous transfer needs.
@@ -158,6 +146,9 @@ def nonzero_mean_std(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], 
     return mean, std
 
 
+Volumes = MappedVolumes | LoadedVolumes
+
+
 def open_volumes(store: Store, cases: Sequence[int], options: LoaderOptions, title: str) -> Volumes:
     """The volumes of some cases, by index, where `choose_residence` puts them. Raises as that."""
     nbytes = store.nbytes(cases)
@@ -188,10 +179,11 @@ def choose_residence(
     if residence not in get_args(Residence):
         raise ValueError(f"--data.residence {residence!r} must be one of {', '.join(get_args(Residence))}")
     size = f"{nbytes / 1e9:.1f} GB of {title}" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB of {title}"
+    where = {"gpu": "on the GPU", "pinned": "in page-locked memory", "mapped": "mapped from the store's files"}
     if device.type != "cuda":
         if residence in ("gpu", "pinned"):
             raise DataError(f"--data.residence {residence} needs a GPU and this run is on the CPU: use auto or mapped")
-        log.info("%s: mapped from the store's files", size)
+        log.info("%s: %s", size, where["mapped"])
         return "mapped"
     limits = {
         "gpu": GPU_SHARE * torch.cuda.mem_get_info(device)[0],
@@ -204,7 +196,6 @@ def choose_residence(
             f"--data.residence {chosen}: {size}, and {limits[chosen] / 1e9:.1f} GB may be taken "
             f"({GPU_SHARE if chosen == 'gpu' else HOST_SHARE / ranks_on_node:g} of what is free): use auto"
         )
-    where = {"gpu": "on the GPU", "pinned": "in page-locked memory", "mapped": "mapped from the store's files"}[chosen]
     gpu, pinned = (f"{limits[kind] / 1e9:.1f} GB" for kind in ("gpu", "pinned"))
-    log.info("%s: %s (limits: %s on the GPU, %s page-locked)", size, where, gpu, pinned)
+    log.info("%s: %s (limits: %s on the GPU, %s page-locked)", size, where[chosen], gpu, pinned)
     return chosen

@@ -104,10 +104,8 @@ def store_statistics(store: Store, names: Sequence[str]) -> dict[str, list[list[
 def ranges(scans: Iterable[dict[str, list[float]]]) -> dict[str, list[list[float]]]:
     """[lowest, highest] of each statistic of some scans; empty if there are none."""
     each = list(scans)
-    return {
-        key: [[min(values), max(values)] for values in zip(*(scan[key] for scan in each), strict=True)]
-        for key in (each[0] if each else ())
-    }
+    lists = {key: zip(*(scan[key] for scan in each), strict=True) for key in (each[0] if each else ())}
+    return {key: [[min(values), max(values)] for values in of_key] for key, of_key in lists.items()}
 
 
 def background_warning(known: dict[str, Any], modalities: Sequence[str]) -> str | None:
@@ -139,10 +137,8 @@ def duplicate_channels(image_XYZC: np.ndarray, known: dict[str, Any], modalities
             continue
         is_usual = span is not None and span[1] > NEARLY_ONE
         if not is_usual and np.array_equal(one, other) and one.min() < one.max():
-            return (
-                f"{modalities[i]} and {modalities[j]} are the same image: give the file of each modality; the "
-                "network was trained on two different ones"
-            )
+            both = f"{modalities[i]} and {modalities[j]} are the same image"
+            return f"{both}: give the file of each modality; the network was trained on two different ones"
     return None
 
 
@@ -214,8 +210,7 @@ def _reordered(scan: dict[str, list[float]], known: dict[str, Any], modalities: 
         return []
     # The likely order that changes least.
     best = min(likely, key=lambda order: (sum(map(int.__ne__, order, as_given)), misfits[order]))
-    changed = [f"{modalities[given]} looks like {name}" for name, given in zip(modalities, best)
-               if modalities[given] != name]  # fmt: skip
+    changed = [f"{modalities[given]} looks like {modalities[i]}" for i, given in enumerate(best) if given != i]
     return [f"{', '.join(changed)} as training saw them: is each file the right modality?"]
 
 
@@ -225,8 +220,7 @@ def _pairs(modalities: Sequence[str]) -> list[tuple[int, int]]:
 
 def _spans(known: dict[str, Any], count: int) -> list[Any]:
     """The range of the correlation of each pair of channels; None for each if unknown."""
-    pairs = count * (count - 1) // 2
-    spans = known.get("correlation", ())
+    pairs, spans = math.comb(count, 2), known.get("correlation", ())
     return list(spans) if len(spans) == pairs else [None] * pairs
 
 

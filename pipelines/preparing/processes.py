@@ -82,9 +82,8 @@ def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:
         raise
     except OSError as error:
         path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else case.images[0]
-        return CaseFailure(
-            path, f"can't be processed ({error.strerror or error})", "Check the disk and its permissions"
-        )
+        problem = f"can't be processed ({error.strerror or error})"
+        return CaseFailure(path, problem, "Check the disk and its permissions")
     except Exception as error:
         import torch
 

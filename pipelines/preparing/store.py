@@ -82,7 +82,7 @@ class Store:
         self._options, self._cases = options, case_set.cases
         self._records = tuple(records)
         self._index = {name: i for i, name in enumerate(self.names)}
-        self._found_whole: set[tuple[int, str]] = set()
+        self._found_whole: set[Path] = set()
         self._map = lru_cache(MAPS)(partial(np.load, mmap_mode="r"))
 
     def __len__(self) -> int:
@@ -123,9 +123,7 @@ class Store:
 
     def foreground(self, i: int) -> np.ndarray:
         """int32 (K, 3): at most 4096 voxels of label > 0, evenly spaced in C order; K is 0 if there are none."""
-        if "foreground" not in self._records[i]["files"]:
-            return np.empty((0, 3), np.int32)
-        return self._array(i, "foreground")
+        return self._array(i, "foreground") if self.has_label(i) else np.empty((0, 3), np.int32)
 
     def shape(self, i: int) -> tuple[int, int, int]:
         """(X, Y, Z) of the prepared volume; no file is opened."""
@@ -151,24 +149,15 @@ class Store:
         Raises:
             DataError: it is damaged or gone, and the scans have changed.
         """
-        path = self._path(i, kind)
-        if (i, kind) not in self._found_whole:
-            fault = self._fault(i, kind)
+        record = self._records[i]
+        path = self.folder / f"{stem_of(self.names[i], record['key'])}.{kind}.npy"
+        if path not in self._found_whole:
+            fault = _fault(path, record["files"][kind]["crc32"])
             if fault:
                 log.warning("%s: %s; preparing case %s again", path, fault, self.names[i])
                 self._build_again(i, f"{path}: {fault}")
-            self._found_whole.add((i, kind))
+            self._found_whole.add(path)
         return self._map(path)
-
-    def _fault(self, i: int, kind: str) -> str:
-        """What is wrong with an array on disk; empty if nothing."""
-        try:
-            found = checksum(self._path(i, kind))
-        except FileNotFoundError:
-            return "the file is gone"
-        except OSError as error:
-            return f"can't be read ({error.strerror})"
-        return "" if found == self._records[i]["files"][kind]["crc32"] else "its checksum differs from the recorded one"
 
     def _build_again(self, i: int, fault: str) -> None:
         case, remedy = self._cases[i], "put the scans of this case back as they were, or leave the case out"
@@ -180,8 +169,15 @@ class Store:
         except CaseError as error:
             raise DataError(f"{fault}, and can't be prepared again: {error}") from error
 
-    def _path(self, i: int, kind: str) -> Path:
-        return self.folder / f"{stem_of(self.names[i], self._records[i]['key'])}.{kind}.npy"
+
+def _fault(path: Path, crc32: int) -> str:
+    """What is wrong with an array on disk; empty if nothing."""
+    try:
+        return "" if checksum(path) == crc32 else "its checksum differs from the recorded one"
+    except FileNotFoundError:
+        return "the file is gone"
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
 
 
 def prepare(
