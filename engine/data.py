@@ -17,7 +17,7 @@ from pipelines.basics.errors import DataError
 from pipelines.basics.machine import cache_dir
 from pipelines.basics.option_values import MANY, MOST_SEED, number
 from pipelines.basics.text import first_few
-from pipelines.decathlon import download_task01
+from pipelines.decathlon import TASK, download_task01
 from pipelines.layouts.cases import CaseSet, find_cases, split_cases, survey_cases
 from pipelines.layouts.labels import Release
 from pipelines.loading.augment import Augment
@@ -135,7 +135,7 @@ def obtain_root(config: DataConfig) -> Path:
         log.info("no --data.root: synthetic scans")
         return make_phantoms(_phantoms(config), phantom.cases, phantom.size_voxels, phantom.seed)
     if config.download:
-        return download_task01(config.root.parent if config.root.name == "Task01_BrainTumour" else config.root)
+        return download_task01(config.root.parent if config.root.name == TASK else config.root)
     return config.root
 
 
@@ -207,12 +207,12 @@ def load_data(config: DataConfig) -> Data:
 def _log_sizes(cases: CaseSet, train: Sequence[str], val: Sequence[str]) -> None:
     """Log the number of cases to train and to validate on, and of patients where some have several."""
     patient_of = {name: patient for patient, names in cases.patients.items() for name in names}
-    counts = [(len({patient_of[name] for name in names}), len(names)) for names in (patient_of, train, val)]
-    if counts[0][0] == counts[0][1]:
-        log.info("%d cases: %d to train on, %d to validate on", *(cases for _, cases in counts))
+    if len(cases.patients) == len(patient_of):
+        log.info("%d cases: %d to train on, %d to validate on", len(patient_of), len(train), len(val))
         return
-    total, trained, validated = (f"{cases} cases of {patients} patients" for patients, cases in counts)
-    log.info("%s: %s to train on, %s to validate on", total, trained, validated)
+    counts = [(len(names), len({patient_of[name] for name in names})) for names in (patient_of, train, val)]
+    texts = (f"{cases} cases of {patients} patients" for cases, patients in counts)
+    log.info("%s: %s to train on, %s to validate on", *texts)
 
 
 def _warn_without_tumour(store: Store, names: Sequence[str], use: str) -> None:
@@ -277,13 +277,6 @@ def make_val_loader(
 def _loader_options(config: DataConfig, device: torch.device, ranks: Ranks | None) -> LoaderOptions:
     # A GPU's convolutions want the channels last in memory, a CPU's first.
     memory_format = torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format
-    options = LoaderOptions(device, pad=config.pad, residence="mapped", memory_format=memory_format)
-    if ranks is None:
-        return options
-    return replace(
-        options,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        ranks_on_node=ranks.ranks_on_node,
-        residence=config.residence,
-    )
+    share, residence = (ranks, config.residence) if ranks else (Ranks(0, 1, 0, device), "mapped")
+    return LoaderOptions(device, rank=share.rank, world_size=share.world_size, ranks_on_node=share.ranks_on_node,
+                         pad=config.pad, residence=residence, memory_format=memory_format)  # fmt: skip

@@ -31,15 +31,6 @@ WORST = 5
 HEAD = ("", "mean", *REGIONS)
 
 
-def definition(scored: Score) -> str:
-    """How the scores are defined, in words."""
-    return (
-        f"Dice (%) per case and region on {SCORED[scored]}; a region's mean and median are over the cases whose truth "
-        "has it, the mean Dice is over the regions. HD95 (mm) is over the cases where truth and prediction both have "
-        "the region"
-    )
-
-
 @dataclass(frozen=True)
 class CaseScores:
     """One case.
@@ -101,7 +92,11 @@ def summary(cases: Sequence[CaseScores], scored: Score = "label_map") -> dict[st
     median = {region: _of_known(statistics.median, values) for region, values in dice.items()}
     worst = sorted((case.dice for case in cases if not math.isnan(case.dice.mean())), key=CaseDice.mean)[:WORST]
     return {
-        "definition": definition(scored),
+        "definition": (
+            f"Dice (%) per case and region on {SCORED[scored]}; a region's mean and median are over the cases whose "
+            "truth has it, the mean Dice is over the regions. HD95 (mm) is over the cases where truth and prediction "
+            "both have the region"
+        ),
         "scored": scored,
         "cases": len(cases),
         "dice": {

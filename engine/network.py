@@ -44,13 +44,11 @@ def make_model(config: ModelConfig, crop_size: Sequence[int], channels: int) -> 
     Raises:
         ValueError: naming the option that does not fit.
     """
-    network = find_network(config.name)
     try:
-        check_img_size(crop_size, network.size_divisor)
+        check_img_size(crop_size, find_network(config.name).size_divisor)
     except ValueError as error:
         raise ValueError(f"--data.crop_size_voxels: {error}") from error
-    widths = {name: getattr(config, name) for name in network.widths}
     try:
-        return build_model(config.name, channels, len(REGIONS), crop_size, **widths)
+        return build_model(config.name, channels, len(REGIONS), crop_size, **widths_of(config))
     except ValueError as error:
         raise ValueError(f"--model: {error}") from error

@@ -98,18 +98,18 @@ def parse_yaml(content: bytes, name: str) -> Any:
     """As `read_yaml`, from bytes; `name` says in messages where they come from."""
     try:
         return yaml.load(content.decode("utf-8-sig"), _Loader)
-    except UnicodeDecodeError as error:
-        fault: Exception = error
-        problem = f"byte {error.start} is not UTF-8; save it as UTF-8"
-    except RecursionError as error:
-        fault, problem = error, "its brackets are nested too deeply"
-    except yaml.MarkedYAMLError as error:
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{name} is not an options file: {_problem(error)}") from error
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8; save it as UTF-8"
+    if isinstance(error, yaml.MarkedYAMLError):
         place = f"line {error.problem_mark.line + 1}" if error.problem_mark else "at its end"
         hint = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
-        fault, problem = error, f"{place}: {error.problem}{hint}"
-    except yaml.YAMLError as error:
-        fault, problem = error, one_line(error)
-    raise ValueError(f"{name} is not an options file: {problem}") from fault
+        return f"{place}: {error.problem}{hint}"
+    return "its brackets are nested too deeply" if isinstance(error, RecursionError) else one_line(error)
 
 
 @dataclass(frozen=True)

@@ -81,26 +81,21 @@ class TrainedNetwork:
                 for name, value in self.description().items()}  # fmt: skip
 
 
-def weights_path(run: Path) -> Path:
-    """The weights of a run: `checkpoints/best.pt`, else `last.pt`; or the weights file itself. Raises ValueError."""
-    for path in (run, run / "checkpoints" / "best.pt", run / "checkpoints" / "last.pt"):
-        if path.is_file():
-            return path
-    raise ValueError(f"{run} is not a run with weights (checkpoints/best.pt, last.pt), nor a weights file")
-
-
 def load_trained(run: Path | str, device: torch.device | str = "cpu") -> TrainedNetwork:
     """Load a trained network, ready to use. No code from the file is run.
 
     Args:
-        run: a run's folder, whose best weights are taken, or a weights file.
+        run: a weights file, or a run's folder, of which `checkpoints/best.pt` is taken, else `last.pt`.
         device: where the network goes.
 
     Raises:
         ValueError: no weights there, a damaged file, another program's, or one of a version with other options; weights
             of another network, or with NaN or Inf.
     """
-    path = weights_path(Path(run))
+    places = (Path(run, *names) for names in ((), ("checkpoints", "best.pt"), ("checkpoints", "last.pt")))
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(f"{run} is not a run with weights (checkpoints/best.pt, last.pt), nor a weights file")
     file = WeightsFile.read(path)
     with written_by_this_version(path):
         config = descriptive_config(config_from_dict(file.config))

@@ -308,12 +308,10 @@ def _as_json(values: dict[str, Any]) -> bytes:
             if size > VALUES_LIMIT:
                 raise Unreadable(f"its values are longer than {VALUES_LIMIT:,} characters")
         return json.dumps(json.loads("".join(parts)), sort_keys=True).encode()
-    except (TypeError, RecursionError) as error:
-        raise Unreadable(f"it holds other values than plain ones ({type(error).__name__})") from error
     except Unreadable:
         raise
-    except ValueError as error:  # values that contain themselves, numbers with too many digits
-        raise Unreadable(f"it holds values that JSON does not have ({error})") from error
+    except (TypeError, RecursionError, ValueError) as error:  # ValueError: it contains itself, or too many digits
+        raise Unreadable(f"it holds other values than plain ones ({type(error).__name__}: {error})") from error
 
 
 # Values

@@ -135,9 +135,9 @@ def test_the_error_for_a_state_with_other_content_is_one_line(tmp_path: Path) ->
 @pytest.mark.parametrize("error", [KeyError("exp_avg"), RuntimeError("size\nmismatch \x1b[31m"), TypeError("float")])
 def test_the_error_for_a_state_that_does_not_fit_is_one_line(error: Exception, tmp_path: Path) -> None:
     message = f"--resume: the checkpoint in .*: {type(error).__name__}: "
-    with pytest.raises(ValueError, match=message) as told, restoring(tmp_path):
+    with pytest.raises(ValueError, match=message) as raised, restoring(tmp_path):
         raise error
-    assert str(told.value).isprintable()
+    assert str(raised.value).isprintable()
 
 
 def test_running_out_of_memory_while_restoring_is_not_a_mismatch(tmp_path: Path) -> None:

@@ -97,9 +97,9 @@ def test_no_code_from_a_file_is_run(tmp_path: Path) -> None:
     torch.save({"weight": Intruder(tmp_path / "was_here")}, tmp_path / "bad.pt")
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps(Intruder(tmp_path / "was_here"), protocol=2))
     for name in ("bad.pt", "bad.pkl"):
-        with pytest.raises(ValueError, match=f"{name} can't be read.* no code from a file is run") as told:
+        with pytest.raises(ValueError, match=f"{name} can't be read.* no code from a file is run") as raised:
             read_state_dict(tmp_path / name)
-        assert "weights_only" not in str(told.value)  # PyTorch's own advice is to run the code
+        assert "weights_only" not in str(raised.value)  # PyTorch's own advice is to run the code
     assert not (tmp_path / "was_here").exists()
     torch.save({"weight": 1}, tmp_path / "number.pt")
     with pytest.raises(ValueError, match="holds no state dict"):

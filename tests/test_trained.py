@@ -84,9 +84,9 @@ def test_a_run_gives_its_best_weights_and_a_file_its_own(tmp_path: Path) -> None
 def test_files_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     content = {key: value for key, value in content_of(**changes).items() if value is not None}
     write_content(tmp_path / "odd.pt", content)
-    with pytest.raises(ValueError, match=rf"(?i)odd.pt.*{message}") as told:
+    with pytest.raises(ValueError, match=rf"(?i)odd.pt.*{message}") as raised:
         load_trained(tmp_path / "odd.pt")
-    assert len(str(told.value)) < 600 and "\n" not in str(told.value)
+    assert len(str(raised.value)) < 600 and "\n" not in str(raised.value)
 
 
 def test_weights_with_nan_are_refused(tmp_path: Path) -> None:

@@ -270,9 +270,9 @@ def test_the_error_for_a_field_of_another_type_is_one_line(field: str, tmp_path:
     for value in [each for each in HOSTILE if each not in FINE.get(field, [])]:
         crafted = {"format": 3, **content, field: value}
         torch.save(crafted if field == "weights" else sealed(crafted), path)
-        with pytest.raises(ValueError, match="odd.pt") as told:
+        with pytest.raises(ValueError, match="odd.pt") as raised:
             load_trained(path)
-        text = str(told.value)
+        text = str(raised.value)
         assert text.isprintable() and len(text) < 900, (field, value)
 
 
@@ -299,9 +299,9 @@ def test_the_error_for_a_field_of_another_type_is_one_line(field: str, tmp_path:
 def test_the_error_for_contradicting_values_is_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "odd.pt"
     write_content(path, content_of(**changes))
-    with pytest.raises(ValueError, match="odd.pt was written by another version of this program") as told:
+    with pytest.raises(ValueError, match="odd.pt was written by another version of this program") as raised:
         load_trained(path)
-    assert str(told.value).isprintable()
+    assert str(raised.value).isprintable()
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -322,9 +322,9 @@ def test_the_error_for_contradicting_values_is_one_line(changes: dict[str, Any],
 def test_sizes_are_not_believed_before_the_weights_fit(group: str, changes: dict[str, Any], tmp_path: Path) -> None:
     path, config = tmp_path / "huge.pt", to_dict(CONFIG)
     write_content(path, content_of(config=config | {group: config[group] | changes}))
-    with pytest.raises(ValueError, match="huge.pt") as told:
+    with pytest.raises(ValueError, match="huge.pt") as raised:
         load_trained(path)
-    assert "allocate" not in str(told.value)
+    assert "allocate" not in str(raised.value)
 
 
 def test_weights_that_are_not_real_floats_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ on the scan's own grid, masks above one half, labels in the coding of the traini
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -130,10 +131,9 @@ def write_bundle(folder: Path, trained: TrainedNetwork) -> None:
 
 def _check_is_bundle(folder: Path) -> None:
     """Refuse a folder that `write_bundle` did not write."""
-    try:
+    metadata = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         metadata = json.loads((folder / "configs" / "metadata.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        metadata = None
     if not isinstance(metadata, dict) or "glioforge" not in metadata:
         raise ValueError(f"{folder} is not a MONAI bundle that this program wrote: choose another --output")
     for name in SUBFOLDERS:

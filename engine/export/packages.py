@@ -19,9 +19,6 @@ from models.convert import from_reference, to_reference
 from models.references import Reference, StateDict
 from pipelines.layouts.labels import REGIONS, Coding
 
-NESTED = ("state_dict", "model")
-"""Where training programs put a network's state dict in their checkpoints."""
-
 
 def find_reference(name: str, package: str) -> Reference:
     """What a package has for one of our networks. Raises ValueError if that is nothing."""
@@ -66,7 +63,7 @@ def read_state_dict(path: Path) -> StateDict:
         raise ValueError(
             f"{path} can't be read: {error}; save the state dict alone: torch.save(model.state_dict(), ...)"
         ) from error
-    for name in NESTED:
+    for name in ("state_dict", "model"):  # where training programs put it in their checkpoints
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
