@@ -1,13 +1,13 @@
 """From an image to regions: the network on a crop of its own size, or by sliding window over a volume.
 
-A window is z-scored on its own non-zero voxels, as training crops are, rather than the volume as a whole: the network
-then sees what it was trained on.
+Each window is z-scored on its own non-zero voxels, as training crops are, not the volume as a whole: the network sees
+what it was trained on.
 
 The sliding window has the positions, padding and Gaussian weights of MONAI's `sliding_window_inference` and gives the
-same logits. It is faster and smaller by what it does not do: the sum of weights over a volume is kept from the last
-volume of that size; windows are z-scored into one buffer, without a temporary; logits of any dtype are weighted and
-added to the float32 volume in one pass; and of all windows that hold nothing but zeros, which stay zeros, the network
-sees one. Which ones these are is read from the device once per volume, and nothing else is.
+same logits. It is faster and takes less memory: the sum of weights over a volume is kept from the last volume of that
+size; windows are z-scored into one buffer, without a temporary; logits of any dtype are weighted and added to the
+float32 volume in one pass; and the network sees only one of the windows that hold nothing but zeros, which stay zeros.
+Finding those is the only time that the host waits for the device, once per volume.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sliding_window_logits(
     overlap: float = OVERLAP,
     windows_at_once: int = WINDOWS_AT_ONCE,
 ) -> torch.Tensor:
-    """Logits of whole volumes, from windows that overlap and count by a Gaussian around their centre.
+    """Logits of whole volumes, from overlapping windows weighted by a Gaussian around their centre.
 
     Args:
         network: (N, C, *window) float32 -> (N, R, *window) of any float dtype, for N up to `windows_at_once`. It must
@@ -132,7 +132,7 @@ def window_weights(window: Sequence[int]) -> torch.Tensor:
 
 def _check(image_BCXYZ: torch.Tensor, window: tuple[int, ...], overlap: float, windows_at_once: int) -> None:
     if image_BCXYZ.ndim != 5:
-        raise ValueError(f"image {tuple(image_BCXYZ.shape)} must have five axes, B, C, X, Y and Z; give it the missing")
+        raise ValueError(f"image {tuple(image_BCXYZ.shape)} must have five axes: B, C, X, Y and Z")
     if len(window) != 3 or min(window) < 1:
         raise ValueError(f"window {window} must be three sizes in voxels, such as (128, 128, 64)")
     if not 0 <= overlap < 1:
@@ -166,7 +166,7 @@ def _weights(
 
 
 def _same_windows(volume: torch.Tensor, starts: list[list[int]], window: tuple[int, ...]) -> list[list[Place]]:
-    """All windows in groups of the same content: each by itself, and those with zeros alone in one group."""
+    """All windows in groups of the same content: each by itself, and those of zeros only in one group."""
     empty: list[Place] = []
     groups: list[list[Place]] = []
     occupied = _occupied(volume, starts, window)
@@ -183,7 +183,7 @@ def _same_windows(volume: torch.Tensor, starts: list[list[int]], window: tuple[i
 def _occupied(volume: torch.Tensor, starts: list[list[int]], window: tuple[int, ...]) -> list[list[bool]]:
     """For each image and window, in the order of the product of `starts`: is any voxel of any channel not zero?
 
-    Along one axis after another, so that each voxel is read for the windows of one axis only. By magnitudes, for
+    Along one axis after another, so that each voxel is read for the windows of one axis only. By magnitudes, because
     `any` takes twice as long on a CPU.
     """
     magnitude = volume.amax(1)  # (B, X, Y, Z)

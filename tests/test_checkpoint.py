@@ -210,7 +210,7 @@ def test_a_failed_write_is_reported_at_the_next_save(tmp_path: Path) -> None:
     writer.write("step-00000001", {}, {}, {})
     with pytest.raises(OSError):
         writer.wait()
-    writer.wait()  # told once
+    writer.wait()  # reported once
 
 
 def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_file_without_options_is_refused_by_name(content: bytes, message: str,
         ),
     ],
 )
-def test_values_against_a_rule_are_refused_with_the_value(args: tuple[str, ...], message: str) -> None:
+def test_values_that_break_a_rule_are_refused_by_value(args: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(*args)
 
@@ -249,7 +249,7 @@ def test_a_path_is_the_text_that_is_typed(path: str, tmp_path: Path, monkeypatch
     assert parse("--config", str(file)).data.root == Path(path)
 
 
-def test_a_tilde_is_home_where_a_shell_would_take_it_for_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tilde_is_home_where_a_shell_would_expand_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert parse("--run_dir=~/x").run_dir == Path("/home/somebody/x")
     assert parse("--data.root", "~").data.root == Path("/home/somebody")

@@ -42,7 +42,7 @@ def test_a_network_is_an_entry_in_the_table(bare: TrainedNetwork) -> None:
         build_model("bare", 1, hidden_size=8)
 
 
-def test_what_an_entry_leaves_empty_is_refused(bare: TrainedNetwork, tmp_path: Path) -> None:
+def test_conversions_that_an_entry_lacks_are_refused(bare: TrainedNetwork, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="monai does not have our bare; .* goes with --model.name unetr_monai or unet"):
         find_reference("bare", "monai")
     with pytest.raises(ValueError, match="no other package has our bare: its weights can't be converted"):

@@ -51,9 +51,9 @@ def test_weights_go_to_the_reference_package_and_come_back(name: str, tmp_path: 
     torch.save({"epoch": torch.tensor(1), "state_dict": torch.load(theirs, weights_only=True)}, theirs)
     options = {"model.name": name, **{f"model.{key}": value for key, value in WIDTHS[name].items()}}
     options |= {"data.crop_size_voxels": list(CROP), "data.spacing_mm": [2, 2, 3], "data.release": "brats2018"}
-    told = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    told += ["--data.modalities", "[t1ce,flair]"]
-    assert main([str(theirs), "--from", package, "--output", str(ours), *told]) == 0
+    given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    given += ["--data.modalities", "[t1ce,flair]"]
+    assert main([str(theirs), "--from", package, "--output", str(ours), *given]) == 0
     back = load_trained(ours)
     assert (back.modalities, back.coding, back.epoch) == (("t1c", "flair"), CODINGS["brats2018"], 0)
     assert (back.config.data.spacing_mm, back.validation) == ((2.0, 2.0, 3.0), {})

@@ -94,7 +94,7 @@ def test_the_deviation_of_millions_of_voxels_is_that_of_float64() -> None:
 
 @pytest.mark.parametrize("overlap", [0, 0.1, 0.25, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("window", [1, 5, 16])
-def test_windows_stand_where_monais_stand(window: int, overlap: float) -> None:
+def test_windows_are_where_monais_are(window: int, overlap: float) -> None:
     for size in range(window, 4 * window + 3):
         interval = _get_scan_interval((size,), (window,), 1, (overlap,))
         expected = [place[0].start for place in dense_patch_slices((size,), (window,), interval)]
@@ -141,7 +141,7 @@ def test_logits_in_bfloat16_are_summed_in_float32(size: tuple[int, int, int]) ->
     torch.testing.assert_close(found, torch.full_like(found, 1.5), rtol=1e-6, atol=0)
 
 
-def test_of_windows_with_nothing_in_them_the_network_sees_one() -> None:
+def test_the_network_sees_one_empty_window_for_all() -> None:
     seen: list[torch.Tensor] = []
     net = network()
 
@@ -231,7 +231,7 @@ def test_it_never_holds_more_memory_than_monai(
         ({"image_BCXYZ": torch.zeros(2, 16, 16, 8)}, r"image \(2, 16, 16, 8\) must have five axes"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_value(arguments: dict, says: str) -> None:
+def test_impossible_arguments_are_refused_by_value(arguments: dict, says: str) -> None:
     given = {"image_BCXYZ": scan((2, 16, 16, 8)), "window": (16, 16, 8), **arguments}
     with pytest.raises(ValueError, match=says):
         sliding_window_logits(network(), **given)

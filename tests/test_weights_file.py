@@ -319,7 +319,9 @@ def test_the_error_for_contradicting_values_is_one_line(changes: dict[str, Any],
         ("data", {"spacing_mm": ["x", 1, 1]}),
     ],
 )
-def test_sizes_are_not_believed_before_the_weights_fit(group: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_sizes_in_a_file_are_not_trusted_before_the_weights_fit(
+    group: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     path, config = tmp_path / "huge.pt", to_dict(CONFIG)
     write_content(path, content_of(config=config | {group: config[group] | changes}))
     with pytest.raises(ValueError, match="huge.pt") as raised:
