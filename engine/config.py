@@ -141,12 +141,11 @@ def find_run(resume: str, run_dir: str | None) -> Path | None:
         folder = convert(run_dir if resume == "auto" else resume, Path | None)
     except Misfit as error:
         raise ValueError(f"--resume {shown(resume)} must be {error}") from error
-    if resume == "auto":
-        if folder is not None and not any(folder.glob(f"checkpoints/{STATES}")):
-            return None
-        if folder is None:
-            saved = sorted(Path("runs").glob(f"*/checkpoints/{STATES}"), key=lambda path: path.stat().st_mtime)
-            folder = saved[-1].parent.parent.parent if saved else Path("runs")
+    if resume == "auto" and folder is None:
+        saved = sorted(Path("runs").glob(f"*/checkpoints/{STATES}"), key=lambda path: path.stat().st_mtime)
+        folder = saved[-1].parents[2] if saved else Path("runs")
+    elif resume == "auto" and not any(folder.glob(f"checkpoints/{STATES}")):
+        return None
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"--resume: no run with a checkpoint in {folder}; give the folder that a run wrote")
     return folder
