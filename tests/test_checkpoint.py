@@ -121,6 +121,13 @@ def test_the_error_for_a_part_of_another_type_is_one_line(part: str, tmp_path: P
             load_state(find_state(tmp_path))
 
 
+@pytest.mark.parametrize("changes", [{"truth": [1, 1]}, {"truth": [1, 1, -1]}, {"truth": "abc"}, {"name": 1}, {"x": 1}])
+def test_a_case_with_odd_counts_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, 1, cases=[CASE, CASE | changes])
+    with pytest.raises(ValueError, match="its cases can't be used"):
+        load_state(find_state(tmp_path))
+
+
 def test_the_error_for_a_state_with_other_content_is_one_line(tmp_path: Path) -> None:
     write(tmp_path, 1)
     state, record = (tmp_path / "step-00000001" / name for name in ("state.pt", "about.json"))
