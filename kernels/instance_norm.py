@@ -535,26 +535,12 @@ class _Plan(NamedTuple):
     samples: int
     channels: int
     voxels: int
-    itemsize: int
-    block_c: int
-    chunk: int
-    """Voxels that one program walks."""
-    one_tile: bool
-    """Whether a program holds all voxels of its channels at once."""
-    sizes: dict[str, Any]
-    """Arguments that every kernel over the map takes."""
-
-    @property
-    def rows(self) -> int:
-        return self.samples * self.channels
-
-    @property
-    def blocks(self) -> int:
-        return self.samples * ceil_div(self.channels, self.block_c)
-
-    @property
-    def splits(self) -> int:
-        return ceil_div(self.voxels, self.chunk)
+    kib: int  # voxels of a program's channels in one KiB
+    blocks: int  # programs of one chunk each that cover all samples and channels
+    splits: int  # chunks
+    chunk: int  # voxels that one program walks
+    one_tile: bool  # whether a program holds all voxels of its channels at once
+    sizes: dict[str, Any]  # arguments that every kernel over the map takes
 
     def grid(self, config: dispatch.Config) -> tuple[int, int]:
         return self.blocks, self.splits
@@ -562,10 +548,9 @@ class _Plan(NamedTuple):
     def configs(self, *walks: tuple[int, int, int]) -> list[dispatch.Config]:
         """Candidates for one tile, or for walks of (KiB of one map in a tile, warps, stages)."""
         if self.one_tile:
-            warps = min(max(next_power_of_two(self.voxels) * self.block_c // 256, 1), 16)
+            warps = min(max(self.sizes["BLOCK_S"] * self.sizes["BLOCK_C"] // 256, 1), 16)
             return [{"num_warps": n, "num_stages": 1} for n in (warps, 2 * warps) if n <= 16]
-        voxels = 1024 // self.itemsize // self.block_c
-        return [{"BLOCK_S": kib * voxels, "num_warps": warps, "num_stages": stages} for kib, warps, stages in walks]
+        return [{"BLOCK_S": kib * self.kib, "num_warps": warps, "num_stages": stages} for kib, warps, stages in walks]
 
 
 @cache
@@ -587,7 +572,8 @@ def _plan(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, maps:
         chunk = ceil_div(ceil_div(voxels, splits), step) * step
         own = {"chunk": chunk}
     sizes = {"rows": samples * channels, "C": channels, "S": voxels, "CHANNELS_LAST": channels_last, "BLOCK_C": block_c}
-    return _Plan(samples, channels, voxels, dtype.itemsize, block_c, chunk, one_tile, sizes | own)
+    kib, blocks = 1024 // dtype.itemsize // block_c, samples * ceil_div(channels, block_c)
+    return _Plan(samples, channels, voxels, kib, blocks, ceil_div(voxels, chunk), chunk, one_tile, sizes | own)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -678,11 +664,11 @@ def instance_norm_forward(
 
 
 def _combine_statistics(partial: Tensor, stats: Tensor, eps: float, plan: _Plan, key: str) -> None:
-    block_splits = next_power_of_two(plan.splits)
-    block_rows = min(next_power_of_two(plan.rows), max(COMBINE_TILE // block_splits, 1))
-    args = {"partial_ptr": partial, "stats_ptr": stats, "eps": eps, "rows": plan.rows, "S": plan.voxels}
+    rows, block_splits = plan.samples * plan.channels, next_power_of_two(plan.splits)
+    block_rows = min(next_power_of_two(rows), max(COMBINE_TILE // block_splits, 1))
+    args = {"partial_ptr": partial, "stats_ptr": stats, "eps": eps, "rows": rows, "S": plan.voxels}
     args |= {"chunk": plan.chunk, "splits": plan.splits, "BLOCK_ROWS": block_rows, "BLOCK_SPLITS": block_splits}
-    grid = ceil_div(plan.rows, block_rows), stats.shape[0] // 2
+    grid = ceil_div(rows, block_rows), stats.shape[0] // 2
     dispatch.launch(norm_combine_kernel, lambda config: grid, args, [{"num_warps": 4, "num_stages": 1}], key)
 
 
@@ -736,7 +722,7 @@ def instance_norm_backward(
         args = {**common, **write, "dy_ptr": dy, "sums_ptr": sums}
         dispatch.launch(norm_backward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(), key)
         if any(gradient.numel() for gradient in of_channels):
-            _combine_gradients(sums, None, *of_channels, False, plan, key)
+            _combine_gradients(sums, None, of_channels, False, plan, key)
     else:
         means = sums.new_empty(sums.shape[:3])
         writes_g = residual is not None and not residual_norm
@@ -744,7 +730,7 @@ def instance_norm_backward(
         tile = 2 if residual_norm else 4  # registers for a third map and one more sum
         configs = plan.configs((tile, 4, 3), (tile, 4, 1), (tile, 8, 3), (2 * tile, 8, 2), (2, 4, 2))
         dispatch.launch(norm_gradient_sums_kernel, plan.grid, args, configs, key)
-        _combine_gradients(sums, means, *of_channels, residual_norm, plan, key)
+        _combine_gradients(sums, means, of_channels, residual_norm, plan, key)
         args = {**common, **write, "g_ptr": dy, "means_ptr": means}
         if writes_g:
             args |= {"g_ptr": dresidual, "r_ptr": None, "dr_ptr": None, "slope_ptr": None, "slope": None}
@@ -756,18 +742,12 @@ def instance_norm_backward(
 
 
 def _combine_gradients(
-    sums: Tensor,
-    means: Tensor | None,
-    dweight: Tensor,
-    dbias: Tensor,
-    dslope: Tensor,
-    residual_norm: bool,
-    plan: _Plan,
-    key: str,
+    sums: Tensor, means: Tensor | None, of_channels: tuple[Tensor, ...], residual_norm: bool, plan: _Plan, key: str
 ) -> None:
+    """Means, and the gradients of weight, bias and slope that have elements."""
     block_splits = next_power_of_two(plan.splits)
     args = {"sums_ptr": sums, "means_ptr": means, "N": plan.samples, "C": plan.channels, "S": plan.voxels}
-    for name, gradient in (("dweight_ptr", dweight), ("dbias_ptr", dbias), ("dslope_ptr", dslope)):
+    for name, gradient in zip(("dweight_ptr", "dbias_ptr", "dslope_ptr"), of_channels):
         args[name] = gradient if gradient.numel() else None
     args |= {"splits": plan.splits, "NORMALISED": residual_norm, "BLOCK_SPLITS": block_splits}
     args |= {"BLOCK_N": min(next_power_of_two(plan.samples), max(COMBINE_TILE // block_splits, 1))}
@@ -867,30 +847,19 @@ def _check_channels(name: str, tensor: Tensor | None, x: Tensor, sizes: tuple[in
     check_same_device(name, tensor, "x", x)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    negative_slope: float | Tensor | None,
-    residual: Tensor | None,
-    residual_norm: bool,
-) -> None:
+def _check(x: Any, weight: Any, bias: Any, eps: Any, negative_slope: Any, residual: Any, residual_norm: bool) -> None:
     check_floats("x", x, "batch, channels, X, Y, Z")
     if not isinstance(eps, Real) or not 0 < eps < math.inf:
-        raise ValueError(
-            f"eps {eps!r} must be a positive number: a constant channel has variance 0; the usual value is 1e-5"
-        )
+        rule = "must be a positive number: a constant channel has variance 0"
+        raise ValueError(f"eps {eps!r} {rule}; the usual value is 1e-5")
     channels = x.shape[1]
     _check_channels("weight", weight, x, (channels,))
     _check_channels("bias", bias, x, (channels,))
     if isinstance(negative_slope, Tensor):
         _check_channels("negative_slope", negative_slope, x, (1, channels))
     elif negative_slope is not None and not (isinstance(negative_slope, Real) and abs(negative_slope) < math.inf):
-        raise ValueError(
-            f"negative_slope {negative_slope!r} must be a finite number, or a tensor of 1 or {channels}; None means "
-            "no activation"
-        )
+        rule = f"must be a finite number, or a tensor of 1 or {channels}"
+        raise ValueError(f"negative_slope {negative_slope!r} {rule}; None means no activation")
     if residual is not None:
         check_is_tensor("residual", residual)
         check_alike("residual", residual, "x", x)

@@ -155,22 +155,16 @@ def shift_warnings(scan: dict[str, list[float]], known: dict[str, Any], modaliti
         return found
     largest, known_largest = max(scan["spacing_mm"]), max(high for _, high in known["spacing_mm"])
     if largest > SPACING_FACTOR * known_largest:
-        found.append(
-            f"voxels are up to {largest:.3g} mm long, in training they were up to {known_largest:.3g} mm: the scan "
-            "lacks details that the network looks for"
-        )
+        fault = f"voxels are up to {largest:.3g} mm long, in training they were up to {known_largest:.3g} mm"
+        found.append(f"{fault}: the scan lacks details that the network looks for")
     for name, share, (low, high) in zip(modalities, scan["occupied"], known["occupied"]):
         if share and not low - OCCUPIED_SLACK <= share <= high + OCCUPIED_SLACK:
-            found.append(
-                f"{100 * share:.0f} % of {name} is not zero, in training {_span(100 * low, 100 * high, '.0f')} %: is "
-                "it skull-stripped, with a background of zero?"
-            )
+            fault = f"{100 * share:.0f} % of {name} is not zero, in training {_span(100 * low, 100 * high, '.0f')} %"
+            found.append(f"{fault}: is it skull-stripped, with a background of zero?")
     for name, share, ratio, (low, high) in zip(modalities, scan["occupied"], scan["contrast"], known["contrast"]):
         if share and not low - CONTRAST_SLACK <= ratio <= high + CONTRAST_SLACK:
-            found.append(
-                f"the mean of {name} is {ratio:.2g} deviations, in training {_span(low, high, '.2g')}: is it that "
-                "modality, with the scanner's own intensities?"
-            )
+            fault = f"the mean of {name} is {ratio:.2g} deviations, in training {_span(low, high, '.2g')}"
+            found.append(f"{fault}: is it that modality, with the scanner's own intensities?")
     return [*found, *_nearly_same(scan, known, modalities), *_reordered(scan, known, modalities)]
 
 
