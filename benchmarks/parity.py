@@ -49,8 +49,7 @@ from engine.step import LossConfig, TrainConfig
 from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
-from models import NETWORKS
-from models.convert import to_reference
+from models import NETWORKS, to_reference
 from pipelines.basics.machine import cache_dir
 from pipelines.basics.tables import percent
 from pipelines.layouts.labels import REGIONS

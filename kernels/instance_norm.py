@@ -849,7 +849,7 @@ def _check_channels(name: str, tensor: Tensor | None, x: Tensor, sizes: tuple[in
 
 def _check(x: Any, weight: Any, bias: Any, eps: Any, negative_slope: Any, residual: Any, residual_norm: bool) -> None:
     check_floats("x", x, "batch, channels, X, Y, Z")
-    if not isinstance(eps, Real) or not 0 < eps < math.inf:
+    if not isinstance(eps, Real) or not 0 < float(eps) < math.inf:
         rule = "must be a positive number: a constant channel has variance 0"
         raise ValueError(f"eps {eps!r} {rule}; the usual value is 1e-5")
     channels = x.shape[1]
@@ -857,7 +857,9 @@ def _check(x: Any, weight: Any, bias: Any, eps: Any, negative_slope: Any, residu
     _check_channels("bias", bias, x, (channels,))
     if isinstance(negative_slope, Tensor):
         _check_channels("negative_slope", negative_slope, x, (1, channels))
-    elif negative_slope is not None and not (isinstance(negative_slope, Real) and abs(negative_slope) < math.inf):
+    elif negative_slope is not None and not (
+        isinstance(negative_slope, Real) and abs(float(negative_slope)) < math.inf
+    ):
         rule = f"must be a finite number, or a tensor of 1 or {channels}"
         raise ValueError(f"negative_slope {negative_slope!r} {rule}; None means no activation")
     if residual is not None:

@@ -2,7 +2,7 @@
 
     unetr         UNETR of self-attention-cv 1.2.3, the seed's: 49,667,123 parameters at 4 x 128 x 128 x 64
     unetr_monai   UNETR of MONAI 1.6.1 with a convolution as patch embedding: 102,253,107 (MONAI counts 18,432 more
-                  that it never uses: see models/convert.py)
+                  that it never uses: see models/references.py)
     unet          residual UNet of MONAI: 4,810,074
 
 Every network takes (B, in_channels, X, Y, Z) and gives logits (B, out_channels, X, Y, Z). They know nothing of devices,
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import nn
 
 from kernels.attention import MAX_HEAD_DIM
-from models.references import MONAI_UNET, MONAI_UNETR, SELF_ATTENTION_CV_UNETR, Reference
+from models.references import MONAI_UNET, MONAI_UNETR, SELF_ATTENTION_CV_UNETR, Reference, StateDict
 from models.unet import UNet
 from models.unetr import MONAI, SELF_ATTENTION_CV, UNETR, Variant
 
@@ -193,3 +193,33 @@ def build_model(
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: {name} does not have this option; it takes {', '.join(usual)}")
     return network.build(in_channels, out_channels, img_size, **usual | given)
+
+
+def from_reference(name: str, state_dict: StateDict, num_heads: int = 10) -> StateDict:
+    """Weights of a reference model as weights of ours.
+
+    Args:
+        name: of our network, in `NETWORKS`.
+        state_dict: of the reference model, any widths.
+        num_heads: heads of the reference model; used for "unetr" only.
+
+    Returns:
+        state dict that `build_model(name, ...)` of the same widths loads with strict=True.
+
+    Raises:
+        ValueError: an unknown name, or one without a reference; keys missing or unexpected, which are named; heads that
+            do not fit.
+    """
+    return _reference(name).to_ours(name, state_dict, num_heads)
+
+
+def to_reference(name: str, state_dict: StateDict, num_heads: int = 10) -> StateDict:
+    """Weights of ours as weights of the reference model: the inverse of `from_reference`, same arguments and errors."""
+    return _reference(name).from_ours(name, state_dict, num_heads)
+
+
+def _reference(name: str) -> Reference:
+    reference = find_network(name).reference
+    if reference is None:
+        raise ValueError(f"no other package has our {name}: its weights can't be converted")
+    return reference

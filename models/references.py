@@ -1,11 +1,13 @@
-"""The reference packages' classes, and how their weights are named.
+"""The reference packages' classes, and their weights as ours and back, exactly; `models.from_reference` takes a name.
 
     "unetr"        self-attention-cv 1.2.3   self_attention_cv.UnetTr.UNETR
     "unetr_monai"  MONAI 1.6.1               monai.networks.nets.UNETR
     "unet"         MONAI 1.6.1               monai.networks.nets.UNet with strides (2, 2, 2, 2) and num_res_units=2
 
-The key tables pair our module's name with the reference's; a state dict's keys are those names plus weight or bias.
-Values pass through unchanged, except:
+The key tables pair our module's name with the reference's; a state dict's keys are those names plus weight or bias. A
+key that is missing, or that no table foresees, is an error. One module depends on the widths: the UNETRs' first
+residual block has a projection (`stem.conv3`) only where feature_size differs from in_channels, as the shape of its
+first convolution shows. Values pass through unchanged, except:
 
 - the fused projection of self-attention-cv: its rows are ordered (feature, q|k|v, head), ours (q|k|v, head, feature),
   so rows are permuted. The number of heads cannot be read from the weights (510 rows a projection are 10 x 51 and
@@ -33,6 +35,7 @@ from models.vit import NUM_LAYERS, PATCH_SIZE
 StateDict = dict[str, Tensor]
 Pairs = list[tuple[str, str]]
 
+STEM = "stem.conv1.weight"  # (feature_size, in_channels, 3, 3, 3)
 PERCEPTRON = "vit.patch_embedding.patch_embeddings.1."
 PATCHES = "vit.patch_embedding.patch_embeddings."
 UNUSED = re.compile(r"vit\.blocks\.\d+\.norm_cross_attn\.(weight|bias)")
@@ -57,6 +60,38 @@ class Reference:
     keys: Mapping[str, str]
     incoming: Callable[[StateDict, int], StateDict] = lambda state_dict, num_heads: state_dict
     outgoing: Callable[[StateDict, int], StateDict] = lambda state_dict, num_heads: state_dict
+
+    def to_ours(self, name: str, state_dict: StateDict, num_heads: int) -> StateDict:
+        """`models.from_reference` of the network with this name."""
+        table = {theirs: ours for ours, theirs in self._key_table(state_dict).items()}
+        return _rename(self.incoming(state_dict, num_heads), table, f"the reference of {name!r}")
+
+    def from_ours(self, name: str, state_dict: StateDict, num_heads: int) -> StateDict:
+        """`models.to_reference` of the network with this name."""
+        renamed = _rename(state_dict, self._key_table(state_dict), f"our {name!r}")
+        return self.outgoing(renamed, num_heads)
+
+    def _key_table(self, state_dict: StateDict) -> Mapping[str, str]:
+        """Our key -> the package's, without the stem's projection if a state dict, ours or theirs, has none."""
+        stem = state_dict.get(STEM, state_dict.get(self.keys.get(STEM, "")))
+        if stem is None or stem.shape[0] != stem.shape[1]:
+            return self.keys
+        return {ours: theirs for ours, theirs in self.keys.items() if not ours.startswith("stem.conv3.")}
+
+
+def _rename(state_dict: StateDict, table: Mapping[str, str], what: str) -> StateDict:
+    missing, unexpected = sorted(table.keys() - state_dict.keys()), sorted(state_dict.keys() - table.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"these are not the weights of {what}: {len(missing)} keys missing{_first(missing)}, "
+            f"{len(unexpected)} unexpected{_first(unexpected)}; give the state_dict of that model alone, without any "
+            "prefix"
+        )
+    return {new: state_dict[old] for old, new in table.items()}
+
+
+def _first(keys: list[str]) -> str:
+    return f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
 
 
 def _block_pairs(ours: str, theirs: str, names: dict[str, str]) -> Pairs:

@@ -7,7 +7,7 @@
 Facts that decide the code:
 - Query, key and value come from one projection whose rows are ordered (q|k|v, head, feature), so each of the three is
   a strided view (B, H, N, D / H) of its result with adjacent features. self-attention-cv orders them (feature, q|k|v,
-  head); models/convert.py permutes the rows of its weights.
+  head); models/references.py permutes the rows of its weights.
 - A head has dim // heads features: 51 for 512 / 10, so the projection is then 3 x 510 wide, not 3 x 512.
 - self-attention-cv and MONAI differ in four ways only: which layers they take (`layers`), biases of the patch
   embedding and of the attention's output projection (`bias`), a last LayerNorm on the deepest tokens (`final_norm`),

@@ -37,7 +37,7 @@ from engine.data import DataConfig, PhantomConfig
 from engine.ranks.distributed import Ranks
 from kernels import dispatch
 from kernels.dice_ce import region_masks
-from models.convert import to_reference
+from models import to_reference
 from pipelines.phantom import make_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,7 @@ import torch
 from monai.networks import nets
 from torch import Tensor, nn
 
-from models import NETWORKS, build_model, check_img_size, parameter_count
-from models.convert import from_reference, to_reference
+from models import NETWORKS, build_model, check_img_size, from_reference, parameter_count, to_reference
 
 IMG_SIZE = (48, 32, 16)
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12, "bf16": 0.05}

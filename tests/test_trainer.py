@@ -33,8 +33,7 @@ from engine.step import LossConfig, TrainConfig, TrainingStep
 from engine.trainer import Trainer
 from engine.weights_file import read_content
 from kernels.dice_ce import region_masks
-from models import build_model
-from models.convert import to_reference
+from models import build_model, to_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 CROP = (32, 32, 16)

@@ -14,8 +14,7 @@ from engine.config import Config, to_dict
 from engine.network import make_model, widths_of
 from engine.trained import TrainedNetwork, mismatch
 from engine.weights_file import Unreadable, WeightsFile, read_archive
-from models import NETWORKS
-from models.convert import from_reference, to_reference
+from models import NETWORKS, from_reference, to_reference
 from models.references import Reference, StateDict
 from pipelines.layouts.labels import REGIONS, Coding
 

@@ -166,11 +166,10 @@ def raw_pipeline(sources: Sequence[Callable[[], Any]], device: str, extras: Augm
     return (*augmented(image, label, scale, shift, extras, rest), tag)
 
 
-def resample_pipeline(names: Sequence[str], device: str) -> Any:
-    """`resample` of what is fed to `names`, the fields of `ResampleInputs`."""
-    box, support, start, end, size = [
-        fn.external_source(name=name, layout=layout, no_copy=True) for name, layout in zip(names, LAYOUTS)
-    ]
+def resample_pipeline(device: str) -> Any:
+    """`resample` of what is fed to the names of `ResampleInputs`."""
+    named = zip(ResampleInputs._fields, LAYOUTS)
+    box, support, start, end, size = [fn.external_source(name=n, layout=layout, no_copy=True) for n, layout in named]
     if device == "gpu":
         box, support = box.gpu(), support.gpu()
     return resample(box, support, start, end, size)
@@ -197,4 +196,4 @@ def resample_case(raw: RawCase, grid: Grid, device: torch.device) -> NDArray[np.
 
 @lru_cache
 def _resample_pipeline(device: torch.device) -> Any:
-    return build_pipeline(resample_pipeline, device, ResampleInputs._fields)
+    return build_pipeline(resample_pipeline, device)
