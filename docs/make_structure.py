@@ -47,7 +47,7 @@ class File(NamedTuple):
     folder: str  # such as "engine/reports"
     lines: int
     summary: str  # the first line of its docstring
-    imports: frozenset[str]  # names of modules
+    imports: set[str]  # names of modules
 
 
 class Box(NamedTuple):
@@ -66,22 +66,16 @@ class Box(NamedTuple):
 
 
 def read_files(root: Path) -> dict[str, File]:
-    """The modules of a checkout by dotted name; a package's own name is its `__init__`.
-
-    Raises:
-        SyntaxError: a file that does not parse.
-    """
+    """The modules of a checkout by dotted name; a package's own name is its `__init__`."""
     found = sorted(path for package in (*PACKAGES, *USERS) for path in (root / package).rglob("*.py"))
     names = [path.relative_to(root).with_suffix("").as_posix().removesuffix("/__init__") for path in found]
     paths = {name.replace("/", "."): path for name, path in zip(names, found)}
     files = {}
     for name, path in paths.items():
-        text = path.read_text(encoding="utf-8")
+        text, folder = path.read_text(encoding="utf-8"), path.parent.relative_to(root).as_posix()
         tree = ast.parse(text, str(path))
-        folder = path.parent.relative_to(root).as_posix()
         summary = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".:")
-        imports = _imported(tree, folder.split("/"), paths) - {name}
-        files[name] = File(folder, text.count("\n"), summary, frozenset(imports))
+        files[name] = File(folder, text.count("\n"), summary, _imported(tree, folder.split("/"), paths) - {name})
     return files
 
 
@@ -107,7 +101,7 @@ def within(files: Mapping[str, File], *folders: str) -> dict[str, File]:
 
 def file_graph(files: Mapping[str, File]) -> dict[str, set[str]]:
     """The imports of some files among themselves."""
-    return {name: set(file.imports & files.keys()) for name, file in files.items()}
+    return {name: file.imports & files.keys() for name, file in files.items()}
 
 
 def folder_graph(files: Mapping[str, File]) -> dict[str, set[str]]:
@@ -123,16 +117,12 @@ def find_circle(graph: Graph) -> list[str]:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        return list(reversed(error.args[1]))
+        return error.args[1][::-1]
     return []
 
 
 def floors(graph: Graph) -> dict[str, int]:
-    """The floor of each name: 1 if it imports none of the others, else one above the highest that it imports.
-
-    Raises:
-        CycleError: the imports form a circle.
-    """
+    """The floor of each name: 1 if it imports none of the others, else one above the highest that it imports."""
     floor: dict[str, int] = {}
     for name in TopologicalSorter(graph).static_order():
         floor[name] = 1 + max((floor[other] for other in graph[name]), default=0)
@@ -163,12 +153,8 @@ def without_implied(graph: Graph) -> dict[str, set[str]]:
 def arrange(graph: Graph, sizes: Mapping[str, int]) -> tuple[list[list[str]], dict[str, Box]]:
     """Boxes in rows: a folder is below all that import it, as high as that allows; at the bottom if it imports nothing.
 
-    Args:
-        graph: folders and what they import. sizes: the files of each.
-
-    Returns:
-        what each arrow passes, row by row: a folder, lanes (gaps in rows that it goes through), a folder; the box of
-        each folder and lane.
+    From folders, what they import, and the number of files in each. Returns what each arrow passes, row by row: a
+    folder, lanes (gaps in rows that it goes through), a folder; and the box of each folder and lane.
     """
     row_of = floors({name: {other for other in graph if name in graph[other]} for name in graph})
     row_of |= {name: max(row_of.values()) for name, others in graph.items() if not others}
@@ -199,13 +185,7 @@ def arrange(graph: Graph, sizes: Mapping[str, int]) -> tuple[list[list[str]], di
 
 
 def draw(files: Mapping[str, File]) -> str:
-    """The folders of some files as an SVG picture, each with its files and above the folders that it imports.
-
-    Arrows that chains of others imply are not drawn.
-
-    Raises:
-        CycleError: the folders' imports form a circle.
-    """
+    """The folders of some files as SVG, each above those that it imports; arrows that others imply are not drawn."""
     graph = without_implied(folder_graph(files))
     summaries: dict[str, dict[str, str]] = {folder: {} for folder in graph}
     about = dict.fromkeys(graph, "")
@@ -215,9 +195,7 @@ def draw(files: Mapping[str, File]) -> str:
         else:
             summaries[file.folder][name.rpartition(".")[2]] = file.summary
     arrows, boxes = arrange(graph, {folder: len(inside) for folder, inside in summaries.items()})
-    shapes = [
-        line for folder in graph for line in _draw_folder(folder, about[folder], summaries[folder], boxes[folder])
-    ]
+    shapes: list[str] = sum((_draw_folder(name, about[name], summaries[name], boxes[name]) for name in graph), [])
     for first, *lanes, last in ([boxes[name] for name in arrow] for arrow in arrows):
         points = [(first.nearest([*lanes, last][0].nearest(WIDTH / 2)), first.y + first.height)]
         points += [(lane.x, y) for lane in lanes for y in (lane.y, lane.y + lane.height)]
