@@ -68,20 +68,13 @@ def _build_unetr(
     if num_heads > hidden_size:
         raise ValueError(f"num_heads {num_heads} must be at most hidden_size {hidden_size}: each head needs a feature")
     if hidden_size // num_heads > MAX_HEAD_DIM:
-        raise ValueError(
-            f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size // num_heads} features "
-            f"each; the limit is {MAX_HEAD_DIM}: use num_heads {-(-hidden_size // MAX_HEAD_DIM)} or more"
-        )
+        fault = f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size // num_heads} features each"
+        enough = -(-hidden_size // MAX_HEAD_DIM)
+        raise ValueError(f"{fault}; the limit is {MAX_HEAD_DIM}: use num_heads {enough} or more")
     if variant is MONAI and hidden_size % num_heads:
-        raise ValueError(
-            f"hidden_size {hidden_size} must be divisible by num_heads {num_heads} for MONAI's UNETR; "
-            f"try hidden_size {-(-hidden_size // num_heads) * num_heads}"
-        )
+        fault = f"hidden_size {hidden_size} must be divisible by num_heads {num_heads} for MONAI's UNETR"
+        raise ValueError(f"{fault}; try hidden_size {-(-hidden_size // num_heads) * num_heads}")
     return UNETR(variant, in_channels, out_channels, img_size, **widths)
-
-
-def _build_unet(in_channels: int, out_channels: int, img_size: Sequence[int], feature_size: int) -> nn.Module:
-    return UNet(in_channels, out_channels, feature_size)
 
 
 def _widths(variant: Variant) -> dict[str, int]:
@@ -109,7 +102,7 @@ NETWORKS: dict[str, Network] = {
         published=Published(180, 0.761),
     ),
     "unet": Network(
-        _build_unet,
+        lambda in_channels, out_channels, _, feature_size: UNet(in_channels, out_channels, feature_size),
         title="UNet",
         colour="#0072b2",
         widths={"feature_size": 16},

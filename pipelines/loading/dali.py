@@ -10,12 +10,10 @@ in the order of the published MONAI chain:
 
 Extra augmentations (augment.py), if any, come before and after the z-score.
 
-Crop and flip are one copy, which Python makes between two batches. DALI does the rest in its own threads or on its own
-CUDA streams, `PREFETCH` batches ahead of the training step. On a CPU the mean and deviation are computed while the crop
-is in cache (`volumes.nonzero_mean_std`): DALI's reductions over all but the channels take four times as long there. On
-a GPU they are part of the pipeline. loaders.py decides which batches come.
-
-DALI is imported when the first pipeline is built.
+Crop and flip are one copy, which Python makes between two batches. DALI, imported with the first pipeline, does the
+rest in its own threads or CUDA streams, `PREFETCH` batches ahead of the training step. On a CPU the mean and
+deviation are computed while the crop is in cache (`volumes.nonzero_mean_std`): DALI's reductions over all but the
+channels take four times as long there. On a GPU they are part of the pipeline. loaders.py decides which batches come.
 
 Axes. Volumes are (X, Y, Z, C), DALI's layout DHWC; X, Y, Z are the axes of RAS. Yielded images are (B, C, X, Y, Z).
 """
@@ -119,9 +117,8 @@ def val_pipeline(
 
 def _crops(sources: Sequence[Callable[[], Any]], device: str, in_place: bool, numbers: int) -> list[Any]:
     """Nodes of image and label, on `device`, and of the numbers of each sample, on the CPU."""
-    where = device if in_place else "cpu"
-    image, label, *rest = external_inputs(sources, ["DHWC", "DHWC"], numbers, where)
-    if where != device:
+    image, label, *rest = external_inputs(sources, ["DHWC", "DHWC"], numbers, device if in_place else "cpu")
+    if device == "gpu" and not in_place:
         image, label = image.gpu(), label.gpu()
     return [image, label, *rest]
 
@@ -130,9 +127,8 @@ def external_inputs(
     sources: Sequence[Callable[[], Any]], layouts: list[str], numbers: int, device: str = "cpu"
 ) -> list[Any]:
     """Nodes of the volumes of a batch, on `device`, and of its numbers: two sources, as each has one device."""
-    volumes = fn.external_source(
-        sources[0], num_outputs=len(layouts), layout=layouts, device=device, no_copy=device == "cpu"
-    )
+    where = {"device": device, "no_copy": device == "cpu"}
+    volumes = fn.external_source(sources[0], num_outputs=len(layouts), layout=layouts, **where)
     return [*volumes, *fn.external_source(sources[1], num_outputs=numbers, no_copy=True)]
 
 

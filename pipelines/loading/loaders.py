@@ -145,10 +145,8 @@ class CropLoader:
         """Scales, shifts and inputs of the extra augmentations of a batch, as the pipeline takes them."""
         scales, shifts = np.array([(draw.scale, draw.shift) for draw in draws], np.float32).T.copy()
         channels, extras = len(self.cases.modalities), self.crops.extras
-        drawn = [
-            draw_augment(generator(self.crops.seed, epoch, position, stream=1), extras, channels)
-            for _, position in self._batch(epoch, step)
-        ]
+        streams = (generator(self.crops.seed, epoch, position, stream=1) for _, position in self._batch(epoch, step))
+        drawn = [draw_augment(stream, extras, channels) for stream in streams]
         return scales, shifts, *pipeline_inputs(extras, drawn, self.crops.crop_size, channels).values()
 
 

@@ -61,7 +61,7 @@ def draw_sample(
     foreground: NDArray[np.int32],
     foreground_prob: float,
 ) -> CropDraw:
-    """CropDraw the crop, flip, scale and shift of one sample.
+    """Draw the crop, flip, scale and shift of one sample.
 
     The start is uniform over all crops that fit, as in MONAI's RandSpatialCrop; with probability `foreground_prob` the
     crop is centred on a random tumour voxel instead, and shifted to stay inside the volume.

@@ -151,11 +151,10 @@ Volumes = MappedVolumes | LoadedVolumes
 
 def open_volumes(store: Store, cases: Sequence[int], options: LoaderOptions, title: str) -> Volumes:
     """The volumes of some cases, by index, where `choose_residence` puts them. Raises as that."""
-    nbytes = store.nbytes(cases)
-    chosen = choose_residence(nbytes, options.device, options.residence, options.ranks_on_node, title)
-    if chosen == "mapped":
-        return MappedVolumes(store)
-    return LoadedVolumes(store, cases, options.device, pinned=chosen == "pinned")
+    where = options.device, options.residence, options.ranks_on_node
+    chosen = choose_residence(store.nbytes(cases), *where, title)
+    pinned = chosen == "pinned"
+    return MappedVolumes(store) if chosen == "mapped" else LoadedVolumes(store, cases, options.device, pinned)
 
 
 def choose_residence(

@@ -121,13 +121,11 @@ def _by_workers(
     parts = [(list(cases), workers)]
     while parts:
         left, count = parts.pop()
-        try:
-            with contextlib.closing(_in_processes(task, list(left), count)) as finished:
-                for case, result in finished:
-                    left.remove(case)
-                    yield case, result
-        except BrokenProcessPool:
-            pass
+        finished = contextlib.closing(_in_processes(task, list(left), count))
+        with contextlib.suppress(BrokenProcessPool), finished as results:
+            for case, result in results:
+                left.remove(case)
+                yield case, result
         if left and count == 1:
             problem = "its process was killed, perhaps because memory ran out"
             yield left[0], CaseFailure(left[0].images[0], problem, _LESS_MEMORY)

@@ -9,18 +9,17 @@ a power of two so that nothing overflows, and what is too small for float16 beco
 means "outside the head" to the z-score.
 
 The key is a hash of the content of the input files, of the options (spacing, modalities, channels, label values) and of
-the format's version: other data or options make other files, and one folder serves any number of experiments.
-`index.json` keeps the hash of a file by path, size, inode and times, so a second run opens no scan.
+the format's version: other data or options make other files, and one folder serves any number of experiments. A second
+run opens no scan, as `index.json` keeps the hashes of the files.
 
-Every file is written under a temporary name and moved into place, the `.json` last: a case without it does not exist.
-So a run may be killed at any point and started again, and several runs may fill one folder at once: at worst both write
-the same bytes. Temporary files of dead runs are removed at the next start.
+Every file is written whole or not at all, the `.json` last: a case without it does not exist. So a run may be killed at
+any point and started again, and several may fill one folder at once: at worst both write the same bytes.
 
 Each `.npy`, its header included, is compared with its checksum when it is first opened; one that is damaged or gone is
 prepared again from the scans, with a warning. A `.json` holds its own checksum, and a damaged one counts as missing.
 
-Cases are prepared in processes (pipelines/preparing/processes.py), each one case at a time, and only its record and
-hashes come back: memory is about 0.4 GB per worker, however many cases there are.
+Cases are prepared in processes (processes.py), and only their records and hashes come back: memory is about 0.4 GB per
+worker, however many cases there are.
 """
 
 from __future__ import annotations
@@ -233,12 +232,9 @@ def prepare(
 
 def _record_of(options: PrepareOptions, case: Case, index: Mapping[str, FileHash]) -> dict[str, Any] | None:
     """The record of a case, if it is prepared and the index knows the hashes of its scans."""
-    hashes = {}
-    for path in files_of(case):
-        known = index.get(str(path.absolute()))
-        if known is None or not is_unchanged(path, known):
-            return None
-        hashes[path] = known
+    hashes = {path: index[str(path.absolute())] for path in files_of(case) if str(path.absolute()) in index}
+    if len(hashes) < len(files_of(case)) or not all(is_unchanged(path, known) for path, known in hashes.items()):
+        return None
     return read_record(options, case, options.key(case, hashes))
 
 
