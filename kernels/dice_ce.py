@@ -593,10 +593,8 @@ def _check_tensors(logits: Tensor, labels: Tensor) -> None:
     check_floats("logits", logits, "batch, regions, X, Y, Z")
     check_is_tensor("labels", labels)
     if labels.dtype != torch.uint8:
-        raise ValueError(
-            f"labels of {labels.dtype} must be a uint8 label map, not one channel per region: convert with "
-            "labels.to(torch.uint8)"
-        )
+        rule = "must be a uint8 label map, not one channel per region"
+        raise ValueError(f"labels of {labels.dtype} {rule}: convert with labels.to(torch.uint8)")
     expected = (logits.shape[0], *logits.shape[2:])
     if labels.shape != expected:
         given, shape = tuple(labels.shape), tuple(logits.shape)
@@ -623,16 +621,13 @@ def _check_regions(
     for region in regions:
         values = _label_values(region)
         if not values:
-            raise ValueError(
-                f"region {region!r} must name at least one label value, integers from 0 to 255, in a sequence of "
-                "its own: ((1,), (2,)) for regions of one label each"
-            )
+            rule = "must name at least one label value, integers from 0 to 255, in a sequence of its own"
+            raise ValueError(f"region {region!r} {rule}: ((1,), (2,)) for regions of one label each")
         checked.append(values)
     if len(checked) != channels:
-        raise ValueError(
-            f"{len(checked)} regions {regions} for logits of {channels} channels; give one region "
-            "per channel, or build the model with as many output channels as regions"
-        )
+        fault = f"{len(checked)} regions {regions} for logits of {channels} channels"
+        remedy = "give one region per channel, or build the model with as many output channels as regions"
+        raise ValueError(f"{fault}; {remedy}")
     outside = _label_values(background)
     if outside is None:
         raise ValueError(f"background {background!r} must be a sequence of label values, integers from 0 to 255: (0,)")

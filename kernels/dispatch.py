@@ -54,9 +54,6 @@ _SDPA_BACKENDS = (
     SDPBackend.MATH,
 )
 
-_FASTER_ON_CPU = ("instance_norm",)
-"""Operations for which PyTorch has something faster than the reference on a CPU."""
-
 _mode: Kernels = "auto"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -214,7 +211,7 @@ def path(op: str, x: Tensor, key: str) -> OpPath:
     if refusal:
         if _mode == "triton":
             raise ValueError(f"kernels 'triton': {refusal}; leave the choice to 'auto', or move the tensors")
-        return "torch" if op in _FASTER_ON_CPU and x.device.type == "cpu" else "reference"
+        return "torch" if op == "instance_norm" and x.device.type == "cpu" else "reference"  # PyTorch's group_norm
     if _mode == "auto" and _faster_of_pytorch(f"{op} {key}", _direction(x), x.device):
         return "torch"
     return "triton"

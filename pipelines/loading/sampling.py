@@ -67,11 +67,9 @@ def draw_sample(
     crop is centred on a random tumour voxel instead, and shifted to stay inside the volume.
 
     Args:
-        seed: of the run.
-        epoch: counted from 0.
+        seed, epoch: of the run; counted from 0.
         position: of the sample in the epoch's padded order, over all ranks.
-        volume_shape: (X, Y, Z) in voxels, padded to at least `crop_size`.
-        crop_size: (X, Y, Z) in voxels.
+        volume_shape, crop_size: (X, Y, Z) in voxels; the volume is padded to at least the crop.
         foreground: tumour voxels to centre on, (K, 3), in the unpadded volume; with K = 0 the start is uniform.
         foreground_prob: 0 to 1.
     """
