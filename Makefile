@@ -23,7 +23,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# self-attention-cv asks for torchvision, of which the parity tests need nothing: hence --no-deps.
+# self-attention-cv asks for torchvision, but the parity tests need nothing of it: hence --no-deps.
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'

@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu_suite.sh                      tests tune bench train
 #   bash benchmarks/gpu_suite.sh tune bench           these alone
-#   bash benchmarks/gpu_suite.sh pipeline parity      the rest, which the four above leave out
+#   bash benchmarks/gpu_suite.sh pipeline parity      the rest, not run without arguments
 #
 #   tests     the tests marked gpu
 #   tune      every configuration of every kernel; writes kernels/tuned.json
@@ -48,7 +48,7 @@ run() { # share of what is left of the section (4: a quarter), name of the log, 
     status=1
     return 1
   fi
-  # A shell may ignore the interrupt for what it runs, and so would Python, unless told otherwise.
+  # A shell may ignore the interrupt for what it runs, and so would Python by default.
   timeout -s INT -k 10 "$left" env --default-signal=INT "$@" >"$logs/$name.log" 2>&1 || code=$?
   echo "$name: $((SECONDS - started)) s, $([[ $code == 0 ]] && echo done || echo "failed with status $code")"
   if ((code != 0)); then

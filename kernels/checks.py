@@ -19,8 +19,7 @@ def check_floats(name: str, tensor: object, axes: str) -> None:
     check_is_tensor(name, tensor)
     assert isinstance(tensor, Tensor)
     if tensor.dim() != axes.count(",") + 1 or 0 in tensor.shape:
-        shape = tuple(tensor.shape)
-        raise ValueError(f"{name} of shape {shape} must have the axes ({axes}), none of them empty")
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} must have the axes ({axes}), none of them empty")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} of {tensor.dtype} must be floating point: convert with {name}.float()")
 

@@ -82,11 +82,9 @@ class Reference:
 def _rename(state_dict: StateDict, table: Mapping[str, str], what: str) -> StateDict:
     missing, unexpected = sorted(table.keys() - state_dict.keys()), sorted(state_dict.keys() - table.keys())
     if missing or unexpected:
-        raise ValueError(
-            f"these are not the weights of {what}: {len(missing)} keys missing{_first(missing)}, "
-            f"{len(unexpected)} unexpected{_first(unexpected)}; give the state_dict of that model alone, without any "
-            "prefix"
-        )
+        found = f"{len(missing)} keys missing{_first(missing)}, {len(unexpected)} unexpected{_first(unexpected)}"
+        remedy = "give the state_dict of that model alone, without any prefix"
+        raise ValueError(f"these are not the weights of {what}: {found}; {remedy}")
     return {new: state_dict[old] for old, new in table.items()}
 
 

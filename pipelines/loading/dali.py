@@ -152,7 +152,7 @@ def build_pipeline(
 
 
 def with_index(device: torch.device) -> torch.device:
-    """The same device; "cuda" alone is torch's current GPU, of which DALI wants the index."""
+    """The same device; "cuda" alone becomes torch's current GPU, because DALI wants an index."""
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
@@ -160,15 +160,13 @@ class Stream:
     """The running pipeline: an endless sequence of batches (0, 0), (0, 1) ... (1, 0) ..., which can jump to any.
 
     DALI asks for input ahead of the batch that it hands out. Every batch therefore carries its (epoch, step) through
-    the pipeline as a tag, by which batches that were in flight at a jump are recognised and dropped.
+    the pipeline as a tag; batches that were in flight at a jump are recognised by it and dropped.
 
     Args:
         define: `train_pipeline`, `val_pipeline` or `raw_pipeline`.
         read: from (epoch, step) to that batch; its tags are added to the numbers, as the first of them.
-        steps: batches in an epoch.
-        batch_size: of the pipeline.
-        options: of the loader.
-        keywords: for `define`.
+        steps, batch_size: batches in an epoch, samples in a batch.
+        options, keywords: of the loader; for `define`.
     """
 
     def __init__(

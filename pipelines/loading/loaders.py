@@ -148,11 +148,7 @@ class CropLoader:
 
 
 class TrainLoader(CropLoader):
-    """Random crops of prepared cases.
-
-    Args:
-        store: prepared cases.
-        names, crops, options: as in `CropLoader`.
+    """Random crops of prepared cases, in a store; arguments as `CropLoader`.
 
     Raises:
         DataError, ValueError: as `CropLoader`; volumes that do not fit where `options.residence` puts them.

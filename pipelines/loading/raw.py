@@ -16,7 +16,7 @@ with the store's within 3e-6 of their range. Images with rotated or sheared axes
 are decoded, and only cropped here.
 
 Support. The z-score counts what is not zero, and MONAI's rounding puts 1e-11 into zero voxels beside the head, which
-float32 positions can't reproduce: 1.6 % of the voxels that it counts in a BraTS scan, without which its deviation is 2
+float32 positions can't reproduce: 1.6 % of the voxels that it counts in a BraTS scan. Without them its deviation is 2
 to 12 % smaller. So the source says which voxels have a non-zero neighbour of non-zero weight, by the weights of
 resample.py. There the pipeline adds `TINY`; elsewhere, the padding of small volumes included, it puts zero. Only voxels
 whose neighbours cancel to an exact zero are counted and should not be; intensities of one sign have none.
@@ -176,8 +176,7 @@ def resample_case(raw: RawCase, grid: Grid, device: torch.device) -> NDArray[np.
     """Resample and orient the image of a case in DALI: `resample.resample_image` for a GPU.
 
     Args:
-        raw: the case, from `read_case`.
-        grid: from `target_grid` of its shape and affine.
+        raw, grid: the case, from `read_case`, and `target_grid` of its shape and affine.
         device: where; "cuda" alone is torch's current GPU.
 
     Returns:

@@ -35,10 +35,7 @@ class DecodedCase(NamedTuple):
 class ReadAhead:
     """Decodes cases in threads before they are needed, and holds at most `capacity`, unfinished ones included.
 
-    Args:
-        decode: from the index of a case to the case; runs in any thread.
-        capacity: at least 1.
-        threads: how many decode at the same time.
+    `decode` goes from the index of a case to the case, in any of `threads`.
     """
 
     def __init__(self, decode: Callable[[int], DecodedCase], capacity: int, threads: int) -> None:
@@ -78,15 +75,12 @@ class ScanSource:
         self._foreground: dict[int, NDArray[np.int32]] = {}  # at most 48 KB a case
 
     def index(self, name: str) -> int:
-        """Position of a case."""
         return self.names.index(name)
 
-    def shape(self, i: int) -> tuple[int, int, int]:
-        """(X, Y, Z) of the prepared grid."""
+    def shape(self, i: int) -> tuple[int, int, int]:  # (X, Y, Z) of the prepared grid
         return self._shapes[i]
 
     def has_label(self, i: int) -> bool:
-        """Whether the case has a label."""
         return self.cases[i].label is not None
 
     def foreground(self, i: int) -> NDArray[np.int32]:

@@ -125,7 +125,7 @@ def background_warning(known: dict[str, Any], modalities: Sequence[str]) -> str 
 
 
 def duplicate_channels(image_XYZC: np.ndarray, known: dict[str, Any], modalities: Sequence[str]) -> str | None:
-    """The fault of two channels that hold the same voxels, or None; where training had such channels, it is none.
+    """The fault of two channels that hold the same voxels, or None; it is allowed where training had such channels.
 
     Args:
         image_XYZC: prepared. known: from `store_statistics`, possibly empty. modalities: names of the channels.

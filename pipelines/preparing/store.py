@@ -68,8 +68,7 @@ class Store:
 
     Args:
         options: how they were prepared, and where to.
-        case_set: the cases, in this order.
-        records: what the `.json` of each case records.
+        case_set: the cases, in this order; records: what the `.json` of each holds.
     """
 
     def __init__(self, options: PrepareOptions, case_set: CaseSet, records: Sequence[Mapping[str, Any]]) -> None:
@@ -289,6 +288,6 @@ def check_cases(
 def _check_case(coding: Coding, spacing: Spacing, crop_size: Sequence[int] | None, case: Case) -> None:
     raw = read_case(case, coding)
     shape = target_grid(raw.image.shape[:3], raw.affine, spacing).shape
-    if crop_size is not None and any(n < c for n, c in zip(shape, crop_size, strict=True)):
+    if crop_size is not None and np.less(shape, crop_size).any():
         problem = f"prepared volume {shape} is smaller than the crop {tuple(crop_size)}"
         raise CaseError(case.images[0], problem, "Choose a smaller --data.crop_size_voxels, or --data.pad true")
