@@ -11,7 +11,7 @@
     total = weights + optimizer + buffers + EMA + volumes + max(activations, gradients)
 
 The peak comes just after the backward begins: nearly everything is still saved, and there are few gradients. It is not
-modelled but found: forward, loss and backward run once on fake tensors, which have shapes and no memory, and every
+modelled but measured: forward, loss and backward run once on fake tensors, which have shapes and no memory, and every
 storage is counted from the operation that makes it until nothing refers to it. So autocast, the path that
 `kernels.dispatch` takes and the order in which autograd frees are those of a real step. A second forward, with another
 number of crops, separates what grows with the batch (activations) from what does not (autocast's copies of weights).
@@ -28,12 +28,14 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine.precision import LOW_PRECISION
 from engine.ranks.memory_limits import first_line, gb, peak_bytes
@@ -80,16 +82,17 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Peak of a step."""
-        return self._total(self.activations)
+        if self.accumulates:
+            return self.lasting + self.activations + self.gradients
+        return self.lasting + max(self.activations, self.gradients)
 
     def largest_batch(self, limit: int) -> int:
         """Largest number of crops whose step fits into `limit` bytes minus `HEADROOM`; 0: not even one."""
-        room = math.floor(limit * (1 - HEADROOM))
-        constant = self.activations - self.train.batch_size * self.activations_per_crop
-        others = self._total(0)
-        if others > room:
+        room = math.floor(limit * (1 - HEADROOM)) - self.lasting
+        if self.gradients > room:
             return 0
-        kept = self.lasting + (self.gradients if self.accumulates else 0)
+        constant = self.activations - self.train.batch_size * self.activations_per_crop
+        kept = self.gradients if self.accumulates else 0
         return max(0, (room - kept - constant) // self.activations_per_crop)
 
     def describe(self, limit: int, device: str) -> str:
@@ -98,21 +101,14 @@ class MemoryEstimate:
         Args:
             limit: bytes of the device. device: its name.
         """
-        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
-                 "buffers": self.buffers, "EMA": self.ema}  # fmt: skip
-        shown = [f"{name} {gb(size)}" for name, size in parts.items() if size]
-        shown.append(f"activations {gb(self.activations)} ({gb(self.activations_per_crop)} per crop)")
+        sizes = {name: getattr(self, name.lower()) for name in ("weights", "gradients", "optimizer", "buffers", "EMA")}
+        parts = [f"{name} {gb(size)}" for name, size in sizes.items() if size]
+        parts.append(f"activations {gb(self.activations)} ({gb(self.activations_per_crop)} per crop)")
         if self.volumes:
-            shown.append(f"volumes {gb(self.volumes)}")
+            parts.append(f"volumes {gb(self.volumes)}")
         fits = self.largest_batch(limit)
         advice = f"--train.batch_size up to {fits} would fit" if fits else "not even one crop would fit"
-        return f"memory: {', '.join(shown)}; about {gb(self.total)} of {gb(limit)} on {device}: {advice}"
-
-    def _total(self, activations: int) -> int:
-        """Peak with so many bytes of activations."""
-        if self.accumulates:
-            return self.lasting + activations + self.gradients
-        return self.lasting + max(activations, self.gradients)
+        return f"memory: {', '.join(parts)}; about {gb(self.total)} of {gb(limit)} on {device}: {advice}"
 
 
 def estimate(
@@ -121,36 +117,32 @@ def estimate(
     train: TrainConfig,
     loss: LossConfig,
     regions: Sequence[Sequence[int]],
-    device: torch.device | str,
+    device: torch.device,
     *,
     world_size: int = 1,
     ema: bool = False,
     volume_bytes: int = 0,
-    bucket_elements: int = BUCKET_ELEMENTS,
 ) -> MemoryEstimate:
     """What training will take on each rank. Takes about two seconds and no memory.
 
     Args:
         model: the network before DeepSpeed and `torch.compile` take it; on any device, "meta" too.
-        crop: (C, X, Y, Z).
-        train, loss, regions: as `TrainingStep` takes them.
-        device: where it will train.
+        crop: (C, X, Y, Z). train, loss, regions: as `TrainingStep` takes them. device: where it will train.
         world_size: ranks that share the shards. ema: whether averaged weights are kept.
         volume_bytes: prepared volumes in the memory of `device`.
-        bucket_elements: DeepSpeed's `reduce_bucket_size`.
 
     Raises:
         ValueError: "cuda" where PyTorch finds no GPU, and so has no GPU kernels to ask for shapes.
     """
-    crop, device = tuple(crop), torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"memory on {device} can't be estimated where PyTorch finds no GPU: ask on the machine that has it"
         )
     batch_size, stage = train.batch_size, train.zero_stage
     other_size = 1 if batch_size > 1 else 2
-    saved, activations = _simulate(model, crop, batch_size, device, regions, loss, train.precision, True)
-    other, _ = _simulate(model, crop, other_size, device, regions, loss, train.precision, False)
+    step = partial(_simulate, model, crop, train.precision, loss, regions, device)
+    saved, activations = step(batch_size, with_backward=True)
+    other, _ = step(other_size, with_backward=False)
     saved_per_crop = (saved - other) // (batch_size - other_size)
     constant = saved - batch_size * saved_per_crop + activations.gradients
     trained = parameter_count(model) * FLOAT32
@@ -161,14 +153,14 @@ def estimate(
         weights=weights + shard if stage == 3 else weights,
         gradients=shard if stage >= 2 else trained,
         optimizer=3 * shard if stage else 2 * trained,
-        buffers=bucket_elements * FLOAT32 * (2 if device.type == "cuda" else 1) if stage else 0,
+        buffers=BUCKET_ELEMENTS * FLOAT32 * (2 if device.type == "cuda" else 1) if stage else 0,
         ema=(shard if stage == 3 else trained) if ema else 0,
         volumes=volume_bytes,
         saved=saved,
         activations=activations.peak,
         activations_per_crop=(activations.peak - constant) // batch_size,
         accumulates=train.accumulate_steps > 1 or keeps_buckets,
-        crop=crop,
+        crop=tuple(crop),
         train=train,
         world_size=world_size,
     )
@@ -176,29 +168,32 @@ def estimate(
 
 def _simulate(
     model: torch.nn.Module,
-    crop: tuple[int, ...],
-    batch_size: int,
-    device: torch.device,
-    regions: Sequence[Sequence[int]],
-    loss: LossConfig,
+    crop: Sequence[int],
     precision: str,
-    backward: bool,
+    loss: LossConfig,
+    regions: Sequence[Sequence[int]],
+    device: torch.device,
+    batch_size: int,
+    with_backward: bool,
 ) -> tuple[int, LiveBytes]:
     """A step on fake tensors: the bytes that autograd saved, and what was live."""
     on_gpu, low = device.type == "cuda", LOW_PRECISION.get(precision)
     with FakeTensorMode(), torch.device(device), torch.compiler.set_stance("force_eager"):
-        fakes = {name: _fake(tensor) for name, tensor in _tensors(model).items()}
+        fakes = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+            for name, tensor in _tensors(model).items()
+        }
         dtype = torch.bfloat16 if on_gpu and precision == "bf16" else torch.float32  # as the loaders give it
         layout = torch.channels_last_3d if on_gpu else torch.contiguous_format
         image = torch.empty((batch_size, *crop), dtype=dtype).contiguous(memory_format=layout)
         labels = torch.empty((batch_size, *crop[1:]), dtype=torch.uint8)
         with LiveBytes(fakes.values()) as live, saved_bytes(fakes.values()) as saved:
-            for batch in (image, labels):
-                live.count(batch.untyped_storage())
+            live.count(image)
+            live.count(labels)
             with torch.autocast(device.type, low, enabled=low is not None):
                 logits = torch.func.functional_call(model, fakes, (image,))
             result = training_loss(logits, labels, regions, loss).loss
-            if backward:
+            if with_backward:
                 for parameter in fakes.values():
                     if parameter.requires_grad:
                         parameter.register_post_accumulate_grad_hook(live.count_gradient)
@@ -208,11 +203,6 @@ def _simulate(
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _fake(tensor: Tensor) -> Tensor:
-    """A leaf of the same shape and dtype, on the default device."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
 
 
 def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device: torch.device, limit: int) -> str:
@@ -234,13 +224,13 @@ def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device
         share = math.prod(smaller) / math.prod(estimate.crop[1:])
         size = ",".join(map(str, smaller))
         ways.append(f"--data.crop_size_voxels '[{size}]', which takes {share:.0%} of the activations")
-    shared = estimate.optimizer + estimate.gradients
     if train.zero_stage < 2 and estimate.world_size > 1:
+        shared = estimate.optimizer + estimate.gradients
         spared = shared - math.ceil(shared / estimate.world_size)
         ways.append(f"--train.zero_stage 2, which saves about {gb(spared)} per rank")
     if estimate.volumes:
         ways.append(f"--data.residence mapped, which saves the {gb(estimate.volumes)} of volumes")
-    advice = f"Try {'; or '.join(ways)}" if ways else "There is nothing left to lower: take a device with more memory"
+    advice = f"Try {'; or '.join(ways)}" if ways else "Nothing is left to lower: use a device with more memory"
     return (
         f"out of memory on {device} ({first_line(error)}): {gb(peak_bytes(device))} were in use at the peak; "
         f"--train.batch_size {train.batch_size} at {train.precision} takes about {gb(estimate.total)} of "
@@ -250,9 +240,8 @@ def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device
 
 def _smaller_crop(size: Sequence[int]) -> tuple[int, ...] | None:
     """The crop with its longest axes a quarter shorter, a multiple of 16; None where that is below 32."""
-    longest = max(size)
-    shorter = longest * 3 // 4 // 16 * 16
-    return None if shorter < 32 else tuple(shorter if axis == longest else axis for axis in size)
+    shorter = max(size) * 3 // 4 // 16 * 16
+    return None if shorter < 32 else tuple(shorter if axis == max(size) else axis for axis in size)
 
 
 @contextmanager
@@ -291,17 +280,18 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.namespace != "prim":  # those only ask about a tensor
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, Tensor):
-                    self.count(tensor.untyped_storage())
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self.count(leaf)
         return out
 
     def count_gradient(self, parameter: Tensor) -> None:
         """Hook for `register_post_accumulate_grad_hook`."""
         self._gradients_now += parameter.numel() * parameter.element_size()
 
-    def count(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, unless it is known."""
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, unless it is known."""
+        storage = tensor.untyped_storage()
         if storage in self._known:
             return
         self._known.add(storage)

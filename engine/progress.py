@@ -1,6 +1,6 @@
-"""The progress of a run: a bar on a terminal, lines in the log elsewhere, and what they show, read without waiting.
+"""The progress of a run: a bar on a terminal, lines in the log elsewhere, and the numbers that they show.
 
-@@ The losses of an epoch, summed on the device so that nothing waits for a step.
+No step waits for them: losses are summed over an epoch on the device, and read a step late.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipelines.layouts.labels import REGIONS
 rich_console, progress = Lazy("rich.console"), Lazy("rich.progress")
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 60.0
+SKIPPED = 4  # where `EpochSums.values` has the skipped steps
 T = TypeVar("T")
 
 
@@ -34,34 +35,29 @@ class DataWait:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.host = 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.waits: list[tuple[Any, Any]] = []  # from, to
 
     def over(self, batches: Iterator[T]) -> Iterator[T]:
         """The batches; the wait for each is timed."""
         while True:
-            before = self._event()
-            started = time.perf_counter()
+            before = self._now()
             batch = next(batches, None)
             if batch is None:
                 return
-            self.host += time.perf_counter() - started
-            if before is not None:
-                after = self._event()
-                assert after is not None
-                self.events.append((before, after))
+            self.waits.append((before, self._now()))
             yield batch
 
     def seconds(self) -> float:
         """Total so far; on a GPU this waits for the steps in flight."""
         if self.device.type != "cuda":
-            return self.host
+            return sum(after - before for before, after in self.waits)
         torch.cuda.synchronize(self.device)
-        return sum(before.elapsed_time(after) for before, after in self.events) / 1e3
+        return sum(before.elapsed_time(after) for before, after in self.waits) / 1e3
 
-    def _event(self) -> torch.cuda.Event | None:
+    def _now(self) -> Any:
+        """The time in seconds, or an event on a GPU's stream."""
         if self.device.type != "cuda":
-            return None
+            return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -76,8 +72,7 @@ class TrainingProgress:
 
     def __init__(self, total_steps: int, done_steps: int, is_shown: bool) -> None:
         console = rich_console.Console()
-        self.is_live = is_shown and console.is_terminal
-        self.is_shown = is_shown
+        self.is_shown, self.is_live = is_shown, is_shown and console.is_terminal
         self.total = total_steps
         columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.BarColumn(),
                    progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[detail]}"),
@@ -105,17 +100,15 @@ class TrainingProgress:
         if not self.is_shown or loss is None or len(self.times) < 2:
             return
         rate = (len(self.times) - 1) / (self.times[-1] - self.times[0])
+        detail = f"loss {loss:.3f}  {rate * samples:.2f} samples/s"
         if self.is_live:
-            detail = f"loss {loss:.3f}  {rate * samples:.2f} samples/s"
             self.bar.update(self.task, description="training", completed=done, detail=detail)
         elif now - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = now
-            left = (self.total - done) / rate
-            log.info("step %d/%d  loss %.3f  %.2f samples/s  %.0f min left", done, self.total, loss,
-                     rate * samples, left / 60)  # fmt: skip
+            log.info("step %d/%d  %s  %.0f min left", done, self.total, detail, (self.total - done) / rate / 60)
 
     def validating(self, done: int) -> None:
-        """Call after a validation case; the pause must not count as slow steps."""
+        """Call after a validation case; validation does not count as slow steps."""
         self.times.clear()
         if self.is_live:
             self.bar.update(self.task, description=f"validating, case {done}")
@@ -145,16 +138,13 @@ class LateValues:
 
     def push(self, values: torch.Tensor) -> list[float] | None:
         """Take the values of a step; returns those of the previous step, None at the first."""
-        before = self.last()
-        event = None
+        before, event = self.last(), None
         if values.is_cuda:
-            # Page-locked memory: a copy to pageable memory would wait for the step.
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
+            # Into page-locked memory: a copy to pageable memory would wait for the step.
+            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            values = host
-        self.waiting = (values, event)
+        self.waiting = values, event
         return before
 
     def last(self) -> list[float] | None:
@@ -163,12 +153,9 @@ class LateValues:
         if waiting is None:
             return None
         values, event = waiting
-        if event is not None:
+        if event:
             event.synchronize()
         return values.tolist()
-
-
-LOSSES, PASSES, SKIPPED = slice(3), 3, 4
 
 
 class EpochSums:
@@ -183,13 +170,13 @@ class EpochSums:
 
     def add(self, values: torch.Tensor, stepped: bool) -> None:
         """Add a pass: `TrainingStep.values` after it, and whether it made an optimizer step."""
-        losses, was_skipped = values[LOSSES], StepValues(*values).was_skipped
+        losses, was_skipped = values[:3], StepValues(*values).was_skipped
         is_finite = losses.isfinite().all()
         skipped = was_skipped if stepped else torch.zeros_like(was_skipped)
         self.values += torch.cat([losses.where(is_finite, 0), torch.stack([is_finite.float(), skipped])])
 
     def restore(self, saved: Sequence[Sequence[float]], ranks: Ranks) -> None:
-        """Go on from the sums of each rank that saved a checkpoint; the number of ranks may have changed."""
+        """Continue from the sums of the ranks that saved a checkpoint; the number of ranks may have changed."""
         if len(saved) == ranks.world_size:
             self.values += torch.tensor(saved[ranks.rank], device=ranks.device)
         elif ranks.is_first:
@@ -200,9 +187,8 @@ class EpochSums:
 
 def epoch_means(sums: Sequence[Sequence[float]]) -> tuple[dict[str, float | None], int]:
     """Mean losses over the passes of all ranks, and the skipped steps, from the sums of each rank."""
-    passes = sum(rank[PASSES] for rank in sums)
-    names = ("loss", "dice_loss", "ce_loss")
-    means = {name: sum(rank[i] for rank in sums) / passes if passes else None for i, name in enumerate(names)}
+    *losses, passes, _ = map(sum, zip(*sums, strict=True))
+    means = {name: loss / passes if passes else None for name, loss in zip(StepValues._fields, losses, strict=False)}
     return means, int(sums[0][SKIPPED])
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def deepspeed_engine(
     zero = _zero_settings(zero_stage, settings, ranks)
     bucket = zero.get("reduce_bucket_size", BUCKET_ELEMENTS)
     overlaps = ranks.world_size > 1 and not zero_stage and not cuda_graph and not REDUCTION_SETTINGS & settings.keys()
-    wrapped = reduced_during_backward(model, bucket, ranks) if overlaps else model
+    wrapped = _in_ddp(model, bucket, ranks) if overlaps else model
     # DeepSpeed broadcasts weights as bytes, which fails if they are channels-last in memory.
     given = [(parameter, parameter.data) for parameter in model.parameters()]
     for parameter, data in given:
@@ -110,11 +110,8 @@ def _zero_settings(zero_stage: int, settings: Mapping[str, Any], ranks: Ranks) -
     return zero
 
 
-def reduced_during_backward(model: torch.nn.Module, bucket_elements: int, ranks: Ranks) -> DistributedDataParallel:
-    """The model in DDP, which averages gradients over ranks, bucket by bucket, while the backward goes on.
-
-    DDP orders its buckets by its first backward, for good: see `TrainingStep`, which makes that pass before any other.
-    """
+def _in_ddp(model: torch.nn.Module, bucket_elements: int, ranks: Ranks) -> DistributedDataParallel:
+    """The model in DDP, which averages gradients over ranks, bucket by bucket, during the backward."""
     for parameter in model.parameters():
         if 1 in parameter.shape:
             parameter.register_hook(_with_strides_of(parameter))
@@ -127,10 +124,10 @@ def reduced_during_backward(model: torch.nn.Module, bucket_elements: int, ranks:
 
 
 def _with_strides_of(parameter: torch.nn.Parameter) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A hook that gives a gradient exactly the strides of its weight, if both are laid out alike in memory.
+    """A hook that gives a gradient exactly the strides of its weight, if both have the same layout in memory.
 
-    The stride of an axis of length 1 means nothing, and a convolution sets it as it likes, by its device and the format
-    of its input. DDP lays out buckets by the weights' strides, and warns when a gradient's differ.
+    The stride of an axis of length 1 means nothing, and a convolution's is arbitrary. DDP lays out buckets by the
+    weights' strides, and warns when a gradient's differ.
     """
     shape, strides = parameter.shape, parameter.stride()
 
@@ -139,12 +136,6 @@ def _with_strides_of(parameter: torch.nn.Parameter) -> Callable[[torch.Tensor], 
         return gradient.as_strided(shape, strides) if is_alike else gradient
 
     return restride
-
-
-def network_of(engine: Any) -> torch.nn.Module:
-    """The network in a DeepSpeed engine, without DDP's prefix on the names of its parameters."""
-    module = engine.module
-    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 # Weights and moments, unsharded
@@ -181,11 +172,13 @@ def full_moments(engine: Any, optimizer: GuardedAdamW) -> dict[str, Any]:
     """
     if not optimizer.state:
         return {}
+    from deepspeed.utils import safe_get_full_optimizer_state
+
     result: dict[str, Any] = {"step": float(next(iter(optimizer.state.values()))["step"])}
-    _link_states(engine)
-    for key in MOMENTS:
-        result[key] = {name: _full_moment(optimizer, parameter, key).to("cpu", copy=True)
-                       for name, parameter in network_of(engine).named_parameters()}  # fmt: skip
+    for key, name, parameter in _moments(engine):
+        is_sharded = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+        moment = safe_get_full_optimizer_state(parameter, key) if is_sharded else optimizer.state[parameter][key]
+        result.setdefault(key, {})[name] = moment.to("cpu", copy=True)
     return result
 
 
@@ -193,13 +186,20 @@ def load_moments(engine: Any, optimizer: GuardedAdamW, moments: dict[str, Any]) 
     """Put what `full_moments` gave into the optimizer; the stage and the number of ranks may have changed."""
     if not moments:
         return
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
     for shard in _optimizer_tensors(engine, optimizer):
         optimizer.state[shard] = {"step": torch.full((), moments["step"], device=shard.device),
                                   **{key: torch.zeros_like(shard) for key in MOMENTS}}  # fmt: skip
-    _link_states(engine)
-    for key in MOMENTS:
-        for name, parameter in network_of(engine).named_parameters():
-            _set_moment(optimizer, parameter, key, moments[key][name].to(optimizer.scale.device))
+    for key, name, parameter in _moments(engine):
+        value = moments[key][name].to(optimizer.scale.device)
+        if hasattr(parameter, "ds_id"):
+            # safe_set_full_optimizer_state fails where the last shard is padded.
+            safe_set_local_optimizer_state(parameter, shard_of(value, parameter), key)
+        elif hasattr(parameter, "_hp_mapping"):
+            safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            optimizer.state[parameter][key].copy_(value)
 
 
 def _optimizer_tensors(engine: Any, optimizer: GuardedAdamW) -> list[torch.Tensor]:
@@ -212,27 +212,10 @@ def _optimizer_tensors(engine: Any, optimizer: GuardedAdamW) -> list[torch.Tenso
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _link_states(engine: Any) -> None:
-    """Have ZeRO 1 and 2 map parameters to shards of the optimizer's states, which they put off."""
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+def _moments(engine: Any) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
+    """Every moment of every parameter: its key in the optimizer's state, and the parameter's name without DDP's prefix."""
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 1 and 2 map states to parameters late
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _full_moment(optimizer: GuardedAdamW, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        return safe_get_full_optimizer_state(parameter, key)
-    return optimizer.state[parameter][key]
-
-
-def _set_moment(optimizer: GuardedAdamW, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-    if hasattr(parameter, "ds_id"):
-        # safe_set_full_optimizer_state fails where the last shard is padded.
-        safe_set_local_optimizer_state(parameter, shard_of(value, parameter), key)
-    elif hasattr(parameter, "_hp_mapping"):
-        safe_set_full_optimizer_state(parameter, value, key)
-    else:
-        optimizer.state[parameter][key].copy_(value)
+    module = engine.module
+    network = module.module if isinstance(module, DistributedDataParallel) else module
+    return ((key, name, parameter) for key in MOMENTS for name, parameter in network.named_parameters())

@@ -60,7 +60,7 @@ class Trainer:
         ranks: Ranks,
         data: Data,
         model: torch.nn.Module,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] = {},
     ) -> None:
         self.config, self.ranks, self.data = config, ranks, data
         assert config.run_dir is not None
@@ -69,13 +69,18 @@ class Trainer:
         self.train_loader, val_loader = make_loaders(config.data, config.train, ranks, data)
         self.validator = Validator(config, ranks, data.store.coding, val_loader)
         self.steps = len(self.train_loader) // config.train.accumulate_steps  # optimizer steps of an epoch
-        state = self._read_state() if config.resume else None
-        if state:
+        state = None
+        if config.resume:  # from the same state on all ranks
+            found = checkpoint.find_state(self.run_dir / "checkpoints") if ranks.is_first else self.run_dir
+            state = checkpoint.load_state(gather(found, ranks)[0])
             with checkpoint.restoring(self.run_dir):
-                _load_weights(model, state["weights"])
+                try:
+                    model.load_state_dict(state["weights"])
+                except RuntimeError as error:
+                    raise ValueError(f"--resume: the checkpoint holds the weights of another model: {error}") from error
         self.step = TrainingStep(
             model, config.train, config.optim, config.loss, ranks, self.regions, config.train.epochs * self.steps,
-            settings or {},
+            settings,
         )  # fmt: skip
         self.writer = checkpoint.CheckpointWriter(self.run_dir / "checkpoints", config.train.keep_checkpoints)
         self.epoch, self.first_batch = 0, 0
@@ -120,9 +125,8 @@ class Trainer:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            device, limit = self.ranks.device, self._memory_limit()
-            message = memory.out_of_memory_message(error, self._estimate_memory(), device, limit)
-            raise ValueError(message) from error
+            device, limit = self.ranks.device, limit_bytes(self.ranks.device, self.ranks.ranks_on_node)
+            raise ValueError(memory.out_of_memory_message(error, self._estimate_memory(), device, limit)) from error
         finally:
             self.writer.wait()
             if records:
@@ -155,7 +159,8 @@ class Trainer:
         row = self._train_epoch(epoch, progress, stop)
         is_due = (epoch + 1) % train.val_every_epochs == 0 or epoch + 1 == train.epochs
         if is_due:
-            if not self._validates_quickly():  # a scheduler may kill the job meanwhile
+            seconds = [row["val_seconds"] for row in self.history if "val_seconds" in row]  # the same on all ranks
+            if not seconds or seconds[-1] >= QUICK_VALIDATION_S:  # a scheduler may kill the job meanwhile
                 self._save()
             row |= self.validate(progress)
         self.epoch, self.first_batch = epoch + 1, 0
@@ -188,23 +193,19 @@ class Trainer:
             progress.step(StepValues(*values).loss if values else None, self.step.done, samples)
             self._give_up_if_due(values, batch)
             if stepped:
-                self._stop_or_save(stop)
+                is_asked = stop.due()
+                is_within = self.train_loader.position[1] < len(self.train_loader)  # else `_close_epoch` saves
+                if is_asked or (is_within and self._is_save_due()):
+                    self._save()
+                if is_asked:
+                    self.writer.wait()
+                    raise TrainingStopped(stop.name)
         if batch:
             self._give_up_if_due(late.last(), batch)
         losses, skipped = epoch_means(gather(self.sums.values.tolist(), self.ranks))
         seconds = time.perf_counter() - started
         return {"epoch": epoch + 1, "step": self.step.taken, "lr": self.rate, **losses, "skipped_steps": skipped,
                 "samples_per_s": passes * samples / seconds, "data_wait": wait.seconds() / seconds}  # fmt: skip
-
-    def _stop_or_save(self, stop: StopSignal) -> None:
-        """After a step: save a checkpoint if one is due within the epoch, and stop if a signal asked for it."""
-        asked = stop.due()
-        is_within = self.train_loader.position[1] < len(self.train_loader)
-        if asked or (is_within and self._is_save_due()):
-            self._save()
-        if asked:
-            self.writer.wait()
-            raise TrainingStopped(stop.name)
 
     def _give_up_if_due(self, values: list[float] | None, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         limit = self.config.train.max_skipped_steps
@@ -241,11 +242,6 @@ class Trainer:
         every = self.config.train.save_every_steps
         return every > 0 and self.step.done % every == 0
 
-    def _validates_quickly(self) -> bool:
-        """Whether the last validation was short; the same on all ranks, and False before the first."""
-        seconds = [row["val_seconds"] for row in self.history if "val_seconds" in row]
-        return bool(seconds) and seconds[-1] < QUICK_VALIDATION_S
-
     def _save_validated(self, row: dict[str, Any]) -> None:
         score = row["val_mean"]
         is_best = score is not None and (self.best["mean"] is None or score > self.best["mean"])
@@ -260,7 +256,9 @@ class Trainer:
         step, average = self.step, self.step.average
         weights = full_weights(step.model)
         averaged = average.full_weights() if average else None
-        rank = {"sums": self.sums.values.tolist(), "random": _random_states(self.ranks.device)}
+        random = {"cpu": torch.get_rng_state()}
+        if self.ranks.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.ranks.device)
         state = {
             "weights": weights,
             "average": {"weights": averaged, "steps": average.steps} if average else None,
@@ -274,7 +272,7 @@ class Trainer:
             "best": self.best,
             "scored": self.config.train.score,
             "cases": [dataclasses.asdict(case) for case in self.cases],
-            "ranks": gather(rank, self.ranks),
+            "ranks": gather({"sums": self.sums.values.tolist(), "random": random}, self.ranks),
         }
         if not self.ranks.is_first:
             return
@@ -286,20 +284,12 @@ class Trainer:
         name = checkpoint.state_name(step.taken, is_validated=bool(weights_files))
         self.writer.write(name, state, about, {name: file for name in weights_files})
 
-    def _read_state(self) -> dict[str, Any]:
-        """The newest intact state, the same on all ranks."""
-        folder = self.run_dir / "checkpoints"
-        path = checkpoint.find_state(folder) if self.ranks.is_first else None
-        path = gather(path, self.ranks)[0]
-        assert path is not None
-        return checkpoint.load_state(path)
-
     def _restore(self, state: dict[str, Any]) -> None:
         step, ranks, scored = self.step, state["ranks"], state.get("scored", "masks")
         if state["best"]["epoch"] is not None and scored != self.config.train.score:
             raise ValueError(
                 f"--train.score {self.config.train.score}: the validations of {self.run_dir} so far scored {scored}, "
-                f"and a best epoch can't be chosen by two measures: go on with --train.score {scored}"
+                f"and a best epoch can't be chosen by two measures: continue with --train.score {scored}"
             )
         load_moments(step.engine, step.optimizer, state["moments"])
         step.optimizer.load_scalars(state["optimizer"])
@@ -314,7 +304,10 @@ class Trainer:
         step.done = self.epoch * self.steps + self.first_batch // self.config.train.accumulate_steps
         self.sums.restore([rank["sums"] for rank in ranks], self.ranks)
         if len(ranks) == self.ranks.world_size:
-            _set_random_states(ranks[self.ranks.rank]["random"], self.ranks.device)
+            random, device = ranks[self.ranks.rank]["random"], self.ranks.device
+            torch.set_rng_state(random["cpu"])
+            if device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], device)
         else:
             log.warning(
                 "saved by %d rank(s), resumed by %d: a step has another number of crops, unless --train.batch_size or "
@@ -331,10 +324,7 @@ class Trainer:
         if device.type == "cpu" and parameter_count(self.step.skeleton or self.step.model) < SMALL:
             return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
-        log.info(self._estimate_memory().describe(self._memory_limit(), name))
-
-    def _memory_limit(self) -> int:
-        return limit_bytes(self.ranks.device, self.ranks.ranks_on_node)
+        log.info(self._estimate_memory().describe(limit_bytes(device, self.ranks.ranks_on_node), name))
 
     def _estimate_memory(self) -> memory.MemoryEstimate:
         config = self.config
@@ -349,23 +339,3 @@ class Trainer:
             ema=config.optim.ema_decay > 0,
             volume_bytes=sum(loader.gpu_bytes for loader in (self.train_loader, self.validator.loader) if loader),
         )
-
-
-def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"--resume: the checkpoint holds the weights of another model: {error}") from error
-
-
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)

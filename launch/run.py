@@ -1,8 +1,7 @@
 """A training run from configuration to report.
 
-@@ What resuming a run will do, logged before anything is done: the run folder may be somebody else's.
-
-Its `config.yaml` decides, as in any run, and may have been changed since the checkpoint was written.
+A run folder that is resumed may be somebody else's, and its `config.yaml` may have changed since the checkpoint was
+written: what resuming changes, and what it writes elsewhere, is logged before anything is done.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import fcntl
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +20,7 @@ import yaml
 
 from engine import checkpoint, metrics
 from engine.config import Config, to_portable_dict
-from engine.data import Data, load_data, make_val_loader
+from engine.data import load_data, make_val_loader
 from engine.deepspeed_json import apply_deepspeed_json
 from engine.network import make_model
 from engine.precision import set_up_torch
@@ -41,6 +39,9 @@ from pipelines.basics.text import printable
 
 log = logging.getLogger(__name__)
 
+WRITTEN = ("checkpoints", "logs", "tensorboard", "run.log", ".lock")
+"""Folders that a run writes to, and files that it appends to; all others it replaces."""
+
 
 def run(config: Config) -> None:
     """Train as `config` says and write the run folder: logs, checkpoints, tables, pictures, report.
@@ -56,17 +57,20 @@ def run(config: Config) -> None:
     config.run_dir = gather(config.run_dir, ranks)[0]  # its default holds the time, which differs between ranks
     run_dir = config.run_dir
     assert run_dir is not None
-    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]  # before a rank makes them
+    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]  # which this run makes
     config.resume = gather(config.resume, ranks)[0]  # on a shared file system some ranks may see a checkpoint first
 
-    refuse_links(run_dir)
+    _refuse_links(run_dir)
     lock = None
     try:
         lock = _claim(run_dir, is_resumed=config.resume is not None) if ranks.is_first else None
         trainer = _begin(config, ranks, run_dir, paths_taken)
     except (ValueError, OSError, KeyboardInterrupt, SystemExit):
-        if lock:  # else the folder is another job's
-            _remove_folders(new)
+        if lock and new:  # without a lock the folder is another job's
+            shutil.rmtree(new[0], ignore_errors=True)
+            for parent in new[1:]:
+                with contextlib.suppress(OSError):  # another run is in it
+                    parent.rmdir()
         raise
     trainer.fit()
     if ranks.is_first:
@@ -80,7 +84,7 @@ def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Tra
     _start_log(run_dir, ranks)
     config, settings = apply_deepspeed_json(config, ranks.world_size)
     if config.resume and ranks.is_first:
-        log_effects_of_resuming(config)
+        _log_effects_of_resuming(config)
     data = first_on_node(lambda: load_data(config.data), ranks)
     torch.manual_seed(config.train.seed)
     model = make_model(config.model, config.data.crop_size_voxels, len(data.store.modalities))
@@ -93,21 +97,21 @@ def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Tra
     set_up_torch(config.train.precision, config.train.deterministic)
     trainer = Trainer(config, ranks, data, model, settings)
     if ranks.is_first:
-        _write_config(config, run_dir)
-        _draw_sample(trainer, data, run_dir / "samples.png")
-        # A resumed run is not finished any more.
-        (run_dir / "report.html").unlink(missing_ok=True)
+        with replacing(run_dir / "config.yaml") as file:  # for `--resume`, and to start the same run from any folder
+            yaml.safe_dump(to_portable_dict(config), file, sort_keys=False)
+        _draw_sample(trainer, run_dir / "samples.png")
+        (run_dir / "report.html").unlink(missing_ok=True)  # a resumed run is no longer finished
     return trainer
 
 
 def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
-    """Tables, pictures and page, from the best weights.
+    """Write tables, pictures and page of a run that is over, from its best weights.
 
     Args:
-        trainer: of a run that is over. run_dir: its folder. paths_taken: what `dispatch.use` said of the kernels.
+        paths_taken: what `dispatch.use` said of the kernels.
     """
     summary, data, config = trainer.summary(), trainer.data, trainer.config
-    write_log(run_dir, trainer.history)  # once more, for a run that was over when it went on and lacked them
+    write_log(run_dir, trainer.history)  # again: a finished run that is resumed may lack it
     write_validation(run_dir, trainer.cases, summary)
     pictures.draw_curves(trainer.history, run_dir / "curves.png")
     samples = len(trainer.train_loader) * config.train.batch_size * trainer.ranks.world_size
@@ -123,7 +127,8 @@ def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
         report.PictureSection("Training crop", {"samples.png": "A training crop, as the network sees it"}),
     ]
     page = report.write_html(run_dir, results, sections)
-    _print_table(summary)
+    title = f"validation Dice (%), {summary['validated_on'].replace('_', ' ')}"
+    print_table(report.DICE_HEAD, report.dice_rows(summary), title)
     print(f"pictures, logs and checkpoints: {printable(str(run_dir))}\nopen {printable(str(page))}")
 
 
@@ -138,10 +143,10 @@ def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.PictureSection]:
         for kind, cases in (("best", best), ("worst", worst))
         for place, case in enumerate(cases, 1)
     }
-    trained = load_trained(run_dir, device)  # a network of its own, for the trained one may be sharded over ranks
+    trained = load_trained(run_dir, device)  # loaded again, as the trainer's may be sharded over ranks
     modality = pictures.SCAN_TITLES.get(trained.modalities[0], trained.modalities[0])
     drawn = {}
-    names = list(dict.fromkeys([data.val[0], *places]))  # on this rank, whichever validated them
+    names = list(dict.fromkeys([data.val[0], *places]))  # all on this rank, whichever validated them
     for name, image, labels in make_val_loader(config.data, config.train.validation, data.store, names, device):
         prediction, truth = trainer.validator.masks(trained.network, image), region_masks(labels, trainer.regions)[0]
         scored = metrics.case_dice(name, prediction, truth)
@@ -163,28 +168,23 @@ def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.PictureSection]:
     return [extremes, report.PictureSection("Truth and prediction", {"prediction.png": caption})]
 
 
-def _draw_sample(trainer: Trainer, data: Data, path: Path) -> None:
-    """The first crop of the run that holds tumour, as the network sees it."""
+def _draw_sample(trainer: Trainer, path: Path) -> None:
+    """Draw the first crop of the run with tumour in it, as the network sees it."""
     for batch in islice(trainer.train_loader.epoch(0), 20):
-        image = batch[0]
-        masks = region_masks(batch[1], data.store.coding.regions)
-        holds_tumour = masks.flatten(1).any(dim=1)
-        if holds_tumour.any():
+        masks = region_masks(batch[1], trainer.regions)
+        has_tumour = masks.flatten(1).any(dim=1)
+        if has_tumour.any():
             break
-    index = int(holds_tumour.int().argmax())
-    pictures.draw_sample(pictures.as_numpy(image[index]), pictures.as_numpy(masks[index]), data.store.modalities, path)
-
-
-def _print_table(summary: dict) -> None:
-    title = f"validation Dice (%), {summary['validated_on'].replace('_', ' ')}"
-    print_table(report.DICE_HEAD, report.dice_rows(summary), title)
+    index = int(has_tumour.int().argmax())
+    scan, truth = (pictures.as_numpy(tensor[index]) for tensor in (batch[0], masks))
+    pictures.draw_sample(scan, truth, trainer.data.store.modalities, path)
 
 
 def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
     """Lock the run folder for as long as the returned file is open.
 
     Raises:
-        ValueError: another job is training in it, it holds a run that this one would overwrite, or a link leads out.
+        ValueError: it can't be written, another job is training in it, or it holds a run that would be overwritten.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
     except OSError as error:
         raise cannot_write(f"--run_dir {run_dir}", error, "give another folder") from error
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by this process alone, not by those that it starts
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # processes that this one starts do not hold it
     except (BlockingIOError, PermissionError) as error:
         raise ValueError(
             f"--run_dir {run_dir}: another job is training in this folder; wait until it ends, or give another folder"
@@ -205,19 +205,6 @@ def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
             f"--resume {run_dir}, or give another folder"
         )
     return lock
-
-
-def _remove_folders(new: Sequence[Path]) -> None:
-    """Remove the folders that a failed start made: the run's, with its log, and those above it if they are empty.
-
-    Args:
-        new: those folders, the run's own first; empty if it existed before.
-    """
-    for folder in new[:1]:
-        shutil.rmtree(folder, ignore_errors=True)
-    for folder in new[1:]:
-        with contextlib.suppress(OSError):  # another run is in it
-            folder.rmdir()
 
 
 def _start_log(run_dir: Path, ranks: Ranks) -> None:
@@ -253,24 +240,8 @@ def how_to_resume(config: Config | None) -> str:
     )
 
 
-def _write_config(config: Config, run_dir: Path) -> None:
-    """Write `config.yaml`, for `--resume` and for anyone who starts the same run again, from any folder."""
-    with replacing(run_dir / "config.yaml") as file:
-        yaml.safe_dump(to_portable_dict(config), file, sort_keys=False)
-
-
-log = logging.getLogger(__name__)
-
-WRITTEN = ("checkpoints", "logs", "tensorboard", "run.log", ".lock")
-"""Folders that a run writes to, and files that it appends to; all others it replaces."""
-
-
-def refuse_links(run_dir: Path) -> None:
-    """Refuse a run folder in which a link would have the run write somewhere else.
-
-    Raises:
-        ValueError: naming the link.
-    """
+def _refuse_links(run_dir: Path) -> None:
+    """Raise `ValueError` for a link in the run folder that would have the run write somewhere else."""
     for name in WRITTEN:
         below(run_dir, name)
         if name in ("logs", "tensorboard") and (run_dir / name).is_dir():
@@ -278,32 +249,26 @@ def refuse_links(run_dir: Path) -> None:
                 below(run_dir, name, path.name)
 
 
-def log_effects_of_resuming(config: Config) -> None:
-    """Log how the configuration differs from that of the newest checkpoint, and what it writes elsewhere."""
+def _log_effects_of_resuming(config: Config) -> None:
+    """Log how the configuration differs from that of the newest checkpoint, and what the run makes elsewhere."""
     assert config.run_dir is not None
+    data, elsewhere = config.data, []
+    if data.store_dir is not None:
+        elsewhere.append(f"writes prepared volumes to {data.store_dir} (--data.store_dir)")
+    if data.download:
+        elsewhere.append(f"downloads 7.1 GB to {data.root} (--data.download true)")
+    elif data.root is None:
+        elsewhere.append(f"makes {data.phantom.cases} synthetic scans in the cache (no --data.root)")
     recorded = checkpoint.recorded_config(config.run_dir / "checkpoints")
-    for line in changed_options(recorded, to_portable_dict(config)) if recorded else ():
+    lines = _changed_options(recorded, to_portable_dict(config)) if recorded else []
+    for line in [*lines, *(f"outside its folder, this run {effect}" for effect in elsewhere)]:
         log.warning("--resume: %s", printable(line))
-    for line in written_elsewhere(config):
-        log.warning("--resume: outside its folder, this run %s", printable(line))
 
 
-def changed_options(was: Any, now: Any, name: str = "") -> list[str]:
+def _changed_options(was: Any, now: Any, name: str = "") -> list[str]:
     """A line for each option that differs between two configurations from `to_portable_dict`."""
     if isinstance(was, dict) and isinstance(now, dict):
         names = dict.fromkeys([*now, *was])
         prefix = f"{name}." if name else "--"
-        return [line for key in names for line in changed_options(was.get(key), now.get(key), f"{prefix}{key}")]
+        return [line for key in names for line in _changed_options(was.get(key), now.get(key), f"{prefix}{key}")]
     return [] if was == now else [f"{name} is {now}, and was {was} when the checkpoint was written"]
-
-
-def written_elsewhere(config: Config) -> list[str]:
-    """What a run of this configuration makes outside its own folder, where it is not there yet."""
-    data, found = config.data, []
-    if data.store_dir is not None:
-        found.append(f"writes prepared volumes to {data.store_dir} (--data.store_dir)")
-    if data.download:
-        found.append(f"downloads 7.1 GB to {data.root} (--data.download true)")
-    elif data.root is None:
-        found.append(f"makes {data.phantom.cases} synthetic scans in the cache (no --data.root)")
-    return found

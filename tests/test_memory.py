@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from engine import memory
 from engine.memory import HEADROOM, MemoryEstimate, out_of_memory_message, saved_bytes
 from engine.precision import LOW_PRECISION
+from engine.sharding import BUCKET_ELEMENTS
 from engine.step import LossConfig, TrainConfig, training_loss
 from kernels import dispatch
 from models import build_model
@@ -56,7 +57,7 @@ def estimate(
 ) -> MemoryEstimate:  # fmt: skip
     """Of so many crops of four channels; `train` are options of `TrainConfig`."""
     config = TrainConfig(batch_size=count, **train)
-    return memory.estimate(model, (4, *size), config, LossConfig(), REGIONS, device, **options)
+    return memory.estimate(model, (4, *size), config, LossConfig(), REGIONS, torch.device(device), **options)
 
 
 def run_forward(model: torch.nn.Module, image: torch.Tensor, labels: torch.Tensor, precision: str) -> torch.Tensor:
@@ -162,16 +163,16 @@ def test_the_estimate_of_a_batch_predicts_that_of_a_larger_one() -> None:
 def test_parts_are_sharded_as_the_zero_stage_says() -> None:
     model = network("unet")
     size = sum(parameter.numel() for parameter in model.parameters()) * 4
-    shard = -(-size // 4)
+    shard, bucket = -(-size // 4), 4 * BUCKET_ELEMENTS
 
     def parts(stage: int) -> tuple[int, ...]:
-        it = estimate(model, 1, train={"zero_stage": stage}, world_size=4, bucket_elements=1000, ema=True)
+        it = estimate(model, 1, train={"zero_stage": stage}, world_size=4, ema=True)
         return it.weights, it.gradients, it.optimizer, it.buffers, it.ema
 
     assert parts(0) == (size, size, 2 * size, 0, size)
-    assert parts(1) == (size, size, 3 * shard, 4000, size)
-    assert parts(2) == (size, shard, 3 * shard, 4000, size)
-    assert parts(3) == (size + shard, shard, 3 * shard, 4000, shard)
+    assert parts(1) == (size, size, 3 * shard, bucket, size)
+    assert parts(2) == (size, shard, 3 * shard, bucket, size)
+    assert parts(3) == (size + shard, shard, 3 * shard, bucket, shard)
 
 
 def test_gradients_accumulated_or_kept_in_buckets_are_there_during_the_forward() -> None:
@@ -225,7 +226,7 @@ def test_the_message_omits_what_is_done_already() -> None:
     text = out_of_memory_message(MemoryError(), it, torch.device("cpu"), 40 * GB)
     for option in ("precision bf16,", "zero_stage 2,", "--data.residence", "--data.crop_size_voxels"):
         assert option not in text, (option, text)
-    assert "MemoryError" in text and text.endswith("take a device with more memory")
+    assert "MemoryError" in text and text.endswith("use a device with more memory")
 
 
 def test_what_should_have_fitted_is_halved() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,20 +12,22 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from commands import rows_of, start, train, write_small
+from test_checkpoint import write
 
 from engine.checkpoint import states
-from engine.config import Config
-from engine.data import DataConfig
+from engine.config import Config, to_portable_dict
+from engine.data import DataConfig, PhantomConfig
 from engine.reports.comparison import FinishedRun
 from engine.reports.report import is_finished
 from engine.step import TrainConfig
-from launch.run import _claim, run
+from launch.run import _changed_options, _claim, _log_effects_of_resuming, _refuse_links, run
 from launch.train import main
 from pipelines.layouts.cases import find_cases
 from pipelines.phantom import make_phantoms
@@ -181,7 +184,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused_with_the_remedy(tmp_path: P
 
 
 def test_a_run_replaces_links_to_files_and_never_follows_them(finished: Path, tmp_path: Path) -> None:
-    """Links to folders, and to files that it appends to, are refused: tests/test_resume.py."""
+    """Links to folders, and to files that it appends to, are refused: see below."""
     run, precious = tmp_path / "run", tmp_path / "precious"
     precious.mkdir()
     shutil.copytree(finished / "runs" / "one", run)
@@ -261,3 +264,61 @@ def test_a_finished_run_that_is_extended_counts_as_unfinished(finished: Path) ->
     assert not is_finished(run)
     with pytest.raises(ValueError, match="is not a finished run"):
         FinishedRun.read(run)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs", "tensorboard", "run.log", ".lock", "logs/rank-0001.log"])
+def test_a_link_out_of_a_run_folder_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    run_dir, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    (run_dir / name).parent.mkdir(parents=True)
+    (run_dir / name).symlink_to(outside / "new" if "." in name else outside)
+    before = sorted(run_dir.rglob("*"))
+    work = mock.patch("launch.run.load_data", side_effect=AssertionError)
+    with work, pytest.raises(ValueError, match=f"{name} is a link to {outside}"):
+        run(Config(run_dir=run_dir, train=TrainConfig(device="cpu")))
+    assert sorted(run_dir.rglob("*")) == before and not list(outside.iterdir())
+
+
+def test_links_within_a_run_folder_and_a_link_to_it_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "run" / "real").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").symlink_to("real")
+    (tmp_path / "link").symlink_to("run")
+    _refuse_links(tmp_path / "link")
+
+
+def test_options_that_differ_from_the_checkpoints_are_named() -> None:
+    was, now = (to_portable_dict(Config(data=DataConfig(val_fraction=share, root=root)))
+                for share, root in ((0.2, Path("/a")), (0.3, None)))  # fmt: skip
+    del was["optim"]
+    assert _changed_options(was, now)[:2] == [
+        "--data.root is None, and was /a when the checkpoint was written",
+        "--data.val_fraction is 0.3, and was 0.2 when the checkpoint was written",
+    ]
+    assert any(line.startswith("--optim") for line in _changed_options(was, now))
+    assert _changed_options(now, now) == []
+
+
+def test_what_is_written_elsewhere_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def effects(**data: Any) -> list[str]:
+        caplog.clear()
+        _log_effects_of_resuming(Config(data=DataConfig(**data), run_dir=tmp_path))
+        return [message.removeprefix("--resume: outside its folder, this run ") for message in caplog.messages]
+
+    assert effects(store_dir=Path("/store"), phantom=PhantomConfig(cases=7)) == [
+        "writes prepared volumes to /store (--data.store_dir)",
+        "makes 7 synthetic scans in the cache (no --data.root)",
+    ]
+    assert effects(root=Path("/scans"), download=True) == ["downloads 7.1 GB to /scans (--data.download true)"]
+    assert effects(root=Path("/scans")) == []
+
+
+@pytest.mark.parametrize("config", [None, 3, [], {"data": 3}, {"data": {"root": "\x1b[31m"}}])
+def test_a_record_of_any_content_is_compared(config: object, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "checkpoints"
+    write(folder, 1)
+    record = folder / "step-00000001" / "about.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"config": config}))
+    with caplog.at_level(logging.INFO):
+        _log_effects_of_resuming(Config(data=DataConfig(root=Path("/scans")), run_dir=tmp_path))
+    assert ("--resume: --data" in caplog.text) == isinstance(config, dict)
+    assert all(message.isprintable() for message in caplog.messages)

@@ -56,7 +56,8 @@ def test_an_error_of_the_system_in_a_thread_prints_no_traceback(
 def test_without_its_tables_and_pictures_a_run_gets_no_page(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("write_log", "write_validation", "pictures.draw_curves", "run_facts", "report.RunResults"):
+    facts = ("report.data_facts", "report.timing_facts", "report.environment_facts")
+    for name in ("write_log", "write_validation", "pictures.draw_curves", *facts, "report.RunResults"):
         monkeypatch.setattr(f"launch.run.{name}", mock.Mock(side_effect=FULL if name == missing else None))
     page = mock.Mock()
     monkeypatch.setattr("launch.run.report.write_html", page)
