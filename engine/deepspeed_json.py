@@ -50,9 +50,8 @@ def apply_deepspeed_json(config: Config, world_size: int) -> tuple[Config, dict[
             f"({error})"
         ) from error
     for group, old, new in (("train", config.train, train), ("optim", config.optim, optim)):
-        for name, now in vars(new).items():
-            was = getattr(old, name)
-            if was != now:
+        for name, was in vars(old).items():
+            if (now := getattr(new, name)) != was:
                 log.info("%s sets --%s.%s %s (was %s)", path, group, name, now, was)
     return changed, settings
 
@@ -80,7 +79,7 @@ def _move_options(settings: dict[str, Any], train: TrainConfig, optim: OptimConf
     if settings.get("fp16", {}).get("enabled"):
         _warn_ignored("fp16", settings["fp16"], {"enabled"})
     autocast = settings.pop("torch_autocast", {})
-    half = [name for name, key in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16"))
+    half = [key.replace("bfloat", "bf") for key in ("bf16", "bfloat16", "fp16")
             if settings.pop(key, {}).get("enabled")]  # fmt: skip
     if autocast.get("enabled"):
         half.append("fp16" if autocast.get("dtype") in ("fp16", "half", "float16", "torch.float16") else "bf16")
@@ -95,8 +94,10 @@ def _move_options(settings: dict[str, Any], train: TrainConfig, optim: OptimConf
         wanted = zero.pop(name, None)
         if wanted not in (None, False) and (wanted is True or wanted.get("device", "none") != "none"):
             raise ValueError(f"{name} must be left out: these networks fit a GPU whole, and the optimizer runs there")
-    _move_optimizer(optim, settings.pop("optimizer", None))
-    _move_schedule(optim, settings.pop("scheduler", None))
+    for section, move in (("optimizer", _move_optimizer), ("scheduler", _move_schedule)):
+        values = settings.pop(section, None)
+        if values is not None:
+            move(values, optim)
 
 
 def _without_side_effects(settings: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +123,7 @@ def _without_side_effects(settings: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _move_optimizer(optim: OptimConfig, optimizer: dict[str, Any] | None) -> None:
-    if optimizer is None:
-        return
+def _move_optimizer(optimizer: dict[str, Any], optim: OptimConfig) -> None:
     kind, params = optimizer.get("type"), optimizer.get("params", {})
     if kind not in ("Adam", "AdamW") or not params.get("adam_w_mode", True):
         raise ValueError(f"optimizer {kind} must be AdamW (or Adam with adam_w_mode): this engine has no other")
@@ -144,9 +143,7 @@ def _warn_ignored(section: str, given: dict[str, Any], used: set[str]) -> None:
         log.warning("%s: %s ignored: this engine has its own way (docs/training.md)", section, ", ".join(others))
 
 
-def _move_schedule(optim: OptimConfig, schedule: dict[str, Any] | None) -> None:
-    if schedule is None:
-        return
+def _move_schedule(schedule: dict[str, Any], optim: OptimConfig) -> None:
     kinds = {"WarmupLR": "constant", "WarmupCosineLR": "cosine"}
     if schedule.get("type") not in kinds:
         raise ValueError(f"scheduler {schedule.get('type')} must be one of {', '.join(kinds)}; or leave it out")

@@ -7,7 +7,7 @@ computed. It costs a pass or two, once, before the run gives up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,19 +28,18 @@ def first_nonfinite(
     """
     if not torch.isfinite(image).all():
         return "the images themselves"
-    outputs: list[tuple[str, Tensor]] = []
-    layers = [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
-
-    def record(name: str, module: torch.nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            outputs.append((name, output))
-
-    hooks = [module.register_forward_hook(partial(record, name)) for name, module in layers]
+    calls: list[tuple[str, Any]] = []
+    hooks = [
+        module.register_forward_hook(lambda *call, name=name: calls.append((name, call[-1])))
+        for name, module in model.named_modules()
+        if name and not list(module.children())
+    ]
     try:
         logits = model(image)
     finally:
         for hook in hooks:
             hook.remove()
+    outputs = [(name, output) for name, output in calls if isinstance(output, Tensor)]
     for name, output in outputs:
         if not torch.isfinite(output).all():
             return f"the output of {name}"

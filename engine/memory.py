@@ -37,7 +37,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.config import Config
 from engine.precision import LOW_PRECISION
+from engine.ranks.distributed import Ranks
 from engine.ranks.memory_limits import first_line, gb, peak_bytes
 from engine.sharding import BUCKET_ELEMENTS
 from engine.step import LossConfig, TrainConfig, training_loss
@@ -113,62 +115,51 @@ class MemoryEstimate:
 
 def estimate(
     model: torch.nn.Module,
-    crop: Sequence[int],
-    train: TrainConfig,
-    loss: LossConfig,
+    config: Config,
+    channels: int,
     regions: Sequence[Sequence[int]],
-    device: torch.device,
-    *,
-    world_size: int = 1,
-    ema: bool = False,
+    ranks: Ranks,
     volume_bytes: int = 0,
 ) -> MemoryEstimate:
     """What training will take on each rank. Takes about two seconds and no memory.
 
     Args:
         model: the network before DeepSpeed and `torch.compile` take it; on any device, "meta" too.
-        crop: (C, X, Y, Z). train, loss, regions: as `TrainingStep` takes them. device: where it will train.
-        world_size: ranks that share the shards. ema: whether averaged weights are kept.
-        volume_bytes: prepared volumes in the memory of `device`.
-
-    Raises:
-        ValueError: "cuda" where PyTorch finds no GPU, and so has no GPU kernels to ask for shapes.
+        config: of the run. channels: of the images. regions: labels of each, as `dice_ce_loss` takes them.
+        ranks: how many share the shards, and their device. volume_bytes: prepared volumes in its memory.
     """
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"memory on {device} can't be estimated where PyTorch finds no GPU: ask on the machine that has it"
-        )
+    train, crop, device = config.train, (channels, *config.data.crop_size_voxels), ranks.device
     batch_size, stage = train.batch_size, train.zero_stage
     other_size = 1 if batch_size > 1 else 2
-    step = partial(_simulate, model, crop, train.precision, loss, regions, device)
+    step = partial(_simulate, model, crop, train.precision, config.loss, regions, device)
     saved, activations = step(batch_size, with_backward=True)
     other, _ = step(other_size, with_backward=False)
     saved_per_crop = (saved - other) // (batch_size - other_size)
     constant = saved - batch_size * saved_per_crop + activations.gradients
     trained = parameter_count(model) * FLOAT32
     weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model).values())
-    shard = math.ceil(trained / world_size)
-    keeps_buckets = stage == 0 and world_size > 1  # of DDP, whose buckets are the gradients' memory
+    shard = math.ceil(trained / ranks.world_size)
+    keeps_buckets = stage == 0 and ranks.world_size > 1  # of DDP, whose buckets are the gradients' memory
     return MemoryEstimate(
         weights=weights + shard if stage == 3 else weights,
         gradients=shard if stage >= 2 else trained,
         optimizer=3 * shard if stage else 2 * trained,
         buffers=BUCKET_ELEMENTS * FLOAT32 * (2 if device.type == "cuda" else 1) if stage else 0,
-        ema=(shard if stage == 3 else trained) if ema else 0,
+        ema=(shard if stage == 3 else trained) if config.optim.ema_decay else 0,
         volumes=volume_bytes,
         saved=saved,
         activations=activations.peak,
         activations_per_crop=(activations.peak - constant) // batch_size,
         accumulates=train.accumulate_steps > 1 or keeps_buckets,
-        crop=tuple(crop),
+        crop=crop,
         train=train,
-        world_size=world_size,
+        world_size=ranks.world_size,
     )
 
 
 def _simulate(
     model: torch.nn.Module,
-    crop: Sequence[int],
+    crop: tuple[int, ...],
     precision: str,
     loss: LossConfig,
     regions: Sequence[Sequence[int]],

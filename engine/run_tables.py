@@ -37,25 +37,25 @@ class EpochLog:
     def write(self, history: list[dict[str, Any]]) -> None:
         """Call after an epoch, whose row is the last of `history`."""
         row = history[-1]
-        if self.writer:
-            with self._until_the_disk_is_full():
-                for name, value in row.items():
-                    if name not in ("epoch", "step") and value is not None:
-                        self.writer.add_scalar(name.replace("val_", "val/"), value, row["step"])
-                self.writer.flush()
+        with self._until_the_disk_is_full() as writer:
+            for name, value in row.items():
+                if writer and name not in ("epoch", "step") and value is not None:
+                    writer.add_scalar(name.replace("val_", "val/"), value, row["step"])
+            if writer:
+                writer.flush()
         write_log(self.run_dir, history)
 
     def close(self) -> None:
         """Call at the end of the run."""
-        if self.writer:
-            with self._until_the_disk_is_full():
-                self.writer.close()
+        with self._until_the_disk_is_full() as writer:
+            if writer:
+                writer.close()
 
     @contextlib.contextmanager
-    def _until_the_disk_is_full(self) -> Iterator[None]:
-        """A full disk stops TensorBoard's records, not the run."""
+    def _until_the_disk_is_full(self) -> Iterator[Any]:
+        """TensorBoard's writer, or None: a full disk stops its records, not the run."""
         try:
-            yield
+            yield self.writer
         except OSError as error:
             self.writer = None
             log.warning("%s can't be written (%s): the run continues without it; log.csv has the same numbers",

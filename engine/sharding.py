@@ -50,10 +50,8 @@ def deepspeed_engine(
     """The model in a `deepspeed.DeepSpeedEngine`.
 
     Args:
-        model: float32 weights, on the device already.
-        optimizer: of its parameters.
-        settings: DeepSpeed's own, see `engine.deepspeed_json`.
-        ranks: who this process is.
+        model: float32 weights, on the device already. optimizer: of its parameters.
+        settings: DeepSpeed's own, see `engine.deepspeed_json`. ranks: who this process is.
         zero_stage, batch_size, accumulate_steps, cuda_graph: as in `TrainConfig`.
     """
     import deepspeed
@@ -213,7 +211,7 @@ def _optimizer_tensors(engine: Any, optimizer: GuardedAdamW) -> list[torch.Tenso
 
 
 def _moments(engine: Any) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
-    """Every moment of every parameter: its key in the optimizer's state, and the parameter's name without DDP's prefix."""
+    """Each moment's key in the optimizer's state, with the parameter and its name (without DDP's prefix)."""
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 1 and 2 map states to parameters late
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     module = engine.module

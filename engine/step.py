@@ -103,9 +103,7 @@ class TrainingStep:
     """The network under training; a call makes one pass over a batch, and an optimizer step when one is due.
 
     Args:
-        model: float32 weights; moved to the device.
-        train, optim, loss: of the run.
-        ranks: who this process is.
+        model: float32 weights; moved to the device. train, optim, loss: of the run. ranks: who this process is.
         regions: labels of each region, as `dice_ce_loss` takes them.
         total_steps: optimizer steps of the whole run, for the learning rate.
         settings: DeepSpeed's own, see `engine.deepspeed_json`.
@@ -154,7 +152,7 @@ class TrainingStep:
         self.values = torch.zeros(len(StepValues._fields), device=ranks.device)
         module = self.engine.module
         self.ddp = module if isinstance(module, DistributedDataParallel) else None
-        self._has_bucket_order = self.ddp is None
+        self._is_first_pass = True
 
     def __call__(self, image: Tensor, labels: Tensor) -> DiceCE:
         """A pass over a batch, and an optimizer step after every `accumulate_steps` of them.
@@ -162,8 +160,13 @@ class TrainingStep:
         Args:
             image: (B, C, X, Y, Z), float32 or the precision's own. labels: uint8 (B, X, Y, Z). On this rank's device.
         """
-        if not self._has_bucket_order:
-            self._fix_bucket_order(image, labels)
+        if self.ddp and self._is_first_pass:
+            # A throw-away pass that fixes DDP's bucket order: DDP rebuilds its buckets after the first backward. So a
+            # resumed run sums over ranks in the same order as one that was never stopped, from its first step on.
+            with torch.random.fork_rng([image.device] if image.is_cuda else []):
+                self.loss_of(self.ddp(image), labels).loss.backward()
+            self.optimizer.zero_grad()
+        self._is_first_pass = False
         if self.cuda_graph:
             loss = self.cuda_graph(image, labels)
             if self.engine.enable_backward_allreduce:
@@ -172,11 +175,9 @@ class TrainingStep:
             loss = self.loss(image, labels)
             self.backward(loss)
         self.update()
-        values = StepValues(
-            loss.loss.detach(), loss.dice.detach(), loss.ce.detach(),
-            self.optimizer.norm, self.optimizer.found_inf, self.optimizer.in_row,
-        )  # fmt: skip
-        self.values = torch.stack(values)
+        losses = loss.loss.detach(), loss.dice.detach(), loss.ce.detach()
+        optimizer = self.optimizer
+        self.values = torch.stack(StepValues(*losses, optimizer.norm, optimizer.found_inf, optimizer.in_row))
         return loss
 
     def loss(self, image: Tensor, labels: Tensor) -> DiceCE:
@@ -191,13 +192,12 @@ class TrainingStep:
 
     def update(self) -> None:
         """The optimizer's step, when one is due."""
-        is_due = self.engine.is_gradient_accumulation_boundary()
-        if is_due:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate
-        self.engine.step()
-        if not is_due:
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # which counts the pass
             return
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.engine.step()
         self.done += 1
         self.taken += 1
         if getattr(self.engine.optimizer, "overflow", False):
@@ -227,18 +227,6 @@ class TrainingStep:
         """The network for a look inside, by hooks and gradients: uncompiled, and without DeepSpeed in between."""
         with torch.enable_grad(), self._uncompiled():
             yield self._whole_network() if self.skeleton else self.model
-
-    def _fix_bucket_order(self, image: Tensor, labels: Tensor) -> None:
-        """A throw-away pass that fixes DDP's bucket order.
-
-        DDP rebuilds its buckets after the first backward. So a resumed run sums over ranks in the same order as one
-        that was never stopped, from its first step on.
-        """
-        assert self.ddp is not None
-        with torch.random.fork_rng([image.device] if image.is_cuda else []):
-            self.loss_of(self.ddp(image), labels).loss.backward()
-        self.optimizer.zero_grad()
-        self._has_bucket_order = True
 
     def _plain_pass(self, image: Tensor, labels: Tensor) -> DiceCE:
         loss = self.loss_of(self.model(image), labels)
@@ -281,7 +269,7 @@ class CudaGraphPass:
         """
         if self.cuda_graph is None:
             self._record(image, labels)
-            assert self.cuda_graph is not None
+        assert self.cuda_graph is not None
         if image.shape != self.image.shape:
             raise ValueError(f"a batch of {tuple(image.shape)} in a CUDA graph recorded for {tuple(self.image.shape)}")
         self.image.copy_(image)
@@ -331,7 +319,7 @@ class WeightAverage:
         self.averages = [tensor.clone() for tensor in self._weights()]
 
     def update(self) -> None:
-        """After a step."""
+        """Call after a step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.averages, self._weights(), 1 - decay)

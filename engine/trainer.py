@@ -44,14 +44,11 @@ class Trainer:
     """One run, from loaders to checkpoints.
 
     Args:
-        config: of the run, with a `run_dir`.
-        ranks: who this process is.
-        data: prepared volumes and the split.
-        model: float32, on the CPU.
-        settings: DeepSpeed's own, see `engine.deepspeed_json`.
+        config: of the run, with a `run_dir`. ranks: who this process is. data: prepared volumes and the split.
+        model: float32, on the CPU. settings: DeepSpeed's own, see `engine.deepspeed_json`.
 
     Raises:
-        ValueError: options that do not go together, or a run that can't be resumed.
+        ValueError: options that can't be combined, or a run that can't be resumed.
     """
 
     def __init__(
@@ -327,15 +324,6 @@ class Trainer:
         log.info(self._estimate_memory().describe(limit_bytes(device, self.ranks.ranks_on_node), name))
 
     def _estimate_memory(self) -> memory.MemoryEstimate:
-        config = self.config
-        return memory.estimate(
-            self.step.skeleton or self.step.model,
-            (len(self.data.store.modalities), *config.data.crop_size_voxels),
-            config.train,
-            config.loss,
-            self.regions,
-            self.ranks.device,
-            world_size=self.ranks.world_size,
-            ema=config.optim.ema_decay > 0,
-            volume_bytes=sum(loader.gpu_bytes for loader in (self.train_loader, self.validator.loader) if loader),
-        )
+        model, channels = self.step.skeleton or self.step.model, len(self.data.store.modalities)
+        volume_bytes = sum(loader.gpu_bytes for loader in (self.train_loader, self.validator.loader) if loader)
+        return memory.estimate(model, self.config, channels, self.regions, self.ranks, volume_bytes)

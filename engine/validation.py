@@ -31,19 +31,18 @@ class Validator:
     def __init__(self, config: Config, ranks: Ranks, coding: Coding, loader: ValLoader | None) -> None:
         self.config, self.ranks, self.coding, self.loader = config, ranks, coding, loader
 
-    @torch.no_grad()
     def score(self, network: torch.nn.Module, progress: TrainingProgress | None = None) -> tuple[list[CaseDice], float]:
         """All cases by name, and the seconds of the slowest rank; all ranks must call it."""
-        started, scored, finite = time.perf_counter(), [], []
+        started, scored = time.perf_counter(), []
         for name, image, labels in self.loader or ():
             image, labels = image.to(self.ranks.device), labels.to(self.ranks.device)
             logits, truth = self.logits(network, image), region_masks(labels, self.coding.regions)[0]
-            finite.append(torch.stack(torch.aminmax(logits)).isfinite().all())
-            scored.append((name, count_voxels(name, self._masks(logits), truth)))
+            is_finite = torch.stack(torch.aminmax(logits)).isfinite().all()
+            scored.append((name, count_voxels(name, self.masks(logits), truth), is_finite))
             if progress:
                 progress.validating(len(scored))
-        own = [CaseDice.of(name, counts) for name, counts in scored]
-        broken = [case.name for case, is_finite in zip(own, finite, strict=True) if not is_finite]
+        own = [CaseDice.of(name, counts) for name, counts, _ in scored]
+        broken = [name for name, _, is_finite in scored if not is_finite]
         found = gather((own, broken, time.perf_counter() - started), self.ranks)
         cases, overflowed, seconds = zip(*found, strict=True)
         names = sorted(name for part in overflowed for name in part)
@@ -54,16 +53,13 @@ class Validator:
             )  # fmt: skip
         return sorted((case for part in cases for case in part), key=lambda case: case.name), max(seconds)
 
-    def masks(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
-        """What is scored, bool (R, X, Y, Z), of a batch (1, C, X, Y, Z) as the loader gives it."""
-        return self._masks(self.logits(network, image))
-
     @torch.no_grad()
     def logits(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
-        """Logits (1, R, X, Y, Z) of such a batch, by sliding window where full volumes are validated."""
+        """Logits (1, R, X, Y, Z) of a loader's batch (1, C, X, Y, Z), by sliding window if volumes are full."""
         if self.config.train.validation == "full_volume":
             return sliding_window_logits(network, image, self.config.data.crop_size_voxels)
         return network(image)
 
-    def _masks(self, logits: torch.Tensor) -> torch.Tensor:
+    def masks(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is scored, bool (R, X, Y, Z), of logits (1, R, X, Y, Z)."""
         return scored_regions((logits > 0)[0], self.coding, self.config.train.score)  # sigmoid(x) > 0.5

@@ -148,15 +148,16 @@ def _draw_cases(trainer: Trainer, run_dir: Path) -> list[report.PictureSection]:
     drawn = {}
     names = list(dict.fromkeys([data.val[0], *places]))  # all on this rank, whichever validated them
     for name, image, labels in make_val_loader(config.data, config.train.validation, data.store, names, device):
-        prediction, truth = trainer.validator.masks(trained.network, image), region_masks(labels, trainer.regions)[0]
+        prediction = trainer.validator.masks(trainer.validator.logits(trained.network, image))
+        truth = region_masks(labels, trainer.regions)[0]
         scored = metrics.case_dice(name, prediction, truth)
+        dice = scored.dice()
         scan, truth_masks, predicted = (pictures.as_numpy(array) for array in (image[0, 0], truth, prediction))
         if name == data.val[0]:
-            pictures.draw_prediction(name, scan, truth_masks, predicted, scored.dice(), run_dir / "prediction.png")
+            pictures.draw_prediction(name, scan, truth_masks, predicted, dice, run_dir / "prediction.png")
         if name in places:
             file, kind = places[name]
-            spacing_mm = config.data.spacing_mm
-            pictures.draw_case(name, scan, truth_masks, predicted, scored.dice(), spacing_mm, run_dir / file)
+            pictures.draw_case(name, scan, truth_masks, predicted, dice, config.data.spacing_mm, run_dir / file)
             drawn[file] = f"{kind.capitalize()}: {name}, mean Dice {percent(scored.mean())}"
     extremes = report.PictureSection(
         "Best and worst cases",
@@ -230,14 +231,12 @@ def _start_log(run_dir: Path, ranks: Ranks) -> None:
         logging.getLogger().handlers = handlers  # includes the warnings of other packages
 
 
-def how_to_resume(config: Config | None) -> str:
+def how_to_resume(config: Config) -> str:
     """Advice for a user whose run was stopped."""
-    saved = checkpoint.states(config.run_dir / "checkpoints") if config and config.run_dir else []
-    if config and saved:
+    saved = checkpoint.states(config.run_dir / "checkpoints") if config.run_dir else []
+    if saved:
         return f"{saved[0]} is saved; the same command with --resume {config.run_dir} continues from it"
-    return (
-        "there is no checkpoint yet (they are written at validations, and every --train.save_every_steps): start again"
-    )
+    return "no checkpoint yet (they are written at validations, and every --train.save_every_steps): start again"
 
 
 def _refuse_links(run_dir: Path) -> None:

@@ -11,21 +11,17 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
 
 from engine.ranks.command import run_command
-
-if TYPE_CHECKING:
-    from engine.config import Config
 
 
 def main(args: list[str] | None = None) -> int:
     """Parse the command line and train; returns the exit status, see `run_command`."""
-    config: Config | None = None
-    advice: Callable[[Config | None], str] | None = None
+    advice: Callable[[], str] | None = None
 
     def work() -> None:
-        nonlocal config, advice
+        nonlocal advice
         from engine.config import make_parser, parse_config
 
         parser = make_parser(
@@ -34,13 +30,10 @@ def main(args: list[str] | None = None) -> int:
         config, _ = parse_config(parser, args)
         from launch import run as training
 
-        advice = training.how_to_resume
+        advice = partial(training.how_to_resume, config)
         training.run(config)
 
-    def how_to_continue() -> str:
-        return advice(config) if advice else "training had not begun: start again"
-
-    return run_command(work, how_to_continue)
+    return run_command(work, lambda: advice() if advice else "training had not begun: start again")
 
 
 if __name__ == "__main__":
