@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON file (`--train.deepspeed`): what it sets of our options, and what DeepSpeed itself gets of it."""
+"""DeepSpeed's JSON file (`--train.deepspeed`): which of our options it sets, and what is passed on to DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SECTIONS = {"zero_optimization", "activation_checkpointing", "aio"}
 
 
 def apply_deepspeed_json(config: Config, world_size: int) -> tuple[Config, dict[str, Any]]:
-    """The configuration with what `--train.deepspeed` sets, and the settings that are left for DeepSpeed itself.
+    """The configuration with what `--train.deepspeed` sets, and the remaining settings for DeepSpeed itself.
 
     The file overrides the options that this program has too: batch size, accumulation, precision, ZeRO stage,
     clipping, AdamW's rate and decay, warm-up. "auto" leaves an option as it is. Without a file, nothing changes.
 
     Raises:
-        ValueError: a file that can't be read, or settings that this engine can't do.
+        ValueError: a file that can't be read, or settings that this engine does not support.
     """
     path = config.train.deepspeed
     if path is None:
@@ -137,7 +137,7 @@ def _move_optimizer(optimizer: dict[str, Any], optim: OptimConfig) -> None:
 
 
 def _warn_ignored(section: str, given: dict[str, Any], used: set[str]) -> None:
-    """Name the settings of a section that change nothing."""
+    """Warn of a section's settings that change nothing."""
     others = [f"{name} {value}" for name, value in given.items() if name not in used]
     if others:
         log.warning("%s: %s ignored: this engine has its own way (docs/training.md)", section, ", ".join(others))

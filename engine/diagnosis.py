@@ -1,7 +1,7 @@
-"""Where the numbers of a diverged training break down first: in which layer.
+"""The layer in which a diverged training first breaks down.
 
-One more pass over the same batch checks the output of every layer, then their gradients, in the order in which they are
-computed. It costs a pass or two, once, before the run gives up.
+One more pass over the same batch checks every layer's output, then their gradients, in order of computation. It costs a
+pass or two, once, before the run gives up.
 """
 
 from __future__ import annotations

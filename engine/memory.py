@@ -98,11 +98,7 @@ class MemoryEstimate:
         return max(0, (room - kept - constant) // self.activations_per_crop)
 
     def describe(self, limit: int, device: str) -> str:
-        """The line for the log.
-
-        Args:
-            limit: bytes of the device. device: its name.
-        """
+        """The line for the log; `limit` is the device's bytes, `device` its name."""
         sizes = {name: getattr(self, name.lower()) for name in ("weights", "gradients", "optimizer", "buffers", "EMA")}
         parts = [f"{name} {gb(size)}" for name, size in sizes.items() if size]
         parts.append(f"activations {gb(self.activations)} ({gb(self.activations_per_crop)} per crop)")
@@ -197,11 +193,7 @@ def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device: torch.device, limit: int) -> str:
-    """What happened and what to lower, and how far, the simplest first.
-
-    Args:
-        estimate: of the run. limit: `limit_bytes(device)` before the run.
-    """
+    """What happened, what to lower and how far, the simplest first; `limit` is what the device has, in bytes."""
     train, fits = estimate.train, estimate.largest_batch(limit)
     if fits >= train.batch_size:  # there was less than `limit`, or something took more than estimated
         fits = train.batch_size // 2
@@ -277,7 +269,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def count_gradient(self, parameter: Tensor) -> None:
-        """Hook for `register_post_accumulate_grad_hook`."""
+        """A hook for `register_post_accumulate_grad_hook`."""
         self._gradients_now += parameter.numel() * parameter.element_size()
 
     def count(self, tensor: Tensor) -> None:

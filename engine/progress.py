@@ -29,8 +29,8 @@ T = TypeVar("T")
 class DataWait:
     """Time the device spent without a batch to work on.
 
-    On a GPU the host runs ahead, so its own waiting says nothing. Two events on the stream do: one after the work of
-    a step, one before that of the next. The time between them went into waiting for the batch and copying it.
+    On a GPU the host runs ahead, so its own waiting says nothing. Two events on the stream do, one after a step and one
+    before the next: the time between them went into waiting for the batch and copying it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -149,10 +149,9 @@ class LateValues:
 
     def last(self) -> list[float] | None:
         """Values of the latest step, waiting for them if need be; None if they have been read."""
-        waiting, self.waiting = self.waiting, None
-        if waiting is None:
+        if self.waiting is None:
             return None
-        values, event = waiting
+        (values, event), self.waiting = self.waiting, None
         if event:
             event.synchronize()
         return values.tolist()

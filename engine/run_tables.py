@@ -24,7 +24,7 @@ class EpochLog:
     """`log.csv` with a row per epoch, and the same as TensorBoard scalars.
 
     Args:
-        run_dir: of the run. done_steps: of a resumed run; TensorBoard's records of later steps are dropped.
+        run_dir: of the run. done_steps: of a resumed run; TensorBoard drops its records of later steps.
     """
 
     def __init__(self, run_dir: Path, done_steps: int) -> None:

@@ -25,14 +25,14 @@ class Validator:
 
     Args:
         config: of the run. ranks: who this process is.
-        coding: of the labels. loader: this rank's cases; None: there are none.
+        coding: of the labels. loader: this rank's cases, if any.
     """
 
     def __init__(self, config: Config, ranks: Ranks, coding: Coding, loader: ValLoader | None) -> None:
         self.config, self.ranks, self.coding, self.loader = config, ranks, coding, loader
 
     def score(self, network: torch.nn.Module, progress: TrainingProgress | None = None) -> tuple[list[CaseDice], float]:
-        """All cases by name, and the seconds of the slowest rank; all ranks must call it."""
+        """All cases, sorted by name, and the seconds of the slowest rank; all ranks must call it."""
         started, scored = time.perf_counter(), []
         for name, image, labels in self.loader or ():
             image, labels = image.to(self.ranks.device), labels.to(self.ranks.device)

@@ -105,11 +105,7 @@ def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Tra
 
 
 def finish(trainer: Trainer, run_dir: Path, paths_taken: str) -> None:
-    """Write tables, pictures and page of a run that is over, from its best weights.
-
-    Args:
-        paths_taken: what `dispatch.use` said of the kernels.
-    """
+    """Write tables, pictures and page of a run that is over; `paths_taken` is what `dispatch.use` said."""
     summary, data, config = trainer.summary(), trainer.data, trainer.config
     write_log(run_dir, trainer.history)  # again: a finished run that is resumed may lack it
     write_validation(run_dir, trainer.cases, summary)

@@ -351,7 +351,7 @@ for stage in range(4):
         wrong[3] = float("nan")
     step(wrong[ranks.rank::2], batch(0, size=4)[1][ranks.rank::2])
     result[f"skipped at {stage}"] = values_of(step).was_skipped
-for stage in range(4):  # each goes on from the state of the one before it
+for stage in range(4):  # each continues from the state of the one before it
     weights, moments, average = states[(stage - 1) % 4]
     model = network()
     model.load_state_dict(weights)
