@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import signal
-import sys
 import warnings
 from pathlib import Path
-from typing import TextIO
 
 from pipelines.basics.machine import give_home
 from pipelines.basics.text import one_line
@@ -14,29 +12,15 @@ from pipelines.basics.text import one_line
 _OURS = ("engine", "kernels", "launch", "models", "pipelines")
 
 
-def as_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning as a line: ours as any other message, another package's with its place."""
+def as_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: object = None) -> str:
+    """A warning as a line: ours like any other message, another package's with its place."""
     text = one_line(message)
     path, root = Path(filename), Path(__file__).resolve().parent.parent
     is_ours = path.is_relative_to(root) and path.relative_to(root).parts[0] in _OURS
-    return text if is_ours else f"{filename}:{lineno}: {category.__name__}: {text}"
-
-
-def show(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Where no log takes warnings: on standard error."""
-    print(as_line(message, category, filename, lineno), file=file or sys.stderr)
+    return f"{text}\n" if is_ours else f"{filename}:{lineno}: {category.__name__}: {text}\n"
 
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback; `run_command` takes over
-warnings.formatwarning, warnings.showwarning = as_line, show
+warnings.formatwarning = as_line
 give_home()

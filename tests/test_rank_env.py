@@ -43,7 +43,8 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
     ],
 )
 def test_each_launcher_says_which_rank_a_process_is(variables: dict[str, str], env: RankEnv) -> None:
-    assert read_rank_env(variables) == env
+    with mock.patch.dict(os.environ, variables, clear=True):
+        assert read_rank_env() == env
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,8 @@ def test_each_launcher_says_which_rank_a_process_is(variables: dict[str, str], e
     ],
 )
 def test_variables_that_contradict_each_other_are_refused_by_name(variables: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError) as refused:
-        read_rank_env(variables)
+    with mock.patch.dict(os.environ, variables, clear=True), pytest.raises(ValueError) as refused:
+        read_rank_env()
     assert message in str(refused.value)
 
 

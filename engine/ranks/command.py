@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from engine.ranks.memory_limits import is_out_of_memory, plain_message
 from engine.ranks.rank_env import read_rank_env
 from engine.ranks.signals import StoppedBySignal, TrainingStopped, install_handlers, restore_handlers, signal_name
 from engine.ranks.terminal import Terminal, set_up_terminal
-from pipelines.basics.errors import DISK_FULL, explain
+from pipelines.basics.errors import DISK_FULL, causes, explain
 from pipelines.basics.text import as_text
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def run_command(work: Callable[[], int | None], how_to_continue: Callable[[], st
         if is_over or (watchdog and watchdog.is_ending and number != signal.SIGINT):
             return
         error = KeyboardInterrupt() if number == signal.SIGINT else StoppedBySignal(signal_name(number))
-        if _is_importing("torch"):  # which crashes where an exception comes in between
+        specification = getattr(sys.modules.get("torch"), "__spec__", None)
+        if getattr(specification, "_initializing", False):  # its import crashes where an exception comes in between
             status, line = _status_and_line(error, how_to_continue)
             os.write(2, f"{line}\n".encode())
             os._exit(status)
@@ -96,16 +97,11 @@ def run_command(work: Callable[[], int | None], how_to_continue: Callable[[], st
 
 
 def _start_watchdog(launcher: Launcher) -> Watchdog | None:
-    """Of one of several ranks; a single one has nobody to watch."""
     if read_rank_env().world_size == 1:
         return None
     from engine.ranks.watchdog import start_watchdog
 
     return start_watchdog(launcher)
-
-
-def _is_importing(name: str) -> bool:
-    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
 
 
 def _has_process_group() -> bool:
@@ -116,15 +112,13 @@ def _has_process_group() -> bool:
 def _status_and_line(error: BaseException, how_to_continue: Callable[[], str]) -> tuple[int, str]:
     """Exit status and message for the user."""
     if isinstance(error, ImportError):  # extension modules raise one where a signal or missing memory stopped them
-        error = next((each for each in _causes(error) if isinstance(each, KeyboardInterrupt | MemoryError)), error)
+        error = next((each for each in causes(error) if isinstance(each, KeyboardInterrupt | MemoryError)), error)
     if is_out_of_memory(error):
         return 2, plain_message(error)
-    if isinstance(error, OSError):
-        return 2, explain(error)
     if isinstance(error, UnicodeEncodeError):
         return 2, f"{error.object[:200]} can't be written in {error.encoding}: rename the file or the case"
-    if isinstance(error, ValueError):
-        return 2, str(error)
+    if isinstance(error, OSError | ValueError):
+        return 2, explain(error) if isinstance(error, OSError) else str(error)
     if isinstance(error, TrainingStopped | StoppedBySignal):
         return os.EX_TEMPFAIL, f"stopped by {error}; {how_to_continue()}"
     if isinstance(error, KeyboardInterrupt):
@@ -133,12 +127,6 @@ def _status_and_line(error: BaseException, how_to_continue: Callable[[], str]) -
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         return status, "the command line was refused, see above"
     return 1, f"{type(error).__name__}: {error}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _log_thread_error(args: threading.ExceptHookArgs) -> None:

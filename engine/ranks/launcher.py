@@ -45,17 +45,16 @@ class Launcher:
     def __init__(self) -> None:
         self.found, self.has_ended = find_launchers(os.getpid(), "CROSS_RANK" in os.environ)  # set by deepspeed
         self._is_over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._watch, name="launcher", daemon=True)
 
     def __enter__(self) -> Launcher:
         if self.found or self.has_ended:
-            self._thread = threading.Thread(target=self._watch, name="launcher", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *failure: object) -> None:
         self._is_over.set()
-        if self._thread:
+        if self._thread.is_alive():
             self._thread.join()
 
     def is_gone(self) -> bool:
@@ -112,15 +111,9 @@ def read_process(number: int) -> Process | None:
 
 def program_of(arguments: list[str]) -> str:
     """The program that a command line runs; for Python the name of its script or module."""
-    first = Path(arguments[0]).name if arguments else ""
-    if not first.startswith("python"):
-        return first
-    words = iter(arguments[1:])
-    for word in words:
-        if word == "-m":
-            return next(words, "")
-        if word == "-c":
-            return first
-        if not word.startswith("-"):
-            return Path(word).name
-    return first
+    first, *rest = arguments or [""]
+    program, words = Path(first).name, iter(rest)
+    word = next((word for word in words if word in ("-m", "-c") or not word.startswith("-")), "-c")
+    if not program.startswith("python") or word == "-c":
+        return program
+    return next(words, "") if word == "-m" else Path(word).name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import resource
 from pathlib import Path
@@ -67,23 +68,15 @@ def _address_space() -> list[Limit]:
 def _control_groups() -> list[Limit]:
     """The limits of this process's control groups (version 1 or 2); page cache does not count as used."""
     limits: list[Limit] = []
-    try:
-        lines = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
-    except OSError:
-        return []
-    for _, controllers, path in lines:
-        files = _GROUP_FILES.get(controllers)
-        if not files:
-            continue
-        top = CGROUP / controllers
-        within = [top.joinpath(*path.split("/")[:depth]) for depth in range(1, len(path.split("/")) + 1)]
-        for folder in {top, *within}:
-            try:
-                most, used, statistics = ((folder / name).read_text() for name in files[:3])
-                cached = int(dict(line.split() for line in statistics.splitlines()).get(files[3], 0))
+    lines = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        *files, cache = _GROUP_FILES.get(controllers, ("",))
+        own = CGROUP / controllers / path.lstrip("/")
+        for folder in (own, *own.parents) if files else ():
+            with contextlib.suppress(OSError, ValueError):  # no such group here, or "max": no limit
+                most, used, statistics = ((folder / name).read_text() for name in files)
+                cached = int(dict(line.split() for line in statistics.splitlines()).get(cache, 0))
                 limits.append(Limit("its control group", int(most), max(0, int(most) - int(used) + cached)))
-            except (OSError, ValueError):  # no such group here, or "max": no limit
-                continue
     return limits
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -21,30 +20,26 @@ class RankEnv(NamedTuple):
     ranks_on_node: int = 1
 
 
-def read_rank_env(variables: Mapping[str, str] | None = None) -> RankEnv:
+def read_rank_env() -> RankEnv:
     """Read the variables of `torchrun` and `deepspeed`, or else those of `srun`.
 
     SLURM's count only where `MASTER_ADDR` is set: a shell inside an allocation has them too.
 
-    Args:
-        variables: None takes the process's environment.
-
     Raises:
         ValueError: variables that are missing, not numbers, or contradict each other.
     """
-    variables = os.environ if variables is None else variables
-    if "RANK" in variables:
-        on_node = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in variables), "WORLD_SIZE")
+    if "RANK" in os.environ:
+        on_node = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), "WORLD_SIZE")
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", on_node)
-        rank, world_size, ranks_on_node = (_number(name, variables) for name in ("RANK", "WORLD_SIZE", on_node))
-        return _checked(RankEnv(rank, world_size, _number("LOCAL_RANK", variables, 0), ranks_on_node), names)
-    if "MASTER_ADDR" in variables and _number("SLURM_NTASKS", variables, 1) > 1:
+        rank, world_size, ranks_on_node = map(_number, ("RANK", "WORLD_SIZE", on_node))
+        return _checked(RankEnv(rank, world_size, _number("LOCAL_RANK", 0), ranks_on_node), names)
+    if "MASTER_ADDR" in os.environ and _number("SLURM_NTASKS", 1) > 1:
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-        rank, world_size, local_rank = (_number(name, variables) for name in names[:3])
-        return _checked(RankEnv(rank, world_size, local_rank, _tasks_on_node(variables)), names)
-    if _number("WORLD_SIZE", variables, 1) > 1:
+        rank, world_size, local_rank = map(_number, names[:3])
+        return _checked(RankEnv(rank, world_size, local_rank, _tasks_on_node()), names)
+    if _number("WORLD_SIZE", 1) > 1:
         raise ValueError(
-            f"WORLD_SIZE is {variables['WORLD_SIZE']} and RANK is not set: start every rank with deepspeed, torchrun "
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and RANK is not set: start every rank with deepspeed, torchrun "
             "or srun, or unset WORLD_SIZE to train on one"
         )
     return RankEnv()
@@ -59,8 +54,8 @@ def export_rank_env(env: RankEnv) -> None:
         os.environ.setdefault("MASTER_PORT", "29500")  # PyTorch's own choice; srun sets none
 
 
-def _number(name: str, variables: Mapping[str, str], default: int | None = None) -> int:
-    value = variables.get(name, default)
+def _number(name: str, default: int | None = None) -> int:
+    value = os.environ.get(name, default)
     try:
         return int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
@@ -68,18 +63,18 @@ def _number(name: str, variables: Mapping[str, str], default: int | None = None)
         raise ValueError(f"{name} is {found}: deepspeed, torchrun and srun set it for each rank") from error
 
 
-def _tasks_on_node(variables: Mapping[str, str]) -> int:
+def _tasks_on_node() -> int:
     """Tasks of the step on this node; SLURM writes "4(x2),3" for 4, 4 and 3."""
-    listed = variables.get("SLURM_STEP_TASKS_PER_NODE")
+    listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE")
     if listed is None:
-        return _number("SLURM_NTASKS_PER_NODE", variables)
+        return _number("SLURM_NTASKS_PER_NODE")
     counts: list[int] = []
     for part in listed.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if not match:
             raise ValueError(f"SLURM_STEP_TASKS_PER_NODE is {listed!r}, which should read like 4(x2),3")
         counts += [int(match[1])] * int(match[2] or 1)
-    node = _number("SLURM_NODEID", variables, 0)
+    node = _number("SLURM_NODEID", 0)
     if node >= len(counts):
         raise ValueError(f"SLURM_NODEID is {node}, and SLURM_STEP_TASKS_PER_NODE {listed!r} lists {len(counts)} nodes")
     return counts[node]
@@ -87,16 +82,14 @@ def _tasks_on_node(variables: Mapping[str, str]) -> int:
 
 def _checked(env: RankEnv, names: tuple[str, ...]) -> RankEnv:
     """The ranks, if their numbers fit together; `names` are the variables that they come from."""
-    left_over = "is a variable left over from another job? unset it"
-    for few, many in ((0, 1), (2, 3)):
-        if not 0 <= env[few] < env[many]:
+    for few, many, is_right, rule in (
+        (0, 1, 0 <= env.rank < env.world_size, "ranks count from 0 to one less than their number"),
+        (2, 3, 0 <= env.local_rank < env.ranks_on_node, "ranks count from 0 to one less than their number"),
+        (3, 1, env.ranks_on_node <= env.world_size, "a node can't hold more ranks than the job has"),
+    ):
+        if not is_right:
             raise ValueError(
-                f"{names[few]} is {env[few]} and {names[many]} {env[many]}: ranks count from 0 to one less than their "
-                f"number; {left_over}"
+                f"{names[few]} is {env[few]} and {names[many]} {env[many]}: {rule}; is a variable left over from "
+                "another job? unset it"
             )
-    if env.ranks_on_node > env.world_size:
-        raise ValueError(
-            f"{names[3]} is {env.ranks_on_node} and {names[1]} {env.world_size}: a node can't hold more ranks than "
-            f"the job has; {left_over}"
-        )
     return env

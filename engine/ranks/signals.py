@@ -1,11 +1,11 @@
-"""The signals that ask a command to stop, and their handlers.
-
-@@ All ranks stop at the same step after a signal to any of them; they save, and the run can be started again.
+"""The signals that ask a command to stop, and how all ranks stop at the same step after one of them got one.
 
 Schedulers send SIGTERM or SIGUSR1 before they take the nodes away, to all ranks or to one; a terminal that is closed
 sends SIGHUP, and `ranks.launcher` reports the end of the launcher. Each rank gets the signal at a different moment, so
 the ranks agree: an all-reduce of the signal's number over a gloo group, which runs beside the steps on the CPU. It is
 started at one step and read at a later one, and no step waits for it.
+
+PyTorch is imported only where several ranks agree, as `ranks.command` installs handlers before any import of it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import signal
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
-from engine.ranks.distributed import Ranks
 from engine.ranks.launcher import LAUNCHER_GONE
+from pipelines.basics.lazy import Lazy
 
+if TYPE_CHECKING:
+    from engine.ranks.distributed import Ranks
+
+torch, dist = Lazy("torch"), Lazy("torch.distributed")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, LAUNCHER_GONE)
-Handler = Callable[[int, FrameType | None], Any]
+AGREE_EVERY_S = 1.0
+SAME_SIGNAL_S = 1.0  # launchers and schedulers both pass a signal on: ranks get it twice
 
 
 class TrainingStopped(Exception):
@@ -40,7 +42,7 @@ def signal_name(number: int) -> str:
     return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
 
 
-def install_handlers(handler: Handler, with_ctrl_c: bool = False) -> dict[int, Any]:
+def install_handlers(handler: Callable[[int, FrameType | None], Any], with_ctrl_c: bool = False) -> dict[int, Any]:
     """Have stop signals call `handler`, except those that this process ignores, as SIGHUP under `nohup`.
 
     Args:
@@ -61,10 +63,6 @@ def restore_handlers(handlers: dict[int, Any]) -> None:
         signal.signal(number, handler)
 
 
-AGREE_EVERY_S = 1.0
-SAME_SIGNAL_S = 1.0  # launchers and schedulers both pass a signal on: ranks get it twice
-
-
 class StopSignal:
     """Whether one of `STOP_SIGNALS` was sent to any of the ranks. A context manager.
 
@@ -79,11 +77,10 @@ class StopSignal:
         self.number = 0  # of the signal; this process's own until all ranks agree
         self.is_agreed = False
         self.first_sigterm: float | None = None
-        self.is_first, self.group = ranks.is_first, None
+        self.is_first = ranks.is_first
+        self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self.work: Any = None
         self.step, self.asked_at, self.due_at, self.every, self.started = 0, 0, 1, 1, time.monotonic()
-        if ranks.world_size > 1:
-            self.group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> StopSignal:
         self.previous = install_handlers(self._receive)

@@ -69,11 +69,11 @@ class Terminal(io.TextIOWrapper):
 
 
 class PlainFormatter(logging.Formatter):
-    """Log records without control characters."""
+    """Log records without control characters, and without the line end of a warning's text."""
 
     def format(self, record: logging.LogRecord) -> str:
         """A record as text."""
-        return as_text(super().format(record))
+        return as_text(super().format(record).rstrip("\n"))
 
 
 class LogFile(logging.StreamHandler):

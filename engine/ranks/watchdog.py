@@ -43,6 +43,7 @@ from engine.ranks.distributed import PeerFailed
 from engine.ranks.launcher import Launcher
 from engine.ranks.rank_env import RankEnv, export_rank_env, read_rank_env
 from engine.ranks.signals import STOP_SIGNALS, StoppedBySignal
+from pipelines.basics.errors import causes
 from pipelines.basics.text import as_text
 
 log = logging.getLogger(__name__)
@@ -56,13 +57,22 @@ MEETING_LIMIT = timedelta(minutes=5)  # from the first rank's start to the last'
 NAME_LIMIT_S = 30.0  # a cluster may give a host its name after it has started the others
 
 
+_REASONS = {
+    "EADDRINUSE": "the port is in use, perhaps by another job; choose another (deepspeed and torchrun --master_port, "
+    "else MASTER_PORT)",
+    "EACCES": "the system reserves this port; choose one above 1023 (deepspeed and torchrun --master_port, else "
+    "MASTER_PORT)",
+    "timed out": f"some ranks did not connect within {MEETING_LIMIT.seconds // 60} minutes: are all started, with the "
+    "same number of ranks? is MASTER_ADDR the first rank's host, and its port open to the others?",
+}
+"""Why ranks did not meet, by a word of PyTorch's message."""
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Why a job ends.
+    """Why a job ends: the rank that failed, its node, a message for the user, the exit status of all ranks.
 
-    Attributes:
-        rank: the one that failed. host: its node. message: for the user. status: exit status of all ranks.
-        is_lost: the rank is gone, and others report it.
+    If the rank `is_lost`, others report it.
     """
 
     rank: int
@@ -79,10 +89,7 @@ class Failure:
 
 
 def start_watchdog(launcher: Launcher | None = None) -> Watchdog:
-    """Meet the other ranks and start watching them.
-
-    Args:
-        launcher: of this node's ranks, watched too.
+    """Meet the other ranks and start watching them, and the launcher of this node's ranks.
 
     Raises:
         ValueError: a launcher's variables are missing or contradict each other.
@@ -101,23 +108,8 @@ def start_watchdog(launcher: Launcher | None = None) -> Watchdog:
         ) from error
 
 
-_REASONS = {
-    "EADDRINUSE": "the port is in use, perhaps by another job; choose another (deepspeed and torchrun --master_port, "
-    "else MASTER_PORT)",
-    "EACCES": "the system reserves this port; choose one above 1023 (deepspeed and torchrun --master_port, else "
-    "MASTER_PORT)",
-    "timed out": f"some ranks did not connect within {MEETING_LIMIT.seconds // 60} minutes: are all started, with the "
-    "same number of ranks? is MASTER_ADDR the first rank's host, and its port open to the others?",
-}
-"""Why ranks did not meet, by a word of PyTorch's message."""
-
-
 def _master_address() -> str:
-    """Host and port where the ranks meet, from their variables.
-
-    Raises:
-        ValueError: a variable is missing, or is not a port, or a host without an address.
-    """
+    """Host and port where the ranks meet; raises ValueError for a port or a host that can't be."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ["MASTER_PORT"]
     if not host:
         raise ValueError("MASTER_ADDR is not set: deepspeed and torchrun set it; with srun, set it to the first node")
@@ -135,11 +127,10 @@ def _master_address() -> str:
 
 
 class Watchdog:
-    """The watching thread of one of several ranks; made by `start_watchdog`.
+    """The watching thread of one of several ranks; `start_watchdog` makes it.
 
-    Args:
-        env: of this rank. store: shared by all ranks, over a connection that nothing else uses.
-        launcher: of this node.
+    Nothing else uses the connection of its store. Once it `is_ending`, this rank has failed or is done: no signal may
+    change how it ends.
     """
 
     def __init__(self, env: RankEnv, store: dist.Store, launcher: Launcher | None = None) -> None:
@@ -147,7 +138,7 @@ class Watchdog:
         self.host = socket.gethostname()
         self.own: Failure | None = None
         self.own_due, self.own_traceback = 0.0, ""
-        self.is_failing = self.is_leaving = self.has_said_done = self.is_over = False
+        self.is_ending = self.is_leaving = self.has_said_done = self.is_over = False
         self.watched = range(self.world_size) if self.rank == 0 else range(1)
         self.beats = [b""] * len(self.watched)
         self.rounds_still = [0] * len(self.watched)
@@ -161,12 +152,8 @@ class Watchdog:
         self.thread.start()
 
     def fail(self, error: BaseException, message: str, status: int) -> NoReturn:
-        """Report to all ranks that this one can't go on. The process ends here, with the status of the first failure.
-
-        Args:
-            error: why. message: for the user. status: exit status.
-        """
-        self.is_failing = True
+        """Report to all ranks that this one can't go on, and end the process with the status of the first failure."""
+        self.is_ending = True
         if status == 1:  # neither a user's mistake nor a signal
             self.own_traceback = "".join(traceback.format_exception(error))
         self.own_due = time.monotonic() + _waiting_time(error)
@@ -183,17 +170,12 @@ class Watchdog:
 
         From then on signals are ignored: a launcher sends SIGTERM to ranks that end a moment after the first.
         """
-        self.is_leaving = True
+        self.is_ending = self.is_leaving = True
         self.wake.set()
         self.thread.join()
         self.line.shutdown()
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-
-    @property
-    def is_ending(self) -> bool:
-        """This rank has failed or is done: no signal may change how it ends."""
-        return self.is_failing or self.is_leaving
 
     def _meet(self, env: RankEnv) -> None:
         """Publish where this rank runs, find the others of its node, and learn which rank is rank 0's deputy."""
@@ -264,11 +246,10 @@ class Watchdog:
         if not dead:
             message = f"lost: no sign of life for {LOST_AFTER_S:.0f} s"
             beats = self.store.multi_get([f"beat/{rank}" for rank in self.watched])
-            for index, (before, now) in enumerate(zip(self.beats, beats)):
-                self.rounds_still[index] = self.rounds_still[index] + 1 if before == now else 0
+            stands_still = (before == now for before, now in zip(self.beats, beats))
+            self.rounds_still = [rounds + 1 if still else 0 for rounds, still in zip(self.rounds_still, stands_still)]
             self.beats = beats
-            limit = LOST_AFTER_S / BEAT_S
-            dead = [rank for rank, rounds in zip(self.watched, self.rounds_still) if rounds >= limit]
+            dead = [rank for rank, n in zip(self.watched, self.rounds_still) if n >= LOST_AFTER_S / BEAT_S]
         return Failure(dead[0], self._process_of(dead[0])["host"], message, is_lost=True) if dead else None
 
     def _all_are_done(self) -> bool:
@@ -312,11 +293,9 @@ class Watchdog:
 
 def _waiting_time(error: BaseException) -> float:
     """Seconds to wait for a better reason from a peer: 0 if the error can't come from a peer's end."""
-    cause: BaseException | None = error
-    while cause:
+    for cause in causes(error):
         if isinstance(cause, PeerFailed | StoppedBySignal):
             return WAIT_FOR_PEERS_S
         if isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and "gloo" in str(cause)):
             return LOST_AFTER_S + 2 * BEAT_S
-        cause = cause.__cause__ or cause.__context__
     return 0.0

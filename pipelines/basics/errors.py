@@ -9,6 +9,7 @@ import errno
 import os
 import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.basics.text import as_text
@@ -54,6 +55,13 @@ def _full_folders() -> list[str]:
     """Which of the folders that a command writes to are on full disks."""
     folders = (os.getcwd(), os.environ.get("GLIOFORGE_CACHE", ""), os.environ.get("TMPDIR", "/tmp"), "/dev/shm")
     return [name for name in folders if os.path.isdir(name) and shutil.disk_usage(name).free < _FULL_BELOW]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, its cause, the cause of that, and so on."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class DataError(ValueError):
