@@ -1,4 +1,4 @@
-"""Finished runs compared with each other, and with the published figures.
+"""Finished runs, read from their folders, compared with each other and with the published figures.
 
     table.md         model, epochs, mean Dice, Dice of the regions; below it what the numbers mean and what they don't
     comparison.json  the same
@@ -8,8 +8,6 @@
 Runs of one model with several seeds share a row: mean and sample standard deviation. The published figures are given
 only if the runs are the published experiment (`launch/configs/seed.yaml` on Decathlon Task01); otherwise every
 condition that is not met is named.
-
-@@ A finished run, read from its folder.
 """
 
 from __future__ import annotations
@@ -37,10 +35,13 @@ from pipelines.layouts.labels import REGIONS
 from pipelines.layouts.names import MODALITIES
 
 SCORES = ("mean", *REGIONS)
+HEAD = ("model", "epochs", "best epoch", "mean Dice", *REGIONS, "published")
 FILES = ("config.yaml", "metrics.json", "validation.csv", "log.csv", "report.html")
+VALIDATION_CASES = "validation cases"
+TASK01_NAME, TASK01_CASES, TASK01_VALIDATION_CASES = "BRATS", 484, 96
+PUBLISHED_CROPS_PER_STEP = 2
 
-# Options that say where and how fast, not what is learned and measured; and those that `engine.reports.comparison` has
-# rules of its own for.
+# Options that say where and how fast, not what is learned and measured; and those with rules of their own below.
 NOT_COMPARED = {
     "data": {"root", "download", "release", "store_dir", "store_dtype", "residence", "skip_faulty", "workers",
              "prepare_on", "unprepared", "phantom"},
@@ -55,9 +56,7 @@ class FinishedRun:
     """The results of a run.
 
     Attributes:
-        path: its folder.
-        config: its options.
-        epochs: trained. history: rows of `log.csv`.
+        path: its folder. config: its options. epochs: trained. history: rows of `log.csv`.
         best: scores of its best validation, as in `metrics.json`; "epoch" is None if nothing was validated.
         definition: of Dice, in words.
         cases: names of the validation cases; `example` is one of them, with every region if there is such a case.
@@ -108,7 +107,7 @@ class FinishedRun:
             raise ValueError(f"metrics.json scored {scored!r}, not {' or '.join(SCORED)}")
         validated = read_table(path / "validation.csv")
         with_all_regions = [row["case"] for row in validated if all(row[region] for region in REGIONS)]
-        names = tuple(row["case"] for row in validated)
+        cases = tuple(row["case"] for row in validated)
         world_size = _whole_number(_read_object(state / "about.json")["world_size"], "world_size")
         history = [
             {key: float(value) if value else None for key, value in row.items()} for row in read_table(path / "log.csv")
@@ -122,8 +121,8 @@ class FinishedRun:
             history=history,
             best=_checked_scores(metrics["best"]),
             definition=str(metrics["definition"]),
-            cases=names,
-            example=next(iter([*with_all_regions, *names]), None),
+            cases=cases,
+            example=next(iter([*with_all_regions, *cases]), None),
             crops_per_step=config.train.batch_size * config.train.accumulate_steps * world_size,
         )
 
@@ -134,12 +133,12 @@ class FinishedRun:
 
     def settings(self) -> dict[str, Any]:
         """What decides what is learned and measured, by option; epochs and seed are not included."""
+        ignored = NOT_COMPARED | {"model": to_dict(self.config.model).keys() - NETWORKS[self.model].widths.keys()}
         found: dict[str, Any] = {}
         for group in ("data", "model", "loss", "optim", "train"):
-            values, ignored = to_dict(getattr(self.config, group)), NOT_COMPARED.get(group, set())
-            if group == "model":
-                ignored = values.keys() - NETWORKS[self.model].widths.keys()
-            found |= by_option({name: value for name, value in values.items() if name not in ignored}, f"--{group}.")
+            values = to_dict(getattr(self.config, group))
+            kept = {name: value for name, value in values.items() if name not in ignored.get(group, ())}
+            found |= by_option(kept, f"--{group}.")
         found["--data.modalities"] = found["--data.modalities"] or list(MODALITIES)
         return found | {"crops per step": self.crops_per_step}
 
@@ -175,12 +174,6 @@ def _checked_scores(best: Any) -> dict[str, Any]:
     return best
 
 
-VALIDATION_CASES = "validation cases"
-TASK01_NAME, TASK01_CASES, TASK01_VALIDATION_CASES = "BRATS", 484, 96
-PUBLISHED_CROPS_PER_STEP = 2
-HEAD = ("model", "epochs", "best epoch", "mean Dice", *REGIONS, "published")
-
-
 @cache
 def _published_settings() -> dict[str, Any]:
     config = config_from_dict(read_yaml(CONFIGS / "seed.yaml"))
@@ -190,7 +183,7 @@ def _published_settings() -> dict[str, Any]:
 def unmet_conditions(run: FinishedRun) -> list[str]:
     """Why a run can't be compared with the published figures: each condition that it does not meet."""
     published = _published_settings()
-    unmet = [
+    unmet = _unmet_by_data(run) + [
         f"{name} {value}, published {published[name]}"
         for name, value in run.settings().items()
         if value != published.get(name, value)
@@ -200,7 +193,7 @@ def unmet_conditions(run: FinishedRun) -> list[str]:
         unmet.append("no figures are published")
     elif run.epochs != figures.epochs:
         unmet.append(f"{run.epochs} epochs, published {figures.epochs}")
-    return [*_unmet_by_data(run), *unmet]
+    return unmet
 
 
 def _unmet_by_data(run: FinishedRun) -> list[str]:
@@ -250,7 +243,7 @@ class ComparisonRow:
 
     @property
     def published(self) -> float | None:
-        """Its published mean Dice."""
+        """Mean Dice."""
         return self.network.published.dice if self.network.published else None
 
     def scores(self, name: str) -> list[float]:
@@ -302,7 +295,7 @@ def make_rows(runs: Sequence[FinishedRun]) -> list[ComparisonRow]:
         ValueError: two runs of one model with the same seed.
     """
     rows = []
-    for model in sorted(NETWORKS):
+    for model in sorted({run.model for run in runs}):
         of_model = sorted((run for run in runs if run.model == model), key=lambda run: run.config.train.seed)
         for one, two in zip(of_model, of_model[1:]):
             if one.config.train.seed == two.config.train.seed:
@@ -310,9 +303,8 @@ def make_rows(runs: Sequence[FinishedRun]) -> list[ComparisonRow]:
                     f"{one.path} and {two.path} are both {model} with --train.seed {one.config.train.seed}: a model's "
                     "row is the mean over seeds, so omit one of them"
                 )
-        if of_model:
-            unmet = dict.fromkeys(reason for run in of_model for reason in unmet_conditions(run))
-            rows.append(ComparisonRow(model, tuple(of_model), tuple(unmet)))
+        unmet = dict.fromkeys(reason for run in of_model for reason in unmet_conditions(run))
+        rows.append(ComparisonRow(model, tuple(of_model), tuple(unmet)))
     return rows
 
 

@@ -17,17 +17,9 @@ import torch
 from engine.data import existing_root, list_cases, make_val_loader, prepared
 from engine.metrics import CaseDice, case_dice, scored_regions
 from engine.progress import dice_text
+from engine.reports import pictures
 from engine.reports.comparison import VALIDATION_CASES, ComparisonRow, FinishedRun, differing_settings
-from engine.reports.pictures import (
-    add_region_legend,
-    as_numpy,
-    draw_slice,
-    finish_curves,
-    picture,
-    points,
-    tumour_slices,
-    wrapped,
-)
+from engine.reports.pictures import as_numpy
 from engine.sliding_window import sliding_window_logits
 from engine.trained import descriptive_config, load_trained
 from kernels.dice_ce import region_masks
@@ -36,27 +28,25 @@ from models import NETWORKS
 
 def draw_curves(rows: Sequence[ComparisonRow], path: Path) -> None:
     """Training loss and validation Dice of all runs by epoch; seeds of a model share its colour."""
-    with picture(path, 6, 7.6) as figure:
+    with pictures.picture(path, 6, 7.6) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         for row in rows:
             style: dict[str, Any] = {"color": row.network.colour, "alpha": 1.0 if len(row.runs) == 1 else 0.6}
             label = f"{row.network.title}, best mean {row.cell('mean')}"
             for run in row.runs:
-                above.plot(*points(run.history, "loss"), lw=1.2, **style)
-                below.plot(*points(run.history, "val_mean", 100), marker="o", ms=3, label=label, **style)
+                above.plot(*pictures.points(run.history, "loss"), lw=1.2, **style)
+                below.plot(*pictures.points(run.history, "val_mean", 100), marker="o", ms=3, label=label, **style)
                 label = "_"  # one entry of the legend for all seeds
-        finish_curves(above, below)
+        pictures.finish_curves(above, below)
         below.set_ylabel("validation, mean Dice (%)")
         figure.legend(loc="outside lower center", frameon=False)
 
 
 @dataclass(frozen=True)
 class ExamplePredictions:
-    """One validation case, and each model's prediction for it.
+    """One validation case, its first modality and its truth, bool (3, X, Y, Z).
 
-    Attributes:
-        name: of the case. scan_XYZ: its first modality. truth_RXYZ: bool (3, X, Y, Z).
-        by_model: the predicted regions, bool (3, X, Y, Z), and their voxel counts.
+    `by_model` holds each model's predicted regions, bool (3, X, Y, Z), and their voxel counts.
     """
 
     name: str
@@ -107,16 +97,17 @@ def predict_example(
 
 def draw_predictions(predictions: ExamplePredictions, path: Path) -> None:
     """Truth in the first row, one model in each of the others; axial slices through the tumour."""
-    shown = [("truth", predictions.truth_RXYZ)]
-    for model, (masks, counts) in predictions.by_model.items():
-        shown.append((f"{NETWORKS[model].title}   Dice {dice_text(counts.dice())}", masks))
-    slices = tumour_slices(predictions.truth_RXYZ)
-    with picture(path, 6.6, 2.65 * len(shown) + 0.5) as figure:
+    shown = [("truth", predictions.truth_RXYZ)] + [
+        (f"{NETWORKS[model].title}   Dice {dice_text(counts.dice())}", masks)
+        for model, (masks, counts) in predictions.by_model.items()
+    ]
+    slices = pictures.tumour_slices(predictions.truth_RXYZ)
+    with pictures.picture(path, 6.6, 2.65 * len(shown) + 0.5) as figure:
         axes = figure.subplots(len(shown), len(slices), squeeze=False)
         for row, (title, masks) in zip(axes, shown):
             for axis, z in zip(row, slices):
-                draw_slice(axis, predictions.scan_XYZ[..., z], masks[..., z])
+                pictures.draw_slice(axis, predictions.scan_XYZ[..., z], masks[..., z])
                 axis.set_xlabel(f"slice {z}", fontsize=8)
             row[len(slices) // 2].set_title(title, fontsize=10)
-        figure.suptitle(wrapped(predictions.name), fontsize=11)
-        add_region_legend(figure)
+        figure.suptitle(pictures.wrapped(predictions.name), fontsize=11)
+        pictures.add_region_legend(figure)

@@ -78,15 +78,14 @@ def draw_sample(image_CXYZ: np.ndarray, regions_RXYZ: np.ndarray, modalities: Se
         modalities: names of the C channels. path: the PNG.
     """
     z = _fullest_slice(regions_RXYZ)
-    count = len(modalities) + 1
-    columns = min(count, 3)
-    rows = -(-count // columns)
+    columns = min(len(modalities) + 1, 3)
+    rows = len(modalities) // columns + 1
     with picture(path, 2.2 * columns, 2.4 * rows + 0.3) as figure:
-        axes = figure.subplots(rows, columns).ravel()
-        for axis, channel, name in zip(axes, image_CXYZ, modalities):
-            draw_slice(axis, channel[..., z], title=SCAN_TITLES.get(name, name))
-        draw_slice(axes[count - 1], image_CXYZ[0][..., z], regions_RXYZ[..., z], "regions")
-        for axis in axes[count:]:
+        axes = iter(figure.subplots(rows, columns).flat)
+        for channel, name in zip(image_CXYZ, modalities):
+            draw_slice(next(axes), channel[..., z], title=SCAN_TITLES.get(name, name))
+        draw_slice(next(axes), image_CXYZ[0][..., z], regions_RXYZ[..., z], "regions")
+        for axis in axes:
             axis.axis("off")
         add_region_legend(figure)
 
@@ -99,12 +98,7 @@ def draw_prediction(
     dice: Sequence[float],
     path: Path,
 ) -> None:
-    """A validation case in three axial slices through its tumour: scan, truth, prediction.
-
-    Args:
-        name: of the case. scan_XYZ: one modality. truth_RXYZ, prediction_RXYZ: bool (3, X, Y, Z).
-        dice: of the three regions, NaN where the truth is empty. path: the PNG.
-    """
+    """A validation case in three axial slices through its tumour: scan, truth, prediction. Arguments as `draw_case`."""
     slices = tumour_slices(truth_RXYZ)
     with picture(path, 6.6, 2.25 * len(slices) + 0.5) as figure:
         rows = figure.subplots(len(slices), 3, squeeze=False)
@@ -162,11 +156,8 @@ def draw_case(
 
 def _filled_box(scan_XYZ: np.ndarray, *masks_RXYZ: np.ndarray) -> tuple[slice, slice, slice]:
     """The part of a volume that holds head and masks, with a margin; all of it if no corner is empty."""
-    filled = scan_XYZ != scan_XYZ[0, 0, 0]
-    for mask in masks_RXYZ:
-        filled |= mask.any(axis=0)
-    if not filled.any():
-        filled[...] = True
+    filled = (scan_XYZ != scan_XYZ[0, 0, 0]) | np.concatenate(masks_RXYZ).any(axis=0)
+    filled |= not filled.any()
     indices = (np.flatnonzero(filled.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1)))
     x, y, z = (slice(max(int(found[0]) - MARGIN, 0), int(found[-1]) + MARGIN + 1) for found in indices)
     return x, y, z
@@ -234,12 +225,12 @@ def draw_slice(axis: Axes, slice_XY: np.ndarray, regions_RXY: np.ndarray | None 
 
 def points(history: Sequence[Mapping[str, Any]], column: str, scale: float = 1) -> tuple[list[float], list[float]]:
     """Epochs and values of a column of `log.csv`, where it has one."""
-    known = [(row["epoch"], scale * row[column]) for row in history if row.get(column) is not None]
-    return [epoch for epoch, _ in known], [value for _, value in known]
+    known = [row for row in history if row.get(column) is not None]
+    return [row["epoch"] for row in known], [scale * row[column] for row in known]
 
 
 def finish_curves(above: Axes, below: Axes) -> None:
-    """Label and scale the axes of training loss and, below them, of validation Dice in percent, once all is drawn."""
+    """Label and scale the axes of training loss and, below them, validation Dice in percent, once all is drawn."""
     above.set(ylabel="training loss", ylim=(0, None))
     below.set(xlabel="epoch", ylabel="validation Dice (%)", ylim=(0, 100))
     for axes in (above, below):

@@ -1,49 +1,42 @@
 """The page that people keep of a run: `report.html`, one file without links or scripts.
 
-It holds the Dice table, every validation case, the pictures, data, timing, environment and configuration, and is made
-to be read on a screen, on a phone and on paper.
-
-@@ Facts about a run, each a text with a name: its data, how long it took, and the environment it ran in.
+It holds the Dice table, every validation case, the pictures, facts about data, timing and environment, and the
+configuration, and is made to be read on a screen, on a phone and on paper.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import math
+import os
+import platform
+import re
+import statistics
+import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
 
 from engine.metrics import CaseDice
 from pipelines.basics.atomic import write_text
 from pipelines.basics.tables import percent
 from pipelines.basics.text import printable
-from pipelines.layouts.labels import REGIONS
-
-if TYPE_CHECKING:
-    from engine.config import Config
-
-
-import os
-import platform
-import statistics
-import subprocess
-from importlib import metadata
-from typing import TYPE_CHECKING
-
-import torch
-
-from pipelines.layouts.labels import Coding
+from pipelines.layouts.labels import REGIONS, Coding
 
 if TYPE_CHECKING:
     from engine.config import Config
     from engine.data import DataConfig
     from engine.ranks.distributed import Ranks
 
-
+ROOT = Path(__file__).resolve().parents[2]
 REPORT = "report.html"
 END = "</body></html>\n"
 DICE_HEAD = ("Dice (%)", "epoch", "mean", *REGIONS, "cases")
@@ -105,11 +98,7 @@ class RunResults:
 
 @dataclass(frozen=True)
 class PictureSection:
-    """Pictures on the page.
-
-    Attributes:
-        title: above them. pictures: name of a PNG file in the run's folder -> caption. note: about all of them.
-    """
+    """Pictures on the page: the caption of each by its PNG file's name in the run's folder, and a note on all."""
 
     title: str
     pictures: Mapping[str, str]
@@ -119,9 +108,11 @@ class PictureSection:
 def write_html(run_dir: Path, results: RunResults, sections: Sequence[PictureSection]) -> Path:
     """Write `report.html` into the run's folder, which holds the pictures."""
     title, summary = f"glioforge: {run_dir.resolve().name}", results.summary
-    cases = _names("training cases", results.train) + _names("validation cases", results.val)
-    facts = {heading: _table(values.items(), kind="facts") for heading, values in results.facts.items()}
-    rest = {"Cases": cases, **facts, "Configuration": f"<pre>{_escape(_as_yaml(results.config))}</pre>"}
+    rest = {
+        "Cases": _names("training cases", results.train) + _names("validation cases", results.val),
+        **{heading: _table(values.items(), kind="facts") for heading, values in results.facts.items()},
+        "Configuration": f"<pre>{_escape(_as_yaml(results.config))}</pre>",
+    }
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{_escape(title)}</title><style>{STYLE}</style></head><body>
@@ -133,9 +124,8 @@ def write_html(run_dir: Path, results: RunResults, sections: Sequence[PictureSec
 {"".join(f"<h2>{heading}</h2>{content}" for heading, content in rest.items())}
 {_note(f"Written {time.strftime('%Y-%m-%d %H:%M')}.")}
 {END}"""
-    path = run_dir / REPORT
-    write_text(path, page)
-    return path
+    write_text(run_dir / REPORT, page)
+    return run_dir / REPORT
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -149,37 +139,30 @@ def best_and_worst(cases: Iterable[CaseDice], count: int = 2) -> tuple[list[Case
 
     A case without a tumour has no Dice and is in neither.
     """
-    scored = [case for case in cases if not math.isnan(case.mean())]
-    ranked = sorted(scored, key=lambda case: -case.mean())
+    ranked = sorted((case for case in cases if not math.isnan(case.mean())), key=lambda case: -case.mean())
     return ranked[:count], ranked[count:][: -count - 1 : -1]
 
 
 def _as_yaml(config: Config) -> str:
     """One option per line, as in `config.yaml`, without the run's folder."""
-    import yaml
-
     from engine.config import to_dict
 
     class InlineListDumper(yaml.SafeDumper):
-        pass
+        def represent_list(self, values: list[Any]) -> yaml.Node:
+            return self.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
 
-    def inline(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
-        return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
-
-    InlineListDumper.add_representer(list, inline)
+    InlineListDumper.add_representer(list, InlineListDumper.represent_list)
     values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
     return yaml.dump(values, Dumper=InlineListDumper, sort_keys=False)
 
 
 def dice_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """The Dice of the best and of the last validation below `DICE_HEAD`, as text; none where nothing was validated."""
-    rows = []
-    for title in ("best", "last"):
-        scores = summary[title]
-        if scores["epoch"] is not None:
-            dice = [percent(scores.get(name)) for name in ("mean", *REGIONS)]
-            rows.append([title, str(scores["epoch"]), *dice, str(scores.get("cases", 0))])
-    return rows
+    """The Dice of the best and of the last validation below `DICE_HEAD`, as text, if there was one."""
+    return [
+        [title, str(epoch), *(percent(scores.get(name)) for name in ("mean", *REGIONS)), str(scores.get("cases", 0))]
+        for title, scores in (("best", summary["best"]), ("last", summary["last"]))
+        if (epoch := scores["epoch"]) is not None
+    ]
 
 
 def _dice_table(summary: dict[str, Any]) -> str:
@@ -196,10 +179,10 @@ def _case_table(cases: Sequence[CaseDice], epoch: int) -> str:
     if not cases:
         return ""
     worst_first = sorted(cases, key=lambda case: math.inf if math.isnan(case.mean()) else case.mean())
-    rows = [
+    rows = (
         [case.name, *map(percent, (case.mean(), *case.dice())), *(f"{voxels:,}" for voxels in case.truth)]
         for case in worst_first
-    ]
+    )
     table = _table(rows, ("case", "mean", *REGIONS, *(f"{region} voxels" for region in REGIONS)))
     summary = f"<summary>Dice (%) per case after epoch {epoch}, worst first</summary>"
     return f"<details>{summary}{table}{_note('Voxel counts are of the truth.')}</details>"
@@ -238,17 +221,10 @@ def _escape(text: str) -> str:
     return html.escape("\n".join(map(printable, text.split("\n"))))
 
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
 def data_facts(
     config: DataConfig, train: Sequence[str], val: Sequence[str], modalities: Sequence[str], coding: Coding
 ) -> dict[str, str]:
-    """What a run was trained on.
-
-    Args:
-        config: of the data. train, val: names of the cases. modalities: in channel order. coding: of the labels.
-    """
+    """What a run was trained on; `train` and `val` are names of cases, `modalities` are in channel order."""
     fold = f" (fold {config.fold} of {config.folds}, counted from 0)" if config.folds else ""
     tissues = ", ".join(f"{value} {tissue}" for value, tissue in sorted(coding.tissues.items()))
     regions = ", ".join(
@@ -266,11 +242,7 @@ def data_facts(
 
 
 def timing_facts(history: Sequence[Mapping[str, Any]], epoch_samples: int) -> dict[str, str]:
-    """How long training and validation took.
-
-    Args:
-        history: rows of `log.csv`, in order of epoch. epoch_samples: crops per epoch over all ranks.
-    """
+    """How long training and validation took, by the rows of `log.csv`; `epoch_samples` is crops over all ranks."""
     timed = [row for row in history if row["samples_per_s"] > 0]  # 0: resumed after the epoch's last step
     seconds = [epoch_samples / row["samples_per_s"] for row in timed]
     validations = [row["val_seconds"] for row in history if "val_seconds" in row]
@@ -294,11 +266,7 @@ def _clock(seconds: float) -> str:
 
 
 def environment_facts(config: Config, ranks: Ranks, kernels: str) -> dict[str, str]:
-    """What a run is computed with.
-
-    Args:
-        config: of the run. ranks: who this process is. kernels: the result of `dispatch.use`.
-    """
+    """What a run is computed with; `kernels` is the result of `dispatch.use`."""
     train = config.train
     versions = {
         "Python": platform.python_version(),
@@ -329,9 +297,8 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU, {names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s)"
+    named = re.search(r"^model name\s*: (.+)", about.read_text(), re.MULTILINE) if about.is_file() else None
+    return f"CPU, {named[1] if named else platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 def _version(prefix: str) -> str | None:
@@ -348,8 +315,6 @@ def _commit() -> str:
     commit = ""
     if (ROOT / ".git").exists():  # if not, git would report a repository around this folder
         command = ["git", "describe", "--always", "--dirty"]
-        try:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
             commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=10).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            commit = ""
     return commit or os.environ.get("GLIOFORGE_COMMIT") or "unknown"
