@@ -13,7 +13,7 @@ kept, interrupted ones resumed. Epochs are as published (UNet 170, UNETR 180) un
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import launch.start  # noqa: F401  before the imports below, which take seconds
+    import launch.start  # noqa: F401  # before any other import
 
 import contextlib
 import dataclasses
@@ -26,27 +26,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-import yaml
-from jsonargparse import Namespace
-
-from engine.config import Config, config_from_dict, make_parser, parse_config, to_dict
-from engine.parser import read_yaml
 from engine.ranks.command import run_command
 from engine.ranks.rank_env import read_rank_env
 from engine.ranks.signals import install_handlers, restore_handlers
-from engine.reports import comparison
-from engine.reports.comparison import ComparisonRow, FinishedRun, by_option
-from engine.reports.report import is_finished
-from kernels import dispatch
-from models import NETWORKS
 from pipelines.basics.atomic import below, replacing
 from pipelines.basics.option_values import Bounds, path_text
 from pipelines.basics.tables import print_table
 from pipelines.basics.text import printable
 
-PUBLISHED = {name: network.published for name, network in sorted(NETWORKS.items()) if network.published}
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from engine.config import Config
+    from engine.reports.comparison import ComparisonRow, FinishedRun
+
 STOP_LIMIT_S = 60.0  # for a run's processes to save and end
 
 
@@ -57,33 +52,28 @@ def main(args: list[str] | None = None) -> int:
         exit status: 0, 2 for a user's mistake, 75 or 130 when stopped; if training ended early, its own.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = sys.argv[1:] if args is None else args
-    parser = make_parser("Compare UNet, UNETR of self-attention-cv and UNETR of MONAI under the same conditions.")
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        bounds=Bounds(1, 1000),
-        default=1,
-        help="Runs of each model, with seeds from --train.seed on.",
-    )
-    launchers = "deepspeed trains on all GPUs; the default if there are several."
-    parser.add_argument("--launcher", choices=("python", "deepspeed"), help=launchers)
-    parser.add_argument("--runs", nargs="+", type=Path, help="Finished runs to compare; nothing is trained.")
 
     def work() -> int:
-        config, options = parse_config(parser, args)
+        from engine.config import make_parser, parse_config
+        from engine.reports.comparison import FinishedRun
+
+        parser = make_parser("Compare UNet, UNETR of self-attention-cv and UNETR of MONAI under the same conditions.")
+        seeds = "Runs of each model, with seeds from --train.seed on."
+        parser.add_argument("--seeds", type=int, bounds=Bounds(1, 1000), default=1, help=seeds)
+        launchers = "deepspeed trains on all GPUs; the default if there are several."
+        parser.add_argument("--launcher", choices=("python", "deepspeed"), help=launchers)
+        parser.add_argument("--runs", nargs="+", type=Path, help="Finished runs to compare; nothing is trained.")
+        config, options = parse_config(parser, sys.argv[1:] if args is None else args)
         check(config, options)
-        run_dirs, folder = options.runs, options.run_dir or Path("runs") / "comparison"
-        if not run_dirs:
-            files = options.config or ()
-            folder = options.run_dir or Path("runs") / (files[0].stem if files else "comparison")
+        files = () if options.runs else options.config or ()
+        folder = options.run_dir or Path("runs") / (files[0].stem if files else "comparison")
+        if not options.runs:
             given = parser.parse_args(args, defaults=False, before=files)
             runs = plan(config, folder, options.seeds, with_epochs="train.epochs" in given)
-            run_dirs = list(runs)
             status = train_all(runs, options.launcher)
             if status:
                 return status
-        compare([FinishedRun.read(run_dir) for run_dir in run_dirs], folder, config.data.store_dir)
+        compare([FinishedRun.read(run_dir) for run_dir in options.runs or runs], folder, config.data.store_dir)
         return 0
 
     return run_command(work, lambda: "run the same command to continue", alone=True)
@@ -105,20 +95,21 @@ def check(config: Config, options: Namespace) -> None:
 
 
 def plan(config: Config, folder: Path, seeds: int, with_epochs: bool) -> dict[Path, Config]:
-    """The runs to train: every model with the first seed, then with the next.
+    """The runs to train, by folder: every model with the first of the seeds, then with the next.
 
-    Args:
-        config: of all runs. folder: for the run folders. seeds: how many, from `config.train.seed` on.
-        with_epochs: train for `config.train.epochs`, not for the published number.
+    They take `config.train.epochs` only if `with_epochs`, otherwise the published number.
     """
+    from models import NETWORKS
+
     runs = {}
     for seed in range(config.train.seed, config.train.seed + seeds):
-        for name, published in PUBLISHED.items():
-            model = dataclasses.replace(config.model, name=name)
-            epochs = config.train.epochs if with_epochs else published.epochs
-            settings = dataclasses.replace(config.train, seed=seed, epochs=epochs)
-            run_dir = folder / (name if seed == config.train.seed else f"{name}-seed-{seed}")
-            runs[run_dir] = dataclasses.replace(config, model=model, train=settings, run_dir=None, resume=None)
+        for name, network in sorted(NETWORKS.items()):
+            if network.published:
+                model = dataclasses.replace(config.model, name=name)
+                epochs = config.train.epochs if with_epochs else network.published.epochs
+                train = dataclasses.replace(config.train, seed=seed, epochs=epochs)
+                run_dir = folder / (name if seed == config.train.seed else f"{name}-seed-{seed}")
+                runs[run_dir] = dataclasses.replace(config, model=model, train=train, run_dir=None, resume=None)
     return runs
 
 
@@ -128,6 +119,8 @@ def train_all(runs: dict[Path, Config], launcher: str | None) -> int:
     Raises:
         ValueError: a run was started with other options, or its folder is a link to somewhere else.
     """
+    from engine.reports.report import is_finished
+
     files = {below(run_dir.parent, run_dir.name): write_options(config, run_dir) for run_dir, config in runs.items()}
     command = launch_command(launcher)
     for run_dir, file in files.items():
@@ -135,9 +128,8 @@ def train_all(runs: dict[Path, Config], launcher: str | None) -> int:
             print(f"{run_dir}: finished")
             continue
         print(f"{run_dir}: training", flush=True)
-        status = run_process(
-            [*command, "--config", path_text(file), "--run_dir", path_text(run_dir), "--resume", "auto"]
-        )
+        options = ["--config", path_text(file), "--run_dir", path_text(run_dir), "--resume", "auto"]
+        status = run_process([*command, *options])
         if status:
             print(f"{run_dir} ended with status {status}; run the same command to continue", file=sys.stderr)
             return status if status > 0 else 128 - status  # killed by a signal: as shells report it
@@ -150,6 +142,12 @@ def write_options(config: Config, run_dir: Path) -> Path:
     Raises:
         ValueError: there is one with other options, which the run was started with, or one that can't be read.
     """
+    import yaml
+
+    from engine.config import config_from_dict, to_dict
+    from engine.parser import read_yaml
+    from engine.reports.comparison import by_option
+
     values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
     file = run_dir.with_name(f"{run_dir.name}.yaml")
     if file.is_file():
@@ -171,11 +169,9 @@ def write_options(config: Config, run_dir: Path) -> Path:
 
 
 def launch_command(launcher: str | None) -> list[str]:
-    """The command that starts `launch/train.py`.
+    """The command that starts `launch/train.py`; ValueError if DeepSpeed's launcher is wanted but not installed."""
+    import torch
 
-    Raises:
-        ValueError: DeepSpeed's launcher is wanted but not installed.
-    """
     script = str(Path(__file__).with_name("train.py"))
     if (launcher or ("deepspeed" if torch.cuda.device_count() > 1 else "python")) == "python":
         return [sys.executable, script]
@@ -216,15 +212,11 @@ def run_process(command: Sequence[str]) -> int:
 
 
 def compare(runs: Sequence[FinishedRun], folder: Path, store_dir: Path | None) -> None:
-    """Write tables and pictures, and print the table.
+    """Write tables and pictures to the folder, and print the table.
 
-    Args:
-        runs: to compare. folder: for tables and pictures. store_dir: see `comparison_pictures.predict_example`.
-
-    Raises:
-        ValueError: two runs of one model and seed.
+    `store_dir` is for `comparison_pictures.predict_example`. Raises ValueError for two runs of one model and seed.
     """
-    from engine.reports import comparison_pictures
+    from engine.reports import comparison, comparison_pictures
 
     rows = comparison.make_rows(runs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +230,10 @@ def compare(runs: Sequence[FinishedRun], folder: Path, store_dir: Path | None) -
 
 def draw_predictions(rows: Sequence[ComparisonRow], path: Path, store_dir: Path | None) -> None:
     """Draw one case as every model predicts it, or print why there is no picture."""
+    import torch
+
     from engine.reports import comparison_pictures
+    from kernels import dispatch
 
     runs = [row.runs[0] for row in rows]
     path.unlink(missing_ok=True)

@@ -20,30 +20,22 @@ published ones by the options of `launch/train.py`, or in a YAML file.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import launch.start  # noqa: F401  before the imports below, which take seconds
+    import launch.start  # noqa: F401  # before any other import
 
 import logging
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING
 
-import jsonargparse
-
-from engine.config import Config, make_parser
-from engine.export.bundle import WEIGHTS, write_bundle
-from engine.export.packages import find_reference, import_weights, read_state_dict, reference_class, reference_weights
-from engine.export.programs import save_onnx, save_torch_export, trace
-from engine.parser import build
 from engine.ranks.command import run_command
-from engine.trained import TrainedNetwork, load_trained
-from engine.weights_file import WeightsFile, write_archive
-from pipelines.layouts.labels import coding_for_release, tutorial_coding
-from pipelines.layouts.names import canonical_modalities
 
-Target = Literal["onnx", "torch_export", "safetensors", "monai", "self_attention_cv", "bundle"]
-Package = Literal["monai", "self_attention_cv"]
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from engine.config import Config
+    from engine.trained import TrainedNetwork
+
 ENDINGS: dict[str, tuple[str, ...]] = {
     "onnx": (".onnx",),
     "torch_export": (".pt2",),
@@ -52,6 +44,7 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "self_attention_cv": (".pt", ".pth"),
     "bundle": ("",),
 }
+PACKAGES = ("monai", "self_attention_cv")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -61,45 +54,48 @@ def main(args: list[str] | None = None) -> int:
         exit status: 0, 2 for a user's mistake, 75 or 130 when stopped.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return run_command(lambda: convert(args), lambda: "nothing was written", alone=True)
+
+    def work() -> None:
+        config, options = parse(args)
+        if options.to:
+            export(options.source, options.to, options.output, options.overwrite)
+        else:
+            import_(options.source, options["from"], config, options.output, options.overwrite)
+
+    return run_command(work, lambda: "nothing was written", alone=True)
 
 
-def convert(args: list[str] | None) -> None:
-    """Do what the command line asks for."""
-    config, options = parse(args)
-    if options.to:
-        export(options.source, options.to, options.output, options.overwrite)
-    else:
-        import_(options.source, options["from"], config, options.output, options.overwrite)
+def parse(args: list[str] | None) -> tuple[Config, Namespace]:
+    """Read the command line; refuse options that contradict each other and an output whose name ends wrongly."""
+    from engine.config import Config, make_parser
+    from engine.parser import build
 
-
-def parse(args: list[str] | None) -> tuple[Config, jsonargparse.Namespace]:
-    """Read the command line.
-
-    Raises:
-        ValueError: an unknown option or a value that it can't have, options that contradict each other, or an output
-            whose name does not end as the format's do.
-    """
     parser = make_parser("Convert a trained network to other programs' files, or their weights to ours.")
     parser.usage = (
         "%(prog)s SOURCE (--to FORMAT | --from PACKAGE [--config FILE] [--group.option VALUE ...]) --output PATH"
     )
     parser.add_argument("source", type=Path, help="A run's folder or a weights file; with --from, its state dict.")
-    parser.add_argument("--to", type=Target | None, help="What to convert a trained network to.")
-    parser.add_argument("--from", type=Package | None, help="Which package the state dict is of.")
+    parser.add_argument("--to", choices=list(ENDINGS), help="What to convert a trained network to.")
+    parser.add_argument("--from", choices=list(PACKAGES), help="Which package the state dict is of.")
     parser.add_argument("--output", type=Path, required=True, help="File to write; the folder of a bundle.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what is at --output.")
     namespace = parser.parse_args(args)
     if bool(namespace.to) == bool(namespace["from"]):
-        raise ValueError(f"give either --to ({', '.join(get_args(Target))}) or --from ({', '.join(get_args(Package))})")
+        raise ValueError(f"give either --to ({', '.join(ENDINGS)}) or --from ({', '.join(PACKAGES)})")
     endings, output = ENDINGS[namespace.to or "monai"], namespace.output
     if output.suffix not in endings and namespace.to != "bundle":
         raise ValueError(f"--output {output} must end in {' or '.join(endings)}")
     return build(Config, dict(namespace.items())), namespace
 
 
-def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:
+def export(source: Path, target: str, output: Path, overwrite: bool) -> None:
     """Write a trained network in another format and print what was written."""
+    from engine.export.bundle import WEIGHTS, write_bundle
+    from engine.export.packages import find_reference, reference_class, reference_weights
+    from engine.export.programs import save_onnx, save_torch_export, trace
+    from engine.trained import load_trained
+    from engine.weights_file import WeightsFile, write_archive
+
     trained = load_trained(source)
     _check_output(output, output / WEIGHTS if target == "bundle" else output, overwrite, trained.path)
     said = []
@@ -108,20 +104,25 @@ def export(source: Path, target: Target, output: Path, overwrite: bool) -> None:
     elif target == "bundle":
         write_bundle(output, trained)
         said.append("MONAI runs it: docs/README.md in it says how")
-    elif target in get_args(Package):
-        reference = find_reference(trained.config.model.name, target)
+    elif target in PACKAGES:
+        name, arguments = reference_class(trained, find_reference(trained.config.model.name, target))
         write_archive(reference_weights(trained), output)
-        said.append(f"its class: {_call(*reference_class(trained, reference))}")
+        said.append(f"its class: {name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})")
     else:
-        save: Callable[..., float] = save_onnx if target == "onnx" else save_torch_export
+        save = save_onnx if target == "onnx" else save_torch_export
         difference = save(output, trained, trace(trained))
         said.append(f"run on noise, it differs by at most {difference:.1e} from the network's logits")
     size = sum(path.stat().st_size for path in [output, *output.rglob("*")] if path.is_file())
     print("\n".join([f"{output}: {target} of {_summary(trained)}, {size / 1e6:.1f} MB", *said]))
 
 
-def import_(source: Path, package: Package, config: Config, output: Path, overwrite: bool) -> None:
+def import_(source: Path, package: str, config: Config, output: Path, overwrite: bool) -> None:
     """Write a weights file from another package's weights and print what it was taken for."""
+    from engine.export.packages import import_weights, read_state_dict
+    from engine.trained import load_trained
+    from pipelines.layouts.labels import coding_for_release, tutorial_coding
+    from pipelines.layouts.names import canonical_modalities
+
     data = config.data
     _check_output(output, output, overwrite, source)
     if data.modalities is None or data.release is None:
@@ -137,13 +138,9 @@ def import_(source: Path, package: Package, config: Config, output: Path, overwr
 
 
 def _check_output(output: Path, weights: Path, overwrite: bool, source: Path) -> None:
-    """Check that a file, or the folder of a bundle, may be written, and make the folder that it is in.
+    """Refuse to write over what must stay, and make the folder that `output` is in.
 
-    Args:
-        weights: the file with the weights: `output`, or one in that folder. source: the file that is read.
-
-    Raises:
-        ValueError: it exists and must not be overwritten.
+    `weights` is `output`, or the file with the weights in a bundle's folder; `source` is the file that is read.
     """
     if os.path.lexists(output) and not overwrite:
         raise ValueError(f"{output} is there already: choose another --output, or give --overwrite")
@@ -164,10 +161,6 @@ def _summary(trained: TrainedNetwork) -> str:
     spacing = " x ".join(f"{size:g}" for size in data.spacing_mm)
     crop = " x ".join(map(str, data.crop_size_voxels))
     return f"{trained.config.model.name}, {', '.join(trained.modalities)}, windows of {crop} voxels at {spacing} mm"
-
-
-def _call(name: str, arguments: dict[str, Any]) -> str:
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
 if __name__ == "__main__":

@@ -22,15 +22,14 @@ GRIDS = {
 
 def add_network_options(parser: Parser) -> None:
     """`--runs`, `--flips`, `--device`, `--kernels`."""
-    choose, kernels = ["auto", "cpu", "cuda"], ["auto", "triton", "reference"]
+    runs = "A run's folder or a weights file; several are averaged."
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help=runs)
+    flips = "Average over all mirror images; takes eight times as long."
+    parser.add_argument("--flips", action="store_true", help=flips)
     parser.add_argument(
-        "--runs", type=Path, nargs="+", required=True, help="A run's folder or a weights file; several are averaged."
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one."
     )
-    parser.add_argument(
-        "--flips", action="store_true", help="Average over all mirror images; takes eight times as long."
-    )
-    parser.add_argument("--device", choices=choose, default="auto", help="auto: a GPU if there is one.")
-    parser.add_argument("--kernels", choices=kernels, default="auto", help="As in training.")
+    parser.add_argument("--kernels", choices=["auto", "triton", "reference"], default="auto", help="As in training.")
 
 
 def run_with_networks(work: Callable[[], int], how_to_continue: str) -> int:
@@ -41,8 +40,7 @@ def run_with_networks(work: Callable[[], int], how_to_continue: str) -> int:
         try:
             return work()
         except ValueError as error:
-            message = with_own_options(str(error))
-            if message == str(error):
+            if (message := with_own_options(str(error))) == str(error):
                 raise
             raise ValueError(message) from error
 
@@ -51,6 +49,5 @@ def run_with_networks(work: Callable[[], int], how_to_continue: str) -> int:
 
 def with_own_options(text: str) -> str:
     """A message of the code that training shares: with these commands' options, others as settings of the run."""
-    return re.sub(
-        r"--((?:data|train|model|optim|loss)\.\w+)", lambda match: OWN.get(match[1], f"{match[1]} of the run"), text
-    )
+    options = r"--((?:data|train|model|optim|loss)\.\w+)"
+    return re.sub(options, lambda match: OWN.get(match[1], f"{match[1]} of the run"), text)

@@ -12,26 +12,19 @@ label are checked as prediction reads them.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import launch.start  # noqa: F401  before the imports below, which take seconds
+    import launch.start  # noqa: F401  # before any other import
 
 import logging
 import sys
 import time
 from collections import Counter
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from engine.config import make_parser, parse_config
-from engine.data import DataConfig, list_cases, obtain_root, prepared
 from engine.ranks.command import run_command
-from pipelines.basics.errors import CaseError
-from pipelines.layouts.cases import survey_cases
-from pipelines.preparing.store import check_cases
+from pipelines.basics.tables import print_table
 
-PIPE_WIDTH = 160  # columns; a table in a file or a pipe has no terminal to fit
+if TYPE_CHECKING:
+    from engine.data import DataConfig
 
 
 def main(args: list[str] | None = None) -> int:
@@ -41,10 +34,12 @@ def main(args: list[str] | None = None) -> int:
         exit status: 0, 1 where `--check` finds a fault, 2 for a user's mistake, 75 or 130 when stopped.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = make_parser("Prepare scans for training (resample, orient, store), or check them.")
-    parser.add_argument("--check", action="store_true", help="Report every faulty case and write nothing.")
 
     def work() -> int:
+        from engine.config import make_parser, parse_config
+
+        parser = make_parser("Prepare scans for training (resample, orient, store), or check them.")
+        parser.add_argument("--check", action="store_true", help="Report every faulty case and write nothing.")
         config, options = parse_config(parser, args)
         return check(config.data) if options.check else prepare(config.data)
 
@@ -55,18 +50,24 @@ def check(config: DataConfig) -> int:
     """Print a table of all faulty cases; 1 if there are any."""
     if config.root is None or config.download:
         raise ValueError("--check writes nothing and needs scans to read: give --data.root, and no --data.download")
+    from pipelines.layouts.cases import survey_cases
+    from pipelines.preparing.store import check_cases
+
     survey = survey_cases(config.root, config.release, config.modalities, config.regions, labelled=False)
-    usable = survey.usable
+    usable, faults = survey.usable, [*survey.faults]
     labelled = [case.name for case in usable.cases if case.label]
     unlabelled = [case.name for case in usable.cases if not case.label]
-    inside = []
     crop_size = None if config.pad else config.crop_size_voxels
     for names, least in ((labelled, crop_size), (unlabelled, None)):
         if names:
-            inside += check_cases(usable.select(names), config.workers, config.spacing, least)
-    faulty = survey.total - len(usable.cases) + len(inside)
+            faults += check_cases(usable.select(names), config.workers, config.spacing, least)
+    faulty = survey.total - len(usable.cases) + len(faults) - len(survey.faults)
     if faulty:
-        print_faults([*survey.faults, *inside], config.root)
+        rows = []
+        for fault in faults:
+            path = fault.path.relative_to(config.root) if config.root in fault.path.parents else fault.path
+            rows.append((f"{path.parent}/\n{path.name}", fault.problem, fault.remedy))
+        print_table(("file", "fault", "remedy"), rows, is_text=True)
     coding = f"; {usable.coding.release}" if labelled else ""
     print(f"{faulty} of {survey.total} cases are faulty ({', '.join(usable.modalities)}{coding})")
     if unlabelled:
@@ -76,19 +77,10 @@ def check(config: DataConfig) -> int:
     return 1 if faulty else 0
 
 
-def print_faults(faults: list[CaseError], root: Path) -> None:
-    """A row per fault: the file (relative to `root` if it is below), what is wrong, what to do."""
-    table = Table(show_lines=True)
-    for column in ("file", "fault", "remedy"):
-        table.add_column(column, overflow="fold")
-    for fault in faults:
-        path = fault.path.relative_to(root) if root in fault.path.parents else fault.path
-        table.add_row(*map(escape, (f"{path.parent}/\n{path.name}", fault.problem, fault.remedy)))
-    Console(width=None if Console().is_terminal else PIPE_WIDTH).print(table)
-
-
 def prepare(config: DataConfig) -> int:
     """Prepare all cases; print their number, shapes, bytes, folder and the time taken."""
+    from engine.data import list_cases, obtain_root, prepared
+
     cases = list_cases(config, obtain_root(config))
     started = time.perf_counter()
     store = prepared(config, cases)

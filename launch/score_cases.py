@@ -39,10 +39,8 @@ def evaluate(options: Namespace) -> int:
     if not ranks.is_first:
         logging.getLogger().setLevel(logging.ERROR)
     predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
-    folder = options.output or default_folder(options, predictor)
     cases, unusable = first_on_node(lambda: find(options, predictor), ranks)
-    if ranks.is_first:
-        check_folder(folder, None if options.output else run_of(predictor.members[0].path))
+    folder = make_folder(options, predictor) if ranks.is_first else Path()
     outcomes = score_cases(predictor, cases, options.on, options.score, ranks)
     if not ranks.is_first:
         return 0
@@ -56,8 +54,8 @@ def evaluate(options: Namespace) -> int:
         raise DataError("no case could be read: nothing to score")
     runs = [str(member.path) for member in predictor.members]
     data, grid = str(options.root or "the run's validation cases"), GRIDS[options.on]
-    summary = evaluation.summary(scores, options.score)
-    found = {"runs": runs, "data": data, "grid": grid, "flips": options.flips, **summary}
+    found = {"runs": runs, "data": data, "grid": grid, "flips": options.flips}
+    found |= evaluation.summary(scores, options.score)
     title = f"{', '.join(runs)} on {data}, {grid}{', with mirror images' if options.flips else ''}"
     evaluation.write(folder, scores, found, title)
     print_table(evaluation.HEAD, evaluation.table_rows(found), f"{len(scores)} cases, {grid}")
@@ -76,33 +74,24 @@ def warnings_of(cases: Iterable[CaseScores]) -> list[str]:
     return [f"{first_few(of, NAMED)}: {warning}" for warning, of in names.items()]
 
 
-def default_folder(options: Namespace, predictor: Predictor) -> Path:
-    """Folder for the tables, different for each grid, data set and way of predicting."""
-    parts = ["evaluation", options.on, *([options.root.resolve().name] if options.root else [])]
-    parts += [name for name, is_on in (("flips", options.flips), ("masks", options.score == "masks")) if is_on]
-    return run_of(predictor.members[0].path) / "-".join(parts)
-
-
-def check_folder(folder: Path, run_dir: Path | None) -> None:
-    """Check before any work that the folder can be written to.
-
-    Args:
-        folder: of the tables. run_dir: the run's folder if it is inside; a link must not lead out of it.
+def make_folder(options: Namespace, predictor: Predictor) -> Path:
+    """Make the folder of the tables; by default in the run's, with a name for grid, data set and way of predicting.
 
     Raises:
-        ValueError: it can't be.
+        ValueError: it can't be written to, or a link leads out of the run's folder.
     """
+    parts = ["evaluation", options.on, *([options.root.resolve().name] if options.root else [])]
+    parts += [name for name, is_on in (("flips", options.flips), ("masks", options.score == "masks")) if is_on]
+    weights = predictor.members[0].path  # in a run's folder, or on their own
+    run_dir = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
+    folder = options.output or run_dir / "-".join(parts)
     try:
-        if run_dir:
+        if not options.output:
             own_folder(run_dir, folder.name)
         make_writable(folder)
     except OSError as error:
         raise cannot_write(f"the folder of the tables, {folder},", error, "choose another with --output") from error
-
-
-def run_of(path: Path) -> Path:
-    """The folder of a run, or of a weights file outside a run."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return folder
 
 
 def find(options: Namespace, predictor: Predictor) -> tuple[CaseSet, tuple[CaseError, ...]]:
@@ -163,11 +152,8 @@ def score_cases(
         return replace(evaluation.score(case.name, masks.numpy(), truth, spacing_mm), warnings=scan.warnings)
 
     parts = run_batch("Scoring", cases.cases, ranks, read, lambda content: predictor.probabilities(content[1]), score)
-    return [
-        DataError(f"{name}: {outcome}") if isinstance(outcome, DataError) else outcome
-        for part in parts
-        for name, outcome in part
-    ]
+    outcomes = [outcome for part in parts for outcome in part]
+    return [DataError(f"{name}: {found}") if isinstance(found, DataError) else found for name, found in outcomes]
 
 
 def centre(shape: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:

@@ -1,6 +1,6 @@
-"""The work of `launch/predict.py`: every case becomes a segmentation in one folder, and a row of a table.
+"""The work of `launch/predict.py`: every case of data sets, folders and files becomes a segmentation in one folder.
 
-@@ The scans that `launch/predict.py` segments: data sets, folders of cases, and files.
+It also gets a row of a table there, `predictions.csv`.
 """
 
 from __future__ import annotations
@@ -50,16 +50,13 @@ class PredictionRow:
 
 
 COLUMNS = tuple(PredictionRow.__dataclass_fields__)
+Fault = tuple[Path, Exception]
+"""A file or folder, and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What to write.
-
-    Attributes:
-        folder: of all files. coding: of the label maps. probabilities: whether to write them too.
-        made_by: see `Predictor.made_by`.
-    """
+    """What to write: the coding is of the label maps, `made_by` is the predictor's."""
 
     folder: Path
     coding: Coding
@@ -83,7 +80,7 @@ def segment_cases(options: Namespace) -> int:
     predictor = Predictor(options.runs, ranks.device, options.flips, options.kernels)
     log.info("%s; %s", ", ".join(str(member.path) for member in predictor.members), predictor.kernels_taken)
     found, faults = find_scans(options.input, predictor, options.modalities)
-    failed = [PredictionRow(str(path), error=with_own_options(fault_message(error))) for path, error in faults]
+    unreadable = [PredictionRow(str(path), error=with_own_options(fault_message(error))) for path, error in faults]
     coding = CODINGS[options.release] if options.release else found.coding
     output = Output(options.output, coding, options.probabilities, predictor.made_by)
     check_outputs(found.cases, output)
@@ -101,21 +98,17 @@ def segment_cases(options: Namespace) -> int:
         return 0
     for row in (row for part in rows[1:] for row in part if row.warnings):
         log.warning("%s: %s", row.case, row.warnings)
-    done = [row for part in rows for row in part]
-    segmented = len(done) - sum(bool(row.error) for row in done)
-    print(f"{segmented} cases segmented, {kept} kept: {printable(str(output.folder))}")
-    for row in (*failed, *(row for row in done if row.error)):
+    done = [*unreadable, *(row for part in rows for row in part)]
+    failed = [row for row in done if row.error]
+    print(f"{len(done) - len(failed)} cases segmented, {kept} kept: {printable(str(output.folder))}")
+    for row in failed:
         print(f"failed: {row.error}", file=sys.stderr)
-    write_rows(output.folder / TABLE, [*failed, *done])
-    return 1 if failed or segmented < len(done) else 0
+    write_rows(output.folder / TABLE, done)
+    return 1 if failed else 0
 
 
 def check_outputs(cases: Sequence[Case], output: Output) -> None:
-    """Refuse segmentations that would overwrite a scan, a label or each other.
-
-    Raises:
-        ValueError: naming the file.
-    """
+    """Refuse segmentations that would overwrite a scan, a label or each other; ValueError names the file."""
     given = {path.resolve() for case in cases for path in (*case.images, case.label) if path}
     case_of: dict[Path, str] = {}
     for case in cases:
@@ -142,8 +135,7 @@ def left_to_do(cases: Sequence[Case], output: Output, overwrite: bool, ranks: Ra
     """
     if not ranks.is_first:
         return gather([], ranks)[0]
-    waiting: list[Case] = []
-    others: list[str] = []
+    waiting, others = [], []
     for case in cases:
         files = output.files(case)
         there = [] if overwrite else [path for path in files if os.path.lexists(path)]
@@ -161,11 +153,7 @@ def left_to_do(cases: Sequence[Case], output: Output, overwrite: bool, ranks: Ra
 
 
 def difference(path: Path, case: Case, asked: str) -> str:
-    """How an existing file differs from what is asked for, in words; empty if it does not.
-
-    Args:
-        path: of the segmentation. case: its case. asked: what its header should say.
-    """
+    """How an existing segmentation of a case differs from one whose header is as asked; empty if it does not."""
     try:
         said, (array, affine) = read_description(path), read_nifti(path)  # whole: a copy may have been cut off
     except CaseError as error:
@@ -204,23 +192,20 @@ def predict_cases(
             row = PredictionRow(case.name, seconds, "; ".join(segmentation.warnings))
             append_row(output.folder / TABLE, COLUMNS, asdict(row))  # at once, in case the command is stopped
         except OSError as error:
-            if is_lost(output.folder, error):
+            if error.errno in NO_ROOM or not os.access(output.folder, os.W_OK | os.X_OK):  # for other cases too
                 raise BatchStopped(str(cannot_write(f"--output {output.folder}", error, OR_ELSE))) from error
             raise
         return row
 
-    def row(name: str, outcome: PredictionRow | DataError) -> PredictionRow:
-        if isinstance(outcome, DataError):
-            return PredictionRow(name, error=with_own_options(f"{name}: {outcome}"))
-        return outcome
-
-    parts = run_batch("Segmenting", waiting, ranks, read, predictor.probabilities, write)
-    return [[row(*outcome) for outcome in part] for part in parts]
-
-
-def is_lost(folder: Path, error: OSError) -> bool:
-    """Whether no other case can be written either: a full disk, a folder that is gone or locked."""
-    return error.errno in NO_ROOM or not os.access(folder, os.W_OK | os.X_OK)
+    return [
+        [
+            PredictionRow(name, error=with_own_options(f"{name}: {outcome}"))
+            if isinstance(outcome, DataError)
+            else outcome
+            for name, outcome in part
+        ]
+        for part in run_batch("Segmenting", waiting, ranks, read, predictor.probabilities, write)
+    ]
 
 
 def write_rows(path: Path, rows: Sequence[PredictionRow]) -> None:
@@ -232,7 +217,10 @@ def write_rows(path: Path, rows: Sequence[PredictionRow]) -> None:
     known: dict[str, dict] = {}
     if os.path.lexists(path):
         try:
-            drop_cut_off_row(path)
+            content = path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            if content.startswith(",".join(COLUMNS).encode()) and 0 < end < len(content):
+                os.truncate(path, end)  # a full disk or a kill cut off the last row
             known = {row["case"]: row for row in read_table(path, COLUMNS) if not row["error"]}
         except ValueError as error:
             raise ValueError(
@@ -242,18 +230,6 @@ def write_rows(path: Path, rows: Sequence[PredictionRow]) -> None:
     for row in rows:
         known.pop(row.case, None)
     write_table(path, COLUMNS, sorted([*known.values(), *map(asdict, rows)], key=lambda row: row["case"]))
-
-
-def drop_cut_off_row(path: Path) -> None:
-    """Remove the incomplete last row that a full disk or a kill left in the table."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if content.startswith(",".join(COLUMNS).encode()) and 0 < end < len(content):
-        os.truncate(path, end)
-
-
-Fault = tuple[Path, Exception]
-"""A file or folder, and what is wrong with it."""
 
 
 def find_scans(
@@ -271,9 +247,8 @@ def find_scans(
     cases, faults = cases_from_files(files, predictor, modalities)
     codings = [predictor.coding] if files else []
     if modalities and not files:
-        raise ValueError("--modalities is for --input files and their 4D axis; a data set has its own: leave it out")
-    taken = set(files)
-    for root in (path for path in inputs if path not in taken):
+        raise ValueError("--modalities is for --input files and their 4D axis; a data set has its own: omit it")
+    for root in (path for path in inputs if path not in files):
         try:
             survey = survey_cases(root, None, predictor.modalities, labelled=False, unlabelled_as=predictor.coding)
         except (DataError, OSError) as error:
@@ -309,14 +284,15 @@ def cases_from_files(
         except CaseError as error:
             faults.append((path, error))
     dimensions = {path: len([n for n in shape[3:] if n > 1]) + 3 for path, shape in shapes.items()}
+    found = set(dimensions.values())
     alone = len(order) == 1  # the network has one modality
-    if alone and set(dimensions.values()) == {3}:
+    if alone and found == {3}:
         return [Case(case_name_of([path]), in_order([path], order, modalities), None, None) for path in shapes], faults
-    if not alone and set(dimensions.values()) == {4}:
+    if not alone and found == {4}:
         return [_stacked(path, shape, order, predictor.modalities) for path, shape in shapes.items()], faults
     if faults:
         raise faults[0][1]
-    if alone or set(dimensions.values()) != {3}:
+    if alone or found != {3}:
         given = ", ".join(f"{path.name} ({count}D)" for path, count in dimensions.items())
         wanted = "3D files, each a case" if alone else f"4D files with {', '.join(order)}, or the 3D files of one case"
         raise ValueError(f"--input {given}: give {wanted}")

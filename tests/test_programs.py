@@ -45,8 +45,8 @@ def convert_shallow(name: str, target: str, output: Path) -> tuple[int, TrainedN
     """The status of the command on a network of `shallow`, and that network."""
     trained, program = shallow(name)
     with (
-        mock.patch("launch.convert.load_trained", return_value=trained),
-        mock.patch("launch.convert.trace", return_value=program),
+        mock.patch("engine.trained.load_trained", return_value=trained),
+        mock.patch("engine.export.programs.trace", return_value=program),
     ):
         return main(["run", "--to", target, "--output", str(output)]), trained
 

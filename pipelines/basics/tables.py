@@ -22,7 +22,7 @@ from pipelines.basics.errors import DataError
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.text import encodable, shortened
 
-rich_console, rich_table = Lazy("rich.console"), Lazy("rich.table")
+rich_console, rich_markup, rich_table = Lazy("rich.console"), Lazy("rich.markup"), Lazy("rich.table")
 PIPE_WIDTH = 160  # columns; a file or a pipe has no terminal to fit
 _FORMULA = re.compile(r"'*[=+\-@\t\r＝＋－＠]")  # noqa: RUF001  # some spreadsheets take the wide signs, too
 _ESCAPED = re.compile(r"\\u(005c|d[89a-f][0-9a-f]{2})")
@@ -158,11 +158,13 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table whose first column is text and whose others are numbers."""
-    table = rich_table.Table(title=title)
+def print_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, is_text: bool = False
+) -> None:
+    """Print a table whose first column is text and whose others are numbers, or, if it `is_text`, long texts too."""
+    table = rich_table.Table(title=title, show_lines=is_text)
     for index, column in enumerate(head):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index and not is_text else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(rich_markup.escape, row))
     rich_console.Console(width=None if rich_console.Console().is_terminal else PIPE_WIDTH).print(table)
