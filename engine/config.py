@@ -25,7 +25,7 @@ from engine.optim import OptimConfig
 from engine.parser import Parser, build
 from engine.step import LossConfig, TrainConfig
 from kernels.dispatch import Kernels
-from pipelines.basics.option_values import Misfit, convert, faults, plain, refuse, shown
+from pipelines.basics.option_values import Misfit, as_typed, check_fields, convert, raise_faults, to_builtins
 from pipelines.basics.text import encodable
 from pipelines.layouts.cases import check_folds
 
@@ -51,7 +51,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what is known to be wrong before any work is done."""
-        refuse([f"--{fault}" for fault in faults(self)])
+        check_fields(self, "--")
         check_folds(self.data.folds, self.data.fold, self.data.train_cases, self.data.val_cases)
         if self.data.download and self.data.root is None:
             raise ValueError("--data.download needs --data.root, the folder to download to")
@@ -66,7 +66,7 @@ class Config:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain values that JSON, YAML and `torch.load(weights_only=True)` take."""
-    return plain(dataclasses.asdict(config))
+    return to_builtins(dataclasses.asdict(config))
 
 
 def to_portable_dict(config: Config) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     """
     parser, faults = make_parser(""), list[str]()
     found = parser.read_values(parser.flatten(values, "", faults), faults)
-    refuse(faults)
+    raise_faults(faults)
     return build(Config, found)
 
 
@@ -140,7 +140,7 @@ def find_run(resume: str, run_dir: str | None) -> Path | None:
     try:
         folder = convert(run_dir if resume == "auto" else resume, Path | None)
     except Misfit as error:
-        raise ValueError(f"--resume {shown(resume)} must be {error}") from error
+        raise ValueError(f"--resume {as_typed(resume)} must be {error}") from error
     if resume == "auto" and folder is None:
         saved = sorted(Path("runs").glob(f"*/checkpoints/{STATES}"), key=lambda path: path.stat().st_mtime)
         folder = saved[-1].parents[2] if saved else Path("runs")

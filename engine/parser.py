@@ -27,14 +27,14 @@ from pipelines.basics.option_values import (
     NO_BOUNDS,
     Bounds,
     Misfit,
+    as_typed,
     bounds_of,
     convert,
     describe,
     is_several,
     nearest,
-    plain,
-    refuse,
-    shown,
+    raise_faults,
+    to_builtins,
 )
 from pipelines.basics.text import one_line
 
@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
             raise _refused("anchors (&, *) are not allowed: write the value out", event)
         node = super().compose_node(parent, index)
         if node.tag not in _TAGS:
-            raise _refused(f"tags ({shown(node.tag)}) are not allowed", node)
+            raise _refused(f"tags ({as_typed(node.tag)}) are not allowed", node)
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -210,14 +210,14 @@ class Parser:
                    if option.is_required and name not in found]  # fmt: skip
         if missing and defaults and not faults:
             faults.append(f"{', '.join(missing)} must be given; see --help")
-        refuse(faults)
+        raise_faults(faults)
         namespace = Namespace()
         preset = {name: option.default for name, option in self.options.items()} if defaults else {}
         for name, value in {**preset, **found, "config": files or None}.items():
             namespace[name] = value
         if namespace.get("print_config"):
             values = {name: value for name, value in namespace.as_dict().items() if name not in _NOT_IN_FILES}
-            print(yaml.safe_dump(plain(values), sort_keys=False), end="")
+            print(yaml.safe_dump(to_builtins(values), sort_keys=False), end="")
             raise SystemExit(0)
         return namespace
 
@@ -258,7 +258,7 @@ class Parser:
                 given.append(Given(name, values[0] if len(values) == 1 else values))
         positional = [name for name, option in self.options.items() if option.is_positional]
         given += [Given(name, word, "") for name, word in zip(positional, loose)]
-        faults += [f"unexpected argument {shown(word)}; see --help" for word in loose[len(positional) :]]
+        faults += [f"unexpected argument {as_typed(word)}; see --help" for word in loose[len(positional) :]]
         return given
 
     def read_values(self, given: Iterable[Given], faults: list[str]) -> dict[str, Any]:
@@ -277,14 +277,14 @@ class Parser:
             try:
                 found[each.name] = convert(each.raw, option.kind, option.bounds)
             except Misfit as error:
-                faults.append(f"{each.where}{each.name} {shown(each.raw)} must be {error}")
+                faults.append(f"{each.where}{each.name} {as_typed(each.raw)} must be {error}")
         return found
 
     def flatten(self, values: Any, where: str, faults: list[str], prefix: str = "") -> list[Given]:
         """The options in nested groups, in order; appends unknown names to `faults`."""
         if not isinstance(values, dict):
             faults.append(
-                f"{where}{prefix.rstrip('.') or 'the file'} is {shown(values)} and must be a group of options, "
+                f"{where}{prefix.rstrip('.') or 'the file'} is {as_typed(values)} and must be a group of options, "
                 "{name: value}; leave it out for the defaults"
             )
             return []
@@ -321,7 +321,7 @@ class Parser:
             meant = list(filter(None, [nearest(wanted, names)])) or [n for n in names if n.rpartition(".")[2] == part]
         dashes = "--" if where == "--" else ""
         hint = f"did you mean {' or '.join(f'{dashes}{n}' for n in meant)}?" if meant else "--help lists all"
-        return f"{where.removesuffix('--')}there is no option {dashes}{shown(name) if name else name}; {hint}"
+        return f"{where.removesuffix('--')}there is no option {dashes}{as_typed(name) if name else name}; {hint}"
 
 
 def build(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.metrics import CaseDice
-from pipelines.basics.atomic import own_folder, write_texts
+from pipelines.basics.atomic import make_subfolder, write_texts
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.tables import table_text, write_table
 from pipelines.layouts.labels import REGIONS
@@ -29,7 +29,7 @@ class EpochLog:
 
     def __init__(self, run_dir: Path, done_steps: int) -> None:
         self.run_dir = run_dir
-        self.folder = own_folder(run_dir, "tensorboard")
+        self.folder = make_subfolder(run_dir, "tensorboard")
         self.writer: Any = None
         with self._until_the_disk_is_full():
             self.writer = tensorboard.SummaryWriter(str(self.folder), purge_step=done_steps + 1)

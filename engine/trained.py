@@ -21,7 +21,7 @@ from engine.data import DataConfig
 from engine.network import make_model
 from engine.step import TrainConfig
 from engine.weights_file import WeightsFile, written_by_this_version
-from pipelines.basics.option_values import shown
+from pipelines.basics.option_values import as_typed
 from pipelines.basics.text import first_few
 from pipelines.decathlon import TASK
 from pipelines.layouts.labels import REGIONS, Coding
@@ -145,5 +145,7 @@ def mismatch(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> s
     ]
     found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
     return "; ".join(
-        f"{len(names)} tensors are {what} ({first_few(list(map(shown, names)), 1)})" for what, names in found if names
+        f"{len(names)} tensors are {what} ({first_few(list(map(as_typed, names)), 1)})"
+        for what, names in found
+        if names
     )

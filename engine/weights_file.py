@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from pipelines.basics.atomic import replacing
-from pipelines.basics.option_values import shown
+from pipelines.basics.option_values import as_typed
 from pipelines.basics.text import one_line
 from pipelines.layouts.labels import CODINGS, ENHANCING, OEDEMA, REGIONS, TUTORIAL, Coding
 from pipelines.layouts.names import canonical_modalities
@@ -349,7 +349,7 @@ def _coding(release: Any, tissues: Any, regions: Any) -> Coding:
     if release not in (*CODINGS, TUTORIAL) or not {OEDEMA, ENHANCING} <= set(names.values()) <= known:
         raise ValueError("it names a release or tissues that this version does not know")
     if not isinstance(regions, list | tuple) or len(regions) != len(REGIONS):
-        raise ValueError(f"its regions are {shown(regions)}, must be the labels of {', '.join(REGIONS)}")
+        raise ValueError(f"its regions are {as_typed(regions)}, must be the labels of {', '.join(REGIONS)}")
     core, whole, enhancing = members = tuple(tuple(map(int, values)) for values in regions)
     is_nested = set(enhancing) <= set(core) <= set(whole) <= set(names) <= set(range(1, 256))
     tissues_of_core, tissues_of_enhancing = ({names.get(value) for value in values} for values in (core, enhancing))

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from engine.ranks.command import run_command
 from engine.ranks.rank_env import read_rank_env
 from engine.ranks.signals import install_handlers, restore_handlers
-from pipelines.basics.atomic import below, replacing
+from pipelines.basics.atomic import replacing, subfolder
 from pipelines.basics.option_values import Bounds, path_text
 from pipelines.basics.tables import print_table
 from pipelines.basics.text import printable
@@ -121,7 +121,9 @@ def train_all(runs: dict[Path, Config], launcher: str | None) -> int:
     """
     from engine.reports.report import is_finished
 
-    files = {below(run_dir.parent, run_dir.name): write_options(config, run_dir) for run_dir, config in runs.items()}
+    files = {
+        subfolder(run_dir.parent, run_dir.name): write_options(config, run_dir) for run_dir, config in runs.items()
+    }
     command = launch_command(launcher)
     for run_dir, file in files.items():
         if is_finished(run_dir):

@@ -33,7 +33,7 @@ from engine.trainer import Trainer
 from kernels import dispatch
 from kernels.dice_ce import region_masks
 from models import parameter_count
-from pipelines.basics.atomic import below, cannot_write, open_own, own_folder, replacing
+from pipelines.basics.atomic import cannot_write, make_subfolder, open_to_append, replacing, subfolder
 from pipelines.basics.tables import percent, print_table
 from pipelines.basics.text import printable
 
@@ -185,7 +185,7 @@ def _claim(run_dir: Path, is_resumed: bool) -> IO[str]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open_own(run_dir / ".lock")
+        lock = open_to_append(run_dir / ".lock")
     except OSError as error:
         raise cannot_write(f"--run_dir {run_dir}", error, "give another folder") from error
     try:
@@ -210,7 +210,7 @@ def _start_log(run_dir: Path, ranks: Ranks) -> None:
     The first rank writes `run.log`; of several ranks, each also writes its own file, `logs/rank-0003.log`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    files = [own_folder(run_dir, "logs") / f"rank-{ranks.rank:04d}.log"] if ranks.world_size > 1 else []
+    files = [make_subfolder(run_dir, "logs") / f"rank-{ranks.rank:04d}.log"] if ranks.world_size > 1 else []
     handlers: list[logging.Handler] = []
     if ranks.is_first:
         files.append(run_dir / "run.log")
@@ -238,10 +238,10 @@ def how_to_resume(config: Config) -> str:
 def _refuse_links(run_dir: Path) -> None:
     """Raise `ValueError` for a link in the run folder that would have the run write somewhere else."""
     for name in WRITTEN:
-        below(run_dir, name)
+        subfolder(run_dir, name)
         if name in ("logs", "tensorboard") and (run_dir / name).is_dir():
             for path in sorted((run_dir / name).iterdir()):
-                below(run_dir, name, path.name)
+                subfolder(run_dir, name, path.name)
 
 
 def _log_effects_of_resuming(config: Config) -> None:

@@ -20,7 +20,7 @@ from engine.inference import Predictor, Prepared, Segmentation
 from engine.metrics import Score, scored_regions
 from engine.ranks.distributed import Ranks, first_on_node, init_ranks
 from launch.network_options import GRIDS, with_own_options
-from pipelines.basics.atomic import cannot_write, make_writable, own_folder
+from pipelines.basics.atomic import cannot_write, make_subfolder, make_writable
 from pipelines.basics.errors import CaseError, DataError
 from pipelines.basics.tables import percent, print_table
 from pipelines.basics.text import first_few, printable
@@ -87,7 +87,7 @@ def make_folder(options: Namespace, predictor: Predictor) -> Path:
     folder = options.output or run_dir / "-".join(parts)
     try:
         if not options.output:
-            own_folder(run_dir, folder.name)
+            make_subfolder(run_dir, folder.name)
         make_writable(folder)
     except OSError as error:
         raise cannot_write(f"the folder of the tables, {folder},", error, "choose another with --output") from error

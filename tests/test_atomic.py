@@ -11,9 +11,9 @@ import pytest
 
 from pipelines.basics.atomic import (
     cannot_write,
+    make_subfolder,
     make_writable,
-    open_own,
-    own_folder,
+    open_to_append,
     remove_left_over,
     replacing,
     temporary_name,
@@ -106,10 +106,10 @@ def test_a_log_is_added_to_and_never_through_a_link(tmp_path: Path) -> None:
     target.write_text("mine")
     (tmp_path / "link.log").symlink_to(target)
     with pytest.raises(ValueError, match=f"link.log is a link to {target}, which would be written to: remove it"):
-        open_own(tmp_path / "link.log")
+        open_to_append(tmp_path / "link.log")
     assert target.read_text() == "mine"
     for line in ("caf\udce9\n", "b\n"):
-        with open_own(tmp_path / "run.log") as file:
+        with open_to_append(tmp_path / "run.log") as file:
             file.write(line)
     assert (tmp_path / "run.log").read_text() == "caf\\udce9\nb\n"
 
@@ -117,16 +117,16 @@ def test_a_log_is_added_to_and_never_through_a_link(tmp_path: Path) -> None:
 def test_a_folder_that_leads_out_by_a_link_is_refused(tmp_path: Path) -> None:
     run, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()
-    assert own_folder(run, "logs") == run / "logs" and (run / "logs").is_dir()
+    assert make_subfolder(run, "logs") == run / "logs" and (run / "logs").is_dir()
     (run / "checkpoints").symlink_to(outside)
     (run / "within").symlink_to(run / "logs")
-    assert own_folder(run, "within").is_dir()
+    assert make_subfolder(run, "within").is_dir()
     for names in (("checkpoints",), ("checkpoints", "deeper")):
         with pytest.raises(ValueError, match=f"is a link to {outside}.*: remove the link"):
-            own_folder(run, *names)
+            make_subfolder(run, *names)
     assert not os.listdir(outside)
     (tmp_path / "link").symlink_to(run)  # a run's folder itself may be one: its user names it
-    assert own_folder(tmp_path / "link", "logs").is_dir()
+    assert make_subfolder(tmp_path / "link", "logs").is_dir()
 
 
 def test_a_folder_is_made_and_tried_before_any_work_is_done(tmp_path: Path) -> None:

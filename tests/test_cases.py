@@ -20,7 +20,7 @@ from monai.apps import DecathlonDataset
 from monai.data.utils import partition_dataset
 
 from pipelines.basics.errors import DataError
-from pipelines.basics.text import as_text
+from pipelines.basics.text import escape_controls
 from pipelines.layouts.cases import Case, CaseSet, find_cases, split_cases, survey_cases
 from pipelines.layouts.labels import CODINGS
 
@@ -129,7 +129,7 @@ def test_a_name_that_files_and_tables_cannot_have_is_a_fault_of_its_case(tmp_pat
     (fault,) = survey.faults
     assert said in str(fault)
     for text in (str(fault), str(fault.path), fault.problem, str(pickle.loads(pickle.dumps(fault)))):
-        assert as_text(text) == text
+        assert escape_controls(text) == text
     with pytest.raises(DataError, match="1 of 2 cases are faulty") as caught:
         find_cases(tmp_path)
     str(caught.value).encode()

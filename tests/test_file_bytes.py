@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipelines.basics.errors import CaseError
-from pipelines.basics.text import as_text
+from pipelines.basics.text import escape_controls
 from pipelines.scans.nifti import read_grid, read_nifti
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
@@ -31,7 +31,7 @@ def content(shape: tuple[int, ...] = (7, 6, 5), dtype: str = "int16") -> bytes:
 def refused(path: Path, match: str) -> CaseError:
     with pytest.raises(CaseError, match=match) as caught:
         read_nifti(path)
-    assert caught.value.path == Path(as_text(str(path)))
+    assert caught.value.path == Path(escape_controls(str(path)))
     return caught.value
 
 

@@ -1,9 +1,11 @@
-"""MONAI's Spacing, then Orientation("RAS"), is the oracle of the grid."""
+"""A spacing is three positive numbers; MONAI's Spacing, then Orientation("RAS"), is the oracle of its grid."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from nibabel.eulerangles import euler2mat
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from pipelines.scans.geometry import Spacing as VoxelSize
-from pipelines.scans.geometry import label_grid, target_grid, voxel_size_mm
+from pipelines.scans.geometry import as_spacing, label_grid, target_grid, voxel_size_mm
 from pipelines.scans.resample import resample_label
 
 TOLERANCE_MM = 1e-9
@@ -126,3 +128,17 @@ def test_order_is_spacing_then_orientation() -> None:
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     affine[1, 3] = 239.0
     assert target_grid((240, 240, 155), affine, (1.5, 1.5, 2.0)).affine[0, 3] == -238.5
+
+
+@pytest.mark.parametrize("mm", [(1.5, 0, 2), (1.5, -1, 2), (1.5, math.nan, 2), (math.inf, 1, 2), (1.5, 2), ()])
+def test_a_spacing_that_is_not_three_positive_numbers_is_refused(mm: Any) -> None:
+    for make in (VoxelSize, as_spacing):
+        with pytest.raises(ValueError, match=r"spacing_mm \(.*\) must be three positive numbers"):
+            make(mm)
+
+
+def test_three_numbers_are_along_the_axes_that_the_caller_says() -> None:
+    assert as_spacing((1, 1, 2)) == VoxelSize((1.0, 1.0, 2.0)) and as_spacing((1, 1, 2), "file").axes == "file"
+    assert as_spacing(VoxelSize(), "file") == VoxelSize((1.5, 1.5, 2.0), "patient")
+    assert str(VoxelSize((1, 1, 2), "file")) == "1 x 1 x 2 mm along the axes of the file"
+    assert str(VoxelSize()) == "1.5 x 1.5 x 2 mm along R, A, S"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pipelines.basics.option_values import Bounds, Misfit, convert, shown
+from pipelines.basics.option_values import Bounds, Misfit, as_typed, convert
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,12 @@ def test_numbers_keep_to_their_bounds(bounds: Bounds, right: list[float], wrong:
 
 
 def test_a_value_is_shown_on_a_line_that_ends() -> None:
-    assert [shown(raw) for raw in (None, True, "", "a\n\x1b[31m", ["64", "32"])] == [
+    assert [as_typed(raw) for raw in (None, True, "", "a\n\x1b[31m", ["64", "32"])] == [
         "null", "true", "'' (nothing)", "a\\n\\x1b[31m", "64 32",
     ]  # fmt: skip
     bomb: list[Any] = ["x"]
     for _ in range(50):
         bomb = [bomb] * 9  # as YAML's anchors make it
-    assert max(len(shown(raw)) for raw in ("x" * 10**6, 10**5000, -(10**5000), ["x"] * 10**5, bomb, {"a": bomb})) <= 83
+    assert (
+        max(len(as_typed(raw)) for raw in ("x" * 10**6, 10**5000, -(10**5000), ["x"] * 10**5, bomb, {"a": bomb})) <= 83
+    )

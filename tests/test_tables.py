@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import random
 import subprocess
@@ -11,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.basics.tables import append_row, from_cell, read_table, to_cell, write_table
+from engine.progress import dice_text
+from pipelines.basics.tables import (
+    append_row,
+    from_cell,
+    markdown_table,
+    percent,
+    print_table,
+    read_table,
+    to_cell,
+    write_table,
+)
 
 COLUMNS = ("case", "dice", "warnings")
 NAMES = ["=HYPERLINK(1)", "+1", "-case", "@case", "\t=1", "\r=1", "'=quoted", "''+", "'plain'", "caf\udce9", "\ud800",
@@ -123,3 +134,22 @@ def test_a_name_that_is_not_utf_8_stops_no_command_that_prints_it() -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "caf\\udce9 \\xb1\n"), done.stderr
+
+
+def test_dice_are_percents_and_unknown_ones_are_not_numbers() -> None:
+    assert [percent(dice) for dice in (0.0, 0.7654, 1.0, None, math.nan)] == ["0.0", "76.5", "100.0", "n/a", "n/a"]
+    assert dice_text([0.5, math.nan, 0.25]) == "TC 50.0  WT n/a  ET 25.0"
+
+
+def test_markdown_has_text_on_the_left_and_numbers_on_the_right() -> None:
+    table = markdown_table(("case", "mean"), [("a", "50.0"), ("b", "n/a")])
+    assert table == "| case | mean |\n| --- | ---: |\n| a | 50.0 |\n| b | n/a |"
+
+
+def test_a_table_in_a_pipe_is_not_cut_to_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table(("", *(f"column {i}" for i in range(8))), [("row", *("100.0",) * 8)], "a title")
+    said = capsys.readouterr().out
+    assert "a title" in said and "column 7" in said and said.count("100.0") == 8

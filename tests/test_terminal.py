@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine.ranks.terminal import LogFile, PlainFormatter, Terminal, set_up_terminal
-from pipelines.basics.text import as_text
+from pipelines.basics.text import escape_controls
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9b1mb\u202ec\r\udcff"
@@ -40,8 +40,8 @@ def run(redirected: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def test_control_characters_and_bytes_that_are_not_text_become_escapes() -> None:
-    assert as_text(HOSTILE) == SHOWN
-    assert as_text("Gehirn größer als 5 µm,\tNo 3\n脳") == "Gehirn größer als 5 µm,\tNo 3\n脳"
+    assert escape_controls(HOSTILE) == SHOWN
+    assert escape_controls("Gehirn größer als 5 µm,\tNo 3\n脳") == "Gehirn größer als 5 µm,\tNo 3\n脳"
 
 
 @pytest.mark.parametrize("redirected", ["| true", "> /dev/full", ">&-", "2>&-"])
@@ -71,7 +71,7 @@ def through(write: Callable[[io.TextIOWrapper], object], on_terminal: bool) -> s
 def test_a_terminal_gets_colours_and_cursor_movements_and_no_other_commands() -> None:
     bar = "\r\x1b[2K\x1b[1A\x1b[1;31mred\x1b[0m\x1b[?25h"
     hostile = HOSTILE.replace("\r", "")
-    assert through(lambda stream: stream.write(bar + hostile), on_terminal=True) == bar + as_text(hostile)
+    assert through(lambda stream: stream.write(bar + hostile), on_terminal=True) == bar + escape_controls(hostile)
     assert "\x1b" not in through(lambda stream: stream.write(bar + hostile), on_terminal=False)
 
 

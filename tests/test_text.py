@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.basics.text import as_text, encodable, first_few, markdown, one_line, printable
+from pipelines.basics.text import encodable, escape_controls, first_few, markdown, one_line, printable
 
 
 def test_unprintable_characters_become_escapes() -> None:
     assert encodable("caf\udce9\n") == "caf\\udce9\n"
-    assert as_text("caf\udce9\n\t\x1b[31m") == "caf\\udce9\n\t\\x1b[31m"
+    assert escape_controls("caf\udce9\n\t\x1b[31m") == "caf\\udce9\n\t\\x1b[31m"
     assert printable("caf\udce9\n\x1b[31m\u202e \u5bb6\xe9") == "caf\\udce9\\n\\x1b[31m\\u202e \u5bb6\xe9"
 
 

@@ -36,7 +36,7 @@ from engine.trained import TrainedNetwork
 from engine.weights_file import write_archive
 from kernels import attention, instance_norm
 from models import NETWORKS
-from pipelines.basics.atomic import own_folder, remove_left_over, temporary_name, write_text
+from pipelines.basics.atomic import make_subfolder, remove_left_over, temporary_name, write_text
 from pipelines.layouts.labels import REGIONS
 from pipelines.layouts.names import MODALITIES, SPELLINGS
 
@@ -122,7 +122,7 @@ def write_bundle(folder: Path, trained: TrainedNetwork) -> None:
             return
         for file in sorted(path for path in partial.rglob("*") if path.is_file()):
             name = file.relative_to(partial)
-            file.replace(own_folder(folder, *name.parent.parts) / name.name)
+            file.replace(make_subfolder(folder, *name.parent.parts) / name.name)
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(folder)) from error
     finally:
@@ -137,7 +137,7 @@ def _check_is_bundle(folder: Path) -> None:
     if not isinstance(metadata, dict) or "glioforge" not in metadata:
         raise ValueError(f"{folder} is not a MONAI bundle that this program wrote: choose another --output")
     for name in SUBFOLDERS:
-        own_folder(folder, name)
+        make_subfolder(folder, name)
 
 
 def _write_files(folder: Path, trained: TrainedNetwork) -> None:

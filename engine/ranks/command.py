@@ -22,7 +22,7 @@ from engine.ranks.rank_env import read_rank_env
 from engine.ranks.signals import StoppedBySignal, TrainingStopped, install_handlers, restore_handlers, signal_name
 from engine.ranks.terminal import Terminal, set_up_terminal
 from pipelines.basics.errors import DISK_FULL, causes, explain
-from pipelines.basics.text import as_text
+from pipelines.basics.text import escape_controls
 
 if TYPE_CHECKING:
     from engine.ranks.watchdog import Watchdog
@@ -92,7 +92,7 @@ def run_command(work: Callable[[], int | None], how_to_continue: Callable[[], st
         else:
             restore_handlers(handlers)
     if line and (watchdog is None or watchdog.rank == 0):
-        print(as_text(line), file=sys.stderr)
+        print(escape_controls(line), file=sys.stderr)
     return status or _status_of_output(only_prints)
 
 

@@ -15,8 +15,8 @@ import re
 import sys
 from pathlib import Path
 
-from pipelines.basics.atomic import open_own
-from pipelines.basics.text import as_text
+from pipelines.basics.atomic import open_to_append
+from pipelines.basics.text import escape_controls
 
 _STYLE = re.compile("\x1b\\[[0-9;]*m|\x1b\\[[0-9]*A|\x1b\\[2K|\x1b\\[\\?25[hl]|\r")
 """Colours, and how a progress bar moves the cursor."""
@@ -44,9 +44,9 @@ class Terminal(io.TextIOWrapper):
         """Write text; returns its length."""
         if self._is_styled:
             styles = [*_STYLE.findall(text), ""]
-            shown = "".join(map("".join, zip(map(as_text, _STYLE.split(text)), styles, strict=True)))
+            shown = "".join(map("".join, zip(map(escape_controls, _STYLE.split(text)), styles, strict=True)))
         else:
-            shown = as_text(text)
+            shown = escape_controls(text)
         try:
             super().write(shown)
         except OSError as error:
@@ -73,18 +73,18 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """A record as text."""
-        return as_text(super().format(record).rstrip("\n"))
+        return escape_controls(super().format(record).rstrip("\n"))
 
 
 class LogFile(logging.StreamHandler):
     """A log file, appended to; if it can't be written, it says so once, and the work goes on.
 
     Raises:
-        ValueError, OSError: as `open_own`.
+        ValueError, OSError: as `open_to_append`.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(open_own(path))
+        super().__init__(open_to_append(path))
         self.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
         self._path, self._has_failed = path, False
 

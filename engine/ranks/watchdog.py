@@ -44,7 +44,7 @@ from engine.ranks.launcher import Launcher
 from engine.ranks.rank_env import RankEnv, export_rank_env, read_rank_env
 from engine.ranks.signals import STOP_SIGNALS, StoppedBySignal
 from pipelines.basics.errors import causes
-from pipelines.basics.text import as_text
+from pipelines.basics.text import escape_controls
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -277,7 +277,7 @@ class Watchdog:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
             if failure == self.own:
-                os.write(2, as_text(self.own_traceback).encode())
+                os.write(2, escape_controls(self.own_traceback).encode())
             is_reporter = self.rank == (self.deputy if failure.is_lost and failure.rank == 0 else 0)
             with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be gone
                 if is_reporter:
@@ -286,7 +286,7 @@ class Watchdog:
                     self._ask(lambda: self.store.add("ended", 1))
             if is_reporter:
                 Console(stderr=True).show_cursor()  # a progress bar hides it
-                os.write(2, f"{as_text(str(failure))}\n".encode())
+                os.write(2, f"{escape_controls(str(failure))}\n".encode())
         finally:
             os._exit(failure.status)
 

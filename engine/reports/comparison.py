@@ -28,7 +28,7 @@ from engine.parser import read_yaml
 from engine.reports.report import is_finished
 from models import NETWORKS, Network
 from pipelines.basics.atomic import write_texts
-from pipelines.basics.regular_files import read_json
+from pipelines.basics.input_files import read_json
 from pipelines.basics.tables import markdown_table, percent, read_table
 from pipelines.basics.text import brief, markdown, one_line
 from pipelines.layouts.labels import REGIONS

@@ -75,7 +75,7 @@ def write_texts(texts: Mapping[Path, str]) -> None:
             file.flush()
 
 
-def open_own(path: Path) -> IO[str]:
+def open_to_append(path: Path) -> IO[str]:
     """Open a text file to append, creating it if missing; text that is not UTF-8 is written as escapes.
 
     Raises:
@@ -104,14 +104,7 @@ def make_writable(folder: Path) -> None:
     probe.unlink()
 
 
-def own_folder(within: Path, *names: str) -> Path:
-    """A folder below another one, made if missing. Raises as `below`, and OSError: it can't be made."""
-    folder = below(within, *names)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def below(within: Path, *names: str) -> Path:
+def subfolder(within: Path, *names: str) -> Path:
     """The path of a folder below another one.
 
     Raises:
@@ -126,6 +119,13 @@ def below(within: Path, *names: str) -> Path:
     return folder
 
 
+def make_subfolder(within: Path, *names: str) -> Path:
+    """A folder below another one, made if missing. Raises as `subfolder`, and OSError: it can't be made."""
+    folder = subfolder(within, *names)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def temporary_name(path: Path) -> Path:
     """A name in the folder of `path` that no other file has, for the file that will replace it."""
     name = os.fsencode(path.name)[:_NAME_BYTES].decode(errors="ignore")  # cut between characters
@@ -135,16 +135,14 @@ def temporary_name(path: Path) -> Path:
 def remove_left_over(folder: Path) -> None:
     """Remove the temporary files and folders of dead processes from a folder, if it exists."""
     try:
-        with os.scandir(folder) as entries:
-            found = [(entry.path, match) for entry in entries if (match := _TEMPORARY.search(entry.name))]
+        names = os.listdir(folder)
     except OSError:
         return
-    for path, match in found:
+    for path, match in ((folder / name, match) for name in names if (match := _TEMPORARY.search(name))):
         with contextlib.suppress(OSError):
             is_dead = match["host"] == socket.gethostname() and not _is_alive(int(match["pid"]))
-            if is_dead or time.time() - os.lstat(path).st_mtime > _LIFETIME_S:
-                is_folder = os.path.isdir(path) and not os.path.islink(path)
-                shutil.rmtree(path) if is_folder else os.unlink(path)
+            if is_dead or time.time() - path.lstat().st_mtime > _LIFETIME_S:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _is_alive(pid: int) -> bool:
@@ -152,6 +150,6 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # somebody else's
+        pass
     return True

@@ -1,7 +1,4 @@
-"""The errors of a user's data: which file or folder, what is wrong with it, what to do.
-
-@@ Errors of the operating system in words for the user: the file, the cause, the remedy.
-"""
+"""Errors for the user, of data and of the operating system: which file or folder, what is wrong with it, what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.basics.text import as_text
+from pipelines.basics.text import escape_controls
 
 REMEDIES = {
     errno.ENOSPC: "free space on that disk, or choose a folder on another one",
@@ -34,6 +31,51 @@ REMEDIES = {
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_BELOW = 2**20  # bytes
+
+
+class DataError(ValueError):
+    """A fault of the user's data or options; the message gives path or value, rule and remedy."""
+
+    def __str__(self) -> str:
+        return escape_controls(super().__str__())
+
+
+class CaseError(DataError):
+    """A fault in the files of one case.
+
+    Args:
+        path: the file at fault; kept in a form that any log and table can hold (`pipelines.basics.text`).
+        problem: what is wrong with it, with the value and the rule.
+        remedy: what the user can do.
+    """
+
+    def __init__(self, path: Path, problem: str, remedy: str) -> None:
+        super().__init__(path, problem, remedy)  # args: pickle needs them to bring the error from a worker process
+        self.path = Path(escape_controls(str(path)))
+        self.problem = escape_controls(problem)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}. {self.remedy}."
+
+
+class CaseFailure(CaseError):
+    """A case that could not be processed, though its scans may be sound: it may succeed another time."""
+
+
+class StoreError(DataError):
+    """The store's folder can't be written; `needed` is the size in bytes of the case that was being written."""
+
+    def __init__(self, folder: Path, problem: str, needed: int) -> None:
+        super().__init__(folder, problem, needed)
+        self.folder, self.problem, self.needed = folder, problem, needed
+
+    def __str__(self) -> str:
+        size = f" It needs about {self.needed / 1e6:.1f} MB more." if self.needed else ""
+        return (
+            f"store {self.folder}: {self.problem}.{size} Free space there or change its permissions, or choose another "
+            "folder with --data.store_dir. Cases already prepared are kept."
+        )
 
 
 def explain(error: OSError) -> str:
@@ -62,50 +104,3 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     while error:
         yield error
         error = error.__cause__ or error.__context__
-
-
-class DataError(ValueError):
-    """A fault of the user's data or options; the message gives path or value, rule and remedy."""
-
-    def __str__(self) -> str:
-        return as_text(super().__str__())
-
-
-class CaseError(DataError):
-    """A fault in the files of one case.
-
-    Args:
-        path: the file at fault; kept in a form that any log and table can hold (`pipelines.basics.text`).
-        problem: what is wrong with it, with the value and the rule.
-        remedy: what the user can do.
-    """
-
-    def __init__(self, path: Path, problem: str, remedy: str) -> None:
-        super().__init__(path, problem, remedy)  # args: pickle needs them to bring the error from a worker process
-        self.path = Path(as_text(str(path)))
-        self.problem = as_text(problem)
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.problem}. {self.remedy}."
-
-
-class CaseFailure(CaseError):
-    """A case that could not be processed, though its scans may be sound: it may succeed another time."""
-
-
-class StoreError(DataError):
-    """The store's folder can't be written; `needed` is the size in bytes of the case that was being written."""
-
-    def __init__(self, folder: Path, problem: str, needed: int) -> None:
-        super().__init__(folder, problem, needed)
-        self.folder = folder
-        self.problem = problem
-        self.needed = needed
-
-    def __str__(self) -> str:
-        size = f" It needs about {self.needed / 1e6:.1f} MB more." if self.needed else ""
-        return (
-            f"store {self.folder}: {self.problem}.{size} Free space there or change its permissions, or choose another "
-            "folder with --data.store_dir. Cases already prepared are kept."
-        )

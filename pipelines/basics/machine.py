@@ -22,12 +22,13 @@ def cache_dir() -> Path:
     Raises:
         ValueError: there is no such place, or it can't be made.
     """
-    folder = _chosen_cache() or (Path.home() / ".cache" / "glioforge" if _has_home() else None)
-    if folder is None:
+    folder = _chosen_cache()
+    if folder is None and not _has_home():
         raise ValueError(
             "there is no place for prepared volumes and synthetic scans: this user has no home folder to write to: "
             "set GLIOFORGE_CACHE (or XDG_CACHE_HOME) to a folder"
         )
+    folder = folder or Path.home() / ".cache" / "glioforge"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,9 +52,7 @@ def give_home() -> None:
     if _has_home():
         return
     cache = _chosen_cache()
-    for folder in (cache / f"home-{os.getuid()}" if cache else None, _temporary_home()):
-        if folder is None:
-            continue
+    for folder in filter(None, (cache and cache / f"home-{os.getuid()}", _temporary_home())):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             about = folder.lstat()

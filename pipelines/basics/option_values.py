@@ -18,7 +18,7 @@ import os
 import re
 import reprlib
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -28,12 +28,7 @@ import yaml
 from pipelines.basics.text import printable, shortened
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_BOUNDS = (
-    ("least", "at least", operator.ge),
-    ("above", "above", operator.gt),
-    ("most", "at most", operator.le),
-    ("below", "below", operator.lt),
-)
+_HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 MANY = 1_000_000
 """An upper bound for counts: more is a slip of the finger."""
 MOST_SEED = 2**63 - 1
@@ -62,17 +57,16 @@ class Bounds:
         """The bound that a number breaks, in words; empty if it breaks none."""
         if isinstance(value, float) and not math.isfinite(value):
             return "finite"
-        return next((words for words, bound, holds in self._each() if not holds(value, bound)), "")
+        broken = (f"{words} {bound:.10g}" for words, bound in self._given() if not _HOLDS[words](value, bound))
+        return next(broken, "")
 
     def __str__(self) -> str:
         """All bounds: `at least 0 and below 1`."""
-        return " and ".join(words for words, _, _ in self._each())
+        return " and ".join(f"{words} {bound:.10g}" for words, bound in self._given())
 
-    def _each(self) -> Iterator[tuple[str, float, Callable[[float, float], bool]]]:
-        for name, words, holds in _BOUNDS:
-            bound = getattr(self, name)
-            if bound is not None:
-                yield f"{words} {bound:.10g}", bound, holds
+    def _given(self) -> list[tuple[str, float]]:
+        bounds = zip(_HOLDS, (self.least, self.above, self.most, self.below), strict=True)
+        return [(words, bound) for words, bound in bounds if bound is not None]
 
 
 NO_BOUNDS = Bounds()
@@ -116,46 +110,56 @@ def convert(raw: Any, kind: Any, bounds: Bounds = NO_BOUNDS) -> Any:
         Misfit: it is not such a value.
     """
     given, (kind, origin, inner) = kind, _unwrapped(kind)
-    is_optional, is_path = kind is not given, Path in (kind, *inner)
-    if raw is None or (raw == "null" and is_optional and kind is not str and not is_path):
-        if is_optional:
-            return None
-        raise Misfit(describe(kind, bounds))
+    rule = describe(kind, bounds)
+    is_null = raw is None or (raw == "null" and kind is not str and Path not in (kind, *inner))
+    if is_null and kind is not given:
+        return None
+    if raw is None:
+        raise Misfit(rule)
     if origin in (list, tuple):
-        return _several(raw, kind, bounds)
+        return origin(_several(raw, kind, bounds, rule))
     if origin is Literal:
-        return _choice(raw, inner, describe(kind, bounds))
+        return _choice(raw, inner, rule)
     one: Any = {bool: _truth, int: _whole, float: _real, str: _text, Path: _path}[kind](raw)
     if one is None:
-        raise Misfit(describe(kind, bounds))
+        raise Misfit(rule)
     broken = bounds.broken_by(one) if kind in (int, float) else ""
     if broken:
         raise Misfit(broken)
     return one
 
 
-def faults(config: Any, prefix: str = "") -> Iterator[str]:
-    """What is wrong with the fields of a dataclass and those nested in it: a sentence each, which begins with the name.
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Refuse a dataclass with wrong values in its fields or in those of the dataclasses in it.
 
-    `prefix` is that of the options' names, such as `--data.`.
+    Args:
+        config: the dataclass.
+        prefix: of the options' names, such as `--data.`, for the message.
+
+    Raises:
+        ValueError: as `raise_faults`.
     """
+    raise_faults(list(_field_faults(config, prefix)))
+
+
+def _field_faults(config: Any, prefix: str) -> Iterator[str]:
     kinds = get_type_hints(type(config))
     for item in dataclasses.fields(config):
         value, name = getattr(config, item.name), f"{prefix}{item.name}"
         if dataclasses.is_dataclass(value):
-            yield from faults(value, f"{name}.")
+            yield from _field_faults(value, f"{name}.")
             continue
         try:
             converted = convert(value, kinds[item.name], bounds_of(item))
             if isinstance(value, str) is not isinstance(converted, str):
                 raise Misfit(f"{describe(kinds[item.name], bounds_of(item))}, not text")
         except Misfit as error:
-            yield f"{name} {shown(value)} must be {error}"
+            yield f"{name} {as_typed(value)} must be {error}"
 
 
-def refuse(found: Sequence[str]) -> None:
+def raise_faults(faults: Sequence[str]) -> None:
     """Raise ValueError for the faults of a command line or a configuration, if any: one is a line, several a list."""
-    distinct = list(dict.fromkeys(found))
+    distinct = list(dict.fromkeys(faults))
     if len(distinct) == 1:
         raise ValueError(distinct[0])
     if distinct:
@@ -167,7 +171,7 @@ def bounds_of(field: dataclasses.Field) -> Bounds:
     return field.metadata.get("bounds", NO_BOUNDS)
 
 
-def shown(raw: Any) -> str:
+def as_typed(raw: Any) -> str:
     """A value for a message: as typed, on one line, not too long."""
     if isinstance(raw, list) and all(isinstance(word, str) for word in raw):
         raw = " ".join(raw)
@@ -184,12 +188,12 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return next(iter(difflib.get_close_matches(name, names, n=1)), "")
 
 
-def plain(value: Any) -> Any:
+def to_builtins(value: Any) -> Any:
     """Values in the types that JSON, YAML and `torch.load(weights_only=True)` take; `convert` reverses it."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_builtins(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_builtins(item) for item in value]
     return path_text(value) if isinstance(value, Path) else value
 
 
@@ -210,43 +214,31 @@ def _unwrapped(kind: Any) -> tuple[Any, Any, tuple[Any, ...]]:
     return kind, get_origin(kind), get_args(kind)
 
 
-def _several(raw: Any, kind: Any, bounds: Bounds) -> Any:
-    _, origin, inner = _unwrapped(kind)
-    rule = describe(kind, bounds)
-    if isinstance(raw, str):
-        raw = [raw]
-    if not isinstance(raw, list | tuple):
-        raise Misfit(rule)
-    items = list(raw)
-    if all(isinstance(word, str) for word in items):
-        items = _words(items, rule, commas=inner[0] is not Path)
-    if origin is tuple and len(items) != len(inner):
+def _several(raw: Any, kind: Any, bounds: Bounds, rule: str) -> list[Any]:
+    _, origin, (inner, *others) = _unwrapped(kind)
+    items = [raw] if isinstance(raw, str) else raw
+    if isinstance(items, list | tuple) and all(isinstance(word, str) for word in items):
+        items = list(items) if inner is Path else _words(items, rule)
+    if not isinstance(items, list | tuple) or "" in items or (origin is tuple and len(items) != 1 + len(others)):
         raise Misfit(rule)
     try:
-        found = [convert(item, inner[0], bounds) for item in items]
+        found = [convert(item, inner, bounds) for item in items]
     except Misfit as error:
         raise Misfit(rule) from error
     if bounds.rising and sorted(found) != found:
         raise Misfit(rule)
-    return origin(found)
+    return found
 
 
-def _words(words: list[str], rule: str, commas: bool) -> list[str]:
+def _words(words: Sequence[str], rule: str) -> list[Any]:
     """The items of a list, given as `[a, b]` or separated by blanks or commas."""
     line = " ".join(words).strip()
-    if commas and line.startswith("[") and line.endswith("]"):
-        try:
-            items = yaml.load(line, yaml.BaseLoader)  # every scalar as text: 00001 is a name, not a number
-        except yaml.YAMLError as error:
-            raise Misfit(f"{rule}; quote an item that holds one of []{{}},:#") from error
-        if not all(isinstance(item, str) for item in items):
-            raise Misfit(rule)
-        return items
-    if commas:
-        words = [part.strip() for word in words for part in word.strip().removesuffix(",").split(",")]
-    if not all(words):
-        raise Misfit(rule)
-    return words
+    if not (line.startswith("[") and line.endswith("]")):
+        return [part.strip() for word in words for part in word.strip().removesuffix(",").split(",")]
+    try:
+        return yaml.load(line, yaml.BaseLoader)  # every scalar as text: 00001 is a name, not a number
+    except yaml.YAMLError as error:
+        raise Misfit(f"{rule}; quote an item that holds one of []{{}},:#") from error
 
 
 def _choice(raw: Any, choices: Sequence[Any], rule: str) -> Any:
@@ -258,7 +250,7 @@ def _choice(raw: Any, choices: Sequence[Any], rule: str) -> Any:
 
 
 def _truth(raw: Any) -> bool | None:
-    return raw if isinstance(raw, bool) else _TRUTHS.get(raw.lower()) if isinstance(raw, str) else None
+    return raw if isinstance(raw, bool) else _TRUTHS.get(str(raw).lower())
 
 
 def _whole(raw: Any) -> int | None:

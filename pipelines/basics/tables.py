@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.basics.atomic import open_own, write_text
+from pipelines.basics.atomic import open_to_append, write_text
 from pipelines.basics.errors import DataError
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.text import encodable, shortened
@@ -32,8 +32,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
     """Write a table whole, in UTF-8.
 
     Args:
-        path: the file. columns: the first line.
-        rows: values by column; a missing one, or None, becomes an empty cell.
+        path: the file. columns: the first line. rows: values by column; a missing one, or None, is an empty cell.
 
     Raises:
         OSError: it can't be written.
@@ -55,7 +54,7 @@ def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> No
         ValueError: the row has a value without a column, or the table is a link.
     """
     try:
-        with open_own(path) as file:
+        with open_to_append(path) as file:
             file.write(_lines([row], columns))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -82,17 +81,16 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(f"{path}, line {line}: it holds NUL bytes: the file is probably incomplete")
-    head: list[str] | None = None
-    rows = []
-    for line, cells in csv_rows(path, text):
-        if head is None:
-            head = _head(path, cells, columns)
-        elif len(cells) != len(head):
-            raise ValueError(f"{path}, line {line}: {len(cells)} cells, must be {len(head)}")
-        else:
-            rows.append(dict(zip(head, map(from_cell, cells), strict=True)))
-    if head is None:
+    lines = csv_rows(path, text)
+    _, names = next(lines, (0, None))
+    if names is None:
         raise ValueError(f"{path} is empty, and must begin with the names of its columns")
+    head = _head(path, names, columns)
+    rows = []
+    for line, cells in lines:
+        if len(cells) != len(head):
+            raise ValueError(f"{path}, line {line}: {len(cells)} cells, must be {len(head)}")
+        rows.append(dict(zip(head, map(from_cell, cells), strict=True)))
     return rows
 
 

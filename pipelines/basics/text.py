@@ -19,7 +19,7 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def as_text(text: str) -> str:
+def escape_controls(text: str) -> str:
     """The text with escapes for characters that control a terminal or can't be encoded; tabs and line ends stay."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 

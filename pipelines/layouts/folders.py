@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.basics.errors import CaseError, DataError
-from pipelines.basics.regular_files import file_fault, is_annexed
+from pipelines.basics.input_files import file_fault, is_annexed
 from pipelines.basics.text import first_few, printable
 from pipelines.layouts.found import FoundCase
 from pipelines.layouts.labels import CODINGS, Coding
@@ -79,66 +79,72 @@ def from_folders(
 
 def _walk(folder: Path, depth: int) -> Iterator[tuple[Path, list[_Scan], list[CaseError]]]:
     """A folder and those below it, sorted, each with its scans and its faults."""
-    scans: list[_Scan] = []
-    folders: list[Path] = []
-    faults: list[CaseError] = []
-    entries = _entries(folder)
-    if isinstance(entries, CaseError):
-        yield folder, [], [entries]
-        return
+    scans, folders, faults = list[_Scan](), list[Path](), list[CaseError]()
+    try:
+        entries = _entries(folder)
+    except CaseError as error:
+        entries = []
+        faults.append(error)
     for path, is_folder in entries:
-        is_named = modality_of(path) is not None or is_label(path)
-        if is_folder and not is_named:
+        if _kind_of(path):
+            try:
+                scans.append((path, _scan(path, is_folder)))
+            except CaseError as error:
+                faults.append(error)
+        elif is_folder:
             folders.append(path)
-        elif stem_of(path) is not None:
-            scan = _within(path) if is_folder else path
-            if is_named and isinstance(scan, Path):
-                scan = file_fault(scan) or scan
-            if isinstance(scan, CaseError):
-                faults.append(scan)
-            else:
-                scans.append((path, scan))
+        elif stem_of(path):
+            scans.append((path, path))
     yield folder, scans, faults
     here = os.path.realpath(folder)
-    for below in folders if depth else ():
+    for inner in folders if depth else ():
         # A link to a folder above would lead here again.
-        if not below.is_symlink() or not Path(here).is_relative_to(os.path.realpath(below)):
-            yield from _walk(below, depth - 1)
+        if not inner.is_symlink() or not Path(here).is_relative_to(os.path.realpath(inner)):
+            yield from _walk(inner, depth - 1)
 
 
-def _entries(folder: Path) -> list[tuple[Path, bool]] | CaseError:
-    """What is in a folder without what is hidden, sorted; and whether each is a folder."""
+def _kind_of(path: Path) -> str | None:
+    """A modality or "label", as the name says; None where it says neither."""
+    return modality_of(path) or ("label" if is_label(path) else None)
+
+
+def _entries(folder: Path) -> list[tuple[Path, bool]]:
+    """What is in a folder, sorted, without hidden files; and whether each is a folder. Raises CaseError."""
     try:
         with os.scandir(folder) as entries:
             seen = (entry for entry in entries if not entry.name.startswith(".") and entry.name != _OF_THE_DISK)
-            listed = sorted((entry.path, _is_folder(entry)) for entry in seen)
+            return sorted((Path(entry.path), _is_folder(entry)) for entry in seen)
     except OSError as error:
         broken = file_fault(folder, remedy=_MOVE_AWAY) if not os.path.exists(folder) else None
-        return broken or CaseError(folder, f"the folder can't be read ({error.strerror})", _MOVE_AWAY)
-    return [(Path(path), is_folder) for path, is_folder in listed]
+        raise broken or CaseError(folder, f"the folder can't be read ({error.strerror})", _MOVE_AWAY) from error
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link that must have led to one."""
+    """Whether an entry is a folder, or a broken link that must have led to one."""
     if not entry.is_symlink():
         return entry.is_dir()
-    is_broken = not os.path.exists(entry.path)
-    return os.path.isdir(entry.path) or (is_broken and not Path(entry.name).suffix and not is_annexed(entry.path))
+    if os.path.exists(entry.path):
+        return os.path.isdir(entry.path)
+    return not Path(entry.name).suffix and not is_annexed(entry.path)
 
 
-def _within(folder: Path) -> Path | CaseError:
-    """The scan in a folder that is named like a scan, as on Kaggle."""
-    entries = _entries(folder)
-    if isinstance(entries, CaseError):
-        return entries
-    scans = [path for path, is_folder in entries if stem_of(path) is not None and not is_folder]
+def _scan(path: Path, is_folder: bool) -> Path:
+    """A file that is named like a scan; of a folder that is named like one, as on Kaggle, the scan in it.
+
+    Raises:
+        CaseError: no regular file; no scan in the folder, several, or one of another modality.
+    """
+    scans = [each for each, is_inner in _entries(path) if stem_of(each) and not is_inner] if is_folder else [path]
     if len(scans) != 1:
         problem = f"is a folder named like a scan and holds {len(scans)} scans, must hold one"
-        return CaseError(folder, problem, "Put the scan itself in its place")
-    says, means = modality_of(scans[0]), modality_of(folder)
+        raise CaseError(path, problem, "Put the scan itself in its place")
+    says, means = modality_of(scans[0]), modality_of(path)
     if says and says != means:
         problem = f"is {says} by name, but its folder says {means or 'label'}"
-        return CaseError(scans[0], problem, "Find out which is right, and rename the other")
+        raise CaseError(scans[0], problem, "Find out which is right, and rename the other")
+    fault = file_fault(scans[0])
+    if fault:
+        raise fault
     return scans[0]
 
 
@@ -148,28 +154,22 @@ def _folder_case(
     """The case in a folder; None where no file is named like an image."""
     files: dict[str, Path] = {}
     path_named: dict[str, Path] = {}
-    unused: list[Path] = []
-    faults = [*other_faults]
-    is_twice = False  # reported once: a folder of many cases has as many duplicates as files
+    twice: list[CaseError] = []  # at most one: a folder of many cases has as many duplicates as files
     for named, scan in scans:
-        key = modality_of(named) or ("label" if is_label(named) else None)
-        if key is None:
-            unused.append(named)
-            continue
-        if key in files and not is_twice:
-            problem = f"{path_named[key].name} and {named.name} are both {key}; a folder holds one file of each kind"
+        kind = _kind_of(named)
+        if kind in path_named and not twice:
+            names = f"{path_named[kind].name} and {named.name}"
             remedy = "Remove one, give each case its own folder, or use a .csv list"
-            faults.append(CaseError(folder, problem, remedy))
-            is_twice = True
-        files[key], path_named[key] = scan, named
-    label = files.pop("label", None)
+            twice = [CaseError(folder, f"{names} are both {kind}; a folder holds one file of each kind", remedy)]
+        if kind:
+            files[kind], path_named[kind] = scan, named
+    label, faults = files.pop("label", None), (*other_faults, *twice)
     if not files and not faults:
         return None
     name, patient = _name_and_patient(folder, root)
     releases = _releases([*path_named.values()], folder, root) if files else ()
-    return FoundCase(
-        name, folder, files, label=label, releases=releases, faults=tuple(faults), patient=patient, unused=tuple(unused)
-    )
+    unused = tuple(named for named, _ in scans if not _kind_of(named))
+    return FoundCase(name, folder, files, None, label, releases, faults, patient, unused)
 
 
 def _name_and_patient(folder: Path, root: Path) -> tuple[str, str | None]:
@@ -203,13 +203,16 @@ def _releases(files: Sequence[Path], folder: Path, root: Path) -> tuple[str, ...
     names = [path.name for path in files]
     year = _year(names, folder, root)
     if not any(map(_FROM_2023.search, stems)):
+        until = {2016: "brats2013", 2017: "brats2017", 2022: "brats2018", 9999: "brats2023"}
         if year is None:
             return "brats2013", "brats2018"
-        until = {2016: "brats2013", 2017: "brats2017", 2022: "brats2018"}
-        return (next((release for last, release in until.items() if year <= last), "brats2023"),)
-    if any(map(_CHILDREN.match, (*names, _own_name(folder)))):
-        return ("brats2023", "brats2024-ped") if year is None else ("brats2024-ped" if year >= 2024 else "brats2023",)
-    return ("brats2024" if year and year >= 2024 else "brats2023",)
+        return (next(release for last, release in until.items() if year <= last),)
+    is_child = any(map(_CHILDREN.match, (*names, _own_name(folder))))
+    if is_child and year is None:
+        return "brats2023", "brats2024-ped"
+    if year is None or year < 2024:
+        return ("brats2023",)
+    return ("brats2024-ped" if is_child else "brats2024",)
 
 
 def _year(files: Sequence[str], folder: Path, root: Path) -> int | None:
@@ -218,14 +221,9 @@ def _year(files: Sequence[str], folder: Path, root: Path) -> int | None:
     return next((2000 + int(match[1] or match[2]) % 100 for match in matches if match), None)
 
 
-def _counted_releases(found: Sequence[FoundCase]) -> str:
-    counts = Counter(case.releases for case in found)
-    return ", ".join(f"{count} of {' or '.join(releases)}" for releases, count in counts.items())
-
-
 def _cases_that_fit(found: list[FoundCase], root: Path, asked: Coding) -> list[FoundCase]:
     """The cases whose names allow the coding; all where they all say another release."""
-    counts = _counted_releases(found)
+    counts = _count_releases(found)
     fits = [case for case in found if _allows(case.releases, asked)]
     if fits:
         if len(fits) < len(found):
@@ -235,6 +233,11 @@ def _cases_that_fit(found: list[FoundCase], root: Path, asked: Coding) -> list[F
         raise DataError(f"{root}: no case fits release {asked.release}; by name, its cases are {counts}")
     log.warning("%s: names say %s; read as %s, as requested", root, counts, asked.release)
     return found
+
+
+def _count_releases(found: Sequence[FoundCase]) -> str:
+    counts = Counter(case.releases for case in found)
+    return ", ".join(f"{count} of {' or '.join(releases)}" for releases, count in counts.items())
 
 
 def _allows(releases: Sequence[str], coding: Coding) -> bool:
@@ -251,7 +254,7 @@ def _release_by_name(found: list[FoundCase], root: Path) -> Coding:
         return newest
     if len({case.releases for case in found}) > 1:
         raise DataError(
-            f"{root} mixes releases, whose label codes differ: by name, its cases are {_counted_releases(found)}. "
+            f"{root} mixes releases, whose label codes differ: by name, its cases are {_count_releases(found)}. "
             f"Choose one with --data.release ({', '.join(releases)}), which takes the cases that fit"
         )
     choice = " or ".join(f"{release} ({_YEARS_OF[release]})" for release in releases)
@@ -263,8 +266,7 @@ def _release_by_name(found: list[FoundCase], root: Path) -> Coding:
 
 def _nothing_found(root: Path, unused: Sequence[Path], faulty: Sequence[FoundCase]) -> DataError:
     faults = "".join(f"\n  {fault}" for case in faulty for fault in case.faults)
-    tasks = [path.parent for path in sorted(root.glob("*/dataset.json"))]
-    hints = [f"Did you mean {tasks[0]}?"] if tasks else []
+    hints = [f"Did you mean {path.parent}?" for path in sorted(root.glob("*/dataset.json"))[:1]]
     if unused:
         hints.append(f"What is there: {_describe_unused(unused)}")
     return DataError(

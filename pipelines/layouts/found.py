@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.basics.errors import CaseError, DataError
-from pipelines.basics.regular_files import file_fault
+from pipelines.basics.input_files import file_fault
 from pipelines.basics.text import brief
 from pipelines.layouts.labels import CODINGS, Coding
 from pipelines.layouts.names import name_fault
@@ -32,7 +32,7 @@ class FoundCase:
     files: Mapping[str, Path]
     channels: Mapping[str, int] | None = None
     label: Path | None = None
-    releases: tuple[str, ...] = ()  # that its names allow, none where they say nothing; if several, the user decides
+    releases: tuple[str, ...] = ()  # that its names allow, empty where they say nothing; if several, the user decides
     faults: tuple[CaseError, ...] = ()
     patient: str | None = None  # None: this case is all that there is of its patient
     unused: tuple[Path, ...] = ()  # scans beside its files whose names match no modality
@@ -48,14 +48,13 @@ def listed_case(
     channels: Mapping[str, int] | None = None,
     faults: Sequence[CaseError] = (),
 ) -> FoundCase:
-    """A case that a file names, with paths relative to it; files that don't exist, or are none, add to its faults."""
+    """A case that a file names, with paths relative to it; what is missing or no regular file adds to its faults."""
     paths = {modality: listed_in.parent / file for modality, file in files.items()}
     label_path = listed_in.parent / label if label else None
     missing = f"case {name}: listed in {listed_in}, but does not exist"
     distinct = filter(None, dict.fromkeys([*paths.values(), label_path]))
     of_files = [file_fault(path, missing, "Put the file there, or correct the list") for path in distinct]
-    all_faults = (*filter(None, of_files), *faults)
-    return FoundCase(name, listed_in, paths, channels, label_path, faults=all_faults, patient=patient)
+    return FoundCase(name, listed_in, paths, channels, label_path, (), (*filter(None, of_files), *faults), patient)
 
 
 def unstated_coding(path: Path, found: Sequence[FoundCase], unlabelled_as: Coding | None, remedy: str = "") -> Coding:

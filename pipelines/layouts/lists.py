@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.basics.errors import CaseError, DataError
-from pipelines.basics.regular_files import read_json, read_text
+from pipelines.basics.input_files import read_json, read_text
 from pipelines.basics.tables import csv_rows
 from pipelines.basics.text import brief, shortened
 from pipelines.layouts.found import FoundCase, listed_case, require_text, unstated_coding
@@ -32,19 +32,16 @@ def from_list(
     kind = path.suffix.lower()
     if kind not in (".json", ".csv"):
         raise DataError(f"{path}: a list of cases must be .json or .csv; a data set is given by its folder")
+    content = read_json(path) if kind == ".json" else None
+    if describes_task(content):
+        return from_task(path, asked, with_test, unlabelled_as)
     order: Sequence[str] = ()
-    records: list[tuple[str, Any]]
-    if kind == ".csv":
-        records = list(_read_csv(path))
-    else:
-        content = read_json(path)
-        if describes_task(content):
-            return from_task(path, asked, with_test, unlabelled_as)
-        if isinstance(content, dict):
-            order = _order(path, content.get("modalities"))
-            content = content.get("cases")
-        listed = content if isinstance(content, list) else []
-        records = [(f"{path}: entry {number}", record) for number, record in enumerate(listed, 1)]
+    if isinstance(content, dict):
+        order = _order(path, content.get("modalities"))
+        content = content.get("cases")
+    listed = content if isinstance(content, list) else []
+    numbered = [(f"{path}: entry {number}", record) for number, record in enumerate(listed, 1)]
+    records: list[tuple[str, Any]] = numbered if kind == ".json" else list(_read_csv(path))
     if not records:
         raise DataError(f"{path} lists no cases: give records with name, {', '.join(MODALITIES)} and label")
     found = [_record_case(where, record, order, path) for where, record in records]
@@ -71,17 +68,14 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """
     text = read_text(path, "save it as CSV UTF-8")
     first = text.lstrip().split("\n", 1)[0]
-    columns: list[str] | None = None
-    for line, row in csv_rows(path, text, max(",;\t", key=first.count)):
-        if not any(field.strip() for field in row):
-            continue
-        where = f"{path}, line {line}"
-        if columns is None:
-            columns = [column.strip().lower() for column in row]
-            named = [column for column in columns if column and not column.startswith("unnamed: ")]
-            if len(set(named)) < len(named):
-                raise DataError(f"{where}: columns {', '.join(columns)}: name each once")
-            continue
+    rows = csv_rows(path, text, max(",;\t", key=first.count))
+    filled = ((f"{path}, line {line}", row) for line, row in rows if any(field.strip() for field in row))
+    where, head = next(filled, ("", []))
+    columns = [column.strip().lower() for column in head]
+    named = [column for column in columns if column and not column.startswith("unnamed: ")]
+    if len(set(named)) < len(named):
+        raise DataError(f"{where}: columns {', '.join(columns)}: name each once")
+    for where, row in filled:
         if any(field.strip() for field in row[len(columns) :]):
             raise DataError(
                 f"{where}: {brief(', '.join(row))} has {len(row)} fields, but the first row {len(columns)} columns"

@@ -1,6 +1,6 @@
 """What the names of files, folders and cases say: modality, label, patient, time point; and which can't be used.
 
-@@ The 3D files of one case in the order of a network's modalities: by what their names say, or as given.
+`in_order` puts the 3D files of one case into the order of a network's modalities, by their names or as the user says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.basics.errors import DataError
-from pipelines.basics.text import as_text, printable
+from pipelines.basics.text import escape_controls, printable
 
 MODALITIES = ("flair", "t1", "t1c", "t2")
 SPELLINGS = {
@@ -60,9 +60,7 @@ _PATIENT_AND_TIME = tuple(
 def modality_of(path: Path) -> str | None:
     """Which of `MODALITIES` a file's name says, None where it says none: `BraTS2021_00000_t1ce.nii.gz` is t1c."""
     match = _ENDS_IN_MODALITY.search(stem_of(path) or "")
-    if match is None:
-        return None
-    return "t1c" if match["agent"] else modality_named(match["spelling"])
+    return match and ("t1c" if match["agent"] else modality_named(match["spelling"]))
 
 
 def is_label(path: Path) -> bool:
@@ -115,18 +113,16 @@ def name_fault(name: str, most_bytes: int | None = None) -> str:
     size = len(name.encode("utf-8", "surrogatepass"))
     if most_bytes and size > most_bytes:
         return f"the name of the case, {name[:40]}..., has {size} bytes; files are named after it: at most {most_bytes}"
-    if as_text(name) != name or set("\t\n") & set(name):
-        return (
-            f"{printable(name)} is not plain text in UTF-8: it holds bytes of another encoding, or control characters"
-        )
-    return ""
+    is_plain = escape_controls(name) == name and not set("\t\n") & set(name)
+    problem = "is not plain text in UTF-8: it holds bytes of another encoding, or control characters"
+    return "" if is_plain else f"{printable(name)} {problem}"
 
 
 def in_order(files: Sequence[Path], needed: Sequence[str], given: Sequence[str] | None = None) -> tuple[Path, ...]:
     """The files of the modalities that are needed, in their order.
 
     Args:
-        files: of one case, in any order where every name says its modality (`pipelines.layouts.names.modality_of`).
+        files: of one case, in any order where every name says its modality (`modality_of`).
         needed: modalities of the network, in its order.
         given: the modality of each file, as the user says; None: as the names say, else in the order of `needed`.
 
@@ -137,12 +133,10 @@ def in_order(files: Sequence[Path], needed: Sequence[str], given: Sequence[str] 
     _check_different(files)
     named = [modality_of(path) for path in files]
     listing = ", ".join(path.name for path in files)
-    if given is not None:
-        order = list(canonical_modalities(given))
-    else:
-        order = [modality for modality in named if modality] if all(named) else list(needed)
+    by_name = [modality for modality in named if modality]
+    order = list(canonical_modalities(given)) if given is not None else by_name if all(named) else list(needed)
     if len(order) != len(files):
-        unnamed = [path.name for path, says in zip(files, named) if any(named) and not says]
+        unnamed = [path.name for path, says in zip(files, named) if by_name and not says]
         raise ValueError(
             f"{len(files)} files ({listing}) for {len(order)} modalities: give the files of {', '.join(order)}, in "
             "this order unless every name says its modality (case_flair.nii.gz), or one 4D file"
@@ -154,10 +148,12 @@ def in_order(files: Sequence[Path], needed: Sequence[str], given: Sequence[str] 
                 f"{path} is given as {taken}, but its name says {says}: correct the order of the files or of the "
                 "modalities, or rename the file"
             )
-    twice = next((modality for modality in order if order.count(modality) > 1), None)
-    if twice:
-        names = " and ".join(path.name for path, modality in zip(files, order) if modality == twice)
-        raise ValueError(f"{names} are both {twice} by name: give one file of each modality of one case")
+    for modality in order:
+        same = [path.name for path, taken in zip(files, order) if taken == modality]
+        if len(same) > 1:
+            raise ValueError(
+                f"{' and '.join(same)} are both {modality} by name: give one file of each modality of one case"
+            )
     missing = [modality for modality in needed if modality not in order]
     if missing:
         raise ValueError(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.basics.errors import CaseError, DataError
-from pipelines.basics.regular_files import read_json
+from pipelines.basics.input_files import read_json
 from pipelines.basics.text import brief, first_few
 from pipelines.layouts.found import FoundCase, listed_case, require_text, unstated_coding
 from pipelines.layouts.labels import Coding, coding_from_dataset_json
@@ -130,14 +130,11 @@ def _entry(path: Path, where: str, entry: Any, channels: Mapping[str, int]) -> F
     strange = next((item for item in paths if stem_of(item) is None), None)
     if strange:
         raise DataError(f"{where}: image {strange.name} is not a .nii or .nii.gz file: convert it, or remove the entry")
-    name = _text_in(entry, "name", where) or case_name_of(paths)
-    in_one = None  # the channels of a 4D file
+    name, patient = _text_in(entry, "name", where) or case_name_of(paths), _text_in(entry, "patient", where)
     files = _by_channel(paths[0], channels) if len(paths) == 1 else {}
     if not files and len(paths) == 1 and len(channels) > 1:
-        files, in_one = dict.fromkeys(channels, paths[0]), channels
-    elif not files:
-        files = _by_modality(where, paths, channels)
-    return listed_case(name, path, files, label, _text_in(entry, "patient", where), in_one)
+        return listed_case(name, path, dict.fromkeys(channels, paths[0]), label, patient, channels)
+    return listed_case(name, path, files or _by_modality(where, paths, channels), label, patient)
 
 
 def _text_in(entry: Mapping[str, Any], key: str, where: str) -> str | None:
@@ -179,14 +176,13 @@ def _by_channel(image: Path, channels: Mapping[str, int]) -> dict[str, Path]:
 
 def _with_unique_names(found: list[FoundCase]) -> list[FoundCase]:
     """Prefix the folder's name where files of several cases have one name (`a/image.nii.gz`, `b/image.nii.gz`)."""
-    counts = Counter(f.name for f in found)
-    longer = [f"{next(iter(f.files.values())).parent.name}_{f.name}" if counts[f.name] > 1 else f.name for f in found]
-    if len(set(longer)) < len(longer):
-        return found
-    renamed = zip(found, longer, strict=True)
-    return [
-        replace(f, name=name, patient=f.patient or patient_of(name)) if name != f.name else f for f, name in renamed
-    ]
+    counts = Counter(case.name for case in found)
+    renamed = list(found)
+    for i, case in enumerate(found):
+        if counts[case.name] > 1:
+            name = f"{next(iter(case.files.values())).parent.name}_{case.name}"
+            renamed[i] = replace(case, name=name, patient=case.patient or patient_of(name))
+    return renamed if len({case.name for case in renamed}) == len(found) else found
 
 
 # nnU-Net
@@ -239,10 +235,9 @@ def _nnunet_folder(
     labelled = set(_names_in(path.parent / labels, ending)) if labels else set()
     for name in sorted({*files, *labelled}):
         label = path.parent / str(labels) / f"{name}{ending}" if name in labelled else None
-        faults = []
-        if name not in files:
-            problem = f"case {name} has a label but no image in {images}/{name}_0000{ending} or the like"
-            faults = [CaseError(path.parent / str(labels), problem, "Add its images, or move the label away")]
+        problem = f"case {name} has a label but no image in {images}/{name}_0000{ending} or the like"
+        no_image = CaseError(path.parent / str(labels), problem, "Add its images, or move the label away")
+        faults = [] if name in files else [no_image]
         found.append(listed_case(name, path, files.get(name, {}), label, patient_of(name), faults=faults))
     return found
 

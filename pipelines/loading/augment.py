@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.basics.lazy import Lazy
-from pipelines.basics.option_values import faults, number, refuse
+from pipelines.basics.option_values import check_fields, number
 
 fn, dali_math, types = (Lazy(f"nvidia.dali.{name}") for name in ("fn", "math", "types"))
 
@@ -102,7 +102,7 @@ class Augment:
     """Probability that a modality is set to zero, for each by itself; at least one is kept."""
 
     def __post_init__(self) -> None:
-        refuse([f"--data.augment.{fault}" for fault in faults(self)])
+        check_fields(self, "--data.augment.")
 
 
 # ---------- draws

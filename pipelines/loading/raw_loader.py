@@ -21,7 +21,7 @@ from pipelines.loading.loaders import CropLoader
 from pipelines.loading.raw import ImageOnGrid, ResampleInputs, raw_pipeline
 from pipelines.loading.sampling import CropDraw, copy_crop
 from pipelines.preparing.prepared_case import foreground_voxels, prepared_label
-from pipelines.scans.geometry import DEFAULT_SPACING, Spacing, patient_spacing, target_grid
+from pipelines.scans.geometry import DEFAULT_SPACING, Spacing, as_spacing, target_grid
 from pipelines.scans.nifti import read_case, read_grid
 
 
@@ -69,7 +69,7 @@ class ScanSource:
 
     def __init__(self, case_set: CaseSet, spacing: Spacing | Sequence[float]) -> None:
         self.cases, self.names, self.modalities = case_set.cases, case_set.names, case_set.modalities
-        self.coding, self.spacing = case_set.coding, patient_spacing(spacing)
+        self.coding, self.spacing = case_set.coding, as_spacing(spacing)
         grids = (read_grid(case.images[0]) for case in case_set.cases)
         self._shapes = [target_grid(shape[:3], affine, self.spacing).shape for shape, affine in grids]
         self._foreground: dict[int, NDArray[np.int32]] = {}  # at most 48 KB a case

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from pipelines.basics.atomic import replacing, write_text
 from pipelines.basics.errors import DISK_FULL, CaseError, StoreError
-from pipelines.basics.regular_files import open_regular
+from pipelines.basics.input_files import open_regular
 from pipelines.layouts.cases import Case
 from pipelines.layouts.labels import Coding
 from pipelines.scans.geometry import Grid, Spacing, label_grid, target_grid

@@ -55,7 +55,7 @@ from pipelines.preparing.prepared_case import (
     stem_of,
 )
 from pipelines.preparing.processes import run_on_cases
-from pipelines.scans.geometry import DEFAULT_SPACING, Spacing, patient_spacing, target_grid
+from pipelines.scans.geometry import DEFAULT_SPACING, Spacing, as_spacing, target_grid
 from pipelines.scans.nifti import read_case
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def prepare(
     if not case_set.cases:
         raise DataError("there are no cases to prepare: check --data.root")
     folder = Path(store_dir).absolute()
-    options = PrepareOptions(folder, case_set.modalities, case_set.coding, patient_spacing(spacing), dtype, resample)
+    options = PrepareOptions(folder, case_set.modalities, case_set.coding, as_spacing(spacing), dtype, resample)
     remove_left_over(folder)
     index = read_index(folder)
     records = {case.name: _record_of(options, case, index) for case in case_set.cases}
@@ -280,7 +280,7 @@ def check_cases(
     Returns:
         the faults, in the order of the cases.
     """
-    check = partial(_check_case, case_set.coding, patient_spacing(spacing), crop_size)
+    check = partial(_check_case, case_set.coding, as_spacing(spacing), crop_size)
     results = {case.name: result for case, result in run_on_cases(check, case_set.cases, workers, "Checking")}
     return [fault for name in case_set.names if isinstance(fault := results[name], CaseError)]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from isal import isal_zlib
 
 from pipelines.basics.errors import CaseError
-from pipelines.basics.regular_files import FETCH_ANNEXED
+from pipelines.basics.input_files import FETCH_ANNEXED
 
 COPY_AGAIN = "Copy or download the file again"
 _GZIP_MAGIC = b"\x1f\x8b"

@@ -13,12 +13,11 @@ MONAI's spacing follows the file's axes, whatever they are in the patient: a sca
 P. A `Spacing` follows the patient's (R, A, S). A file whose axes are in another order is first turned to LPS, which
 only moves voxels, and so gives the very volume that it would give as LPS. Files with their axes in this order (LPS,
 RAS, LAS, ...) are not turned and keep MONAI's grid.
-
-@@ Voxel size of a prepared volume, and along whose axes it is counted.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,10 @@ import numpy as np
 
 from pipelines.basics.lazy import Lazy
 
+ornt = Lazy("nibabel.orientations")
+
 SpacingAxes = Literal["patient", "file"]
+AFFINE_TOLERANCE = 1e-3  # MONAI's AFFINE_TOL: a smaller change of the affine counts as none
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,9 @@ class Spacing:
 DEFAULT_SPACING = Spacing()
 
 
-def patient_spacing(value: Spacing | Sequence[float]) -> Spacing:
-    """A spacing as it is; three plain numbers are along R, A and S. Raises ValueError as `Spacing`."""
-    return value if isinstance(value, Spacing) else Spacing(tuple(value))  # type: ignore[arg-type]
-
-
-def file_spacing(value: Spacing | Sequence[float]) -> Spacing:
-    """A spacing as it is; three plain numbers are along the file's axes (MONAI's). Raises ValueError as `Spacing`."""
-    return value if isinstance(value, Spacing) else Spacing(tuple(value), "file")  # type: ignore[arg-type]
-
-
-ornt = Lazy("nibabel.orientations")
-
-AFFINE_TOLERANCE = 1e-3  # MONAI's AFFINE_TOL: a smaller change of the affine counts as none
+def as_spacing(value: Spacing | Sequence[float], axes: SpacingAxes = "patient") -> Spacing:
+    """A spacing as it is, or one of three numbers along `axes`. Raises ValueError as `Spacing`."""
+    return value if isinstance(value, Spacing) else Spacing(tuple(value), axes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -99,13 +91,13 @@ class Grid:
     @property
     def permutation(self) -> tuple[int, int, int]:
         """For each RAS axis, the axis of the file as turned."""
-        x, y, z = np.argsort(self.orientation[:, 0])
-        return int(x), int(y), int(z)
+        x, y, z = np.argsort(self.orientation[:, 0]).tolist()
+        return x, y, z
 
     @property
     def flipped(self) -> tuple[int, ...]:
         """Axes of the file as turned that are flipped."""
-        return tuple(int(axis) for axis in np.flatnonzero(self.orientation[:, 1] == -1))
+        return tuple(np.flatnonzero(self.orientation[:, 1] == -1).tolist())
 
     def to_source(self, affine: np.ndarray) -> np.ndarray:
         """(4, 4): voxel index of this grid to voxel index of a volume with that affine."""
@@ -137,7 +129,7 @@ def target_grid(shape: Sequence[int], affine: np.ndarray, spacing: Spacing | Seq
     Raises:
         ValueError: a spacing that is not positive.
     """
-    spacing, affine = file_spacing(spacing), np.asarray(affine, np.float64)
+    spacing, affine = as_spacing(spacing, "file"), np.asarray(affine, np.float64)
     axes = ornt.io_orientation(affine)
     is_turned = spacing.axes == "patient" and not np.array_equal(axes[:, 0], range(3))
     return _grid_of(shape, affine, spacing, ornt.ornt_transform(axes, ornt.axcodes2ornt("LPS")) if is_turned else None)
@@ -182,16 +174,12 @@ def _extent(
 ) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape that covers the voxel centres, and position in mm of its first voxel (MONAI's `compute_shape_offset`)."""
     size = np.array(shape, dtype=float)
-    ends = [(0.0, n - 1.0) for n in size]
-    corners = np.stack(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
-    corners = np.concatenate([corners, np.ones_like(corners[:1])])
+    corners = np.array(list(zip(*itertools.product(*((0.0, n - 1.0) for n in size), (1.0,)), strict=True)))
     corners_out = (np.linalg.solve(spaced_affine, affine) @ corners)[:3]
     x, y, z = (int(n) for n in np.round(np.ptp(corners_out, axis=1) + 1.0))
-    corners_mm = (affine @ corners)[:3]
-    for index in range(corners.shape[1]):
-        lowest = np.min(corners_out - corners_out[:, index : index + 1], axis=1)
-        if np.allclose(lowest, 0.0, rtol=AFFINE_TOLERANCE):
-            return (x, y, z), corners_mm[:, index]
+    for corner_out, corner_mm in zip(corners_out.T, (affine @ corners)[:3].T, strict=True):
+        if np.allclose(corners_out.min(axis=1) - corner_out, 0.0, rtol=AFFINE_TOLERANCE):
+            return (x, y, z), corner_mm
     # A sheared volume has no corner that is lowest on all axes: the centres are aligned.
     centre_mm = affine[:3, :3] @ (size / 2.0) + affine[:3, 3]
     return (x, y, z), centre_mm - spaced_affine[:3, :3] @ (np.array([x, y, z]) / 2.0)
@@ -202,10 +190,8 @@ def _is_same_grid(
 ) -> bool:
     if tuple(shape) != tuple(spaced_shape):
         return False
-    change = np.linalg.solve(affine, spaced_affine)
-    return any(
-        np.allclose(a, b, rtol=1e-5, atol=AFFINE_TOLERANCE) for a, b in ((affine, spaced_affine), (change, np.eye(4)))
-    )
+    pairs = (affine, spaced_affine), (np.linalg.solve(affine, spaced_affine), np.eye(4))
+    return any(np.allclose(a, b, rtol=1e-5, atol=AFFINE_TOLERANCE) for a, b in pairs)
 
 
 def label_grid(grid: Grid, shape: Sequence[int], label_affine: np.ndarray, spacing: Spacing | Sequence[float]) -> Grid:
@@ -213,12 +199,12 @@ def label_grid(grid: Grid, shape: Sequence[int], label_affine: np.ndarray, spaci
 
     MONAI too resamples each by its own affine; the two may differ by rounding.
     """
-    own = _grid_of(shape, np.asarray(label_affine, np.float64), file_spacing(spacing), grid.turn)
+    own = _grid_of(shape, np.asarray(label_affine, np.float64), as_spacing(spacing, "file"), grid.turn)
     return replace(own, shape=grid.shape, spaced_shape=grid.spaced_shape)
 
 
 def oriented(volume: np.ndarray, orientation: np.ndarray) -> np.ndarray:
     """Flip and permute the first three axes, as nibabel's `apply_orientation`; a view."""
     # An axis of one voxel needs no flip; np.flip would give it a negative stride, which torch refuses.
-    flipped = tuple(int(axis) for axis in np.flatnonzero(orientation[:, 1] == -1) if volume.shape[axis] > 1)
-    return np.flip(volume, flipped).transpose(*np.argsort(orientation[:, 0]), *range(3, volume.ndim))
+    flipped = [axis for axis in np.flatnonzero(orientation[:, 1] == -1).tolist() if volume.shape[axis] > 1]
+    return np.flip(volume, tuple(flipped)).transpose(*np.argsort(orientation[:, 0]), *range(3, volume.ndim))

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,8 @@ from isal import igzip
 
 from pipelines.basics.atomic import replacing
 from pipelines.basics.errors import CaseError
+from pipelines.basics.input_files import open_regular
 from pipelines.basics.lazy import Lazy
-from pipelines.basics.regular_files import open_regular
 from pipelines.layouts.cases import Case
 from pipelines.layouts.labels import Coding
 from pipelines.scans.file_bytes import ScanFile
@@ -107,6 +108,11 @@ def read_grid(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
     return header.shape, header.affine
 
 
+def read_description(path: Path) -> str:
+    """The description in the header of a file (`descrip`). Raises CaseError as `read_grid`."""
+    return bytes(_header_of(path).fields["descrip"].item()).decode("utf-8", "replace")
+
+
 def _header_of(path: Path) -> NiftiHeader:
     with open_regular(path) as file:
         return parse_header(path, ScanFile(path, file).head)
@@ -119,11 +125,6 @@ def _memory_for(path: Path) -> Iterator[None]:
     except MemoryError as error:
         problem = f"too little memory to read it ({error})" if str(error) else "too little memory to read it"
         raise CaseError(path, problem, "Use fewer workers, or a machine with more memory") from error
-
-
-def read_description(path: Path) -> str:
-    """The description in the header of a file (`descrip`). Raises CaseError as `read_grid`."""
-    return bytes(_header_of(path).fields["descrip"].item()).decode("utf-8", "replace")
 
 
 def write_nifti(
@@ -164,8 +165,8 @@ def write_nifti(
 
 def _on_grid_of(source: NiftiHeader, array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     """An image with the geometry of another header, in its unit: software that ignores units still overlays them."""
-    is_nifti2 = isinstance(source.fields, nib.Nifti2Header)
-    header = nib.Nifti2Header() if is_nifti2 else nib.Nifti1Header()
+    of_version = nib.Nifti2Image if isinstance(source.fields, nib.Nifti2Header) else nib.Nifti1Image
+    header = of_version.header_class()
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
     for name in _GEOMETRY:
@@ -173,7 +174,7 @@ def _on_grid_of(source: NiftiHeader, array: np.ndarray, affine: np.ndarray) -> n
     header["pixdim"][:4] = source.fields["pixdim"][:4]
     in_unit = affine.copy()
     in_unit[:3] /= source.mm_per_unit
-    return (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image)(array, in_unit, header)
+    return of_version(array, in_unit, header)
 
 
 def read_case(case: Case, coding: Coding) -> RawCase:
@@ -197,10 +198,11 @@ def read_case(case: Case, coding: Coding) -> RawCase:
 def _read_3d(case: Case) -> tuple[np.ndarray, NiftiHeader]:
     array, first = _read_one_3d(case.images[0])
     buffer_CZYX = np.empty((len(case.images), *array.shape[::-1]), np.float32)
-    for index, path in enumerate(case.images):
-        array, header = (array, first) if index == 0 else _read_one_3d(path)
+    _fill(buffer_CZYX[0], array, case.images[0], "")
+    for path, channel_ZYX in zip(case.images[1:], buffer_CZYX[1:], strict=True):
+        array, header = _read_one_3d(path)
         _check_same_grid(header, first)
-        _fill(buffer_CZYX[index], array, path, "")
+        _fill(channel_ZYX, array, path, "")
     return buffer_CZYX, first
 
 
@@ -220,15 +222,15 @@ def _read_4d(case: Case) -> tuple[np.ndarray, NiftiHeader]:
     if array.ndim < 4 or any(n > 1 for n in array.shape[4:]):
         problem = f"shape {array.shape} has {array.ndim} dimensions, must have 4 (X, Y, Z, modality)"
         raise CaseError(path, problem, "Give one file per modality, or the stacked file")
-    x, y, z, count = header.shape[:4]
-    array = array.reshape(x, y, z, count, order="F")
+    x, y, z, count = array.shape[:4]
+    array = array.reshape((x, y, z, count), order="F")
     beyond = [c for c in case.channels if c >= count]
     if beyond:
         problem = f"channel {beyond[0]} is asked for, but its last axis has {count} (shape {array.shape})"
         raise CaseError(path, problem, "Correct 'modality' in dataset.json or the list, or --data.modalities")
     buffer_CZYX = np.empty((len(case.channels), z, y, x), np.float32)
-    for index, channel in enumerate(case.channels):
-        _fill(buffer_CZYX[index], array[..., channel], path, f" in channel {channel}")
+    for channel_ZYX, channel in zip(buffer_CZYX, case.channels, strict=True):
+        _fill(channel_ZYX, array[..., channel], path, f" in channel {channel}")
     return buffer_CZYX, header
 
 
@@ -240,17 +242,17 @@ def _fill(channel_ZYX: np.ndarray, array_XYZ: np.ndarray, path: Path, which: str
 
 
 def _check_same_grid(header: NiftiHeader, first: NiftiHeader) -> None:
-    shape, first_shape, affine, first_affine = header.shape[:3], first.shape[:3], header.affine, first.affine
+    shape, first_shape = header.shape[:3], first.shape[:3]
     if shape != first_shape:
         problem = f"shape {shape} differs from {first_shape} of {first.path}; the files of a case share a grid"
         raise CaseError(header.path, problem, _RESAMPLE_FIRST)
-    corners = np.array([[x, y, z, 1] for x in (0, shape[0] - 1) for y in (0, shape[1] - 1) for z in (0, shape[2] - 1)])
-    distance = float(np.linalg.norm((corners @ (affine - first_affine).T)[:, :3], axis=1).max())
+    corners = np.array(list(product(*((0, n - 1) for n in shape), (1,))))
+    distance = float(np.linalg.norm((corners @ (header.affine - first.affine).T)[:, :3], axis=1).max())
     if distance <= CORNER_TOLERANCE_MM:
         return
     problem = (
-        f"its affine {affine[:3].tolist()} differs from {first_affine[:3].tolist()} of {first.path}: corners are up to "
-        f"{distance:.3g} mm apart, {CORNER_TOLERANCE_MM} mm is allowed"
+        f"its affine {header.affine[:3].tolist()} differs from {first.affine[:3].tolist()} of {first.path}: corners "
+        f"are up to {distance:.3g} mm apart, {CORNER_TOLERANCE_MM} mm is allowed"
     )
     for blank, other in ((header, first), (first, header)):
         if blank.is_blank and not other.is_blank:

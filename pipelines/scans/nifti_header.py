@@ -121,18 +121,18 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
     fault = affine_fault(affine) or _extent_fault(shape, affine)
     if fault:
         raise CaseError(path, f"{fault}; its header states {unit} (xyzt_units {units})", _CORRECT_AFFINE)
-    codes = int(fields["sform_code"]), int(fields["qform_code"])
+    has_orientation = bool(fields["sform_code"] or fields["qform_code"])
     offset = _offset(path, fields)
-    return NiftiHeader(path, shape, dtype, offset, slope, intercept, affine, mm_per_unit, any(codes), fields)
+    return NiftiHeader(path, shape, dtype, offset, slope, intercept, affine, mm_per_unit, has_orientation, fields)
 
 
 def _kind(path: Path, head: bytes) -> type[nib.Nifti1Header]:
     if head[344:348] == b"n+1\0":
         return nib.Nifti1Header
-    if head[4:8] == b"n+2\0":
-        if len(head) >= nib.Nifti2Header.sizeof_hdr:
-            return nib.Nifti2Header
+    if head[4:8] == b"n+2\0" and len(head) < nib.Nifti2Header.sizeof_hdr:
         raise CaseError(path, f"truncated: {len(head)} bytes, a NIfTI-2 header has 540", COPY_AGAIN)
+    if head[4:8] == b"n+2\0":
+        return nib.Nifti2Header
     if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
         raise CaseError(path, "the header of a .hdr/.img pair", "Convert the pair to one .nii.gz file")
     raise not_nifti(path, head)
@@ -222,11 +222,11 @@ def _extent_fault(shape: tuple[int, ...], affine: np.ndarray) -> str | None:
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
     lengths = [n * size for n, size in zip(shape, sizes, strict=False)]
     listing = " x ".join(f"{length:.4g}" for length in lengths)
-    if max(lengths) < LEAST_MM and sizes.max() < FINE_MM:
-        return f"shape {shape} is {listing} mm, a scan of a head is at least {LEAST_MM:g} mm long"
-    if max(lengths) <= MOST_MM:
+    is_short = max(lengths) < LEAST_MM and sizes.max() < FINE_MM
+    if max(lengths) <= MOST_MM and not is_short:
         return None
-    return f"shape {shape} is {listing} mm, a scan of a head is at most {MOST_MM:g} mm long"
+    rule = f"least {LEAST_MM:g}" if is_short else f"most {MOST_MM:g}"
+    return f"shape {shape} is {listing} mm, a scan of a head is at {rule} mm long"
 
 
 def check_extensions(data: bytes, header: NiftiHeader) -> None:

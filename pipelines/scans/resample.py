@@ -109,20 +109,17 @@ class BackToFile:
         self._along: list[torch.Tensor] = []
         if not self._is_same and _is_diagonal(self._matrix):
             positions = _axis_positions(self._matrix, grid.spaced_shape, shape)
-            weights = (Weights.at(at, n, False) for at, n in zip(positions, grid.spaced_shape, strict=True))
-            self._along = [each.matrix(n).to(device) for each, n in zip(weights, grid.spaced_shape, strict=True)]
+            sizes = zip(positions, grid.spaced_shape, strict=True)
+            self._along = [Weights.at(at, n, False).matrix(n).to(device) for at, n in sizes]
 
     def __call__(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
         """Float32 (X', Y', Z') on the prepared grid to float32 (X, Y, Z) of the file, on the same device."""
         volume_XYZ = self._to_turned(volume_XYZ)
-        if self.grid.turn is None:
-            return volume_XYZ
-        flipped = np.flatnonzero(self.grid.turn[:, 1] == -1).tolist()
-        return volume_XYZ.permute([int(axis) for axis in self.grid.turn[:, 0]]).flip(flipped).contiguous()
+        turn = self.grid.turn
+        return volume_XYZ if turn is None else _undo_turn(volume_XYZ, turn).contiguous()
 
     def _to_turned(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
-        axes = [int(axis) for axis in self.grid.orientation[:, 0]]
-        spaced = volume_XYZ.permute(axes).flip(self.grid.flipped)
+        spaced = _undo_turn(volume_XYZ, self.grid.orientation)
         if self._is_same:
             return spaced.contiguous()
         if not self._along:
@@ -133,20 +130,25 @@ class BackToFile:
         return y @ (spaced @ z.t())
 
 
+def _undo_turn(volume_XYZ: torch.Tensor, orientation: np.ndarray) -> torch.Tensor:
+    """The inverse of `oriented`, a permuted and flipped copy."""
+    flipped = np.flatnonzero(orientation[:, 1] == -1).tolist()
+    return volume_XYZ.permute(orientation[:, 0].astype(int).tolist()).flip(flipped)
+
+
 def axis_weights(shape: Sequence[int], affine: np.ndarray, grid: Grid) -> list[Weights] | None:
     """The weights along each axis of the file as turned; None where the axes are not independent.
 
     `shape` is (X, Y, Z); `affine` and `grid` are as in `resample_image`.
     """
     shape, affine = turned_grid(shape, affine, grid.turn)
-    sizes = zip(shape, grid.spaced_shape, (axis in grid.flipped for axis in range(3)), strict=True)
-    if grid.is_spaced(shape, affine):
-        return [Weights.at(torch.arange(n, dtype=torch.float64), n, flipped) for n, _, flipped in sizes]
-    matrix = np.linalg.solve(affine, grid.spaced_affine)
-    if not _is_diagonal(matrix):
-        return None
-    positions = _axis_positions(matrix, shape, grid.spaced_shape)
-    return [Weights.at(at, n, flipped) for at, (n, _, flipped) in zip(positions, sizes, strict=True)]
+    positions = [torch.arange(n, dtype=torch.float64) for n in shape]
+    if not grid.is_spaced(shape, affine):
+        matrix = np.linalg.solve(affine, grid.spaced_affine)
+        if not _is_diagonal(matrix):
+            return None
+        positions = _axis_positions(matrix, shape, grid.spaced_shape)
+    return [Weights.at(positions[axis], shape[axis], axis in grid.flipped) for axis in range(3)]
 
 
 @dataclass(frozen=True)
@@ -229,9 +231,9 @@ def _axis_positions(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequenc
 
 def _points_along(theta: torch.Tensor, axis: int, size_out: int) -> torch.Tensor:
     """Torch's sampling points (1, ..., 3) of a line of output voxels along one axis."""
-    size_out_3d = [1, 1, 1]
-    size_out_3d[axis] = size_out
-    return affine_grid(theta[:, :3], [1, 1, *size_out_3d], align_corners=False)
+    size = [1, 1, 1, 1, 1]
+    size[2 + axis] = size_out
+    return affine_grid(theta[:, :3], size, align_corners=False)
 
 
 def _normalised(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequence[int]) -> torch.Tensor:
@@ -252,12 +254,9 @@ def _normalised(matrix: np.ndarray, shape: Sequence[int], shape_out: Sequence[in
 
 def _nearest_indices(theta: torch.Tensor, axis: int, size: int, size_out: int) -> np.ndarray:
     """The input voxel of each output voxel along one axis, by torch's own arithmetic: a ramp is sampled."""
-    size_3d = [1, 1, 1]
-    size_3d[axis] = size
-    ramp = torch.arange(size, dtype=torch.float64).reshape(1, 1, *size_3d)
-    taken = grid_sample(
-        ramp, _points_along(theta, axis, size_out), mode="nearest", padding_mode="border", align_corners=False
-    )
+    ramp = torch.arange(size, dtype=torch.float64).reshape([size if each == 2 + axis else 1 for each in range(5)])
+    points = _points_along(theta, axis, size_out)
+    taken = grid_sample(ramp, points, mode="nearest", padding_mode="border", align_corners=False)
     return taken.flatten().to(torch.int64).numpy()
 
 

@@ -1,6 +1,5 @@
-"""Only regular files are opened: a pipe would keep the reader waiting, and a device has no end.
-
-@@ Text and JSON files that users write: UTF-8, and an error that names the file.
+"""Files that users give: opened only if regular, as a pipe would keep the reader waiting and a device has no end; and
+text and JSON in UTF-8. Every error names the file.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ def file_fault(path: Path, missing: str = "is gone", remedy: str = "Put it back"
             return CaseError(path, missing, remedy)
         if is_annexed(path):
             return CaseError(path, "is a git-annex link to a file that is not here", FETCH_ANNEXED)
-        problem = f"is a link to {os.readlink(path)}, which does not exist"
-        return CaseError(path, problem, "Put the file there, or correct the link")
+        broken = f"is a link to {os.readlink(path)}, which does not exist"
+        return CaseError(path, broken, "Put the file there, or correct the link")
     if stat.S_ISREG(mode):
         return None
     if stat.S_ISDIR(mode):
@@ -99,9 +98,8 @@ def read_json(path: Path) -> Any:
             raise DataError(f"{path}: the key {brief(twice[0])} is given twice in one object: keep one of the two")
         return found
 
-    text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(read_text(path), object_pairs_hook=unique)
     except DataError:
         raise
     except (ValueError, RecursionError) as error:  # ValueError: also a number of over 4300 digits

@@ -1,4 +1,4 @@
-"""Only regular files are opened; whatever else is in a file's place is named, with a remedy."""
+"""Only regular files are opened, text is UTF-8 and JSON is well-formed; whatever else is there is named."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.basics.errors import CaseError
-from pipelines.basics.regular_files import file_fault, open_regular
-from pipelines.basics.text import as_text
+from pipelines.basics.errors import CaseError, DataError
+from pipelines.basics.input_files import file_fault, open_regular, read_json, read_text
+from pipelines.basics.text import escape_controls
 from pipelines.preparing.prepared_case import hash_file
 from pipelines.scans.nifti import read_grid, read_nifti
 
@@ -18,7 +18,7 @@ from pipelines.scans.nifti import read_grid, read_nifti
 def refused(path: Path, match: str) -> CaseError:
     with pytest.raises(CaseError, match=match) as caught, open_regular(path):
         pass
-    assert caught.value.path == Path(as_text(str(path)))
+    assert caught.value.path == Path(escape_controls(str(path)))
     return caught.value
 
 
@@ -80,3 +80,35 @@ def test_a_link_into_a_closed_folder_is_not_called_broken(tmp_path: Path, monkey
         patch.setattr(os, "stat", closed)
         fault = file_fault(link)
     assert fault and "can't be read (Permission denied)" in fault.problem
+
+
+def test_text_keeps_its_line_ends_and_loses_its_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("\ufeffé\r\nb\n".encode())
+    assert read_text(tmp_path / "a.csv") == "é\r\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"modality": ', "a.json is not valid JSON"),
+        (b'{"training": [], "x": ' + b"[" * 100_000, "a.json is not valid JSON"),
+        (b'{"training": [' + b"9" * 5000 + b"]}", "a.json is not valid JSON"),
+        (b'{"a": {"training": [], "training": [1]}}', "a.json: the key 'training' is given twice"),
+        ('{"training": "é"}'.encode("latin-1"), "a.json is not in UTF-8 .*: save it as UTF-8"),
+        ("{}".encode("utf-16"), "a.json is not in UTF-8"),
+    ],
+)
+def test_broken_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_key_that_is_repeated_with_one_value_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1, "a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"b\.json can't be read \(No such file or directory\)"):
+        read_json(tmp_path / "b.json")
