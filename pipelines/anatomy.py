@@ -8,7 +8,7 @@ so a seed always gives the same head, and another order of the code would give o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,12 +25,13 @@ class Field:
     """
 
     rng: np.random.Generator
-    axes: tuple[np.ndarray, np.ndarray, np.ndarray]
+    axes: Sequence[np.ndarray]
     voxel_mm: float
-    shape: tuple[int, int, int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.shape = (len(self.axes[0]), len(self.axes[1]), len(self.axes[2]))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels of the box along x, y, z."""
+        return tuple(map(len, self.axes))
 
     def smooth(self, cell_mm: float) -> np.ndarray:
         """A field of mean 0 and deviation about 1 that varies over cell_mm: B-splines, applied one axis at a time."""

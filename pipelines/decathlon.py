@@ -136,12 +136,9 @@ def _write(file: RawIOBase, chunk: bytes, part: Path) -> None:
 
 
 def _check_md5(path: Path, md5: str, progress: Progress, remedy: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
-    with (
-        path.open("rb") as file,
-        progress.wrap_file(file, total=path.stat().st_size, description="checksum") as wrapped,
-    ):
-        while chunk := wrapped.read(_CHUNK):
+    with progress.open(path, "rb", description="checksum") as file:
+        digest = hashlib.md5(usedforsecurity=False)
+        while chunk := file.read(_CHUNK):
             digest.update(chunk)
     if digest.hexdigest() != md5:
         raise DataError(f"{path} has md5 {digest.hexdigest()}, must be {md5}: {remedy}")
@@ -155,7 +152,13 @@ def _unpack(archive: Path, task: Path, progress: Progress) -> None:
         with tarfile.open(archive, "r:") as tar:  # not compressed: what comes out is no longer than it is
             members = [m for m in tar.getmembers() if not PurePosixPath(m.name).name.startswith("._")]
             for member in members:
-                _check_member(member, archive)
+                path = PurePosixPath(member.name)
+                is_plain = member.isfile() or member.isdir()
+                if path.is_absolute() or ".." in path.parts or not is_plain or member.issparse():
+                    raise DataError(
+                        f"{archive}: member {member.name!r} is a link, a device, a sparse file or a path out of the "
+                        f"folder; nothing was unpacked. Do not use this archive; fetch it again from {URL}"
+                    )
             for member in progress.track(members, description=f"unpack {TASK}"):
                 tar.extract(member, staging, filter="data")
         if not (staging / TASK / "dataset.json").is_file():
@@ -170,12 +173,3 @@ def _unpack(archive: Path, task: Path, progress: Progress) -> None:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_member(member: tarfile.TarInfo, archive: Path) -> None:
-    path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()) or member.issparse():
-        raise DataError(
-            f"{archive}: member {member.name!r} is a link, a device, a sparse file or a path out of the folder; "
-            f"nothing was unpacked. Do not use this archive; fetch it again from {URL}"
-        )

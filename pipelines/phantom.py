@@ -28,25 +28,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.anatomy import (
-    CENTRE_MM,
-    HEAD_MM,
-    Anatomy,
-    Field,
-    Tumour,
-    draw_anatomy,
-    draw_distractors,
-    draw_seat,
-    draw_tumour,
-)
+from pipelines import anatomy as head
+from pipelines.anatomy import CENTRE_MM, HEAD_MM, Anatomy, Field, Tumour
 from pipelines.basics.atomic import remove_left_over, write_text
 from pipelines.basics.errors import DataError
-from pipelines.basics.lazy import Lazy
 from pipelines.basics.machine import cores
 from pipelines.basics.progress_bar import show_progress
 from pipelines.scans.nifti import write_nifti
 
-nib = Lazy("nibabel")
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it whenever the same parameters give other voxels
@@ -118,16 +107,16 @@ def draw_phantom(size: tuple[int, int, int], seed: int, index: int) -> tuple[np.
     """
     rng = np.random.default_rng((seed % 2**32, index))
     box, axes = _box(size)
-    f = Field(rng, (axes[0], axes[1], axes[2]), float(np.mean([e / n for e, n in zip(HEAD_MM, size, strict=True)])))
-    seat = draw_seat(rng)
+    f = Field(rng, axes, float(np.mean([e / n for e, n in zip(HEAD_MM, size, strict=True)])))
+    seat = head.draw_seat(rng)
     grid = np.meshgrid(*axes, indexing="ij", sparse=True)
     scale = rng.normal(1, 0.025, 3).tolist()
     p = [(g - c) / s + 3.0 * f.smooth(60) for g, c, s in zip(grid, CENTRE_MM, scale, strict=True)]
     away = sum((a - c) ** 2 for a, c in zip(p, seat.centre, strict=True))
     push = np.float32(0.30) * np.exp(-away / np.float32(2 * (1.3 * seat.core_mm) ** 2))
-    anatomy = draw_anatomy(f, [a - push * (a - c) for a, c in zip(p, seat.centre, strict=True)])
-    tumour = draw_tumour(f, p, seat, anatomy, enhances=(index + seed) % 10 != 9)
-    bright = draw_distractors(f, p, anatomy)
+    anatomy = head.draw_anatomy(f, [a - push * (a - c) for a, c in zip(p, seat.centre, strict=True)])
+    tumour = head.draw_tumour(f, p, seat, anatomy, enhances=(index + seed) % 10 != 9)
+    bright = head.draw_distractors(f, p, anatomy)
     texture = 0.03 * f.smooth(5) + 0.03 * f.smooth(14)
     visible = rng.uniform(0.6, 1.0)
     image = np.zeros((*size, 4), dtype=np.int16, order="F")
@@ -180,8 +169,7 @@ def make_phantoms(
         with ThreadPoolExecutor(threads) as pool:  # NumPy and isal let go of the GIL
             jobs = pool.map(lambda i: _write_case(folder, names[i], size, spacing, seed, i), missing)
             log.debug("synthetic cases: %s", folder)
-            for _ in show_progress(jobs, "Making", len(missing), "synthetic case"):
-                pass
+            list(show_progress(jobs, "Making", len(missing), "synthetic case"))
     if not (folder / "dataset.json").is_file():
         write_text(folder / "dataset.json", json.dumps(_dataset_json(names), indent=2))
     return folder

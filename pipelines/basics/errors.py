@@ -88,15 +88,11 @@ def explain(error: OSError) -> str:
     if error.strerror != os.strerror(error.errno) or error.errno not in REMEDIES:
         return cause
     if error.errno == errno.ENOSPC and not named:
-        cause = f"{cause} in {' and '.join(_full_folders()) or 'a folder that the system does not name'}"
+        folders = (os.getcwd(), os.environ.get("GLIOFORGE_CACHE", ""), os.environ.get("TMPDIR", "/tmp"), "/dev/shm")
+        full = [name for name in folders if os.path.isdir(name) and shutil.disk_usage(name).free < _FULL_BELOW]
+        cause = f"{cause} in {' and '.join(full) or 'a folder that the system does not name'}"
     limits = {"files": resource.RLIMIT_NOFILE, "processes": resource.RLIMIT_NPROC}
     return f"{cause}; {REMEDIES[error.errno].format(**{name: resource.getrlimit(k)[0] for name, k in limits.items()})}"
-
-
-def _full_folders() -> list[str]:
-    """Which of the folders that a command writes to are on full disks."""
-    folders = (os.getcwd(), os.environ.get("GLIOFORGE_CACHE", ""), os.environ.get("TMPDIR", "/tmp"), "/dev/shm")
-    return [name for name in folders if os.path.isdir(name) and shutil.disk_usage(name).free < _FULL_BELOW]
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

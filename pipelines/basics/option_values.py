@@ -119,11 +119,13 @@ def convert(raw: Any, kind: Any, bounds: Bounds = NO_BOUNDS) -> Any:
     if origin in (list, tuple):
         return origin(_several(raw, kind, bounds, rule))
     if origin is Literal:
-        return _choice(raw, inner, rule)
+        choices = {str(choice): choice for choice in inner}
+        if str(raw) in choices and not isinstance(raw, bool):
+            return choices[str(raw)]
+        meant = nearest(str(raw), list(choices))
+        raise Misfit(f"{rule}{f'; did you mean {meant}?' if meant else ''}")
     one: Any = {bool: _truth, int: _whole, float: _real, str: _text, Path: _path}[kind](raw)
-    if one is None:
-        raise Misfit(rule)
-    broken = bounds.broken_by(one) if kind in (int, float) else ""
+    broken = rule if one is None else bounds.broken_by(one) if kind in (int, float) else ""
     if broken:
         raise Misfit(broken)
     return one
@@ -239,14 +241,6 @@ def _words(words: Sequence[str], rule: str) -> list[Any]:
         return yaml.load(line, yaml.BaseLoader)  # every scalar as text: 00001 is a name, not a number
     except yaml.YAMLError as error:
         raise Misfit(f"{rule}; quote an item that holds one of []{{}},:#") from error
-
-
-def _choice(raw: Any, choices: Sequence[Any], rule: str) -> Any:
-    for choice in choices:
-        if str(raw) == str(choice) and not isinstance(raw, bool):
-            return choice
-    meant = nearest(str(raw), list(map(str, choices)))
-    raise Misfit(f"{rule}{f'; did you mean {meant}?' if meant else ''}")
 
 
 def _truth(raw: Any) -> bool | None:

@@ -29,20 +29,16 @@ _ESCAPED = re.compile(r"\\u(005c|d[89a-f][0-9a-f]{2})")
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table whole, in UTF-8.
-
-    Args:
-        path: the file. columns: the first line. rows: values by column; a missing one, or None, is an empty cell.
-
-    Raises:
-        OSError: it can't be written.
-        ValueError: a row has a value without a column.
-    """
+    """Write a table as `table_text` makes it. Raises OSError too: it can't be written."""
     write_text(path, table_text(columns, rows))
 
 
 def table_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """What `write_table` writes."""
+    """The text of a table with `columns` as its first line; a missing value, or None, is an empty cell.
+
+    Raises:
+        ValueError: a row has a value without a column.
+    """
     return _lines([dict(zip(columns, columns, strict=True)), *rows], columns)
 
 
@@ -61,14 +57,11 @@ def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> No
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """Read what `write_table` wrote, or a copy that a spreadsheet saved with commas.
+    """The rows that `write_table` wrote, or a spreadsheet saved with commas: text by column, without empty lines.
 
     Args:
         path: the file.
         columns: what its first line must hold, in this order; None: anything.
-
-    Returns:
-        the rows, values by column, without empty lines.
 
     Raises:
         OSError: it can't be read.
@@ -85,7 +78,12 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     _, names = next(lines, (0, None))
     if names is None:
         raise ValueError(f"{path} is empty, and must begin with the names of its columns")
-    head = _head(path, names, columns)
+    head = list(map(from_cell, names))
+    listing = shortened(", ".join(head), 200)
+    if columns is not None and head != list(columns):
+        raise ValueError(f"{path} has the columns {listing}, must have {', '.join(columns)}")
+    if len(set(head)) < len(head):
+        raise ValueError(f"{path} names a column twice: {listing}")
     rows = []
     for line, cells in lines:
         if len(cells) != len(head):
@@ -111,16 +109,6 @@ def csv_rows(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[int,
             f"{path}, line {line}: {error}: put a field that holds quotes or separators in quotes, double its own "
             'quotes (""), and keep it to 131072 characters'
         ) from error
-
-
-def _head(path: Path, cells: list[str], columns: Sequence[str] | None) -> list[str]:
-    head = list(map(from_cell, cells))
-    listing = shortened(", ".join(head), 200)
-    if columns is not None and head != list(columns):
-        raise ValueError(f"{path} has the columns {listing}, must have {', '.join(columns)}")
-    if len(set(head)) < len(head):
-        raise ValueError(f"{path} names a column twice: {listing}")
-    return head
 
 
 def to_cell(value: Any) -> Any:

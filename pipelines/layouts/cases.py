@@ -129,9 +129,13 @@ def find_cases(
         ValueError: unknown release, or regions.
     """
     survey = survey_cases(root, release, modalities, regions, labelled)
-    if survey.faults:
-        raise DataError(_describe_faults(root, survey))
-    return survey.usable
+    if not survey.faults:
+        return survey.usable
+    lines = [f"{root}: {survey.total - len(survey.usable.cases)} of {survey.total} cases are faulty"]
+    for remedy in dict.fromkeys(fault.remedy for fault in survey.faults):
+        lines += [f"  {fault.path}: {fault.problem}" for fault in survey.faults if fault.remedy == remedy]
+        lines.append(f"{remedy}.")
+    raise DataError("\n".join(lines))
 
 
 def survey_cases(
@@ -210,20 +214,10 @@ def _faults_of(found: FoundCase, modalities: Sequence[str], first: FoundCase) ->
     return faults
 
 
-def _describe_faults(root: Path, survey: Survey) -> str:
-    """All faults, a line each, by remedy."""
-    lines = [f"{root}: {survey.total - len(survey.usable.cases)} of {survey.total} cases are faulty"]
-    for remedy in dict.fromkeys(fault.remedy for fault in survey.faults):
-        lines += [f"  {fault.path}: {fault.problem}" for fault in survey.faults if fault.remedy == remedy]
-        lines.append(f"{remedy}.")
-    return "\n".join(lines)
-
-
 def _case(found: FoundCase, modalities: Sequence[str]) -> Case:
-    if found.channels is None:
-        return Case(found.name, tuple(found.files[m] for m in modalities), None, found.label, found.patient)
-    channels = tuple(found.channels[m] for m in modalities)
-    return Case(found.name, (found.files[modalities[0]],), channels, found.label, found.patient)
+    files = tuple(found.files[m] for m in modalities)
+    channels = found.channels and tuple(found.channels[m] for m in modalities)
+    return Case(found.name, files[:1] if channels else files, channels or None, found.label, found.patient)
 
 
 def _with_label(found: Sequence[FoundCase], root: Path) -> list[FoundCase]:

@@ -88,27 +88,21 @@ def coding_for_release(release: str) -> Coding:
     return CODINGS[release]
 
 
-_ABBREVIATED = {
-    **dict.fromkeys(("ed", "snfh"), OEDEMA),
-    **dict.fromkeys(("net", "netc", "ncr/net", "ncr-net"), NON_ENHANCING),
-    **{"ncr": NECROSIS, "et": ENHANCING, "cc": CYST, "rc": CAVITY},
+# The first pattern that is found decides: "necrotic and non-enhancing" is non-enhancing.
+_TISSUE_NAMES = {
+    r"edema|^(ed|snfh)$": OEDEMA,
+    r"non-?enhanc|^(netc?|ncr[/-]net)$": NON_ENHANCING,
+    r"necro|^ncr$": NECROSIS,
+    r"cavity|^rc$": CAVITY,
+    r"cyst|^cc$": CYST,
+    r"enhanc|^et$": ENHANCING,
 }
 
 
 def _tissue(name: str) -> str | None:
     """The tissue that a label name in a `dataset.json` means; None where it means none."""
-    text = name.lower().strip().replace("_", "-").replace(" ", "-")
-    if "edema" in text:
-        return OEDEMA
-    if "non-enhanc" in text or "nonenhanc" in text:  # before "enhanc"; "necrotic and non-enhancing" is this too
-        return NON_ENHANCING
-    if "necro" in text:
-        return NECROSIS
-    if "cavity" in text:
-        return CAVITY
-    if "cyst" in text:
-        return CYST
-    return ENHANCING if "enhanc" in text else _ABBREVIATED.get(text)
+    text = re.sub("[_ ]", "-", name.lower().strip())
+    return next((tissue for pattern, tissue in _TISSUE_NAMES.items() if re.search(pattern, text)), None)
 
 
 def coding_from_dataset_json(labels: Mapping[str, Any]) -> Coding:
@@ -161,11 +155,7 @@ def _label_value(value: Any, name: Any) -> int:
     return int(text)
 
 
-_REGION_NAMES = {
-    "TC": ("tc", "tumorcore", "tumourcore"),
-    "WT": ("wt", "wholetumor", "wholetumour"),
-    "ET": ("et", "enhancingtumor", "enhancingtumour"),
-}
+_REGION_NAMES = {"TC": "tc|tumou?rcore", "WT": "wt|wholetumou?r", "ET": "et|enhancingtumou?r"}
 
 
 def _coding_from_regions(labels: Mapping[str, Any]) -> Coding:
@@ -173,7 +163,7 @@ def _coding_from_regions(labels: Mapping[str, Any]) -> Coding:
     members: dict[str, set[int]] = {}
     for name, values in labels.items():
         word = re.sub("[-_ ]", "", name.lower())
-        region = next((region for region, names in _REGION_NAMES.items() if word in names), None)
+        region = next((region for region, names in _REGION_NAMES.items() if re.fullmatch(names, word)), None)
         found = {_label_value(value, name) for value in (values if isinstance(values, list) else [values])}
         if region is None and found != {0}:
             raise ValueError(
@@ -230,7 +220,5 @@ def regions_from_labels(labels: np.ndarray, coding: Coding) -> np.ndarray:
     """
     if labels.dtype != np.uint8:
         raise ValueError(f"label map is {labels.dtype}, must be uint8: round it and cast it first")
-    table = np.zeros((len(REGIONS), 256), dtype=bool)
-    for row, members in zip(table, coding.regions, strict=True):
-        row[list(members)] = True
-    return np.stack([row[labels] for row in table])
+    tables = np.stack([np.isin(np.arange(256), members) for members in coding.regions])
+    return np.stack([is_member[labels] for is_member in tables])

@@ -89,11 +89,12 @@ def _read(path: Path) -> tuple[np.ndarray, NiftiHeader]:
         data = scan.content(header.file_bytes, f"shape {header.shape} of {header.dtype}")
         check_extensions(data, header)
         array = np.frombuffer(data, header.dtype, header.voxels, header.offset).reshape(header.shape, order="F")
-        if header.slope is not None and header.intercept is not None:
+        if header.scaling:
+            slope, intercept = map(np.float32, header.scaling)
             with np.errstate(over="ignore", invalid="ignore"):  # makes Inf, which is found later
                 array = array.astype(np.float32, order="K")
-                array *= np.float32(header.slope)
-                array += np.float32(header.intercept)
+                array *= slope
+                array += intercept
             array.flags.writeable = False
     return array, header
 
@@ -147,14 +148,13 @@ def write_nifti(
     """
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path} must end in .nii.gz, or in .nii for a file that is not compressed")
-    source = None if like is None else _header_of(like)
-    if source is None:
+    if like is not None:
+        image = _on_grid_of(_header_of(like), array, affine)
+    else:
         image = nib.Nifti1Image(array, affine)
         image.header.set_xyzt_units("mm")
         image.set_sform(affine, code=1)
         image.set_qform(affine, code=1)
-    else:
-        image = _on_grid_of(source, array, affine)
     image.header["descrip"] = description
     data = image.to_bytes()
     if path.name.lower().endswith(".gz"):
@@ -222,8 +222,8 @@ def _read_4d(case: Case) -> tuple[np.ndarray, NiftiHeader]:
     if array.ndim < 4 or any(n > 1 for n in array.shape[4:]):
         problem = f"shape {array.shape} has {array.ndim} dimensions, must have 4 (X, Y, Z, modality)"
         raise CaseError(path, problem, "Give one file per modality, or the stacked file")
-    x, y, z, count = array.shape[:4]
-    array = array.reshape((x, y, z, count), order="F")
+    x, y, z, count = header.shape[:4]
+    array = array.reshape(x, y, z, count, order="F")
     beyond = [c for c in case.channels if c >= count]
     if beyond:
         problem = f"channel {beyond[0]} is asked for, but its last axis has {count} (shape {array.shape})"

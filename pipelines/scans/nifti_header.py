@@ -53,7 +53,7 @@ class NiftiHeader:
         shape: (X, Y, Z, ...).
         dtype: of the voxels in the file: integers or real numbers, in its byte order.
         offset: of the first voxel, in bytes.
-        slope, intercept: of the values, None where they are not scaled.
+        scaling: slope and intercept of the values, None where they are not scaled.
         affine: (4, 4) float64, voxel index to mm (RAS+).
         mm_per_unit: the factor by which the header's own lengths were multiplied.
         has_orientation: whether sform or qform is set.
@@ -64,8 +64,7 @@ class NiftiHeader:
     shape: tuple[int, ...]
     dtype: np.dtype
     offset: int
-    slope: float | None
-    intercept: float | None
+    scaling: tuple[float, float] | None
     affine: np.ndarray
     mm_per_unit: float
     has_orientation: bool
@@ -113,7 +112,7 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
     if len(shape) >= 5 and shape[3] == 1 and shape[4] > 1:
         shape = (*shape[:3], *shape[4:])
     _check_voxels(path, shape, dtype)
-    slope, intercept = _scaling(path, fields)
+    scaling, offset = _scaling(path, fields), _offset(path, fields)
     units = int(fields["xyzt_units"])
     unit, mm_per_unit = _UNITS.get(units % 8, ("no unit, read as mm", 1.0))
     affine = _affine(path, fields, stored)
@@ -122,8 +121,7 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
     if fault:
         raise CaseError(path, f"{fault}; its header states {unit} (xyzt_units {units})", _CORRECT_AFFINE)
     has_orientation = bool(fields["sform_code"] or fields["qform_code"])
-    offset = _offset(path, fields)
-    return NiftiHeader(path, shape, dtype, offset, slope, intercept, affine, mm_per_unit, has_orientation, fields)
+    return NiftiHeader(path, shape, dtype, offset, scaling, affine, mm_per_unit, has_orientation, fields)
 
 
 def _kind(path: Path, head: bytes) -> type[nib.Nifti1Header]:
@@ -156,15 +154,15 @@ def _offset(path: Path, fields: nib.Nifti1Header) -> int:
     return int(offset)
 
 
-def _scaling(path: Path, fields: nib.Nifti1Header) -> tuple[float | None, float | None]:
+def _scaling(path: Path, fields: nib.Nifti1Header) -> tuple[float, float] | None:
     slope, intercept = float(fields["scl_slope"]), float(fields["scl_inter"])
     if slope == 0 or not math.isfinite(slope):
-        return None, None
+        return None
     if not abs(intercept) <= LARGEST or not 1 / LARGEST <= abs(slope) <= LARGEST:
         problem = f"its scaling is {slope:g} * voxel + {intercept:g} (scl_slope, scl_inter), must be finite in float32"
         remedy = f"Set scl_inter of its header to 0 and scl_slope to 1 if nothing needs scaling, {WITHOUT_IT}"
         raise CaseError(path, problem, remedy)
-    return (None, None) if (slope, intercept) == (1, 0) else (slope, intercept)
+    return None if (slope, intercept) == (1, 0) else (slope, intercept)
 
 
 def _affine(path: Path, fields: nib.Nifti1Header, stored: nib.Nifti1Header) -> np.ndarray:
@@ -203,15 +201,13 @@ def _warn(path: Path, what: str) -> None:
 
 def affine_fault(affine: np.ndarray) -> str | None:
     """What is wrong with an affine (4, 4) in mm, or None."""
-    axes = affine[:3, :3]
+    axes, (low, high) = affine[:3, :3], SPACING_MM
     with np.errstate(all="ignore"):
-        sizes = np.linalg.norm(axes, axis=0)
+        x, y, z = sizes = np.linalg.norm(axes, axis=0)
         is_volume = np.isfinite(affine).all() and abs(np.linalg.det(axes)) > 1e-3 * np.prod(sizes)
     if not is_volume:
         return f"its affine {affine[:3].tolist()} can't be inverted: the three axes must span a volume"
-    if sizes.min() < SPACING_MM[0] or sizes.max() > SPACING_MM[1]:
-        x, y, z = sizes
-        low, high = SPACING_MM
+    if sizes.min() < low or sizes.max() > high:
         return f"its voxels are {x:.4g} x {y:.4g} x {z:.4g} mm, in scans of heads they are {low:g} to {high:g} mm"
     if np.abs(affine[:3, 3]).max() > FARTHEST_MM:
         return f"its first voxel is at {affine[:3, 3].tolist()} mm, at most {FARTHEST_MM:g} from the scanner's centre"

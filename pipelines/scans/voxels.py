@@ -99,11 +99,9 @@ def _coding_remedy(found: list[int], coding: Coding) -> str:
         shared = sum(other.tissues.get(value) == coding.tissues.get(value) for value in found)
         return len(set(other.values) - set(found)), -shared
 
-    offers = [
-        f"{other.release} ({', '.join(f'{value} is {other.tissues[value]}' for value in outside)})"
-        for other in sorted(fits, key=unlikeliness)
-    ]
-    return (
-        "Correct the label map, or choose the --data.release that its documentation names; the values alone don't say "
-        f"which: {', '.join(offers)}"
-    )
+    offers = []
+    for other in sorted(fits, key=unlikeliness):
+        meanings = ", ".join(f"{value} is {other.tissues[value]}" for value in outside)
+        offers.append(f"{other.release} ({meanings})")
+    advice = "Correct the label map, or choose the --data.release that its documentation names"
+    return f"{advice}; the values alone don't say which: {', '.join(offers)}"
