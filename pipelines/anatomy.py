@@ -63,23 +63,15 @@ def _ellipsoid(p: Sequence[np.ndarray], centre: Sequence[float], semi_axes: Sequ
 
 @dataclass
 class Anatomy:
-    """Occupancies from 0 to 1 over the box, and the distances that the tumour depends on.
+    """Occupancies from 0 to 1 over the box, and the distances that the tumour depends on."""
 
-    Args:
-        brain: bool mask.
-        csf, grey: occupancies; white matter is the rest of the brain.
-        ventricle, surface: depth in mm inside the ventricles, and below the brain's surface.
-        pial: distance in mm to the nearest surface, sulci included.
-        choroid: occupancy of the choroid plexus.
-    """
-
-    brain: np.ndarray
+    brain: np.ndarray  # bool mask
     csf: np.ndarray
-    grey: np.ndarray
-    ventricle: np.ndarray
-    surface: np.ndarray
-    pial: np.ndarray
-    choroid: np.ndarray
+    grey: np.ndarray  # white matter is the rest of the brain
+    ventricle: np.ndarray  # depth in mm inside the ventricles
+    surface: np.ndarray  # depth in mm below the brain's surface
+    pial: np.ndarray  # distance in mm to the nearest surface, sulci included
+    choroid: np.ndarray  # occupancy of the choroid plexus
 
 
 def draw_anatomy(f: Field, p: Sequence[np.ndarray]) -> Anatomy:

@@ -18,7 +18,6 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from io import RawIOBase
 from pathlib import Path, PurePosixPath
 
 from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
@@ -117,22 +116,18 @@ def _fetch_rest(url: str, part: Path, progress: Progress, bar: TaskID) -> None:
         progress.update(bar, total=total, completed=start)
         with part.open("ab" if start else "wb", buffering=0) as file:
             while chunk := response.read(_CHUNK):
-                _write(file, chunk, part)
                 progress.advance(bar, len(chunk))
+                try:
+                    while chunk:
+                        chunk = chunk[file.write(chunk) :]
+                except OSError as error:
+                    raise DataError(
+                        f"{part} can't be written ({error.strerror}): free space in {part.parent}, or choose another "
+                        "--data.root; run again to continue"
+                    ) from error
             size = file.tell()
     if total is not None and size < total:  # read(n) returns b"" on a dropped connection, as at the end
         raise ConnectionError(f"connection closed after {size} of {total} bytes")
-
-
-def _write(file: RawIOBase, chunk: bytes, part: Path) -> None:
-    try:
-        while chunk:
-            chunk = chunk[file.write(chunk) :]
-    except OSError as error:
-        raise DataError(
-            f"{part} can't be written ({error.strerror}): free space in {part.parent}, or choose another --data.root; "
-            "run again to continue"
-        ) from error
 
 
 def _check_md5(path: Path, md5: str, progress: Progress, remedy: str) -> None:

@@ -37,21 +37,14 @@ _SHOWN = 80  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds of a number, or of each of several; None is no bound.
-
-    Attributes:
-        least, most: the smallest and the largest allowed.
-        above, below: the same, themselves excluded.
-        rising: of several numbers, none may be smaller than the one before it.
-        example: several allowed ones, for messages.
-    """
+    """The bounds of a number, or of each of several; None is no bound."""
 
     least: float | None = None
     most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    rising: bool = False
-    example: Any = None
+    above: float | None = None  # itself excluded
+    below: float | None = None  # itself excluded
+    rising: bool = False  # of several numbers, none may be smaller than the one before it
+    example: Any = None  # several allowed ones, for messages
 
     def broken_by(self, value: float) -> str:
         """The bound that a number breaks, in words; empty if it breaks none."""
@@ -124,7 +117,8 @@ def convert(raw: Any, kind: Any, bounds: Bounds = NO_BOUNDS) -> Any:
             return choices[str(raw)]
         meant = nearest(str(raw), list(choices))
         raise Misfit(f"{rule}{f'; did you mean {meant}?' if meant else ''}")
-    one: Any = {bool: _truth, int: _whole, float: _real, str: _text, Path: _path}[kind](raw)
+    text = raw if isinstance(raw, str) and raw else None
+    one: Any = text if kind is str else {bool: _truth, int: _whole, float: _real, Path: _path}[kind](raw)
     broken = rule if one is None else bounds.broken_by(one) if kind in (int, float) else ""
     if broken:
         raise Misfit(broken)
@@ -262,10 +256,6 @@ def _real(raw: Any) -> float | None:
         return math.inf
     except ValueError:
         return None
-
-
-def _text(raw: Any) -> str | None:
-    return raw if isinstance(raw, str) and raw else None
 
 
 def _path(raw: Any) -> Path | None:

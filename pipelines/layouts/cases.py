@@ -34,37 +34,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Case:
-    """The files of a patient at one time.
+    """The files of a patient at one time."""
 
-    Args:
-        name: unique in its set.
-        images: one 3D file per modality, in the order of `CaseSet.modalities`; or one 4D file.
-        channels: for a 4D file, the index on its last axis of each modality; None for 3D files.
-        label: the label map, None where there is none.
-        patient: whose cases stay together in a split; None where neither name nor list says.
-    """
-
-    name: str
-    images: tuple[Path, ...]
-    channels: tuple[int, ...] | None
+    name: str  # unique in its set
+    images: tuple[Path, ...]  # one 3D file per modality, in the order of `CaseSet.modalities`; or one 4D file
+    channels: tuple[int, ...] | None  # of a 4D file, the index of each modality on its last axis
     label: Path | None
-    patient: str | None = None
+    patient: str | None = None  # whose cases stay together in a split; None where neither name nor list says
 
 
 @dataclass(frozen=True)
 class CaseSet:
-    """Cases that share modalities and label coding.
+    """Cases that share modalities and label coding."""
 
-    Args:
-        cases: in the order of the data set. modalities: in that of the network's channels.
-        coding: of the labels.
-        held_out: names of the cases that the data set itself lists for validation.
-    """
-
-    cases: tuple[Case, ...]
-    modalities: tuple[str, ...]
+    cases: tuple[Case, ...]  # in the order of the data set
+    modalities: tuple[str, ...]  # in the order of the network's channels
     coding: Coding
-    held_out: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()  # names of those that the data set itself lists for validation
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,17 +78,11 @@ class CaseSet:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a data set holds by its names and lists.
+    """What a data set holds by its names and lists."""
 
-    Args:
-        usable: the cases without a fault, possibly none.
-        faults: every fault of the others, in the order of the cases; a case may have several.
-        total: how many cases there are, faulty ones included.
-    """
-
-    usable: CaseSet
-    faults: tuple[CaseError, ...]
-    total: int
+    usable: CaseSet  # the cases without a fault, possibly none
+    faults: tuple[CaseError, ...]  # of the others, in the order of the cases; a case may have several
+    total: int  # number of cases, faulty ones included
 
 
 def find_cases(
@@ -221,14 +201,13 @@ def _case(found: FoundCase, modalities: Sequence[str]) -> Case:
 
 
 def _with_label(found: Sequence[FoundCase], root: Path) -> list[FoundCase]:
-    kept = [case for case in found if case.label is not None or case.faults]
-    if not kept:
+    skipped = [case.name for case in found if case.label is None and not case.faults]
+    if len(skipped) == len(found):
         raise DataError(f"{root}: none of its {len(found)} cases has a label map: training and evaluation need one")
-    if len(kept) < len(found):
-        names = [case.name for case in found if case.label is None and not case.faults]
-        skipped = printable(first_few(names))
-        log.warning("%d of %d cases have no label and are skipped: %s", len(names), len(found), skipped)
-    return kept
+    if skipped:
+        names = printable(first_few(skipped))
+        log.warning("%d of %d cases have no label and are skipped: %s", len(skipped), len(found), names)
+    return [case for case in found if case.label is not None or case.faults]
 
 
 def split_cases(
@@ -245,8 +224,8 @@ def split_cases(
     n counts patients, so that no patient is on both sides; where each has one case, that is MONAI's split of the cases.
     At least one patient validates where val_fraction > 0 (MONAI: none for fewer than 1 / fraction cases). With `folds`
     the rule is that of `monai.data.partition_dataset`: after the same shuffle every `folds`-th patient validates, from
-    the `fold`-th on, so that each validates in one fold and their numbers differ by at most one. Cases that the data
-    set lists for validation (`CaseSet.held_out`) validate, unless names or folds are given.
+    the `fold`-th on. Cases that the data set lists for validation (`CaseSet.held_out`) validate, unless names or folds
+    are given.
 
     Args:
         val_fraction: from 0 to less than 1. Ignored for a side that is given by name, and with folds.
@@ -316,10 +295,10 @@ def check_folds(
     folds: int, fold: int | None, train_cases: Sequence[str] | None = None, val_cases: Sequence[str] | None = None
 ) -> None:
     """Refuse folds that no data set could have. Arguments and errors as in `split_cases`."""
-    if folds == 0 and fold is None:
-        return
     if folds == 0:
-        raise DataError(f"--data.fold {fold} needs --data.folds, the number of folds: 5 is usual")
+        if fold is not None:
+            raise DataError(f"--data.fold {fold} needs --data.folds, the number of folds: 5 is usual")
+        return
     if folds < 2:
         raise DataError(f"--data.folds {folds} must be at least 2, or 0 for the split by --data.val_fraction")
     if fold is None or not 0 <= fold < folds:

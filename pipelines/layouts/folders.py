@@ -201,7 +201,9 @@ def _releases(files: Sequence[Path], folder: Path, root: Path) -> tuple[str, ...
     if any(map(_UNTIL_2013.search, stems)):
         return ("brats2013",)
     names = [path.name for path in files]
-    year = _year(names, folder, root)
+    # The year in the name nearest to the files: theirs, then the case's folder, up to the root.
+    matches = map(_YEAR.search, [*names, *map(_own_name, _up_to(root, folder))])
+    year = next((2000 + int(match[1] or match[2]) % 100 for match in matches if match), None)
     if not any(map(_FROM_2023.search, stems)):
         until = {2016: "brats2013", 2017: "brats2017", 2022: "brats2018", 9999: "brats2023"}
         if year is None:
@@ -213,12 +215,6 @@ def _releases(files: Sequence[Path], folder: Path, root: Path) -> tuple[str, ...
     if year is None or year < 2024:
         return ("brats2023",)
     return ("brats2024-ped" if is_child else "brats2024",)
-
-
-def _year(files: Sequence[str], folder: Path, root: Path) -> int | None:
-    """The year in the name nearest to the files: theirs, then the case's folder, up to the root."""
-    matches = map(_YEAR.search, [*files, *map(_own_name, _up_to(root, folder))])
-    return next((2000 + int(match[1] or match[2]) % 100 for match in matches if match), None)
 
 
 def _cases_that_fit(found: list[FoundCase], root: Path, asked: Coding) -> list[FoundCase]:

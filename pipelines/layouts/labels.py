@@ -40,17 +40,11 @@ TUTORIAL = "decathlon-tutorial"
 
 @dataclass(frozen=True)
 class Coding:
-    """What the values of a label map mean.
+    """What the values of a label map mean."""
 
-    Args:
-        release: name of the coding, a key of `CODINGS` or `TUTORIAL`.
-        tissues: label value -> tissue, without background (0).
-        regions: the label values of TC, WT and ET, in that order.
-    """
-
-    release: str
-    tissues: dict[int, str]
-    regions: tuple[tuple[int, ...], ...]
+    release: str  # name of the coding, a key of `CODINGS` or `TUTORIAL`
+    tissues: dict[int, str]  # label value -> tissue, without background (0)
+    regions: tuple[tuple[int, ...], ...]  # the label values of TC, WT and ET, in that order
 
     @property
     def values(self) -> tuple[int, ...]:

@@ -60,7 +60,16 @@ def from_task(
         found = _listed(path, info, channels, with_test)
     if not found:
         raise DataError(f"{path} lists no case under 'training': a Decathlon task lists its images and labels there")
-    return asked or _coding(path, info, found, unlabelled_as), found
+    labels = info.get("labels")
+    if asked or labels is None:
+        remedy = ', or labels {"1": "edema", ...} in the file'
+        return asked or unstated_coding(path, found, unlabelled_as, remedy), found
+    if not isinstance(labels, dict):
+        raise DataError(f"{path}: labels must be {{value: name}}, not {brief(labels)}")
+    try:
+        return coding_from_dataset_json(labels), found
+    except ValueError as error:
+        raise DataError(f"{path}: {error} (--data.release)") from error
 
 
 def _channels(path: Path, info: Mapping[str, Any]) -> dict[str, int]:
@@ -82,18 +91,6 @@ def _channels(path: Path, info: Mapping[str, Any]) -> dict[str, int]:
             )
         channels[modality] = number
     return dict(sorted(channels.items(), key=lambda item: item[1]))
-
-
-def _coding(path: Path, info: Mapping[str, Any], found: Sequence[FoundCase], unlabelled_as: Coding | None) -> Coding:
-    labels = info.get("labels")
-    if labels is None:
-        return unstated_coding(path, found, unlabelled_as, ', or labels {"1": "edema", ...} in the file')
-    if not isinstance(labels, dict):
-        raise DataError(f"{path}: labels must be {{value: name}}, not {brief(labels)}")
-    try:
-        return coding_from_dataset_json(labels)
-    except ValueError as error:
-        raise DataError(f"{path}: {error} (--data.release)") from error
 
 
 # Listed cases: Decathlon, MONAI's datalists

@@ -71,22 +71,14 @@ def as_spacing(value: Spacing | Sequence[float], axes: SpacingAxes = "patient") 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the voxels of a prepared volume lie.
+    """Where the voxels of a prepared volume lie."""
 
-    Args:
-        shape: (X, Y, Z) in RAS.
-        affine: (4, 4) float64, voxel index to mm (RAS+).
-        spaced_shape, spaced_affine: the same before orientation, axes as in the file once it is turned.
-        orientation: (3, 2), for each of these axes its axis in RAS, and -1 where it is flipped (nibabel's).
-        turn: (3, 2), likewise from the axes of the file to LPS; None: the file is not turned.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    spaced_shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # (X, Y, Z) in RAS
+    affine: np.ndarray  # (4, 4) float64, voxel index to mm (RAS+)
+    spaced_shape: tuple[int, int, int]  # before orientation: axes as in the file once it is turned
     spaced_affine: np.ndarray
-    orientation: np.ndarray
-    turn: np.ndarray | None = None
+    orientation: np.ndarray  # (3, 2), for each of these axes its axis in RAS, and -1 where it is flipped (nibabel's)
+    turn: np.ndarray | None = None  # (3, 2), likewise from the axes of the file to LPS; None: the file is not turned
 
     @property
     def permutation(self) -> tuple[int, int, int]:
@@ -152,11 +144,8 @@ def turned_grid(
     shape: Sequence[int], affine: np.ndarray, turn: np.ndarray | None
 ) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape and affine of a volume after a turn (nibabel's orientation); None: it is not turned."""
-    x, y, z = shape
-    if turn is None:
-        return (x, y, z), affine
-    first, second, third = np.argsort(turn[:, 0])
-    return (shape[first], shape[second], shape[third]), affine @ ornt.inv_ornt_aff(turn, shape)
+    x, y, z = shape if turn is None else (shape[axis] for axis in np.argsort(turn[:, 0]))
+    return (x, y, z), affine if turn is None else affine @ ornt.inv_ornt_aff(turn, shape)
 
 
 def _with_spacing(affine: np.ndarray, spacing: np.ndarray) -> np.ndarray:

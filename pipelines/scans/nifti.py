@@ -1,10 +1,9 @@
 """Read NIfTI files and check the files of a case, without a wasted copy; write segmentations.
 
-A file is read, inflated in one call (`file_bytes`) and viewed as an array, once its header is known to be
-sound (`nifti_header`). NIfTI data are in Fortran order, X fastest, and stay so: a case is one (C, Z, Y, X)
-buffer, filled channel by channel, and seen as (X, Y, Z, C). Bringing (240, 240, 155, 4) into C order takes 190 ms
-blockwise and 490 to 840 ms by a plain copy, against 100 ms for inflating it; resampling reads it as it is
-(`resample.resample_image`), and only the result, a quarter of the size, is brought into C order.
+A file is read, inflated in one call (`file_bytes`) and viewed as an array, once its header is known to be sound
+(`nifti_header`). NIfTI data are in Fortran order, X fastest, and stay so: a case is one (C, Z, Y, X) buffer, filled
+channel by channel, and seen as (X, Y, Z, C). Bringing (240, 240, 155, 4) into C order takes 190 ms blockwise, 490 to
+840 ms by a plain copy, against 100 ms for inflating it, so only the resampled result, a quarter of the size, is.
 
 Every fault of a file is one `CaseError`: which file, what is wrong, what the rule is, what to do. Real data also holds
 traps that are not faults: a label with `sform_code` 0 beside images with 1 (affines are compared as maps, at the corner
@@ -14,6 +13,7 @@ gzip files of several members, axes of length 1 after the third.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,19 +48,12 @@ _GEOMETRY = ("xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z", *_QFORM)
 
 @dataclass
 class RawCase:
-    """A case as its files have it: file orientation, own voxel size.
+    """A case as its files have it: file orientation, own voxel size."""
 
-    Args:
-        image: float32 (X, Y, Z, C), Fortran order (a view of a (C, Z, Y, X) buffer).
-        label: uint8 (X, Y, Z), Fortran order; None where the case has none.
-        affine: (4, 4) float64, voxel index to mm (RAS+), of the first image.
-        label_affine: that of the label, which may differ from it by rounding; None where there is no label.
-    """
-
-    image: np.ndarray
-    label: np.ndarray | None
-    affine: np.ndarray
-    label_affine: np.ndarray | None
+    image: np.ndarray  # float32 (X, Y, Z, C), Fortran order (a view of a (C, Z, Y, X) buffer)
+    label: np.ndarray | None  # uint8 (X, Y, Z), Fortran order; None where the case has none
+    affine: np.ndarray  # (4, 4) float64, voxel index to mm (RAS+), of the first image
+    label_affine: np.ndarray | None  # that of the label, which may differ by rounding
 
 
 def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -86,9 +79,11 @@ def _read(path: Path) -> tuple[np.ndarray, NiftiHeader]:
     with _memory_for(path), open_regular(path) as file:
         scan = ScanFile(path, file)
         header = parse_header(path, scan.head)
-        data = scan.content(header.file_bytes, f"shape {header.shape} of {header.dtype}")
+        voxels = math.prod(header.shape)
+        needed = header.offset + voxels * header.dtype.itemsize
+        data = scan.content(needed, f"shape {header.shape} of {header.dtype}")
         check_extensions(data, header)
-        array = np.frombuffer(data, header.dtype, header.voxels, header.offset).reshape(header.shape, order="F")
+        array = np.frombuffer(data, header.dtype, voxels, header.offset).reshape(header.shape, order="F")
         if header.scaling:
             slope, intercept = map(np.float32, header.scaling)
             with np.errstate(over="ignore", invalid="ignore"):  # makes Inf, which is found later
@@ -198,11 +193,11 @@ def read_case(case: Case, coding: Coding) -> RawCase:
 def _read_3d(case: Case) -> tuple[np.ndarray, NiftiHeader]:
     array, first = _read_one_3d(case.images[0])
     buffer_CZYX = np.empty((len(case.images), *array.shape[::-1]), np.float32)
-    _fill(buffer_CZYX[0], array, case.images[0], "")
+    _fill(buffer_CZYX[0], array, case.images[0])
     for path, channel_ZYX in zip(case.images[1:], buffer_CZYX[1:], strict=True):
         array, header = _read_one_3d(path)
         _check_same_grid(header, first)
-        _fill(channel_ZYX, array, path, "")
+        _fill(channel_ZYX, array, path)
     return buffer_CZYX, first
 
 
@@ -234,7 +229,7 @@ def _read_4d(case: Case) -> tuple[np.ndarray, NiftiHeader]:
     return buffer_CZYX, header
 
 
-def _fill(channel_ZYX: np.ndarray, array_XYZ: np.ndarray, path: Path, which: str) -> None:
+def _fill(channel_ZYX: np.ndarray, array_XYZ: np.ndarray, path: Path, which: str = "") -> None:
     """Put one modality into its place in a case, and check it."""
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, which is found
         channel_ZYX[:] = array_XYZ.T

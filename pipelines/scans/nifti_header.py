@@ -46,39 +46,17 @@ _SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)  # it would log repair
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """The part of a header that reading needs.
-
-    Args:
-        path: of the file.
-        shape: (X, Y, Z, ...).
-        dtype: of the voxels in the file: integers or real numbers, in its byte order.
-        offset: of the first voxel, in bytes.
-        scaling: slope and intercept of the values, None where they are not scaled.
-        affine: (4, 4) float64, voxel index to mm (RAS+).
-        mm_per_unit: the factor by which the header's own lengths were multiplied.
-        has_orientation: whether sform or qform is set.
-        fields: all fields, as nibabel has them.
-    """
+    """The part of a header that reading needs."""
 
     path: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
-    scaling: tuple[float, float] | None
-    affine: np.ndarray
-    mm_per_unit: float
-    has_orientation: bool
-    fields: nib.Nifti1Header
-
-    @property
-    def voxels(self) -> int:
-        """How many there are, all channels together."""
-        return math.prod(self.shape)
-
-    @property
-    def file_bytes(self) -> int:
-        """How long the file must be, before compression."""
-        return self.offset + self.voxels * self.dtype.itemsize
+    shape: tuple[int, ...]  # (X, Y, Z, ...)
+    dtype: np.dtype  # of the voxels in the file: integers or real numbers, in its byte order
+    offset: int  # of the first voxel, in bytes
+    scaling: tuple[float, float] | None  # slope and intercept of the values, None where they are not scaled
+    affine: np.ndarray  # (4, 4) float64, voxel index to mm (RAS+)
+    mm_per_unit: float  # the factor by which the header's own lengths were multiplied
+    has_orientation: bool  # whether sform or qform is set
+    fields: nib.Nifti1Header  # all of them, as nibabel has them
 
     @property
     def is_blank(self) -> bool:

@@ -1,11 +1,11 @@
 """Sample a scan on the grid of `geometry`, with MONAI's rounding; and bring predictions back to the file.
 
-MONAI's "border" padding: linear for images, nearest for labels, at M @ index, M = inv(affine) @ spaced affine.
+Linear for images, nearest for labels, with "border" padding, at M @ index, M = inv(affine) @ spaced affine.
 
-Positions are computed as MONAI computes them, with its rounding: the affine normalised to [-1, 1] in float64, torch's
-affine_grid, then grid_sample's own arithmetic. Exact positions would be worse, because the rounding decides two things:
-which voxels the z-score counts (1e-14 off an integer leaves about 1e-11 in zero voxels beside the head, and its mask is
-"not zero"), and which label a sample takes (from 1 to 1.5 mm three quarters lie halfway between voxels).
+Positions are computed with MONAI's rounding: the affine normalised to [-1, 1] in float64, torch's affine_grid, then
+grid_sample's own arithmetic. Exact positions would be worse, because the rounding decides which voxels the z-score
+counts (1e-14 off an integer leaves about 1e-11 in zero voxels beside the head, and its mask is "not zero"), and which
+label a sample takes (from 1 to 1.5 mm three quarters lie halfway between voxels).
 
 In BraTS files, whose axes run along those of the scanner, M is diagonal whatever the orientation, so sampling is
 separable:
@@ -15,9 +15,8 @@ separable:
   where MONAI's is.
 - A label map takes index vectors, from grid_sample on a ramp of indices: no voxel differs.
 
-Rotated axes leave off-diagonal elements in M, of 1e-16 and up, sheared ones larger ones. Even the smallest decide ties
-of a label, and which voxels beside the head are zero. Then everything is sampled by grid_sample on the full grid, in
-float64, as MONAI does it and as slowly.
+Rotated or sheared axes leave off-diagonal elements in M. Even 1e-16 decides ties of a label, and which voxels beside
+the head are zero, so everything is then sampled by grid_sample on the full grid, in float64, as slowly as by MONAI.
 """
 
 from __future__ import annotations
@@ -89,14 +88,13 @@ def resample_label(label_XYZ: np.ndarray, affine: np.ndarray, grid: Grid) -> np.
 class BackToFile:
     """From a prepared grid to the file's own, linearly, as MONAI inverts Orientation and Spacing.
 
-    Args:
-        grid: from `target_grid` of this shape and affine.
-        shape: (X, Y, Z) of the file.
-        affine: (4, 4), voxel index to mm, of the file.
-        device: where volumes are.
-
     Where the axes are independent, this is a product with one matrix per axis, of two numbers per row. Otherwise it is
     grid_sample on the full grid, in float64, as in `resample_image`.
+
+    Args:
+        grid: from `target_grid` of this shape and affine.
+        shape, affine: (X, Y, Z) and (4, 4), voxel index to mm, of the file.
+        device: where volumes are.
     """
 
     def __init__(
@@ -110,24 +108,20 @@ class BackToFile:
         if not self._is_same and _is_diagonal(self._matrix):
             positions = _axis_positions(self._matrix, grid.spaced_shape, shape)
             sizes = zip(positions, grid.spaced_shape, strict=True)
-            self._along = [Weights.at(at, n, False).matrix(n).to(device) for at, n in sizes]
+            self._along = [Weights.at(at, n).matrix(n).to(device) for at, n in sizes]
 
     def __call__(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
         """Float32 (X', Y', Z') on the prepared grid to float32 (X, Y, Z) of the file, on the same device."""
-        volume_XYZ = self._to_turned(volume_XYZ)
-        turn = self.grid.turn
-        return volume_XYZ if turn is None else _undo_turn(volume_XYZ, turn).contiguous()
-
-    def _to_turned(self, volume_XYZ: torch.Tensor) -> torch.Tensor:
         spaced = _undo_turn(volume_XYZ, self.grid.orientation)
-        if self._is_same:
-            return spaced.contiguous()
-        if not self._along:
+        if self._along:
+            x, y, z = self._along
+            spaced = (x @ spaced.reshape(len(spaced), -1)).view(len(x), *spaced.shape[1:])
+            spaced = y @ (spaced @ z.t())
+        elif not self._is_same:
             sampled = _sample_full(spaced.cpu().numpy()[None], self._matrix, self.shape, "bilinear")[0]
-            return torch.from_numpy(sampled).to(volume_XYZ.device)
-        x, y, z = self._along
-        spaced = (x @ spaced.reshape(len(spaced), -1)).view(len(x), *spaced.shape[1:])
-        return y @ (spaced @ z.t())
+            spaced = torch.from_numpy(sampled).to(volume_XYZ.device)
+        turn = self.grid.turn
+        return (spaced if turn is None else _undo_turn(spaced, turn)).contiguous()
 
 
 def _undo_turn(volume_XYZ: torch.Tensor, orientation: np.ndarray) -> torch.Tensor:
@@ -166,7 +160,7 @@ class Weights:
     high_weight: torch.Tensor
 
     @staticmethod
-    def at(position: torch.Tensor, size: int, flipped: bool) -> Weights:
+    def at(position: torch.Tensor, size: int, flipped: bool = False) -> Weights:
         """The weights at float64 positions in 0 .. size - 1, taken from the last to the first where `flipped`."""
         position = position.flip(0) if flipped else position
         low = position.floor()

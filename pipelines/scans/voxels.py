@@ -55,8 +55,13 @@ def to_labels(path: Path, array: np.ndarray, coding: Coding) -> np.ndarray:
     """
     labels = _exact_uint8(array)
     if labels is None and array.dtype.kind == "f":
-        array = _rounded(path, array)
-        labels = _exact_uint8(array)
+        _check_finite(path, array, "")
+        rounded = np.rint(array)
+        error = np.abs(array - rounded)
+        if error.max() > LABEL_TOLERANCE:
+            problem = f"label value {array.flat[error.argmax()]:.6g} is not an integer"
+            raise CaseError(path, problem, "Use the original label map, or resample it with nearest neighbour")
+        array, labels = rounded, _exact_uint8(rounded)
     allowed = coding.values
     if labels is not None and sum(int(np.count_nonzero(labels == value)) for value in allowed) == labels.size:
         return labels
@@ -71,17 +76,6 @@ def _exact_uint8(array: np.ndarray) -> np.ndarray | None:
     with np.errstate(invalid="ignore"):  # NaN and huge values turn into other numbers
         labels = array.astype(np.uint8, order="K")
     return labels if np.array_equal(labels, array) else None
-
-
-def _rounded(path: Path, array: np.ndarray) -> np.ndarray:
-    _check_finite(path, array, "")
-    rounded = np.rint(array)
-    error = np.abs(array - rounded)
-    if error.max() > LABEL_TOLERANCE:
-        value = array[np.unravel_index(int(error.argmax()), error.shape)]
-        problem = f"label value {value:.6g} is not an integer"
-        raise CaseError(path, problem, "Use the original label map, or resample it with nearest neighbour")
-    return rounded
 
 
 def _coding_remedy(found: list[int], coding: Coding) -> str:
