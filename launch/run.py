@@ -219,7 +219,7 @@ def _start_log(run_dir: Path, ranks: Ranks) -> None:
         handlers[0].setFormatter(PlainFormatter())
     handlers += map(LogFile, files)
     logging.captureWarnings(True)
-    for name in ("engine", "models", "pipelines", "py.warnings"):
+    for name in ("launch", "engine", "models", "pipelines", "py.warnings"):
         logging.getLogger(name).setLevel(logging.DEBUG)
         if ranks.is_first:
             logging.getLogger(name).handlers = list(handlers)
