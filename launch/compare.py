@@ -63,7 +63,7 @@ def main(args: list[str] | None = None) -> int:
         launchers = "deepspeed trains on all GPUs; the default if there are several."
         parser.add_argument("--launcher", choices=("python", "deepspeed"), help=launchers)
         parser.add_argument("--runs", nargs="+", type=Path, help="Finished runs to compare; nothing is trained.")
-        config, options = parse_config(parser, sys.argv[1:] if args is None else args)
+        config, options = parse_config(parser, args)
         check(config, options)
         files = () if options.runs else options.config or ()
         folder = options.run_dir or Path("runs") / (files[0].stem if files else "comparison")
@@ -86,12 +86,7 @@ def check(config: Config, options: Namespace) -> None:
     if options.runs and options.seeds > 1:
         raise ValueError(f"--seeds {options.seeds} trains, --runs compares finished runs: omit one of the two")
     if read_rank_env().world_size > 1:
-        raise ValueError(
-            "start launch/compare.py with python, as one process: it starts the launcher for each run itself"
-        )
-
-
-# Training
+        raise ValueError("start launch/compare.py with python, as one process: it starts each run's launcher itself")
 
 
 def plan(config: Config, folder: Path, seeds: int, with_epochs: bool) -> dict[Path, Config]:
@@ -208,9 +203,6 @@ def run_process(command: Sequence[str]) -> int:
             return status
         finally:
             restore_handlers(handlers)
-
-
-# Comparison
 
 
 def compare(runs: Sequence[FinishedRun], folder: Path, store_dir: Path | None) -> None:

@@ -5,9 +5,9 @@ python launch/convert.py runs/RUN --to bundle --output my_bundle               a
 python launch/convert.py weights.pth --from monai --output imported.pt --model.name unet \\
     --data.modalities flair,t1,t1c,t2 --data.release brats2018
 
-A run is given by its folder (whose best weights are taken) or by a weights file, which says all that belongs to it.
-Weights of MONAI or self-attention-cv do not: give crops, spacing, modalities, label coding, and widths other than the
-published ones by the options of `launch/train.py`, or in a YAML file.
+A run is given by its folder (the best weights are taken) or by a weights file, which also holds its options. Weights of
+MONAI or self-attention-cv do not: give crops, spacing, modalities, label coding, and widths other than the published
+ones by the options of `launch/train.py`, or in a YAML file.
 
     safetensors         the weights, and everything else of a weights file as metadata; `load_trained` reads it
     torch_export        a `.pt2` archive of `torch.export`, to be run without this program
@@ -71,9 +71,8 @@ def parse(args: list[str] | None) -> tuple[Config, Namespace]:
     from engine.parser import build
 
     parser = make_parser("Convert a trained network to other programs' files, or their weights to ours.")
-    parser.usage = (
-        "%(prog)s SOURCE (--to FORMAT | --from PACKAGE [--config FILE] [--group.option VALUE ...]) --output PATH"
-    )
+    imported = "--from PACKAGE [--config FILE] [--group.option VALUE ...]"
+    parser.usage = f"%(prog)s SOURCE (--to FORMAT | {imported}) --output PATH"
     parser.add_argument("source", type=Path, help="A run's folder or a weights file; with --from, its state dict.")
     parser.add_argument("--to", choices=list(ENDINGS), help="What to convert a trained network to.")
     parser.add_argument("--from", choices=list(PACKAGES), help="Which package the state dict is of.")
@@ -143,13 +142,13 @@ def _check_output(output: Path, weights: Path, overwrite: bool, source: Path) ->
     `weights` is `output`, or the file with the weights in a bundle's folder; `source` is the file that is read.
     """
     if os.path.lexists(output) and not overwrite:
-        raise ValueError(f"{output} is there already: choose another --output, or give --overwrite")
+        raise ValueError(f"{output} already exists: choose another --output, or give --overwrite")
     if weights.is_dir():
-        raise ValueError(f"{weights} is a folder, where a file is to be written: choose another --output")
+        raise ValueError(f"{weights} is a folder, and must be a file: choose another --output")
     if weights.exists() and weights.samefile(source):
-        raise ValueError(f"{weights} is the file that is read, which would be lost: choose another --output")
-    if weights.exists() and any(folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
-                                for folder in weights.resolve().parents):  # fmt: skip
+        raise ValueError(f"{weights} is the source itself, which would be lost: choose another --output")
+    folders = weights.resolve().parents if weights.exists() else ()
+    if any(folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file() for folder in folders):
         raise ValueError(
             f"{weights} is a run's own file, which evaluation or --resume may need: choose another --output"
         )

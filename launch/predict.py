@@ -6,8 +6,8 @@ deepspeed launch/predict.py --runs runs/A runs/B --input SCANS --output SEGMENTA
 SCANS is a data set as for training (a Decathlon task, BraTS folders, a list), folders of cases, a case's files (one
 for each modality), or 4D files; for a network of one modality, 3D files. Each case becomes `<case>.nii.gz` on the
 scan's own grid. Existing segmentations are kept, so a run that was stopped continues with the same command. A
-segmentation's header says its label coding and the weights that made it; if these are not what is asked for now, the
-command stops before it begins, for file names do not show which segmentation has which coding.
+segmentation's header holds its label coding and the weights that made it; if they differ from what is asked for, the
+command stops before any work, because file names do not show which coding a segmentation has.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(args: list[str] | None = None) -> int:
 
         return segment_cases(options)
 
-    return run_with_networks(work, "the same command goes on with the cases that are left")
+    return run_with_networks(work, "the same command continues with the remaining cases")
 
 
 def make_parser() -> Parser:

@@ -43,7 +43,7 @@ def main(args: list[str] | None = None) -> int:
         config, options = parse_config(parser, args)
         return check(config.data) if options.check else prepare(config.data)
 
-    return run_command(work, lambda: "the same command goes on from here", alone=True)
+    return run_command(work, lambda: "run the same command to continue", alone=True)
 
 
 def check(config: DataConfig) -> int:

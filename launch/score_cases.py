@@ -30,8 +30,6 @@ from pipelines.scans.geometry import label_grid
 from pipelines.scans.nifti import RawCase, read_case
 from pipelines.scans.resample import resample_label
 
-NAMED = 3  # cases of a warning that has more
-
 
 def evaluate(options: Namespace) -> int:
     """Score the cases and write the tables; 1 where one could not be read."""
@@ -71,7 +69,7 @@ def warnings_of(cases: Iterable[CaseScores]) -> list[str]:
     for case in cases:
         for warning in case.warnings:
             names.setdefault(warning, []).append(case.name)
-    return [f"{first_few(of, NAMED)}: {warning}" for warning, of in names.items()]
+    return [f"{first_few(of, 3)}: {warning}" for warning, of in names.items()]
 
 
 def make_folder(options: Namespace, predictor: Predictor) -> Path:

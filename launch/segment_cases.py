@@ -144,7 +144,7 @@ def left_to_do(cases: Sequence[Case], output: Output, overwrite: bool, ranks: Ra
             waiting.append(case)
     if others:
         raise ValueError(
-            f"--output {output.folder} holds {len(others)} files that are not what is asked for now: "
+            f"--output {output.folder} holds {len(others)} files that differ from what is asked for: "
             f"{first_few(others, 3)}. Choose another --output, ask for what is there (--runs, --release, --flips), or "
             "replace them with --overwrite"
         )
@@ -163,7 +163,7 @@ def difference(path: Path, case: Case, asked: str) -> str:
     except CaseError:
         scan_shape, scan_affine = array.shape, affine  # nothing to compare with; reading the case will report it
     if array.shape[:3] != scan_shape[:3] or not np.allclose(affine, scan_affine, atol=1e-3):
-        return f"lies on another grid than {case.images[0]}"
+        return f"is on another grid than {case.images[0]}"
     if not said.startswith("glioforge: "):
         return "does not say how it was made"
     return "" if said == asked else f"says {said!r}, not {asked!r}"
@@ -197,15 +197,15 @@ def predict_cases(
             raise
         return row
 
-    return [
-        [
-            PredictionRow(name, error=with_own_options(f"{name}: {outcome}"))
-            if isinstance(outcome, DataError)
-            else outcome
-            for name, outcome in part
-        ]
-        for part in run_batch("Segmenting", waiting, ranks, read, predictor.probabilities, write)
-    ]
+    def row(name: str, found: PredictionRow | DataError) -> PredictionRow:
+        return (
+            found
+            if isinstance(found, PredictionRow)
+            else PredictionRow(name, error=with_own_options(f"{name}: {found}"))
+        )
+
+    parts = run_batch("Segmenting", waiting, ranks, read, predictor.probabilities, write)
+    return [[row(*outcome) for outcome in part] for part in parts]
 
 
 def write_rows(path: Path, rows: Sequence[PredictionRow]) -> None:

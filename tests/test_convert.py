@@ -63,7 +63,7 @@ def test_a_file_is_replaced_only_on_request_and_only_by_a_complete_one(tmp_path:
     run, path = saved_run(tmp_path, "unet"), tmp_path / "model.safetensors"
     path.write_text("first")
     convert = [str(run), "--to", "safetensors", "--output", str(path)]
-    assert main(convert) == 2 and "is there already: " in capsys.readouterr().err
+    assert main(convert) == 2 and "already exists: " in capsys.readouterr().err
     with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
         assert main([*convert, "--overwrite"]) == 2
     assert path.read_text() == "first" and sorted(os.listdir(tmp_path)) == ["model.safetensors", "unet"]

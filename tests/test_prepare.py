@@ -218,7 +218,7 @@ def test_a_stopped_command_says_how_to_resume(
 ) -> None:
     monkeypatch.setattr("launch.prepare.prepare", lambda config: signal.raise_signal(number))
     assert main([]) == status
-    assert f"{said}the same command goes on from here" in capsys.readouterr().err
+    assert f"{said}run the same command to continue" in capsys.readouterr().err
 
 
 def test_folder_without_cases_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

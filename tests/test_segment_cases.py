@@ -135,7 +135,7 @@ def test_a_folder_of_other_segmentations_is_refused_before_any_work(
     assert run_predict("--runs", run, "--input", images[0], "--output", out) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     command = ("--runs", run, "--input", *images, "--output", out, *changed)
-    with pytest.raises(ValueError, match=f"holds 1 files that are not what is asked for now: .*{says}.*--overwrite"):
+    with pytest.raises(ValueError, match=f"holds 1 files that differ from what is asked for: .*{says}.*--overwrite"):
         run_predict(*command)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run_predict(*command, "--overwrite") == 0
@@ -152,8 +152,8 @@ def test_a_file_of_unknown_origin_or_another_grid_is_refused_as_output(run: Path
     probabilities = (out / "BRATS_001-probabilities.nii.gz").read_bytes()
     for array, affine, header, says in (
         (np.asarray(whole.dataobj), whole.affine, None, "does not say how it was made"),
-        (np.asarray(whole.dataobj)[1:], whole.affine, whole.header, "lies on another grid than .*BRATS_001"),
-        (np.asarray(whole.dataobj), moved, whole.header, "lies on another grid than .*BRATS_001"),
+        (np.asarray(whole.dataobj)[1:], whole.affine, whole.header, "is on another grid than .*BRATS_001"),
+        (np.asarray(whole.dataobj), moved, whole.header, "is on another grid than .*BRATS_001"),
     ):
         nib.save(nib.Nifti1Image(array, affine, header), out / "BRATS_001.nii.gz")
         with pytest.raises(ValueError, match=says):

@@ -68,7 +68,10 @@ def run_command(work: Callable[[], int | None], how_to_continue: Callable[[], st
     handlers = install_handlers(interrupt, with_ctrl_c=True)
     try:
         with contextlib.nullcontext() if alone else Launcher() as launcher:
-            watchdog = _start_watchdog(launcher) if launcher else None
+            if launcher and read_rank_env().world_size > 1:
+                from engine.ranks.watchdog import start_watchdog
+
+                watchdog = start_watchdog(launcher)
             status = work() or 0
     except TrainingStopped as stop:
         status, line = _status_and_line(stop, how_to_continue)
@@ -94,14 +97,6 @@ def run_command(work: Callable[[], int | None], how_to_continue: Callable[[], st
     if line and (watchdog is None or watchdog.rank == 0):
         print(escape_controls(line), file=sys.stderr)
     return status or _status_of_output(only_prints)
-
-
-def _start_watchdog(launcher: Launcher) -> Watchdog | None:
-    if read_rank_env().world_size == 1:
-        return None
-    from engine.ranks.watchdog import start_watchdog
-
-    return start_watchdog(launcher)
 
 
 def _has_process_group() -> bool:

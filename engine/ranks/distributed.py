@@ -1,7 +1,6 @@
-"""The process group, and this process's device.
+"""The process group, and this process's device: one process per GPU (or per `--num_gpus` on a CPU).
 
-One process per GPU (or per `--num_gpus` on a CPU). PyTorch's process group is made here and DeepSpeed takes it as it
-is: NCCL on GPUs, gloo on a CPU.
+PyTorch's process group is made here and DeepSpeed takes it as it is: NCCL on GPUs, gloo on a CPU.
 """
 
 from __future__ import annotations
@@ -27,12 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h: bytes to keep at most
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is.
-
-    Attributes:
-        rank: number among all processes. world_size: how many there are. local_rank: number on this node.
-        device: where this process computes. ranks_on_node: how many there are on this node.
-    """
+    """Who this process is, among all and on this node, and the device on which it computes."""
 
     rank: int
     world_size: int
@@ -47,7 +41,7 @@ class Ranks:
 
 
 class PeerFailed(ValueError):
-    """Another rank could not do its part; that rank says why."""
+    """Another rank could not do its part; it reports why."""
 
 
 def init_ranks(device: str = "auto") -> Ranks:

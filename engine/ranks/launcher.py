@@ -76,9 +76,7 @@ def find_launchers(number: int, is_of_deepspeed: bool) -> tuple[list[Process], b
         number: of the process. is_of_deepspeed: it was started by `deepspeed.launcher.launch`.
     """
     found: list[Process] = []
-    has_ended = False
-    process = read_process(number)
-    has_launcher = is_of_deepspeed
+    process, has_launcher, has_ended = read_process(number), is_of_deepspeed, False
     while process and (parent := read_process(process.parent)):
         if parent.program in _LAUNCHERS:
             found.append(parent)

@@ -37,18 +37,16 @@ class Terminal(io.TextIOWrapper):
             write_through=stream.write_through,
         )  # fmt: skip
         self._is_styled = self.isatty()
-        self.lost: OSError | None = None
-        """The first error by which text was lost."""
+        self.lost: OSError | None = None  # the first error by which text was lost
 
     def write(self, text: str) -> int:
         """Write text; returns its length."""
-        if self._is_styled:
-            styles = [*_STYLE.findall(text), ""]
-            shown = "".join(map("".join, zip(map(escape_controls, _STYLE.split(text)), styles, strict=True)))
-        else:
-            shown = escape_controls(text)
+        styles = _STYLE.findall(text) if self._is_styled else []
+        texts = _STYLE.split(text) if self._is_styled else [text]
         try:
-            super().write(shown)
+            super().write(
+                "".join(escape_controls(part) + style for part, style in zip(texts, [*styles, ""], strict=True))
+            )
         except OSError as error:
             self._lose(error)
         return len(text)
@@ -107,8 +105,9 @@ def set_up_terminal() -> None:
         elif type(stream) is io.TextIOWrapper:  # neither one of ours nor what a test or a notebook put there
             with contextlib.suppress(OSError):
                 stream.flush()
-            setattr(sys, name, Terminal(stream))
+            terminal = Terminal(stream)
+            setattr(sys, name, terminal)
             for handler in logging.getLogger().handlers:
                 if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
-                    handler.setStream(getattr(sys, name))
+                    handler.setStream(terminal)
                     handler.setFormatter(PlainFormatter(handler.formatter._fmt if handler.formatter else None))

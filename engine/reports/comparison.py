@@ -201,9 +201,9 @@ def _unmet_by_data(run: FinishedRun) -> list[str]:
     if root is None:
         return ["the scans are synthetic, not Decathlon Task01"]
     try:
-        about = json.loads((root / "dataset.json").read_text())
+        about = read_json(root / "dataset.json")
         name, cases = about["name"], len(about["training"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return [f"{root} is not Decathlon Task01: its dataset.json is missing or damaged"]
     if (name, cases) != (TASK01_NAME, TASK01_CASES):
         return [f"{root} is not Decathlon Task01: {cases} cases of {name}, not {TASK01_CASES} of {TASK01_NAME}"]
@@ -226,11 +226,7 @@ def differing_settings(runs: Sequence[FinishedRun]) -> list[str]:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """All runs of one model.
-
-    Attributes:
-        runs: in order of their seeds. unmet: as `unmet_conditions`, of all runs.
-    """
+    """All runs of one model, in order of their seeds, and the `unmet_conditions` of all of them."""
 
     model: str
     runs: tuple[FinishedRun, ...]

@@ -83,9 +83,8 @@ summary { cursor: pointer; margin: .75rem 0 }
 class RunResults:
     """What the page says about a run, apart from its pictures.
 
-    Attributes:
-        config: of the run. summary: as in `metrics.json`. cases: of the last validation.
-        train, val: names of the cases. facts: by heading, each a text with a name.
+    `summary` is as in `metrics.json`, `cases` are those of the last validation, `train` and `val` are names, and the
+    facts under each heading are texts with a name.
     """
 
     config: Config
@@ -166,9 +165,10 @@ def dice_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 
 def _dice_table(summary: dict[str, Any]) -> str:
+    last = summary["last"]
     empty = [
-        f"{region}: truth empty in {count} cases, {summary['last']['false_positives'][region]} with false positives"
-        for region, count in summary["last"].get("empty_truths", {}).items()
+        f"{region}: truth empty in {count} cases, {last['false_positives'][region]} with false positives"
+        for region, count in last.get("empty_truths", {}).items()
         if count
     ]
     return _table(dice_rows(summary), DICE_HEAD) + _note("; ".join(empty))
@@ -303,11 +303,8 @@ def _device_name(device: torch.device) -> str:
 
 def _version(prefix: str) -> str | None:
     """Version of the installed distribution of that name, or of that name followed by a CUDA version."""
-    for found in metadata.distributions():
-        name = (found.metadata["Name"] or "").lower()
-        if name == prefix or name.removeprefix(prefix).isdigit():
-            return found.version
-    return None
+    named = ((found.metadata["Name"] or "", found.version) for found in metadata.distributions())
+    return next((version for name, version in named if re.fullmatch(rf"{prefix}\d*", name.lower())), None)
 
 
 def _commit() -> str:
