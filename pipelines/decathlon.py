@@ -40,8 +40,7 @@ def download_task01(folder: Path, url: str = URL, md5: str = MD5) -> Path:
 
     Args:
         folder: where the archive and the task folder go.
-        url: of the archive; a mirror will do.
-        md5: of the archive, in hexadecimal.
+        url, md5: of the archive; a mirror will do.
 
     Returns:
         the task folder, which holds `dataset.json`.

@@ -49,7 +49,7 @@ def test_a_file_has_the_permissions_that_others_get(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is tried on Linux's /dev/full")
-def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.basics.atomic.os.open", lambda *_: OPEN("/dev/full", os.O_WRONLY))
     with pytest.raises(OSError) as raised:
         write_text(tmp_path / "table.csv", "x")
@@ -60,7 +60,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path, monkeypat
 OPEN = os.open
 
 
-def test_a_missing_folder_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
+def test_a_missing_folder_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as raised:
         write_text(tmp_path / "none" / "x", "")
     assert raised.value.filename == str(tmp_path / "none" / "x")
@@ -90,7 +90,7 @@ def test_what_dead_processes_left_is_removed_and_nothing_else(tmp_path: Path) ->
     assert sorted(tmp_path.iterdir()) == sorted([mine, users])
 
 
-def test_of_files_that_belong_together_none_is_replaced_where_one_fails(tmp_path: Path) -> None:
+def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
     first, last = tmp_path / "first", tmp_path / "missing" / "last"
     first.write_text("old")
     with pytest.raises(FileNotFoundError):

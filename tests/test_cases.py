@@ -227,7 +227,7 @@ def test_each_case_validates_in_one_fold_and_sizes_differ_by_at_most_one() -> No
         ({"folds": 2, "fold": 0, "train_cases": ["case1"]}, "--data.folds 2 and --data.train_cases are two ways"),
     ],
 )
-def test_folds_that_there_are_not_are_refused(options: dict[str, Any], message: str) -> None:
+def test_folds_that_do_not_exist_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         split_cases(some_cases(7), **options)
 
@@ -272,7 +272,7 @@ def test_each_patient_validates_in_one_fold() -> None:
         split_cases(time_points(3))
 
 
-def test_names_that_part_a_patients_time_points_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_splitting_the_time_points_of_a_patient_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     cases = time_points(2, 2, 1)
     assert split_cases(cases, val_cases=["p1-0", "p2-0"])[0] == ("p0-0", "p0-1", "p1-1")
     assert "patient p1: some time points are trained on and others validated" in caplog.text

@@ -94,7 +94,7 @@ def test_address_and_checksum_are_monais() -> None:
     assert DecathlonDataset.resource[TASK] == URL and DecathlonDataset.md5[TASK] == MD5
 
 
-def test_a_full_disk_is_told_with_the_file_and_continued_from_there(tmp_path: Path, server: Server) -> None:
+def test_a_full_disk_names_the_file_and_the_download_continues_from_there(tmp_path: Path, server: Server) -> None:
     server.data = task01()
     archive = tmp_path / f"{TASK}.tar"
     with (

@@ -40,7 +40,7 @@ def test_a_limit_of_the_shell_is_given_with_its_value() -> None:
     assert f"`ulimit -n` ({files})" in explain(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "scan.nii"))
 
 
-def test_a_full_disk_without_a_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_full_disk_is_found_where_an_error_names_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "a folder that the system does not name" in explain(error)

@@ -52,7 +52,7 @@ OTHER = {
 
 @pytest.mark.parametrize("kind", OTHER)
 @pytest.mark.parametrize("zipped", [False, True])
-def test_what_lies_under_a_scans_name_is_told(tmp_path: Path, kind: str, zipped: bool) -> None:
+def test_a_file_that_is_no_scan_is_named_for_what_it_is(tmp_path: Path, kind: str, zipped: bool) -> None:
     data, what, remedy = OTHER[kind]
     if kind == "twice" and not zipped:
         pytest.skip("once is as it should be")

@@ -111,7 +111,7 @@ def test_the_year_of_a_folder_decides_from_2023_on(tmp_path: Path, folder: str, 
     assert find_cases(tmp_path / folder).coding == CODINGS[release]
 
 
-def test_of_children_without_a_year_the_release_is_asked_for(tmp_path: Path) -> None:
+def test_for_children_without_a_year_the_release_is_asked_for(tmp_path: Path) -> None:
     brats_2023(tmp_path / "scans", "BraTS-PED-00024-000")
     with pytest.raises(DataError, match=r"PED-00024.*--data.release brats2023 \(2023\) or brats2024-ped \(2024 on\)"):
         find_cases(tmp_path / "scans")

@@ -57,7 +57,7 @@ def test_a_coding_that_a_file_does_not_state_is_asked_for_only_where_there_are_l
         ("a\0", r"entry 1: a\\x00 is not plain text in UTF-8"),
     ],
 )
-def test_what_is_no_text_is_refused_with_its_place(value: Any, message: str) -> None:
+def test_a_value_that_is_not_text_is_refused_with_its_place(value: Any, message: str) -> None:
     assert require_text(" a.nii ", "entry 1") == "a.nii"
     with pytest.raises(DataError, match=message):
         require_text(value, "entry 1")

@@ -117,7 +117,7 @@ def test_the_spacing_of_an_oblique_file_is_that_of_the_nearest_axes(degrees: flo
     np.testing.assert_allclose(np.linalg.norm(grid.affine[:3, :3], axis=0), (1.5, 3.0, 2.0))
 
 
-def test_voxel_sizes_are_told_by_axis_of_the_patient() -> None:
+def test_voxel_sizes_follow_the_axes_of_the_patient() -> None:
     for codes in ORIENTATIONS:
         affine = stored_as(codes, np.zeros(SHAPE), RAS_AFFINE)[1]
         np.testing.assert_allclose(voxel_size_mm(affine), (1.0, 1.25, 0.75))

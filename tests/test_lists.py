@@ -131,7 +131,7 @@ def test_a_csv_may_have_pandas_index_and_empty_rows(tmp_path: Path) -> None:
         assert found.cases == (Case("00001", (tmp_path / "x.nii.gz",), None, tmp_path / "s.nii.gz"),)
 
 
-def test_a_list_tells_patients_and_modalities_in_any_spelling(tmp_path: Path) -> None:
+def test_a_list_gives_patients_and_modalities_in_any_spelling(tmp_path: Path) -> None:
     touch(tmp_path, "x.nii.gz", "y.nii.gz", "s.nii.gz")
     (tmp_path / "list.csv").write_text("name,T2-FLAIR,T1_Gd,label,Patient\n1,x.nii.gz,y.nii.gz,s.nii.gz,07\n")
     record = {"name": 1, "t2f": "x.nii.gz", "t1ce": "y.nii.gz", "segmentation": "s.nii.gz", "patient": "07"}

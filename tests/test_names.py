@@ -176,7 +176,7 @@ def test_files_that_contradict_their_order_or_each_other_are_refused(
         in_order(files(*named), ("flair", "t1"), given)
 
 
-def test_a_file_that_is_given_twice_is_refused_by_whatever_name(tmp_path: Path) -> None:
+def test_a_file_given_twice_is_refused_under_any_name(tmp_path: Path) -> None:
     scan = tmp_path / "scan_flair.nii"
     scan.write_text("")
     (tmp_path / "symbolic_t1.nii").symlink_to(scan)

@@ -242,7 +242,7 @@ def test_affines_that_differ_by_rounding_are_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("blank", ["t1c", "flair", "seg"])
 @pytest.mark.parametrize("how", ["identity", "itk", "spacing", "none"])
-def test_a_file_without_orientation_is_told_to_take_its_neighbours_header(tmp_path: Path, blank: str, how: str) -> None:
+def test_a_file_without_orientation_is_offered_its_neighbours_header(tmp_path: Path, blank: str, how: str) -> None:
     case = make_case(tmp_path)
     path = tmp_path / f"{blank}.nii.gz"
     array = labels() if blank == "seg" else voxels(0)

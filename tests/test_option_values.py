@@ -68,9 +68,9 @@ def test_a_value_is_what_its_type_says(raw: Any, kind: Any, value: Any) -> None:
     ],
 )
 def test_what_its_type_does_not_take_is_refused_with_the_rule(raw: Any, kind: Any, rule: str) -> None:
-    with pytest.raises(Misfit) as told:
+    with pytest.raises(Misfit) as caught:
         convert(raw, kind)
-    assert str(told.value) == rule
+    assert str(caught.value) == rule
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert list(folder.rglob("*.tmp-*")) == []
 
 
-def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
     with files_of_at_most(5_000), pytest.raises(OSError, match=r"BRATS_001\.nii\.gz"):
         make_phantoms(tmp_path / "set", cases=1, size=SIZE)
     assert [path for path in (tmp_path / "set").rglob("*") if "tmp-" in path.name or path.name.endswith("gz")] == []

@@ -134,7 +134,7 @@ def datalist(folder: Path, cases: Sequence[str], **changes: object) -> Path:
     return folder / "folds.json"
 
 
-def test_a_datalist_of_3d_files_tells_modalities_by_their_names(tmp_path: Path) -> None:
+def test_a_datalist_of_3d_files_takes_modalities_from_their_names(tmp_path: Path) -> None:
     path = datalist(tmp_path, ["BraTS2021_00002", "BraTS2021_00000"])
     found = find_cases(path, "brats2018")
     assert found.names == ("BraTS2021_00002", "BraTS2021_00000") and found.modalities == ALL

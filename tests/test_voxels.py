@@ -44,10 +44,10 @@ def test_labels_of_2018_read_as_those_of_2023_are_offered_2018s_before_2024s() -
     assert "brats2024-ped (4 is oedema)" in text
 
 
-def test_of_codings_with_the_same_values_the_most_similar_comes_first() -> None:
+def test_the_most_similar_of_the_codings_with_the_same_values_comes_first() -> None:
     assert offered((0, 1, 2, 3, 4), "brats2023")[:1] == ["brats2024"]
     assert offered((0, 1, 2, 3, 4), "brats2018")[:1] == ["brats2013"]
 
 
-def test_values_of_no_coding_are_offered_none() -> None:
+def test_for_values_of_no_coding_nothing_is_offered() -> None:
     assert remedy((0, 5), "brats2013") == "No coding has all these values: correct the label map"

@@ -25,7 +25,7 @@ def cache_dir() -> Path:
     folder = _chosen_cache()
     if folder is None and not _has_home():
         raise ValueError(
-            "there is no place for prepared volumes and synthetic scans: this user has no home folder to write to: "
+            "no place for prepared volumes and synthetic scans, as this user has no home folder to write to: "
             "set GLIOFORGE_CACHE (or XDG_CACHE_HOME) to a folder"
         )
     folder = folder or Path.home() / ".cache" / "glioforge"

@@ -66,11 +66,7 @@ class CaseSet:
         return {patient: tuple(names) for patient, names in found.items()}
 
     def select(self, names: Sequence[str]) -> CaseSet:
-        """Only the named cases, in the order of `names`.
-
-        Raises:
-            DataError: a name is not in the set, or is there twice.
-        """
+        """Only the named cases, in the order of `names`. Raises DataError: a name is unknown, or given twice."""
         _check_names(names, self.names, "names")
         by_name = {case.name: case for case in self.cases}
         return replace(self, cases=tuple(by_name[name] for name in names))

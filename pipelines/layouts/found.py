@@ -69,11 +69,7 @@ def unstated_coding(path: Path, found: Sequence[FoundCase], unlabelled_as: Codin
 
 
 def require_text(value: Any, where: str) -> str:
-    """A value that must be text, stripped.
-
-    Args:
-        value: from a JSON file.
-        where: its entry and key, for the message.
+    """A value of a JSON file that must be text, stripped; `where` is its entry and key, for the message.
 
     Raises:
         DataError: it is not text, or text that no path can hold.

@@ -72,11 +72,7 @@ CODINGS: dict[str, Coding] = {
 
 
 def coding_for_release(release: str) -> Coding:
-    """The coding of a release.
-
-    Raises:
-        ValueError: the release is not a key of `CODINGS`.
-    """
+    """The coding of a release. Raises ValueError: it is not a key of `CODINGS`."""
     if release not in CODINGS:
         raise ValueError(f"unknown release {release!r}: choose one of {', '.join(CODINGS)}")
     return CODINGS[release]

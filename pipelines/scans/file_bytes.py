@@ -90,25 +90,28 @@ class ScanFile:
             CaseError: less is there, or much more; damaged or truncated gzip.
         """
         at_most = self._size * (_LARGEST_RATIO if self._is_gzip else 1)
-        there = f"at most {at_most}" if self._is_gzip else f"{at_most}"
-        data, goes_on = b"", False
+        if needed > at_most:
+            raise self._too_short(needed, what, f"at most {at_most}" if self._is_gzip else f"{at_most}")
         self._file.seek(0)
-        if self._is_gzip and needed <= at_most:
+        if self._is_gzip:
             raw = self._file.read(min(2 * needed + _GZIP_OVERHEAD, self._size))
             data, is_whole = _inflate(self._path, raw, needed + _SLACK, len(raw))
-            there, goes_on = f"{len(data)}", len(data) == needed + _SLACK
+            goes_on = len(data) == needed + _SLACK
             if not is_whole and not goes_on:
                 raise self._ends_early()
-        elif needed <= at_most:
+        else:
             goes_on = self._size > needed + _SLACK
             data = b"" if goes_on else self._file.read(needed)
         if goes_on:
             problem = f"goes on for over {_SLACK} bytes after the {needed} that the header announces for {what}"
             raise CaseError(self._path, problem, f"Its dimensions may be damaged. {COPY_AGAIN}")
         if len(data) < needed:
-            problem = f"truncated: the header announces {needed} bytes for {what}, there are {there}"
-            raise CaseError(self._path, problem, COPY_AGAIN)
+            raise self._too_short(needed, what, f"{len(data)}")
         return data
+
+    def _too_short(self, needed: int, what: str, there: str) -> CaseError:
+        problem = f"truncated: the header announces {needed} bytes for {what}, there are {there}"
+        return CaseError(self._path, problem, COPY_AGAIN)
 
     def _ends_early(self) -> CaseError:
         return CaseError(self._path, f"truncated gzip: ends within its data, after {self._size} bytes", COPY_AGAIN)

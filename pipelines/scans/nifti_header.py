@@ -90,7 +90,7 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
     if len(shape) >= 5 and shape[3] == 1 and shape[4] > 1:
         shape = (*shape[:3], *shape[4:])
     _check_voxels(path, shape, dtype)
-    scaling, offset = _scaling(path, fields), _offset(path, fields)
+    scaling = _scaling(path, fields)
     units = int(fields["xyzt_units"])
     unit, mm_per_unit = _UNITS.get(units % 8, ("no unit, read as mm", 1.0))
     affine = _affine(path, fields, stored)
@@ -99,7 +99,7 @@ def parse_header(path: Path, head: bytes) -> NiftiHeader:
     if fault:
         raise CaseError(path, f"{fault}; its header states {unit} (xyzt_units {units})", _CORRECT_AFFINE)
     has_orientation = bool(fields["sform_code"] or fields["qform_code"])
-    return NiftiHeader(path, shape, dtype, offset, scaling, affine, mm_per_unit, has_orientation, fields)
+    return NiftiHeader(path, shape, dtype, _offset(path, fields), scaling, affine, mm_per_unit, has_orientation, fields)
 
 
 def _kind(path: Path, head: bytes) -> type[nib.Nifti1Header]:

@@ -17,10 +17,8 @@ def check_image(path: Path, array_XYZ: np.ndarray, which: str = "", maybe_infini
     """Check one modality.
 
     Args:
-        path: its file, for messages.
-        array_XYZ: its voxels, in Fortran order.
-        which: " in channel 2", where the file has several.
-        maybe_infinite: False if they were integers.
+        path: its file, for messages. which: " in channel 2", where the file has several.
+        array_XYZ: its voxels, in Fortran order. maybe_infinite: False if they were integers.
 
     Raises:
         CaseError: NaN or Inf voxels, or all voxels are the same.
