@@ -100,11 +100,9 @@ def keep_memory() -> None:
 
 
 def gather(value: T, ranks: Ranks, is_patient: bool = False) -> list[T]:
-    """Every rank's value, in order of rank, on every rank.
+    """Every rank's value (anything that pickles), in order of rank, on every rank.
 
-    Args:
-        value: anything that pickles.
-        is_patient: wait `PREPARATION_LIMIT` for ranks that are still working, instead of NCCL's ten minutes.
+    If it `is_patient`, it waits `PREPARATION_LIMIT` for ranks that are still working, not NCCL's ten minutes.
     """
     if ranks.world_size == 1:
         return [value]

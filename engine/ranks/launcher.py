@@ -70,10 +70,9 @@ class Launcher:
 
 
 def find_launchers(number: int, is_of_deepspeed: bool) -> tuple[list[Process], bool]:
-    """The launchers among the ancestors of a process, and whether one of them is known to have ended already.
+    """The launchers among a process's ancestors, and whether one of them is known to have ended already.
 
-    Args:
-        number: of the process. is_of_deepspeed: it was started by `deepspeed.launcher.launch`.
+    With `is_of_deepspeed`, the process was started by `deepspeed.launcher.launch`.
     """
     found: list[Process] = []
     process, has_launcher, has_ended = read_process(number), is_of_deepspeed, False

@@ -45,11 +45,7 @@ def signal_name(number: int) -> str:
 def install_handlers(handler: Callable[[int, FrameType | None], Any], with_ctrl_c: bool = False) -> dict[int, Any]:
     """Have stop signals call `handler`, except those that this process ignores, as SIGHUP under `nohup`.
 
-    Args:
-        handler: takes a signal's number and the frame. with_ctrl_c: for SIGINT too, unless it has a handler.
-
-    Returns:
-        the previous handlers by signal, for `restore_handlers`.
+    With `with_ctrl_c`, SIGINT too, unless it has a handler. Returns the previous handlers, for `restore_handlers`.
     """
     numbers: list[int] = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     if with_ctrl_c and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

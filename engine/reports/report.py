@@ -273,11 +273,8 @@ def environment_facts(config: Config, ranks: Ranks, kernels: str) -> dict[str, s
         "PyTorch": torch.__version__,
         "CUDA": torch.version.cuda,
         "cuDNN": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
-        "Triton": _version("triton"),
-        "MONAI": _version("monai"),
         "DALI": _version("nvidia-dali-cuda"),
-        "DeepSpeed": _version("deepspeed"),
-        "glioforge": _version("glioforge"),
+        **{name: _version(name.lower()) for name in ("Triton", "MONAI", "DeepSpeed", "glioforge")},
     }
     nodes = "one node" if ranks.ranks_on_node == ranks.world_size else f"{ranks.ranks_on_node} of them on this node"
     return {
