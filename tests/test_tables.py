@@ -153,3 +153,9 @@ def test_a_table_in_a_pipe_is_not_cut_to_a_terminal(
     print_table(("", *(f"column {i}" for i in range(8))), [("row", *("100.0",) * 8)], "a title")
     said = capsys.readouterr().out
     assert "a title" in said and "column 7" in said and said.count("100.0") == 8
+
+
+def test_a_table_shows_brackets_and_whole_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("file", "fault"), [("[b]x[/b].nii", "z" * 300)], is_text=True)
+    said = capsys.readouterr().out
+    assert "[b]x[/b].nii" in said and said.count("z") == 300
