@@ -147,4 +147,4 @@ def test_both_programs_are_called_as_users_do(
     with pytest.raises(SystemExit) as end:
         exec(on_gpu[2], {})
     told = capfd.readouterr().err
-    assert end.value.code == 2 and f"{work.weights} is no run" in told and told.endswith("torch's peak:  5\n")
+    assert end.value.code == 2 and f"{work.weights} is not a run" in told and told.endswith("torch's peak:  5\n")
