@@ -108,13 +108,17 @@ def gradients(forward: Any, **by_name: Tensor | None) -> tuple[Tensor | None, ..
 
 
 LAUNCHERS: dict[Any, Callable[..., Any]] = {}
-"""The function behind each of our operators, by `torch.ops.glioforge.<its name>.default`."""
+"""The function behind each of our operators, by `torch.ops.glioforge.<name>.default`."""
 
 
 def operator(function: Callable[..., Any]) -> torch.library.CustomOpDef:
-    """A function that launches kernels, as an operator of PyTorch: `torch.ops.glioforge.<its name>`."""
-    defined = torch.library.custom_op(f"glioforge::{function.__name__}", function, mutates_args=())
-    LAUNCHERS[getattr(torch.ops.glioforge, function.__name__).default] = function
+    """A function `<op>_forward` or `<op>_backward` as an operator of PyTorch: `torch.ops.glioforge.<op>[_backward]`.
+
+    An operator whose results change needs a new name: Inductor keeps compiled graphs on disk by the name alone.
+    """
+    name = function.__name__.removesuffix("_forward")
+    defined = torch.library.custom_op(f"glioforge::{name}", function, mutates_args=())
+    LAUNCHERS[getattr(torch.ops.glioforge, name).default] = function
     return defined
 
 

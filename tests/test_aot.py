@@ -143,4 +143,4 @@ def test_ahead_of_time_compilation_covers_what_a_training_step_launches(
 @pytest.mark.parametrize("op", workloads.OPS)
 def test_every_operation_is_measured_and_its_tests_run_in_the_interpreter(op: str) -> None:
     assert tune.BENCHES[op].pytestmark == import_module(f"test_{op}").pytestmark == pytest.mark.kernel
-    assert workloads.measured(op) and getattr(torch.ops.glioforge, f"{op}_forward").default in dispatch.LAUNCHERS
+    assert workloads.measured(op) and getattr(torch.ops.glioforge, op).default in dispatch.LAUNCHERS
