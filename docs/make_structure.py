@@ -174,13 +174,13 @@ def arrange(graph: Graph, sizes: Mapping[str, int]) -> tuple[list[list[str]], di
         names = sorted((name for name in row_of if row_of[name] == row), key=place)
         folders = [name for name in names if name in graph]
         columns = 2 if len(folders) == 1 else 1
-        heights = {name: (2 - -sizes[name] // columns) * LINE + PAD for name in folders}
+        height = (2 - -max(sizes[name] for name in folders) // columns) * LINE + PAD
         width = (WIDTH - PAD * (len(names) + 1)) / len(folders)
-        x, tallest = float(PAD), max(heights.values())
+        x = float(PAD)
         for name in names:
-            boxes[name] = Box(x, y, width, heights[name], columns) if name in graph else Box(x, y, 0, tallest)
+            boxes[name] = Box(x, y, width if name in graph else 0, height, columns)
             x += boxes[name].width + PAD
-        y += tallest + GAP
+        y += height + GAP
     return arrows, boxes
 
 

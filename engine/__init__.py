@@ -1,1 +1,1 @@
-"""The training engine: configuration, DeepSpeed, the training loop, checkpoints, metrics, inference and reports."""
+"""The training engine: configuration, data, the step, the training loop, checkpoints, metrics and inference."""

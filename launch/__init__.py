@@ -1,1 +1,1 @@
-"""The commands, each a thin `main` over `engine` and `pipelines`."""
+"""The commands: each reads its options first, and then imports the work."""
