@@ -5,7 +5,7 @@ floating-point operations forward and 10 backward (five products, one of them th
 written, and backward q, k, v, out and its gradient read, three gradients written. The ceiling of float32 is three TF32
 products for one, which keep its accuracy on tensor cores.
 
-MONAI has no attention apart from its projections: its whole `SABlock` stands against our `SelfAttention`.
+MONAI has no attention apart from its projections: its whole `SABlock` is measured against our `SelfAttention`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Data: preparing a case, and training batches, beside MONAI's ways of doing the same.
 
     python -m benchmarks.bench_pipeline                    a table, and benchmarks/results/pipeline_<device>.json
-    python -m benchmarks.bench_pipeline --root FOLDER      on scans of one's own instead of synthetic ones of full size
+    python -m benchmarks.bench_pipeline --root FOLDER      on your scans instead of synthetic ones of full size
     pytest --benchmark                                     the same, with the kernels' benchmarks
 
 Preparing a case is load, resample to 1.5 x 1.5 x 2.0 mm, orient to RAS; ours also hashes its files and writes the

@@ -80,7 +80,7 @@ class PredictionTask:
 
     @classmethod
     def of(cls, weights: Path, files: Sequence[Path]) -> PredictionTask:
-        """Count the windows of the first file, which stands for all."""
+        """Count the windows of the first file; the others are taken to have as many."""
         data = load_trained(weights).config.data
         shape, affine = read_grid(files[0])
         grid = target_grid(shape[:3], affine, data.spacing)
@@ -189,7 +189,7 @@ def measure(work: PredictionTask, ways: Sequence[PredictionVariant], rounds: int
     """Fill in `runs` and `differing` of each variant; the first is ours.
 
     Raises:
-        RuntimeError: a variant fails. ValueError: segmentations differ, or there is no tumour in any.
+        RuntimeError: a variant fails. ValueError: segmentations differ, or none has a tumour.
     """
     with tempfile.TemporaryDirectory(dir=work.files[0].parent) as folder:
         first: list[Path] = []

@@ -6,10 +6,10 @@
 
 The plain loop is the published tutorial's (`benchmarks.training.Plain`). It runs from the files, as published; with all
 that is not random cached; in bf16; and compiled, channels last. Ours is the trainer as a run has it, and does the same
-arithmetic: same network, same loss. PyTorch's defaults on a GPU are convolutions in TF32, and so the plain loop without
-bf16 stands beside our tf32; our float32 is IEEE throughout. Scans are synthetic, of full size.
+arithmetic: same network, same loss. PyTorch's default on a GPU is convolutions in TF32, so the plain loop without bf16
+is compared with our tf32; our float32 is IEEE throughout. Scans are synthetic, of full size.
 
-"Step" is one optimizer step on a batch that is there; "end to end" has the variant's own loading in it. All variants
+"Step" is one optimizer step on a batch already loaded; "end to end" includes the variant's own loading. All variants
 live in one process and take turns; a time is the median of its rounds. Each brings back its own settings of TF32 and
 cuDNN before its turn. That a rank on a CPU keeps memory between steps serves all of them. A variant that fails is
 reported with its reason and stops no other.

@@ -2,7 +2,7 @@
 # What needs a GPU, in under ten minutes, a section at a time:
 #
 #   bash benchmarks/gpu_suite.sh                      tests tune bench train
-#   bash benchmarks/gpu_suite.sh tune bench           these alone
+#   bash benchmarks/gpu_suite.sh tune bench           only these
 #   bash benchmarks/gpu_suite.sh pipeline parity      the rest, not run without arguments
 #
 #   tests     the tests marked gpu
@@ -13,9 +13,9 @@
 #   pipeline  data, sliding window and prediction from files to files, beside MONAI
 #   parity    trainings in float32 and bf16 with every kernel beside a plain MONAI loop, and the noise between two seeds
 #
-# A section that fails or runs out of time leaves what it has and stops no other; the exit status says so at the end. A
-# short table comes last. The time, $LIMIT seconds in all, is divided among the sections, and what one does not need the
-# next ones have. $OUT (benchmarks/results) gets it as JSON, with the tuned configurations, the benchmarks and
+# A section that fails or runs out of time keeps its results and stops no other; the exit status says so at the end. A
+# short table comes last. The time, $LIMIT seconds in all, is divided among the sections; what one does not need goes to
+# the next ones. The table goes to $OUT (benchmarks/results) as JSON, with the tuned configurations, the benchmarks and
 # one archive of logs. $GLIOFORGE_COMMIT names the commit where there is no git.
 set -uo pipefail
 export OUT=${OUT:-$(dirname "$0")/results}
@@ -44,7 +44,7 @@ run() { # share of what is left of the section (4: a quarter), name of the log, 
   local left=$(((section_end - SECONDS) / $1)) name=$2 code=0 started=$SECONDS
   shift 2
   if ((left < 5)); then
-    echo "$name: skipped, no time is left"
+    echo "$name: skipped, no time left"
     status=1
     return 1
   fi
@@ -137,5 +137,5 @@ if [[ " ${sections[*]} " == *" bench "* && -n $gpu ]]; then
   [[ -n $newest ]] && { "$python" -m benchmarks.report "$newest" || status=1; }
 fi
 [[ -n $gpu ]] || echo "PyTorch sees no GPU here: run this on a machine that has one"
-((status == 0)) && echo "all sections done" || echo "not everything is done: see above and $OUT/logs.tar.gz"
+((status == 0)) && echo "all sections done" || echo "some sections failed: see above and $OUT/logs.tar.gz"
 exit "$status"

@@ -61,7 +61,7 @@ class Config:
                 "do: omit one of the two, or find faulty scans first with launch/prepare.py --check"
             )
         if self.loss.dice_weight == self.loss.ce_weight == 0:
-            raise ValueError("--loss.dice_weight 0 and --loss.ce_weight 0 leave no loss to train by: raise one of them")
+            raise ValueError("--loss.dice_weight 0 and --loss.ce_weight 0 leave no loss: raise one of them")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

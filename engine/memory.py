@@ -213,7 +213,7 @@ def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device
         ways.append(f"--train.zero_stage 2, which saves about {gb(spared)} per rank")
     if estimate.volumes:
         ways.append(f"--data.residence mapped, which saves the {gb(estimate.volumes)} of volumes")
-    advice = f"Try {'; or '.join(ways)}" if ways else "Nothing is left to lower: use a device with more memory"
+    advice = f"Try {'; or '.join(ways)}" if ways else "Nothing else can be lowered: use a device with more memory"
     return (
         f"out of memory on {device} ({first_line(error)}): {gb(peak_bytes(device))} were in use at the peak; "
         f"--train.batch_size {train.batch_size} at {train.precision} takes about {gb(estimate.total)} of "

@@ -6,7 +6,7 @@ deepspeed launch/predict.py --runs runs/A runs/B --input SCANS --output SEGMENTA
 SCANS is a data set as for training (a Decathlon task, BraTS folders, a list), folders of cases, a case's files (one
 for each modality), or 4D files; for a network of one modality, 3D files. Each case becomes `<case>.nii.gz` on the
 scan's own grid. Existing segmentations are kept, so a run that was stopped continues with the same command. A
-segmentation's header holds its label coding and the weights that made it; if they differ from what is asked for, the
+segmentation's header holds its label coding and the weights that made it; if they differ from what was requested, the
 command stops before any work, because file names do not show which coding a segmentation has.
 """
 

@@ -131,7 +131,7 @@ def left_to_do(cases: Sequence[Case], output: Output, overwrite: bool, ranks: Ra
     The first rank also starts the table.
 
     Raises:
-        ValueError: a segmentation that exists is not what is asked for.
+        ValueError: a segmentation that exists is not what was requested.
     """
     if not ranks.is_first:
         return gather([], ranks)[0]
@@ -144,8 +144,8 @@ def left_to_do(cases: Sequence[Case], output: Output, overwrite: bool, ranks: Ra
             waiting.append(case)
     if others:
         raise ValueError(
-            f"--output {output.folder} holds {len(others)} files that differ from what is asked for: "
-            f"{first_few(others, 3)}. Choose another --output, ask for what is there (--runs, --release, --flips), or "
+            f"--output {output.folder} holds {len(others)} files that differ from what was requested: "
+            f"{first_few(others, 3)}. Choose another --output, request what is there (--runs, --release, --flips), or "
             "replace them with --overwrite"
         )
     write_rows(output.folder / TABLE, [])  # for all ranks to add to, which wait for it here

@@ -1,8 +1,9 @@
 """Download Task01 (brain tumours, 7.1 GB) of the Medical Segmentation Decathlon.
 
 Address, MD5 and layout are those of `monai.apps.DecathlonDataset`: <folder>/Task01_BrainTumour.tar and
-<folder>/Task01_BrainTumour/. Unlike MONAI's, the download continues where it broke off (HTTP Range into `.tar.part`), a
-`.tar` has passed its checksum, and the task folder appears only once everything is unpacked.
+<folder>/Task01_BrainTumour/. Unlike MONAI's, the download continues where it was interrupted (HTTP Range into
+`.tar.part`), a `.tar` has passed its checksum, and the task folder appears only once everything is unpacked.
+
 The archive's paths are not trusted: a member that is a link or a device, or points outside, is an error before anything
 is written. macOS's `._*` companion files are skipped.
 """
@@ -94,7 +95,7 @@ def _fetch(url: str, part: Path, archive: Path, md5: str, progress: Progress) ->
                 f"(md5 {md5}), put it at {archive}, and run again. A folder that is already unpacked goes to "
                 f"{archive.with_suffix('')}"
             ) from reason
-        log.warning("download of %s broke off (%s): trying again", url, reason)
+        log.warning("download of %s was interrupted (%s): trying again", url, reason)
         time.sleep(_WAIT_S * 2 ** (failures - 1))
 
 

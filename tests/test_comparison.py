@@ -66,7 +66,7 @@ def test_every_unmet_condition_is_named(tmp_path: Path) -> None:
     assert "- --loss.ce bce, published argmax" in said
 
 
-def test_settings_that_do_not_change_the_experiment_are_no_conditions(tmp_path: Path) -> None:
+def test_settings_that_do_not_change_the_experiment_are_not_conditions(tmp_path: Path) -> None:
     root = task01(tmp_path / "Task01")
     config = settings("compare", data_root=str(root), data_modalities=None, data_store_dtype="float16", train_seed=5,
                       train_precision="bf16", train_batch_size=1, train_accumulate_steps=2)  # fmt: skip

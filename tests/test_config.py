@@ -139,7 +139,7 @@ def test_a_file_without_options_is_refused_by_name(content: bytes, message: str,
         (("--data.foreground_prob", "1.5"), "data.foreground_prob 1.5 must be at most 1"),
         (("--data.val_fraction", "2"), "--data.val_fraction 2 must be below 1"),
         (("--data.folds", "5"), "--data.folds 5 without --data.fold: .*0 to 4"),
-        (("--loss.ce_weight", "0", "--loss.dice_weight", "0"), "leave no loss to train by"),
+        (("--loss.ce_weight", "0", "--loss.dice_weight", "0"), "leave no loss: raise one"),
         (("--data.fold", "1"), "--data.fold 1 needs --data.folds"),
         (("--data.folds", "5", "--data.fold", "0", "--data.val_cases", "[a]"), "two ways to split"),
         (

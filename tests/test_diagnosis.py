@@ -36,7 +36,7 @@ def test_the_first_layer_that_is_not_finite_is_found(model: Layers, image: torch
     assert first_nonfinite(model, lambda logits, labels: logits.sum(), image, torch.zeros(1)) == found
 
 
-def test_a_loss_that_is_not_finite_by_itself_is_told_from_its_logits() -> None:
+def test_a_nonfinite_loss_from_finite_logits_is_named() -> None:
     loss_of = lambda logits, labels: logits.sum() * float("nan")  # noqa: E731
     model = Layers(1.0)
     found = first_nonfinite(model, loss_of, torch.ones(1, 2), torch.zeros(1))

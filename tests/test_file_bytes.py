@@ -52,7 +52,7 @@ OTHER = {
 
 @pytest.mark.parametrize("kind", OTHER)
 @pytest.mark.parametrize("zipped", [False, True])
-def test_a_file_that_is_no_scan_is_named_for_what_it_is(tmp_path: Path, kind: str, zipped: bool) -> None:
+def test_a_file_that_is_not_a_scan_is_named_for_what_it_is(tmp_path: Path, kind: str, zipped: bool) -> None:
     data, what, remedy = OTHER[kind]
     if kind == "twice" and not zipped:
         pytest.skip("once is as it should be")
@@ -100,7 +100,7 @@ def test_a_size_that_the_file_cannot_hold_is_refused_before_memory_is_taken(tmp_
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_padding_behind_the_voxels_is_no_fault(tmp_path: Path, zipped: bool) -> None:
+def test_padding_after_the_voxels_is_not_a_fault(tmp_path: Path, zipped: bool) -> None:
     data = content() + bytes(1000)
     path = tmp_path / "a.nii.gz"
     path.write_bytes(gzip.compress(data) if zipped else data)

@@ -168,7 +168,7 @@ def test_scans_that_no_rule_knows_are_named(tmp_path: Path, caplog: pytest.LogCa
         find_cases(tmp_path)
 
 
-def test_a_brain_mask_is_no_label(tmp_path: Path) -> None:
+def test_a_brain_mask_is_not_a_label(tmp_path: Path) -> None:
     parts = ("FLAIR", "T1", "T1c", "T2", "tumor_segmentation", "brain_segmentation", "brain_parenchyma_segmentation")
     touch(tmp_path / "UCSF-PDGM-0004_nifti", *(f"UCSF-PDGM-0004_{part}.nii.gz" for part in parts))
     label = find_cases(tmp_path, "brats2018").cases[0].label
@@ -283,7 +283,7 @@ def test_folders_named_like_scans_that_lead_into_themselves_are_looked_into_once
     assert "_t1.nii.gz: is a folder named like a scan and holds 3" in str(fault) and "_t2.nii.gz" in str(other)
 
 
-def test_a_scan_that_is_no_file_is_a_fault(tmp_path: Path) -> None:
+def test_a_scan_that_is_not_a_file_is_a_fault(tmp_path: Path) -> None:
     folder = brats_2018(tmp_path, "BraTS2021_00000")
     (folder / "BraTS2021_00000_t1.nii.gz").unlink()
     os.mkfifo(folder / "BraTS2021_00000_t1.nii.gz")

@@ -1,7 +1,7 @@
 """Which batches loaders give, on small random volumes that went through the real store.
 
 The oracle is MONAI's transform where there is one, NumPy in float64 elsewhere. Parity on real scans, with MONAI's own
-random draws, is in test_reference.py; what the loader of raw scans adds is in test_raw_loader.py.
+random draws, is in test_monai_chain.py; what the loader of raw scans adds is in test_raw_loader.py.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ def test_an_iterator_of_an_earlier_epoch_raises_instead_of_mixing_batches(store:
     left = loader.epoch(0)
     next(left)
     next(loader.epoch(1))
-    with pytest.raises(RuntimeError, match="epoch 0 was left when another was started"):
+    with pytest.raises(RuntimeError, match="epoch 0 was abandoned when another was started"):
         next(left)
 
 

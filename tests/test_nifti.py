@@ -221,7 +221,7 @@ def test_fault_is_one_error_with_file_value_and_remedy(tmp_path: Path, fault: st
 @pytest.mark.parametrize(
     ("array", "channels", "message"),
     [
-        (np.zeros((*SHAPE, 3), "int16"), (0, 3), r"channel 3 is asked for, but its last axis has 3"),
+        (np.zeros((*SHAPE, 3), "int16"), (0, 3), r"channel 3 was requested, but its last axis has 3"),
         (np.zeros(SHAPE, "int16"), (0, 1), r"has 3 dimensions, must have 4"),
         (np.stack([voxels(0, "float32"), with_voxel((6, 0, 1), np.inf)], 3), (0, 1), r"1 voxels in channel 1 are NaN"),
         (np.stack([voxels(0), voxels(0) * 0], 3), (0, 1), r"an empty scan: all 210 voxels in channel 1 are 0"),

@@ -191,7 +191,7 @@ def test_no_threshold_on_one_modality_solves_them(drawn: list[tuple[np.ndarray, 
     assert np.mean(whole) < 0.88 and np.mean(enhancing) < 0.75
 
 
-def test_a_mark_without_files_is_no_finished_set(tmp_path: Path) -> None:
+def test_a_mark_without_files_is_not_a_finished_set(tmp_path: Path) -> None:
     make_phantoms(tmp_path / "a", cases=2, size=(16, 16, 16))
     for part in ("imagesTr", "labelsTr"):
         for path in (tmp_path / "a" / part).iterdir():

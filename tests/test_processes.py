@@ -153,7 +153,7 @@ def test_a_case_whose_process_is_killed_is_named_and_the_others_are_done(
         else:
             assert isinstance(result, CaseFailure) and "killed, perhaps because memory ran out" in result.problem
             assert "--data.workers 1" in result.remedy
-    assert "one of 2 worker processes was killed: going on with 1" in caplog.text
+    assert "one of 2 worker processes was killed: continuing with 1" in caplog.text
 
 
 def test_processes_do_not_import_the_script_that_runs(tmp_path: Path) -> None:

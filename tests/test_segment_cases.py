@@ -135,7 +135,7 @@ def test_a_folder_of_other_segmentations_is_refused_before_any_work(
     assert run_predict("--runs", run, "--input", images[0], "--output", out) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     command = ("--runs", run, "--input", *images, "--output", out, *changed)
-    with pytest.raises(ValueError, match=f"holds 1 files that differ from what is asked for: .*{says}.*--overwrite"):
+    with pytest.raises(ValueError, match=f"holds 1 files that differ from what was requested: .*{says}.*--overwrite"):
         run_predict(*command)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run_predict(*command, "--overwrite") == 0

@@ -73,7 +73,7 @@ def test_hidden_entries_of_dataset_json_are_ignored(tmp_path: Path) -> None:
         ({"labels": ["background", "edema"]}, "labels must be {value: name}, not"),
     ],
 )
-def test_a_dataset_json_that_is_no_brain_tumour_task_is_refused(
+def test_a_dataset_json_that_is_not_a_brain_tumour_task_is_refused(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):

@@ -4,7 +4,7 @@ A rank that raises or is killed leaves the others in a collective that never ret
 a store once a second (PyTorch's TCPStore, over a connection of its own: the main thread may block the other one):
 
     beat/<rank>   a counter. Rank 0 reads every rank's, the others rank 0's, so a job of N ranks asks for 3 N values a
-                  second. A rank whose counter stands still for `LOST_AFTER_S` is lost.
+                  second. A rank whose counter stops for `LOST_AFTER_S` is lost.
     failure       the first one: compare_set lets nobody write a second. A rank that finds it ends its process by
                   os._exit, for the main thread may never return. The reporter, rank 0, waits for the others and prints.
 

@@ -2,7 +2,7 @@
 
 A file is written under a temporary name in its folder and moved into place, so that nobody reads a part of it, however
 the process ends. The temporary name can't be a user's: it is hidden and holds a random number. It also holds the host
-and the process, which tell leftovers of dead processes from files that are being written. A symbolic link in the file's
+and the process, which distinguish leftovers of dead processes from files being written. A symbolic link in the file's
 place is replaced and never followed.
 """
 

@@ -17,6 +17,6 @@ class Lazy:
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked of any object, e.g. by jsonargparse of whatever stands beside a dataclass
+        if name.startswith("__"):  # asked of any object, e.g. by jsonargparse of whatever is next to a dataclass
             raise AttributeError(name)
         return getattr(import_module(self._name), name)

@@ -4,7 +4,7 @@ An option's type is that of its field, one of
 
     bool   int   float   str   Path   Literal[...]   list[X]   tuple[X, X, X]   each also as `X | None`
 
-and its bounds stand beside its default, `lr: float = number(1e-4, least=0, most=1000)`. Command lines, YAML files and
+and its bounds are next to its default, `lr: float = number(1e-4, least=0, most=1000)`. Command lines, YAML files and
 dataclasses made in Python all pass through `convert`, so that every number is finite and within its bounds.
 """
 
@@ -37,7 +37,7 @@ _SHOWN = 80  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds of a number, or of each of several; None is no bound."""
+    """The bounds of a number, or of each of several; None: no bound."""
 
     least: float | None = None
     most: float | None = None

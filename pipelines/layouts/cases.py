@@ -276,7 +276,7 @@ def split_cases(
 def _warn_if_shared(patients: Mapping[str, Sequence[str]], train: set[str], val: set[str]) -> None:
     both = [name for names in patients.values() for name in names if name in train & val]
     if both:
-        log.warning("%s: both trained on and validated, so this Dice is no estimate", first_few(both))
+        log.warning("%s: both trained on and validated, so this Dice says nothing about new cases", first_few(both))
     shared = [p for p, names in patients.items() if not train.isdisjoint(names) and not val.isdisjoint(names)]
     apart = [patient for patient in shared if not set(patients[patient]) <= train & val and len(patients[patient]) > 1]
     if apart:

@@ -4,10 +4,10 @@ A file's name says which modality it is, or that it is the label (`pipelines.lay
 gives the release, in part:
     -t2f -t1n -t1c -t2w -seg                 2023 on; adults of 2024 add one value, the resection cavity, and a label
                                              that has it needs the release. The coding of children (BraTS-PED-*) changed
-                                             in 2024: a year decides, and without one the release is asked for
+                                             in 2024: a year decides; without one the release must be given
     Flair_subtrMeanDivStd ... OTMultiClass   2013 (as re-released, z-scored), and likewise VSD.Brain.XX.O.MR_Flair.54512
     all others (_flair _t1 _t1ce _t2 _seg)   2012 to 2022: until 2016 there were four tissues, so a year in a name
-                                             decides (`BraTS20_Training_001`), and without one the release is asked for
+                                             decides (`BraTS20_Training_001`); without one the release must be given
 Real data spell these in any letter case (`t2W`); one case of BraTS 2020 has its label in `W39_1998.09.19_Segm.nii`; on
 Kaggle files lie in folders named like them (`X_flair.nii/00000057_brain_flair.nii`).
 

@@ -116,7 +116,7 @@ def coding_from_dataset_json(labels: Mapping[str, Any]) -> Coding:
         if value == 0 and tissue is None:
             continue
         if tissue is None or value == 0 or value in tissues:
-            problem = "is used twice" if value in tissues else "is the background" if tissue else "is no known tissue"
+            problem = "is used twice" if value in tissues else "is the background" if tissue else "is not a tissue"
             raise ValueError(
                 f"label {value} is named {brief(name)}, which {problem}: name it edema, non-enhancing tumor, "
                 "necrosis or enhancing tumour in dataset.json, or give the release"

@@ -2,7 +2,7 @@
 
 JSON is [{...}, ...], or {"modalities": ["flair", ...], "cases": [{"name": ..., "image": 4D file, "label": ...}, ...]}.
 "patient" marks the cases that are time points of one patient. Paths are relative to the list. A list does not say what
-its labels mean, so the release is always asked for. MONAI's datalists are read by `pipelines.layouts.tasks`.
+its labels mean, so the release must always be given. MONAI's datalists are read by `pipelines.layouts.tasks`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _order(path: Path, modalities: Any) -> Sequence[str]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where each row stands, and its fields by column.
+    """Where each row is, and its fields by column.
 
     Fields are separated by commas, or, as some spreadsheets do, by semicolons or tabs. Empty rows are skipped, and so
     is an unnamed column of row numbers, as pandas writes it.

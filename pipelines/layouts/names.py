@@ -97,7 +97,7 @@ def case_name_of(files: Sequence[Path]) -> str:
     stems = [stem_of(path) or path.name for path in files]
     if len(files) == 1:
         return stems[0]
-    # t1c and t2f share their t, which is no part of the name.
+    # t1c and t2f share their t, which is not part of the name.
     common = re.sub(r"(^|[-_. ]+)(t[12]?)?$", "", os.path.commonprefix(stems), flags=re.IGNORECASE)
     return common or files[0].resolve().parent.name
 

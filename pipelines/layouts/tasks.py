@@ -162,7 +162,7 @@ def _by_modality(where: str, paths: Sequence[Path], channels: Mapping[str, int])
 
 
 def _by_channel(image: Path, channels: Mapping[str, int]) -> dict[str, Path]:
-    """The files that a listed image stands for in nnU-Net's first version, `CASE_0000.nii.gz` and so on; else none."""
+    """The files that a listed image means in nnU-Net's first version, `CASE_0000.nii.gz` and so on; else empty."""
     if os.path.lexists(image):
         return {}
     stem = stem_of(image) or ""

@@ -18,7 +18,7 @@ Background is exactly zero before the affine and in a z-scored crop. The bias fi
 affine and the blur mix it with the head at the rim; the affine fills with zeros from outside the crop. Noise changes it
 like any other voxel, and gamma moves it to another value: zero is the mean there, not the minimum.
 
-Each augmentation stands behind an `if` of the pipeline (DALI's conditionals), so that samples it does not fire for cost
+Each augmentation is inside an `if` of the pipeline (DALI's conditionals), so that samples it does not fire for cost
 nothing and keep their bits; one that is off adds no operator at all. Random numbers are drawn in Python only, from the
 generator of the sample: a run that resumes could not restore DALI's own random state. The functions of nodes run on a
 CPU and a GPU alike, and only in pipelines with `enable_conditionals`.

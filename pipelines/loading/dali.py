@@ -195,7 +195,7 @@ class Stream:
         self.turn = turn = self.turn + 1
         for step in range(first_step, self.steps):
             if turn != self.turn:
-                raise RuntimeError(f"epoch {epoch} was left when another was started: keep one iterator at a time")
+                raise RuntimeError(f"epoch {epoch} was abandoned when another was started: use one iterator at a time")
             yield (step, *self._fetch((epoch, step)))
 
     def _next_part(self, index: int) -> Sequence[Any]:
@@ -224,7 +224,7 @@ class Stream:
                 self.next_out = self._after(wanted)
                 image_BXYZC, label_BXYZ1 = (torch.from_dlpack(batch.as_tensor()) for batch in (image, label))
                 return self._image(image_BXYZC.permute(0, 4, 1, 2, 3)), label_BXYZ1[..., 0].clone()
-        raise AssertionError(f"batch {wanted} was asked for and never came")
+        raise AssertionError(f"batch {wanted} was requested but never came")
 
     def _image(self, image_BCXYZ: torch.Tensor) -> torch.Tensor:
         """A tensor of its own, as DALI overwrites its buffers, converted on the way."""

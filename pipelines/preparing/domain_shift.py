@@ -190,7 +190,7 @@ def _reordered(scan: dict[str, list[float]], known: dict[str, Any], modalities: 
     slack_R = np.repeat((CORRELATION_SLACK, TAIL_SLACK), (len(known["correlation"]), count))
 
     def misfit(order: tuple[int, ...]) -> float:
-        """How badly the channels fit when `order[i]` of those given stands at position i."""
+        """How badly the channels fit when `order[i]` of those given is at position i."""
         found = [correlation[order[i], order[j]] for i, j in _pairs(modalities)]
         found_R = np.array([*found, *(scan["tail"][i] for i in order)])
         beyond_R = np.maximum(0, np.maximum(spans_R2[:, 0] - found_R, found_R - spans_R2[:, 1])) / slack_R

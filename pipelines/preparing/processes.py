@@ -132,7 +132,7 @@ def _by_workers(
             parts += [(left[1:], 1)] if left[1:] else []
         elif left:
             fewer = max(count // 2, 1)
-            log.warning("one of %d worker processes was killed: going on with %d (--data.workers)", count, fewer)
+            log.warning("one of %d worker processes was killed: continuing with %d (--data.workers)", count, fewer)
             parts += [(part, n) for part, n in ((left[count:], fewer), (left[:count], 1)) if part]
 
 

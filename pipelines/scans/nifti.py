@@ -221,7 +221,7 @@ def _read_4d(case: Case) -> tuple[np.ndarray, NiftiHeader]:
     array = array.reshape(x, y, z, count, order="F")
     beyond = [c for c in case.channels if c >= count]
     if beyond:
-        problem = f"channel {beyond[0]} is asked for, but its last axis has {count} (shape {array.shape})"
+        problem = f"channel {beyond[0]} was requested, but its last axis has {count} (shape {array.shape})"
         raise CaseError(path, problem, "Correct 'modality' in dataset.json or the list, or --data.modalities")
     buffer_CZYX = np.empty((len(case.channels), z, y, x), np.float32)
     for channel_ZYX, channel in zip(buffer_CZYX, case.channels, strict=True):
