@@ -3,11 +3,11 @@
     python -m benchmarks.bench_predict          a table, and benchmarks/results/predict_<device>.json
     pytest --benchmark benchmarks/bench_predict.py -s
 
-Cases are synthetic, 240 x 240 x 155 x 4, named several times over where more are asked for than there are. Weights come
-from a short training on them, made once: on a CPU the network of `launch/configs/demo.yaml` (windows of 48 x 48 x 48),
-on a GPU UNETR as published (128 x 128 x 64) in bf16. MONAI's side is `benchmarks/monai_predict.py`, with two workers
-and without. Each variant is a process of its own, and they take turns, after a first round that warms caches and whose
-segmentations are compared: if more voxels differ than rounding explains, there is no result.
+Cases are synthetic, 240 x 240 x 155 x 4, repeated under other names where more are requested than there are. Weights
+come from a short training on them, made once: on a CPU the network of `launch/configs/demo.yaml` (windows of 48 x 48 x
+48), on a GPU UNETR as published (128 x 128 x 64) in bf16. MONAI's side is `benchmarks/monai_predict.py`, with two
+workers and without. Each variant is a process of its own, and they take turns, after a first round that warms caches
+and whose segmentations are compared: if more voxels differ than rounding explains, there is no result.
 
 Both are timed from outside: from the line in which a program says that it begins to the time of the last file it
 wrote. Imports, loading weights and starting the GPU come before, and are reported as "start". Seconds per window are

@@ -1,4 +1,4 @@
-"""Kill a run at a random moment, resume it, and compare its last weights with those of a run that nobody touched.
+"""Kill a run at a random moment, resume it, and compare its last weights with those of an undisturbed run.
 
     python -m benchmarks.resume                     20 kills of one rank, 20 of two (at ZeRO 0 and 2 by turns), and 5 of
                                                     each within a save

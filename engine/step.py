@@ -55,18 +55,18 @@ class TrainConfig:
     accumulate_steps: int = number(1, least=1, most=MANY)
     """Passes averaged into one optimizer step."""
     save_every_steps: int = number(0, least=0, most=1000 * MANY)
-    """Also write a checkpoint every so many optimizer steps; 0: only at validations."""
+    """Optimizer steps between further checkpoints; 0: checkpoints only at validations."""
     keep_checkpoints: int = number(2, least=1, most=MANY)
     """How many of the newest checkpoints to keep; if the newest is damaged, a run resumes from the one before."""
     val_every_epochs: int = number(5, least=1, most=MANY)
-    """Validate every so many epochs, and after the last."""
+    """Epochs between validations; the last epoch is always validated."""
     validation: Literal["center_crop", "full_volume"] = "center_crop"
     """Dice on the centre crop, as in the tutorial, or on the full prepared volume by sliding window."""
     score: Literal["label_map", "masks"] = "label_map"
     """What validations score, and so choose the best weights by: the regions of the label map that would be written (ET
     within TC within WT), or the network's overlapping masks, as in the published tutorial."""
     patience: int = number(0, least=0, most=MANY)
-    """Stop after so many validations without a better mean Dice; 0: never."""
+    """Stop after this many validations without a better mean Dice; 0: never."""
     precision: Precision = "float32"
     """tf32: float32 with TF32 products on a GPU; bf16, fp16: torch autocast, fp16 with loss scaling. Weights,
     gradients, losses and Dice are always float32."""
@@ -81,7 +81,7 @@ class TrainConfig:
     deterministic: bool = False
     """Slower algorithms that give the same bits in every run on a GPU; on a CPU the bits are always the same."""
     max_skipped_steps: int = number(10, least=1, most=MANY)
-    """Stop with a diagnosis after so many steps in a row with non-finite gradients."""
+    """Stop with a diagnosis after this many steps in a row with non-finite gradients."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     seed: int = number(0, least=0, most=MOST_SEED)

@@ -1,6 +1,6 @@
 """The networks by name, each equal to its reference weight for weight.
 
-    unetr         UNETR of self-attention-cv 1.2.3, the seed's: 49,667,123 parameters at 4 x 128 x 128 x 64
+    unetr         UNETR of self-attention-cv 1.2.3, the tutorial's: 49,667,123 parameters at 4 x 128 x 128 x 64
     unetr_monai   UNETR of MONAI 1.6.1 with a convolution as patch embedding: 102,253,107 (MONAI counts 18,432 more
                   that it never uses: see models/references.py)
     unet          residual UNet of MONAI: 4,810,074

@@ -1,6 +1,6 @@
 """MONAI's residual UNet: four halvings, four doublings, two-convolution residual units with PReLU.
 
-    channels (f, 2f, 4f, 8f, 16f), f = 16 in the seed
+    channels (f, 2f, 4f, 8f, 16f), f = 16 in the tutorial
     UNet(channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2)
 
     x -> down0 (f, 1/2) -> down1 (2f, 1/4) -> down2 (4f, 1/8) -> down3 (8f, 1/16) -> bottom (16f, 1/16)

@@ -501,7 +501,7 @@ def test_only_the_code_differs_between_ours_and_plain(curves: dict[str, parity.C
 
 
 @pytest.mark.slow
-def test_differences_stand_beside_those_of_two_seeds(curves: dict[str, parity.Curve], tmp_path: Path) -> None:
+def test_differences_are_shown_next_to_those_of_two_seeds(curves: dict[str, parity.Curve], tmp_path: Path) -> None:
     found = parity.differences(curves)
     assert list(found) == [f"{a} - {b}" for a, b in parity.PAIRS if HAS_BF16 or parity.BF16 not in (a, b)]
     assert parity.beyond_noise(found) == []

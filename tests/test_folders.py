@@ -51,7 +51,7 @@ def test_2017_and_2018_have_one_coding_and_may_be_mixed(tmp_path: Path, caplog: 
 
 
 @pytest.mark.parametrize("case", ["patient7", "BraTS_12", "BraTS_0018"])
-def test_without_a_year_the_release_is_asked_for(tmp_path: Path, case: str) -> None:
+def test_without_a_year_the_release_must_be_given(tmp_path: Path, case: str) -> None:
     brats_2018(tmp_path / "scans", case)
     with pytest.raises(DataError, match=rf"{case}.*--data.release brats2013.*brats2018"):
         find_cases(tmp_path / "scans")
@@ -111,7 +111,7 @@ def test_the_year_of_a_folder_decides_from_2023_on(tmp_path: Path, folder: str, 
     assert find_cases(tmp_path / folder).coding == CODINGS[release]
 
 
-def test_for_children_without_a_year_the_release_is_asked_for(tmp_path: Path) -> None:
+def test_for_children_without_a_year_the_release_must_be_given(tmp_path: Path) -> None:
     brats_2023(tmp_path / "scans", "BraTS-PED-00024-000")
     with pytest.raises(DataError, match=r"PED-00024.*--data.release brats2023 \(2023\) or brats2024-ped \(2024 on\)"):
         find_cases(tmp_path / "scans")
@@ -175,7 +175,7 @@ def test_a_brain_mask_is_not_a_label(tmp_path: Path) -> None:
     assert label and label.name == "UCSF-PDGM-0004_tumor_segmentation.nii.gz"
 
 
-def test_folders_named_like_the_file_in_them_stand_for_it(tmp_path: Path) -> None:
+def test_folders_named_like_the_file_in_them_are_read_as_it(tmp_path: Path) -> None:
     case = tmp_path / "BraTS2021_00495"
     for part in ("flair", "t1", "t1ce", "t2"):
         touch(case, f"BraTS2021_00495_{part}.nii/00000057_brain_{part}.nii")
@@ -194,7 +194,7 @@ def test_folders_named_like_the_file_in_them_stand_for_it(tmp_path: Path) -> Non
         (("brain_t2.nii",), "brain_t2.nii: is t2 by name, but its folder says t1"),
     ],
 )
-def test_a_folder_named_like_a_file_that_cannot_stand_for_one_is_a_fault(
+def test_a_folder_named_like_a_file_must_hold_that_scan_alone(
     tmp_path: Path, inside: tuple[str, ...], message: str
 ) -> None:
     touch(tmp_path / "BraTS2021_1", "BraTS2021_1_flair.nii", "BraTS2021_1_seg.nii")

@@ -38,7 +38,7 @@ def test_a_broken_link_is_a_fault_of_the_case_that_lists_it(tmp_path: Path) -> N
     assert str(fault).startswith(f"{tmp_path / 'x.nii.gz'}: is a link to gone.nii.gz, which does not exist")
 
 
-def test_a_coding_that_a_file_does_not_state_is_asked_for_only_where_there_are_labels() -> None:
+def test_a_coding_that_a_file_does_not_state_must_be_given_only_where_there_are_labels() -> None:
     path = Path("list.csv")
     case = listed_case("a", path, {}, None, None)
     labelled = listed_case("b", path, {}, path, None)

@@ -16,7 +16,7 @@ def test_every_target_is_tried() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_comes_in_is_read_rightly_or_refused(target: str) -> None:
+def test_input_is_read_correctly_or_refused(target: str) -> None:
     outcomes = [run_one(target, seed=0, number=number) for number in range(COUNTS[target])]
     assert {"read", "refused"} == set(outcomes), "inputs of one kind alone show nothing"
 

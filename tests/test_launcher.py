@@ -57,7 +57,7 @@ def test_a_program_is_recognised_by_its_command_line(line: str, program: str) ->
     assert program_of(line.split()) == program
 
 
-def test_both_processes_of_deepspeed_are_launchers_and_a_shell_is_none(processes: Processes) -> None:
+def test_both_processes_of_deepspeed_are_launchers_and_a_shell_is_not(processes: Processes) -> None:
     processes.add(60, 50, 50, "python", "/venv/bin/deepspeed", "train.py")
     processes.add(61, 60, 50, *LAUNCH)
     processes.add(62, 61, 50, "python", "train.py")
@@ -96,7 +96,7 @@ def test_a_node_launcher_without_deepspeed_above_it_raises_no_alarm(
     assert [one.number for one in found] == [61] and not has_ended
 
 
-def test_an_ended_process_is_not_there_though_its_number_is(processes: Processes) -> None:
+def test_an_ended_process_is_gone_even_if_its_number_is_in_use(processes: Processes) -> None:
     processes.add(60, 50, 50, "torchrun")
     before = launcher.read_process(60)
     assert before and launcher.is_there(before)

@@ -1,4 +1,4 @@
-"""Parity of store and DALI graphs with the tutorial's MONAI chain: transform by transform, then the whole chain.
+"""Parity of store and DALI pipelines with the tutorial's MONAI chain: transform by transform, then the whole chain.
 
 For the whole chain MONAI draws: its random chain runs, its draws are read out of its transforms and fed to the loader.
 Images must agree within 1e-3 of their range, regions on every voxel. Three cases: a phantom (4D file, always there), a
@@ -86,15 +86,15 @@ def assert_same_regions(regions: np.ndarray, expected: Any) -> None:
 
 
 def run_step(step: Callable[..., Any], volume_CXYZ: Any, *scalars: np.generic) -> np.ndarray:
-    """Run one step of the DALI graph on one channel-first volume."""
+    """Run one step of the DALI pipeline on one channel-first volume."""
     volume = np.ascontiguousarray(np.asarray(volume_CXYZ).transpose(1, 2, 3, 0))[None]
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def graph():
+    def pipeline():
         arguments = [fn.external_source([np.array([value])], cycle=True) for value in scalars]
         return step(fn.external_source(lambda: volume, layout="DHWC"), *arguments)
 
-    return np.array(graph().run()[0].as_array())[0].transpose(3, 0, 1, 2)
+    return np.array(pipeline().run()[0].as_array())[0].transpose(3, 0, 1, 2)
 
 
 def monai_draw(chain: mt.Compose) -> CropDraw:

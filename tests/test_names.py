@@ -57,13 +57,13 @@ def test_a_files_name_says_its_modality_in_any_usual_spelling(name: str, modalit
     assert modality_of(Path("t1") / name) == modality
 
 
-def test_spellings_of_one_modality_are_of_no_other() -> None:
+def test_no_spelling_belongs_to_two_modalities() -> None:
     spelled = [spelling for spellings in SPELLINGS.values() for spelling in spellings]
     assert tuple(SPELLINGS) == ALL and len(set(spelled)) == len(spelled)
     assert canonical_modalities(["T2F", "t1n", "t1-ce", "T2w"]) == ALL
 
 
-def test_the_documentation_lists_the_spellings_that_there_are() -> None:
+def test_the_documentation_lists_every_spelling() -> None:
     text = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text()
     for modality, spellings in SPELLINGS.items():
         listed = re.search(rf"^    {modality} +([^\n,]+)", text, re.MULTILINE)

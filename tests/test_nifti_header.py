@@ -157,7 +157,7 @@ def test_lengths_are_brought_to_mm(tmp_path: Path, code: int, mm: float, codes: 
     np.testing.assert_allclose(np.abs(np.diag(expected)), np.abs(np.diag(AFFINE)), rtol=1e-5)
 
 
-def test_what_nibabel_mends_by_guessing_is_a_warning_with_the_file_once(
+def test_what_nibabel_repairs_by_guessing_is_one_warning_with_the_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     codes = write(tmp_path / "codes.nii", put(sform_code=99))
@@ -176,7 +176,7 @@ def test_what_nibabel_mends_by_guessing_is_a_warning_with_the_file_once(
         np.testing.assert_array_equal(read_nifti(path)[1], nib.load(path).affine)
 
 
-def test_what_an_affine_is_not_made_of_may_be_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fields_the_affine_does_not_use_may_hold_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spoil = put(pixdim={0: 0.0, 1: 0.0, 2: -1.0}, quatern_b=5, intent_code=999, slice_code=77, dim_info=255)
     np.testing.assert_array_equal(read_nifti(write(tmp_path / "a.nii", spoil))[1], AFFINE)
     assert not caplog.records

@@ -94,7 +94,7 @@ def test_a_damaged_table_is_refused_by_name_and_line(content: bytes, says: str, 
         read_table(path, COLUMNS)
 
 
-def test_whatever_bytes_a_table_holds_it_is_read_or_refused_by_name(tmp_path: Path) -> None:
+def test_a_table_of_any_bytes_is_read_or_refused_by_name(tmp_path: Path) -> None:
     draw, path = random.Random(0), tmp_path / "table.csv"
     whole = table_of(path, NAMES).read_bytes()
     parts, refused = [b"\0", b"\xff", b'"', b",", b"\r", b"\n", b"'", b"=", b"\\ud800", b"x" * 140_000], 0

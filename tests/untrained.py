@@ -1,4 +1,4 @@
-"""Networks that nobody trained, as a run leaves them; shared by the files that convert them."""
+"""Untrained networks, saved as a run saves them; shared by the files that convert them."""
 
 from __future__ import annotations
 
