@@ -6,9 +6,13 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.parser import Parser
 from engine.ranks.command import run_command
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 OWN = {"data.release": "--release", "train.device": "--device"}
 """What these commands call options of training."""
@@ -32,13 +36,14 @@ def add_network_options(parser: Parser) -> None:
     parser.add_argument("--kernels", choices=["auto", "triton", "reference"], default="auto", help="As in training.")
 
 
-def run_with_networks(work: Callable[[], int], how_to_continue: str) -> int:
-    """`run_command`, whose messages name the options of these commands."""
+def run_with_networks(parse: Callable[[], Namespace], work: Callable[[Namespace], int], how_to_continue: str) -> int:
+    """`run_command`; messages of `work` name the options of these commands, those of `parse` what was typed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def work_or_explain() -> int:
+        options = parse()
         try:
-            return work()
+            return work(options)
         except ValueError as error:
             if (message := with_own_options(str(error))) == str(error):
                 raise

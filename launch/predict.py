@@ -17,10 +17,14 @@ if __name__ == "__main__":
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.parser import Parser
 from launch.network_options import add_network_options, run_with_networks
 from pipelines.layouts.labels import CODINGS
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 
 def main(args: list[str] | None = None) -> int:
@@ -30,13 +34,14 @@ def main(args: list[str] | None = None) -> int:
         exit status: 0, 1 where a case failed, 2 for a user's mistake, 75 or 130 when stopped.
     """
 
-    def work() -> int:
-        options = make_parser().parse_args(args)
+    def work(options: Namespace) -> int:
         from launch.segment_cases import segment_cases  # imports PyTorch, which takes a second
 
         return segment_cases(options)
 
-    return run_with_networks(work, "the same command continues with the remaining cases")
+    return run_with_networks(
+        lambda: make_parser().parse_args(args), work, "the same command continues with the remaining cases"
+    )
 
 
 def make_parser() -> Parser:
