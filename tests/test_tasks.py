@@ -23,6 +23,28 @@ def test_decathlon_cases_keep_the_order_of_dataset_json_and_name_their_channels(
     assert found.cases[0] == Case("BRATS_457", (image,), (0, 1, 2, 3), label)
 
 
+@pytest.mark.parametrize("kind", ["decathlon", "nnunet", "nnunet_listed", "list"])
+def test_paths_of_a_data_set_given_by_a_relative_path_are_joined_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root, image, label = Path("set"), Path("set/imagesTr/a_0000.nii.gz"), Path("set/labelsTr/a.nii.gz")
+    touch(tmp_path, str(image), str(label))
+    listed = {"image": "imagesTr/a_0000.nii.gz", "label": "labelsTr/a.nii.gz"}
+    task = {
+        "decathlon": {"modality": {"0": "FLAIR"}, "training": [listed]},
+        "nnunet": {"channel_names": {"0": "FLAIR"}},
+        "nnunet_listed": {
+            "channel_names": {"0": "FLAIR"}, "dataset": {"a": {"images": [listed["image"]], "label": listed["label"]}}
+        },
+        "list": [{"name": "a", "flair": listed["image"], "label": listed["label"]}],
+    }[kind]  # fmt: skip
+    path = root / ("cases.json" if kind == "list" else "dataset.json")
+    path.write_text(json.dumps(task))
+    (case,) = find_cases(path if kind == "list" else root, release="decathlon").cases
+    assert (case.images, case.label) == ((image,), label)
+
+
 def test_decathlon_modalities_are_found_by_name_in_any_order(tmp_path: Path) -> None:
     decathlon(tmp_path, [1], modality={"0": "T2w", "1": "T1gd", "2": "FLAIR"})
     assert find_cases(tmp_path).cases[0].channels == (2, 1, 0)

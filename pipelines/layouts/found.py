@@ -42,19 +42,17 @@ class FoundCase:
 def listed_case(
     name: str,
     listed_in: Path,
-    files: Mapping[str, str | Path],
-    label: str | Path | None,
+    files: Mapping[str, Path],
+    label: Path | None,
     patient: str | None,
     channels: Mapping[str, int] | None = None,
     faults: Sequence[CaseError] = (),
 ) -> FoundCase:
-    """A case that a file names, with paths relative to it; what is missing or no regular file adds to its faults."""
-    paths = {modality: listed_in.parent / file for modality, file in files.items()}
-    label_path = listed_in.parent / label if label else None
+    """A case that a file lists, its paths joined to the file's folder; what is missing or not a file is a fault."""
     missing = f"case {name}: listed in {listed_in}, but does not exist"
-    distinct = filter(None, dict.fromkeys([*paths.values(), label_path]))
+    distinct = filter(None, dict.fromkeys([*files.values(), label]))
     of_files = [file_fault(path, missing, "Put the file there, or correct the list") for path in distinct]
-    return FoundCase(name, listed_in, paths, channels, label_path, (), (*filter(None, of_files), *faults), patient)
+    return FoundCase(name, listed_in, dict(files), channels, label, (), (*filter(None, of_files), *faults), patient)
 
 
 def unstated_coding(path: Path, found: Sequence[FoundCase], unlabelled_as: Coding | None, remedy: str = "") -> Coding:

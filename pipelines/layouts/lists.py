@@ -107,11 +107,12 @@ def _record_case(where: str, record: Any, order: Sequence[str], listed_in: Path)
         listed = ", ".join(f"{key} {value}" for key, value in [*values.items(), *twice])
         problem = f"{where}: case {name}: {listed}: a file is given twice, or two for one modality"
         faults = [CaseError(listed_in, problem, "Correct the list: one file for each modality")]
-    label, channels = values.pop("label", None), None
-    if "image" in values:
+    paths = {key: listed_in.parent / value for key, value in values.items()}
+    label, channels = paths.pop("label", None), None
+    if "image" in paths:
         channels = {modality: i for i, modality in enumerate(order)}
-        values = dict.fromkeys(order, values["image"])
-    return listed_case(name, listed_in, values, label, patient, channels, faults)
+        paths = dict.fromkeys(order, paths["image"])
+    return listed_case(name, listed_in, paths, label, patient, channels, faults)
 
 
 def _values(where: str, record: Mapping[Any, Any]) -> tuple[dict[str, str], list[tuple[str, str]]]:

@@ -120,7 +120,7 @@ def _entry(path: Path, where: str, entry: Any, channels: Mapping[str, int]) -> F
     images = [image] if isinstance(image, str) and image.strip() else image
     if not isinstance(images, list) or not images:
         raise DataError(f'{where} is {brief(entry)} and must be {{"image": file or files, "label": file}}')
-    label = _text_in(entry, "label", where)
+    label = _label_in(path, entry, where)
     paths = [path.parent / require_text(item, f"{where}: image") for item in images]
     if paths[0].name.startswith("._"):
         return None
@@ -138,6 +138,11 @@ def _text_in(entry: Mapping[str, Any], key: str, where: str) -> str | None:
     """What an entry has under a key, None where that is missing or null. Raises DataError where it is not text."""
     value = entry.get(key)
     return None if value is None else require_text(value, f"{where}: {key}")
+
+
+def _label_in(path: Path, entry: Mapping[str, Any], where: str) -> Path | None:
+    label = _text_in(entry, "label", where)
+    return path.parent / label if label else None
 
 
 def _by_modality(where: str, paths: Sequence[Path], channels: Mapping[str, int]) -> dict[str, Path]:
@@ -206,8 +211,9 @@ def _nnunet_listed(path: Path, dataset: Any, channels: Mapping[str, int]) -> Ite
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list) or len(images) != len(channels):
             raise DataError(f"{where} is {brief(entry)} and must have images, {len(channels)} files, and label, a file")
-        files = dict(zip(channels, [require_text(item, f"{where}: images") for item in images], strict=True))
-        yield listed_case(name, path, files, _text_in(entry, "label", where), patient_of(name))
+        paths = [path.parent / require_text(item, f"{where}: images") for item in images]
+        files = dict(zip(channels, paths, strict=True))
+        yield listed_case(name, path, files, _label_in(path, entry, where), patient_of(name))
 
 
 def _nnunet_folder(
