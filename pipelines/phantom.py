@@ -168,7 +168,7 @@ def make_phantoms(
         threads = min(workers or cores(), 8, len(missing))
         with ThreadPoolExecutor(threads) as pool:  # NumPy and isal let go of the GIL
             jobs = pool.map(lambda i: _write_case(folder, names[i], size, spacing, seed, i), missing)
-            log.debug("synthetic cases: %s", folder)
+            log.info("synthetic cases: %s", folder)
             list(show_progress(jobs, "Making", len(missing), "synthetic case"))
     if not (folder / "dataset.json").is_file():
         write_text(folder / "dataset.json", json.dumps(_dataset_json(names), indent=2))
