@@ -167,7 +167,8 @@ def dice_rows(summary: dict[str, Any]) -> list[list[str]]:
 def _dice_table(summary: dict[str, Any]) -> str:
     last = summary["last"]
     empty = [
-        f"{region}: truth empty in {count} cases, {last['false_positives'][region]} with false positives"
+        f"{region}: truth empty in {count} case{'s' if count > 1 else ''}, "
+        f"{last['false_positives'][region]} with false positives"
         for region, count in last.get("empty_truths", {}).items()
         if count
     ]
