@@ -211,8 +211,8 @@ class Counter(TorchDispatchMode):
 
     def _launch(self, func: Any, args: Any) -> Any:
         """One of our operations: its launches by their arguments, and its other operations as usual."""
-        op, _, direction = func._schema.name.split("::")[1].rpartition("_")
-        kind = KINDS.get(op, "pointwise")
+        name = func._schema.name.split("::")[1]
+        kind = KINDS.get(name.removesuffix("_backward"), "pointwise")
 
         def note(launch: dispatch.Launch) -> None:
             tensors = [leaf for leaf in tree_leaves(dict(launch.args)) if isinstance(leaf, Tensor)]
@@ -224,7 +224,7 @@ class Counter(TorchDispatchMode):
         if kind == "attention":
             batch, heads, tokens, features = args[0].shape
             # The backward has five, and computes two of them in both passes.
-            products = 2 if direction == "forward" else 7
+            products = 7 if name.endswith("_backward") else 2
             self.rows[first].flops = products * 2 * batch * heads * tokens * tokens * features
         return out
 
