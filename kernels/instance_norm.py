@@ -548,9 +548,20 @@ class _Plan(NamedTuple):
     def configs(self, *walks: tuple[int, int, int]) -> list[dispatch.Config]:
         """Candidates for one tile, or for walks of (KiB of one map in a tile, warps, stages)."""
         if self.one_tile:
-            warps = min(max(self.sizes["BLOCK_S"] * self.sizes["BLOCK_C"] // 256, 1), 16)
-            return [{"num_warps": n, "num_stages": 1} for n in (warps, 2 * warps) if n <= 16]
-        return [{"BLOCK_S": kib * self.kib, "num_warps": warps, "num_stages": stages} for kib, warps, stages in walks]
+            return _one_tile_configs(self.sizes["BLOCK_S"] * self.sizes["BLOCK_C"])
+        return _walk_configs(self.kib, walks)
+
+
+@cache
+def _one_tile_configs(values: int) -> list[dispatch.Config]:
+    warps = min(max(values // 256, 1), 16)
+    return [{"num_warps": n, "num_stages": 1} for n in (warps, 2 * warps) if n <= 16]
+
+
+@cache
+def _walk_configs(voxels: int, walks: tuple[tuple[int, int, int], ...]) -> list[dispatch.Config]:
+    """From the voxels in one KiB."""
+    return [{"BLOCK_S": kib * voxels, "num_warps": warps, "num_stages": stages} for kib, warps, stages in walks]
 
 
 @cache
