@@ -31,15 +31,15 @@ def apply_deepspeed_json(config: Config, world_size: int) -> tuple[Config, dict[
     if path is None:
         return config, {}
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = _without_auto(json.loads(path.read_text()))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--train.deepspeed {path} can't be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--train.deepspeed {path} must hold a JSON object, as DeepSpeed's documentation shows")
-    settings, train, optim = _without_auto(found), replace(config.train), replace(config.optim)
+    train, optim = replace(config.train), replace(config.optim)
     try:
-        _move_options(settings, train, optim, world_size)
-        settings = _without_side_effects(settings)
+        _move_options(found, train, optim, world_size)
+        settings = _without_side_effects(found)
         changed = replace(config, train=train, optim=optim)
     except ValueError as error:
         raise ValueError(f"--train.deepspeed {path}: {error}") from error

@@ -95,6 +95,8 @@ def test_the_configuration_that_was_read_stays_as_it_was(tmp_path: Path) -> None
     ("content", "message"),
     [
         ("{", "can't be read as JSON"),
+        ('{"a":' * 100_000, "can't be read as JSON"),
+        ('{"a":' * 600 + "1" + "}" * 600, "can't be read as JSON"),
         ([1], "must hold a JSON object"),
         ({"train_batch_size": 7}, "train_batch_size 7 must be"),
         ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}, "train_micro_batch_size_per_gpu 2 x"),
