@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from engine.data import existing_root, list_cases, make_val_loader, prepared
-from engine.metrics import CaseDice, case_dice, scored_regions
+from engine.metrics import CaseDice, case_dice
 from engine.progress import dice_text
+from engine.ranks.distributed import Ranks
 from engine.reports import pictures
 from engine.reports.comparison import VALIDATION_CASES, ComparisonRow, FinishedRun, differing_settings
 from engine.reports.pictures import as_numpy
-from engine.sliding_window import sliding_window_logits
 from engine.trained import descriptive_config, load_trained
+from engine.validation import Validator
 from kernels.dice_ce import region_masks
 from models import NETWORKS
 
@@ -84,12 +85,8 @@ def predict_example(
     for row in rows:
         trained = load_trained(row.runs[0].path, device)
         truth = region_masks(labels, trained.coding.regions)[0]
-        with torch.no_grad():
-            if trained.config.train.validation == "full_volume":
-                logits = sliding_window_logits(trained.network, image, trained.config.data.crop_size_voxels)
-            else:
-                logits = trained.network(image)
-        masks = scored_regions((logits > 0)[0], trained.coding, row.runs[0].config.train.score)  # sigmoid(x) > 0.5
+        validator = Validator(row.runs[0].config, Ranks(0, 1, 0, device), trained.coding, None)
+        masks = validator.masks(validator.logits(trained.network, image))
         found[row.model] = (as_numpy(masks), case_dice(name, masks, truth))
     assert truth is not None
     return ExamplePredictions(name, as_numpy(image[0, 0]), as_numpy(truth), found)
