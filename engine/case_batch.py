@@ -77,7 +77,6 @@ def in_stages(
                 finishing = finisher.submit(finish, item, content, compute(content))
             except Exception as error:
                 finishing.set_exception(_fault(error))
-            del reading  # and with it the item's content
             if behind:
                 yield behind[0], _outcome(behind[1])
             behind = item, finishing
