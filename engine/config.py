@@ -69,13 +69,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return to_builtins(dataclasses.asdict(config))
 
 
+def without_place(config: Config) -> dict[str, Any]:
+    """As `to_dict`, without `run_dir` and `resume`, which say where a run is and not what it does."""
+    return {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
+
+
 def to_portable_dict(config: Config) -> dict[str, Any]:
-    """As `to_dict`, with absolute paths, and without `run_dir` and `resume`.
+    """As `without_place`, with absolute paths.
 
     Raises:
         ValueError: a path that is not UTF-8, which YAML can't hold.
     """
-    values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
+    values = without_place(config)
     for group, name in (("data", "root"), ("data", "store_dir"), ("train", "deepspeed")):
         if values[group][name]:
             path = values[group][name] = str(Path(values[group][name]).resolve())

@@ -141,11 +141,11 @@ def write_options(config: Config, run_dir: Path) -> Path:
     """
     import yaml
 
-    from engine.config import config_from_dict, to_dict
+    from engine.config import config_from_dict, to_dict, without_place
     from engine.parser import read_yaml
     from engine.reports.comparison import by_option
 
-    values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
+    values = without_place(config)
     file = run_dir.with_name(f"{run_dir.name}.yaml")
     if file.is_file():
         try:

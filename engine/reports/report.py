@@ -144,15 +144,14 @@ def best_and_worst(cases: Iterable[CaseDice], count: int = 2) -> tuple[list[Case
 
 def _as_yaml(config: Config) -> str:
     """One option per line, as in `config.yaml`, without the run's folder."""
-    from engine.config import to_dict
+    from engine.config import without_place
 
     class InlineListDumper(yaml.SafeDumper):
         def represent_list(self, values: list[Any]) -> yaml.Node:
             return self.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
 
     InlineListDumper.add_representer(list, InlineListDumper.represent_list)
-    values = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
-    return yaml.dump(values, Dumper=InlineListDumper, sort_keys=False)
+    return yaml.dump(without_place(config), Dumper=InlineListDumper, sort_keys=False)
 
 
 def dice_rows(summary: dict[str, Any]) -> list[list[str]]:
