@@ -63,7 +63,7 @@ def tf32(is_on: bool) -> Iterator[None]:
 
 
 def _readable(switch: Callable[[], Any]) -> Any:
-    """The value of an older switch; None if the process has set the newer ones, of which it can't speak."""
+    """The value of an older switch; None if the process has set the newer ones, which it can't express."""
     try:
         return switch()
     except RuntimeError:
