@@ -55,8 +55,7 @@ def save_torch_export(path: Path, trained: TrainedNetwork, program: torch.export
     file = io.BytesIO()  # torch's own writing ends the process when the disk is full
     torch.export.save(program, file, extra_files={METADATA: json.dumps(trained.description(), indent=2)})
     file.seek(0)
-    module = torch.export.load(file).module()
-    difference = _compare(trained, lambda image: module(image))
+    difference = _compare(trained, torch.export.load(file).module())
     _write(path, file.getbuffer())
     return difference
 
