@@ -155,7 +155,7 @@ def draw_case(
 
 
 def _filled_box(scan_XYZ: np.ndarray, *masks_RXYZ: np.ndarray) -> tuple[slice, slice, slice]:
-    """The part of a volume that holds head and masks, with a margin; all of it if no corner is empty."""
+    """The part of a volume that holds masks and head (all that differs from the first corner), with a margin."""
     filled = (scan_XYZ != scan_XYZ[0, 0, 0]) | np.concatenate(masks_RXYZ).any(axis=0)
     filled |= not filled.any()
     indices = (np.flatnonzero(filled.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1)))
