@@ -1,1 +1,1 @@
-"""From scans on disk to training crops: find, decode, resample, store, augment; and the MONAI oracle of it."""
+"""From scans on disk, or synthetic ones, to training crops: find, decode, resample, store, augment."""

@@ -1,1 +1,1 @@
-"""Files, tables, text, options and processes: helpers that every part of the project uses."""
+"""Files, tables, text, options and errors: helpers that every part of the project uses."""

@@ -1,4 +1,4 @@
-"""The cache folder, and a home folder for the packages that want one.
+"""The cache folder, a home folder for the packages that want one, and the processors.
 
 The user of a container or a cluster may have no entry in the system's list of users, no HOME, or one (`/`) that can't
 be written to. Matplotlib, Triton, PyTorch and DeepSpeed each keep caches below it. This file is needed before them, so

@@ -1,1 +1,1 @@
-"""The files of one case: bytes, NIfTI header, voxels."""
+"""The files of one case: bytes, NIfTI header, voxels, and their grid and resampling."""
