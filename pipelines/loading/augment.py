@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.option_values import check_fields, number
+from pipelines.loading.sampling import Size
 
 fn, dali_math, types = (Lazy(f"nvidia.dali.{name}") for name in ("fn", "math", "types"))
 
@@ -64,7 +65,6 @@ BIAS_TERMS = [
 NOISE_OFFSETS = 2**20  # places where a sample's noise may begin in the table
 NOISE_KEY = 20  # of the table: the same in every run
 
-Size = tuple[int, int, int]
 Triple = tuple[float, float, float]
 
 
