@@ -25,14 +25,12 @@ from multiprocessing import resource_tracker
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pipelines.basics.errors import CaseError, CaseFailure, DataError
 from pipelines.basics.machine import cores
 from pipelines.basics.progress_bar import show_progress
-
-if TYPE_CHECKING:
-    from pipelines.layouts.cases import Case
+from pipelines.layouts.cases import Case
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
