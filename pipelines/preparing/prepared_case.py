@@ -85,14 +85,14 @@ def files_of(case: Case) -> list[Path]:
     return [*case.images, *([] if case.label is None else [case.label])]
 
 
-def stem_of(name: str, key: str) -> str:
+def case_stem(name: str, key: str) -> str:
     """How the names of a case's files begin. A case may have any name, a file 255 bytes."""
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:150]}-{key[:12]}"
 
 
 def read_record(options: PrepareOptions, case: Case, key: str) -> dict[str, Any] | None:
     """The record in a case's `.json`; None unless it and all arrays are there, undamaged as far as sizes tell."""
-    stem = stem_of(case.name, key)
+    stem = case_stem(case.name, key)
     try:
         content = json.loads((options.folder / f"{stem}.json").read_bytes())
         record = content["record"]
@@ -147,7 +147,7 @@ def build(options: PrepareOptions, case: Case, hashes: Mapping[Path, FileHash]) 
         "intensities": "as in the files, resampled; not normalised",
         "scale": scale,
     }
-    return _write(options.folder / stem_of(case.name, key), arrays, record)
+    return _write(options.folder / case_stem(case.name, key), arrays, record)
 
 
 def prepared_label(raw: RawCase, grid: Grid, spacing: Spacing) -> np.ndarray:

@@ -44,6 +44,7 @@ from pipelines.preparing.prepared_case import (
     StoreDtype,
     add_to_index,
     build,
+    case_stem,
     checksum,
     files_of,
     hash_files,
@@ -52,7 +53,6 @@ from pipelines.preparing.prepared_case import (
     read_index,
     read_record,
     resample_on_cpu,
-    stem_of,
 )
 from pipelines.preparing.processes import run_on_cases
 from pipelines.scans.geometry import DEFAULT_SPACING, Spacing, as_spacing, target_grid
@@ -148,7 +148,7 @@ class Store:
             DataError: it is damaged or gone, and the scans have changed.
         """
         record = self._records[i]
-        path = self.folder / f"{stem_of(self.names[i], record['key'])}.{kind}.npy"
+        path = self.folder / f"{case_stem(self.names[i], record['key'])}.{kind}.npy"
         if path not in self._found_whole:
             fault = _fault(path, record["files"][kind]["crc32"])
             if fault:
