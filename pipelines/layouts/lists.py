@@ -2,7 +2,7 @@
 
 JSON is [{...}, ...], or {"modalities": ["flair", ...], "cases": [{"name": ..., "image": 4D file, "label": ...}, ...]}.
 "patient" marks the cases that are time points of one patient. Paths are relative to the list. A list does not say what
-its labels mean, so the release must always be given. MONAI's datalists are read by `pipelines.layouts.tasks`.
+its labels mean, so the release must be given if it has any. MONAI's datalists are read by `pipelines.layouts.tasks`.
 """
 
 from __future__ import annotations

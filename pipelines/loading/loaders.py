@@ -41,8 +41,8 @@ class CropLoader:
     """Random crops of cases, augmented, in reproducible batches, the same number on every rank.
 
     Each epoch is a fresh permutation of `len(names) * crops_per_case` samples, padded from its own start to a multiple
-    of `batch_size * world_size`; each rank takes every `world_size`-th. The DALI pipeline is built once and runs from
-    one epoch into the next. A subclass makes the `_stream` and reads its batches.
+    of `batch_size * world_size * accumulate_steps`; each rank takes every `world_size`-th. The DALI pipeline is built
+    once and runs from one epoch into the next. A subclass makes the `_stream` and reads its batches.
 
     Args:
         cases: where `names` are.

@@ -97,7 +97,7 @@ def copy_crop(volume: NDArray, start: Sequence[int], out: NDArray) -> None:
     """Copy a crop into `out`; a volume smaller than `out` is padded with zeros, symmetrically as by MONAI's SpatialPad.
 
     Args:
-        volume: (X, Y, Z, C), memory-mapped.
+        volume: (X, Y, Z, C), in memory or mapped into it.
         start: first voxel (x, y, z), in the coordinates of the padded volume.
         out: (x, y, z, C), overwritten.
     """

@@ -35,7 +35,7 @@ from pipelines.layouts.cases import Case
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 START_S = 3.0
-"""How long the first worker takes to start, as it imports torch; the others are forks of it."""
+"""How long the first worker takes to start, as the fork server imports torch; all workers are forks of it."""
 _LESS_MEMORY = "Work on fewer cases at a time (--data.workers 1; about 0.4 GB each), or give it more memory"
 
 
