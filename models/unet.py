@@ -17,7 +17,8 @@ first. Norms have no affine parameters.
 Every level must halve evenly for the concatenations to fit: sizes are multiples of 16, any multiple, at each call.
 
 Source: Kerfoot et al., Left-Ventricle Quantification Using Residual U-Net,
-https://doi.org/10.1007/978-3-030-12029-0_40."""
+https://doi.org/10.1007/978-3-030-12029-0_40.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +88,7 @@ class UNet(nn.Module):
         outs = [out_channels, *widths[:3]]
         self.downs = nn.ModuleList(ResidualUnit(ins[level], widths[level], stride=2) for level in range(4))
         self.bottom = ResidualUnit(widths[3], widths[4], stride=1)
-        # What comes up from below is as wide as the skip, but for the bottom, which is twice as wide.
+        # What comes up from below is as wide as the skip, except from the bottom, which is twice as wide.
         joined = [2 * widths[0], 2 * widths[1], 2 * widths[2], widths[3] + widths[4]]
         self.ups = nn.ModuleList(Up(joined[level], outs[level], last=level == 0) for level in range(4))
 

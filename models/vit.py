@@ -74,7 +74,7 @@ class VisionTransformer(nn.Module):
         in_channels: modalities.
         img_size: voxels of the input on each axis, multiples of 16.
         dim, num_heads, mlp_dim: features of a token, heads, hidden features of the MLP.
-        layers: layers, counted from 1 and rising to 12, whose tokens are given out.
+        layers: layers, counted from 1 and rising to 12, whose tokens are returned.
         bias: bias in the patch embedding and in the attention's output projection.
         final_norm: LayerNorm on the tokens of the last layer.
         position_std: standard deviation of the initial position embeddings.

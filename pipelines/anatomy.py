@@ -145,7 +145,7 @@ def draw_tumour(f: Field, p: Sequence[np.ndarray], seat: Seat, anatomy: Anatomy,
     rough = f.smooth(18) * np.float32(0.28) + f.smooth(8) * np.float32(0.09)
     room = np.minimum(anatomy.surface - 2, 1.5 - anatomy.ventricle)
     core = seat.core_mm * (1 + rough) - distance
-    margin = np.minimum(core + 2.5, room)  # oedema all around, but at the surface and the ventricles
+    margin = np.minimum(core + 2.5, room)  # oedema all around, except at the surface and the ventricles
     core = np.minimum(core, room)
     fingers = f.smooth(24) * np.float32(0.24) + f.smooth(9) * np.float32(0.10)
     oedema = seat.whole_mm * (1 + fingers) - distance - np.float32(0.14 * seat.whole_mm) * anatomy.grey

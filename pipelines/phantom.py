@@ -166,7 +166,7 @@ def make_phantoms(
     missing = [i for i, name in enumerate(names) if not all(path.is_file() for path in _paths(folder, name))]
     if missing:
         threads = min(workers or cores(), 8, len(missing))
-        with ThreadPoolExecutor(threads) as pool:  # NumPy and isal let go of the GIL
+        with ThreadPoolExecutor(threads) as pool:  # NumPy and isal release the GIL
             jobs = pool.map(lambda i: _write_case(folder, names[i], size, spacing, seed, i), missing)
             log.info("synthetic cases: %s", folder)
             list(show_progress(jobs, "Making", len(missing), "synthetic case"))

@@ -58,7 +58,7 @@ def give_home() -> None:
             about = folder.lstat()
         except OSError:  # reported by `cache_dir`, if the cache is needed
             continue
-        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid():  # of nobody else: code is run from there
+        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid():  # nobody else's: code is run from there
             os.environ["HOME"] = str(folder)
             return
 

@@ -237,7 +237,7 @@ def _count_releases(found: Sequence[FoundCase]) -> str:
 
 
 def _allows(releases: Sequence[str], coding: Coding) -> bool:
-    """Whether one of the releases codes as `coding` does: 2018 as 2017, and 2024 as 2023 but for children."""
+    """Whether one of the releases codes as `coding` does: 2018 as 2017, and 2024 as 2023 except for children."""
     is_adult_2024 = coding.release == "brats2024" and tuple(releases) == ("brats2023",)
     return is_adult_2024 or any(CODINGS[release].tissues == coding.tissues for release in releases)
 

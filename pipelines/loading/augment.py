@@ -207,7 +207,7 @@ def pipeline_inputs(
 
 
 def input_names(augment: Augment) -> list[str]:
-    """Names of the inputs of the pipeline, in the order of `pipeline_inputs`; none where nothing is on."""
+    """Names of the inputs of the pipeline, in the order of `pipeline_inputs`; empty if nothing is on."""
     return list(pipeline_inputs(augment, [], (1, 1, 1), 1))
 
 

@@ -108,7 +108,7 @@ def train_pipeline(
 def val_pipeline(
     sources: Sequence[Callable[[], Any]], device: str, in_place: bool, normalise: bool, statistics: bool
 ) -> tuple:
-    """Z-score of a centre crop or a full volume, unless not to `normalise`. As `train_pipeline`, without the draws."""
+    """Z-score of a centre crop or a full volume, if `normalise`. As `train_pipeline`, without the draws."""
     image, label, tag, *given = _crops(sources, device, in_place, 1 + 2 * statistics)
     if normalise:
         image = standardise(image, *given) if statistics else z_score(image)

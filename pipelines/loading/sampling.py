@@ -94,7 +94,7 @@ def epoch_order(seed: int, epoch: int, samples: int, multiple: int) -> NDArray[n
 
 
 def copy_crop(volume: NDArray, start: Sequence[int], out: NDArray) -> None:
-    """Copy a crop into `out`; a volume smaller than `out` is padded with zeros, symmetrically as by MONAI's SpatialPad.
+    """Copy a crop into `out`; a volume smaller than `out` is padded with zeros symmetrically, as in MONAI's SpatialPad.
 
     Args:
         volume: (X, Y, Z, C), in memory or mapped into it.

@@ -167,7 +167,7 @@ def _check_pixdim(path: Path, stored: nib.Nifti1Header, has_qform: bool) -> None
         problem = f"states no voxel size: pixdim is {sizes}, and {lacking}"
         raise CaseError(path, problem, f"Copy the header of the scan it was made from, {WITHOUT_IT}")
     if any(size < 0 for size in sizes):
-        _warn(path, f"pixdim is {sizes}: the sign is ignored, as by nibabel")
+        _warn(path, f"pixdim is {sizes}: the sign is ignored, as in nibabel")
     if has_qform and handedness not in (-1, 0, 1):
         _warn(path, f"pixdim[0], the handedness of the qform, is {handedness:g}, not 1 or -1, and is taken as 1")
 
