@@ -25,7 +25,6 @@ TESTED_ELSEWHERE = {
     "launch.evaluate": "test_score_cases.py",
     "launch.predict": "test_segment_cases.py",
     "launch.train": "test_run.py",
-    "sharding": "test_step.py",
 }
 """Files without a `test_<file>.py`, and where their tests are. Where two files share a name, with the folder."""
 
