@@ -397,15 +397,9 @@ def test_a_second_derivative_is_refused(device: str) -> None:
     [
         ({"q": torch.zeros(2, 3, 4)}, r"q of shape \(2, 3, 4\) .* axes \(batch, heads, tokens, features\)"),
         ({"v": torch.zeros(1, 2, 0, 8)}, r"v of shape \(1, 2, 0, 8\)"),
-        ({"q": torch.zeros(0, 2, 4, 8)}, r"q of shape \(0, 2, 4, 8\).*none of them empty"),
         ({"k": torch.zeros(1, 2, 5, 8)}, r"k is \(1, 2, 5, 8\).*q is \(1, 2, 4, 8\)"),
         ({"v": torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)}, "v is .*bfloat16.*must agree"),
-        (
-            {"q": torch.zeros(1, 2, 4, 8, dtype=torch.int32)},
-            "q of torch.int32 must be .*: convert with q.float",
-        ),
         (dict.fromkeys("qkv", torch.zeros(1, 2, 4, 129)), "129 features per head; the limit is 128"),
-        ({"q": [[0.0]]}, "q must be a tensor, not list: torch.as_tensor"),
         ({"scale": float("nan")}, "scale nan must be a finite number"),
         ({"scale": "x"}, "scale 'x' must be a finite number; omit it"),
     ],

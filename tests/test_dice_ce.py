@@ -277,9 +277,6 @@ def test_labels_are_not_checked_while_a_graph_is_traced_or_captured(monkeypatch:
     ("change", "message"),
     [
         ({"logits": torch.zeros(2, 3, 8, 7)}, r"logits of shape \(2, 3, 8, 7\) .* axes \(batch, regions, X, Y, Z\)"),
-        ({"logits": torch.zeros(0, 3, 8, 7, 6)}, r"logits of shape \(0, 3, 8, 7, 6\).*none of them empty"),
-        ({"logits": torch.zeros(SHAPE, dtype=torch.int32)}, "logits of torch.int32 .* logits.float"),
-        ({"logits": np.zeros(SHAPE)}, "logits must be a tensor, not ndarray: torch.as_tensor"),
         ({"labels": [[0]]}, "labels must be a tensor, not list"),
         ({"labels": torch.zeros(2, 8, 7, 6)}, "labels of torch.float32.*uint8"),
         (

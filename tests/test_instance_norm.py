@@ -146,9 +146,6 @@ def test_inputs_are_left_as_they_were() -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 5, 4, 4)}, r"x of shape \(2, 5, 4, 4\) .* axes \(batch, channels, X, Y, Z\)"),
-        ({"x": torch.zeros(2, 5, 4, 0, 4)}, "none of them empty"),
-        ({"x": torch.zeros(SHAPE, dtype=torch.uint8)}, "x of torch.uint8 must be floating point"),
-        ({"x": [[0.0]]}, "x must be a tensor, not list"),
         ({"eps": 0.0}, "eps 0.0 must be a positive number"),
         ({"eps": "1e-5"}, "eps '1e-5' must be a positive number"),
         ({"weight": [1.0, 1.0]}, r"weight must be a tensor, not list"),
@@ -160,7 +157,6 @@ def test_inputs_are_left_as_they_were() -> None:
         ({"negative_slope": [0.1]}, r"negative_slope \[0.1\] must be a finite number, or a tensor of 1 or 5"),
         ({"residual": 1.0}, "residual must be a tensor, not float"),
         ({"residual": torch.zeros(2, 5, 6, 4, 2)}, r"residual is \(2, 5, 6, 4, 2\).*x is \(2, 5, 6, 4, 3\)"),
-        ({"residual": torch.zeros(SHAPE, dtype=torch.float16)}, "residual is .*float16.*must agree"),
         ({"residual_norm": True}, "residual_norm is True but there is no residual"),
     ],
 )

@@ -21,7 +21,6 @@ LAYERS = (
 )
 """Folders from the top down, each with its subfolders. A file may import from its own entry and from lower rows."""
 TESTED_ELSEWHERE = {
-    "checks": "test_instance_norm.py",
     "launch.evaluate": "test_score_cases.py",
     "launch.predict": "test_segment_cases.py",
     "launch.train": "test_run.py",
