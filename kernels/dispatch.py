@@ -276,11 +276,10 @@ def _refusal(device: torch.device) -> str:
         return f"Triton kernels need an NVIDIA GPU, the tensors are on {device.type}"
     if not torch.cuda.is_available():
         return "no NVIDIA GPU found"
-    name = torch.cuda.get_device_name(device)
     if torch.version.hip:
-        return f"Triton kernels need an NVIDIA GPU, the tensors are on {name}"
+        return f"Triton kernels need an NVIDIA GPU, the tensors are on {torch.cuda.get_device_name(device)}"
     is_old = torch.cuda.get_device_capability(device) < MIN_CAPABILITY
-    return f"{name} is older than compute capability 8.0" if is_old else ""
+    return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0" if is_old else ""
 
 
 @cache
