@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +142,7 @@ def test_the_fastest_backend_comes_first_also_when_compiled(on_a_gpu: None) -> N
 
 def test_each_device_has_its_own_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     capabilities = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(dispatch, "_capability", cache(dispatch._capability.__wrapped__))  # forgets these devices
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[device.index])
