@@ -21,7 +21,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import DEVICE, IS_GPU, machine
+from benchmarks.common import DEVICE, IS_GPU, machine, timed
 from benchmarks.report import OURS
 from engine import sliding_window
 from engine.sliding_window import OVERLAP, WINDOWS_AT_ONCE, sliding_window_logits, zscore_nonzero
@@ -159,7 +158,7 @@ def measure(case: InferenceCase, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     rows = {name: _first_call(run, network, image, case.window) for name, run in VARIANTS.items()}
     for _ in range(rounds):
         for name, run in VARIANTS.items():
-            times[name].append(_seconds(partial(run, network, image, case.window)))
+            times[name].append(timed(partial(run, network, image, case.window)))
     return [
         {"case": str(case), "variant": name, "seconds": statistics.median(times[name]), "rounds": times[name], **row}
         for name, row in rows.items()
@@ -178,19 +177,6 @@ def _first_call(run: Sliding, network: Network, image: Tensor, window: tuple[int
     sliding_window._weights.cache_clear()
     peak = peak_bytes(partial(run, counted, image, window))
     return {"windows": seen, "peak_bytes": peak}
-
-
-def _seconds(run: Callable[[], Tensor]) -> float:
-    _synchronize()
-    started = time.perf_counter()
-    run()
-    _synchronize()
-    return time.perf_counter() - started
-
-
-def _synchronize() -> None:
-    if IS_GPU:
-        torch.cuda.synchronize()
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -39,7 +39,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import DEVICE, IS_GPU, machine
+from benchmarks.common import DEVICE, IS_GPU, machine, synchronize
 from pipelines.basics.machine import cache_dir, cores
 from pipelines.layouts.cases import CaseSet, find_cases
 from pipelines.loading.loader_options import CropOptions, LoaderOptions, Residence
@@ -142,12 +142,12 @@ def _per_sample(batches: Iterator[Any]) -> Iterator[float]:
         next(batches)
     while True:
         taken = 0
-        _synchronize()
+        synchronize()
         started = time.perf_counter()
         while taken < 2 or time.perf_counter() - started < SECONDS:
             next(batches)
             taken += 1
-        _synchronize()
+        synchronize()
         yield (time.perf_counter() - started) / (taken * BATCH)
 
 
@@ -155,11 +155,6 @@ def _seconds(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _synchronize() -> None:
-    if IS_GPU:
-        torch.cuda.synchronize()
 
 
 # ---------- one process per variant

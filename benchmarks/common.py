@@ -164,7 +164,7 @@ def seconds(calls: Sequence[Callable[[], Any]], rounds: int = 10) -> float:
 def eager_seconds(calls: Sequence[Callable[[], Any]], rounds: int = 10) -> float:
     """Median time of one call dispatched from Python, in seconds."""
     some = calls[:32]  # small inputs come in hundreds of sets
-    return statistics.median(_timed(lambda: [call() for call in some]) for _ in range(rounds + 1)) / len(some)
+    return statistics.median(timed(lambda: [call() for call in some]) for _ in range(rounds + 1)) / len(some)
 
 
 def graph_of(calls: Sequence[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, int]:
@@ -229,13 +229,18 @@ def forced(path: dispatch.OpPath, choice: str = "") -> Iterator[None]:
         yield
 
 
-def _timed(run: Callable[[], Any]) -> float:
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if IS_GPU:
         torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of one run, to the end of its work on the GPU."""
+    synchronize()
     started = time.perf_counter()
     run()
-    if IS_GPU:
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - started
 
 

@@ -13,18 +13,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.common import IS_GPU
+from benchmarks.common import IS_GPU, synchronize
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 READS = "aten::_local_scalar_dense"
 """Every `item()` ends in this; on a GPU it waits in one of `WAITS`."""
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if IS_GPU:
-        torch.cuda.synchronize()
 
 
 class Marks:

@@ -28,10 +28,10 @@ from monai.data import CacheDataset, DataLoader, Dataset
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-from benchmarks.common import DEVICE, IS_GPU
+from benchmarks.common import DEVICE, IS_GPU, synchronize
 from benchmarks.monai_chain import case_to_dict, seed_transforms
 from benchmarks.report import OURS
-from benchmarks.step_profile import allocated_peak, synchronize
+from benchmarks.step_profile import allocated_peak
 from engine.config import Config
 from engine.data import Data, DataConfig
 from engine.network import ModelConfig, make_model
