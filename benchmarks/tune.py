@@ -35,6 +35,7 @@ from benchmarks.aot import compile_workloads
 from benchmarks.common import IS_GPU, MARGIN, forced, machine, path_taken, seconds
 from benchmarks.report import OURS
 from benchmarks.workloads import MEASURED, OPS, Workload
+from engine.ranks.memory_limits import first_line
 from kernels import dispatch
 from kernels.dispatch import DIRECTIONS
 from pipelines.basics.atomic import write_text
@@ -70,7 +71,7 @@ def tune_launch(launches: Sequence[dispatch.Launch]) -> dispatch.Config | None:
         except (RuntimeError, TritonError) as error:
             if config is first.candidates[0]:
                 raise
-            print(f"{first.name} {first.key} {config}: {_first_line(error)}")
+            print(f"{first.name} {first.key} {config}: {first_line(error)}")
             times.append(float("inf"))
     best = min(range(len(times)), key=times.__getitem__)
     print(
@@ -105,7 +106,7 @@ def faster_of_pytorch(bench: ModuleType, workload: Workload, direction: str) -> 
             with forced("torch", choice):
                 times[choice] = seconds(bench.calls(workload, OURS, direction), rounds=5)
         except RuntimeError as error:
-            print(f"{workload} {choice}: {_first_line(error)}")
+            print(f"{workload} {choice}: {first_line(error)}")
     print(f"{workload!s:64} {direction:20} ours {1e6 * ours:.1f} us", *(f"{n} {1e6 * t:.1f}" for n, t in times.items()))
     best = min(times, key=times.__getitem__, default="")
     return best if best and ours > MARGIN * times[best] else ""
@@ -138,10 +139,6 @@ def tune(measured: dict[str, Any], write: Callable[[], None]) -> None:
         for direction, wins in torch_wins.items()
     }
     write()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _write(capability: str, measured: dict[str, Any]) -> None:
