@@ -27,7 +27,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.workloads import REGIONS
 from engine.optim import GuardedAdamW, OptimConfig
-from engine.precision import LOW_PRECISION
+from engine.precision import LOW_PRECISION, Precision
 from kernels import dispatch
 from kernels.dice_ce import dice_ce_loss
 from models import NETWORKS, build_model
@@ -60,6 +60,10 @@ class Gpu:
     tf32: float
     float32: float
     memory: float
+
+    def products(self, precision: str) -> float:
+        """TFLOP/s of products in a precision of `--train.precision`."""
+        return {"tf32": self.tf32, "float32": self.float32}.get(precision, self.half)
 
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (a GPU of eight), and the architecture papers of Ada
@@ -341,7 +345,7 @@ def totals(rows: Iterable[Operation]) -> dict[str, int]:
 
 def roofline_s(row: Operation, gpu: Gpu, precision: str) -> float:
     """Seconds of an operation at the measured ceilings of a GPU."""
-    products = {"tf32": gpu.tf32, "float32": gpu.float32}.get(precision, gpu.half) * 1e12 * SHARE["products"]
+    products = gpu.products(precision) * 1e12 * SHARE["products"]
     return max(row.bytes / (gpu.memory * 1e9 * SHARE["memory"]), row.flops / products)
 
 
@@ -356,8 +360,7 @@ def predicted_s(row: Operation, gpu: Gpu, precision: str) -> float:
 def conv_rate(width: int, gpu: Gpu, precision: str) -> float:
     """FLOP/s of a convolution by output channels: the H100's in half precision, scaled by the data sheets."""
     known = max((size for size in CONV_RATES if size <= width), default=min(CONV_RATES))
-    peak = {"tf32": gpu.tf32, "float32": gpu.float32}.get(precision, gpu.half)
-    return CONV_RATES[known] * peak / GPUS["H100"].half
+    return CONV_RATES[known] * gpu.products(precision) / GPUS["H100"].half
 
 
 def grouped(rows: Iterable[Operation], gpu: Gpu, precision: str) -> list[dict[str, Any]]:
@@ -420,7 +423,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=NETWORKS, default="unetr")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--precision", choices=("float32", "tf32", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
     parser.add_argument("--gpu", choices=list(GPUS), default="H100", help="GPU of the times in table and plot")
     parser.add_argument("--rows", type=int, default=30, help="rows of the table")
     parser.add_argument("--json", type=Path)
