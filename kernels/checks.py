@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_is_tensor(name: str, tensor: object) -> None:
@@ -20,7 +20,7 @@ def check_floats(name: str, tensor: object, axes: str) -> None:
     assert isinstance(tensor, Tensor)
     if tensor.dim() != axes.count(",") + 1 or 0 in tensor.shape:
         raise ValueError(f"{name} of shape {tuple(tensor.shape)} must have the axes ({axes}), none of them empty")
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} of {tensor.dtype} must be floating point: convert with {name}.float()")
 
 

@@ -53,7 +53,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
-from .checks import DTYPES, check_alike, check_floats, check_is_tensor, check_same_device
+from .checks import FLOATS, check_alike, check_floats, check_is_tensor, check_same_device
 from .dispatch import ceil_div, next_power_of_two
 
 PROGRAMS = 1056
@@ -850,7 +850,7 @@ def _check_channels(name: str, tensor: Tensor | None, x: Tensor, sizes: tuple[in
     if tensor is None:
         return
     check_is_tensor(name, tensor)
-    if tensor.dim() != 1 or tensor.shape[0] not in sizes or tensor.dtype not in DTYPES:
+    if tensor.dim() != 1 or tensor.shape[0] not in sizes or tensor.dtype not in FLOATS:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)} {tensor.dtype}; x has {x.shape[1]} channels, so it must be "
             f"floating point of shape {' or '.join(f'({size},)' for size in dict.fromkeys(sizes))}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.checks import DTYPES, check_alike, check_floats, check_is_tensor, check_same_device
+from kernels.checks import FLOATS, check_alike, check_floats, check_is_tensor, check_same_device
 
 
 @pytest.mark.parametrize("given", [[[0.0]], 1.0, np.zeros((2, 3)), None], ids=lambda given: type(given).__name__)
@@ -29,7 +29,7 @@ def test_dtypes_without_a_kernel_or_reference_are_refused(dtype: torch.dtype) ->
         check_floats("x", torch.zeros(2, 3, dtype=dtype), "batch, channels")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_floats_with_the_axes_are_taken(dtype: torch.dtype) -> None:
     check_floats("x", torch.zeros(2, 3, dtype=dtype), "batch, channels")
 
