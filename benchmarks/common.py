@@ -31,6 +31,7 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from engine.precision import tf32
 from kernels import dispatch
 from kernels.dispatch import DIRECTIONS
 
@@ -93,10 +94,8 @@ def measure_roofline() -> Roofline:
     rates = {name: _matrix_rate(getattr(torch, name)) for name in names}
     cache = 0
     if IS_GPU:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        rates["tf32 x 3"] = _matrix_rate(torch.float32) / 3
-        torch.set_float32_matmul_precision(before)
+        with tf32(True):
+            rates["tf32 x 3"] = _matrix_rate(torch.float32) / 3
         cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     return Roofline(_copy_bandwidth(2**30 if IS_GPU else 2**26), rates, cache)
 
