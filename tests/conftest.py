@@ -17,8 +17,8 @@ from engine.ranks.distributed import Ranks, init_ranks
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("BRATS_DATA", ROOT.parent / "shared" / "data"))
 
-LONGEST = ("test_ranks.py", "test_run.py", "test_sharding.py", "test_step.py", "test_trainer.py", "test_watchdog.py")
-"""Files of half a minute and more, which start first: workers take whole files, and so end at about the same time."""
+LONGEST = ("test_ranks.py", "test_run.py", "test_sharding.py", "test_trainer.py", "test_watchdog.py")
+"""Files that start first: workers take whole files, and so end at about the same time."""
 
 
 @pytest.fixture(scope="session", autouse=True)
