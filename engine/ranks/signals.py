@@ -1,11 +1,11 @@
 """The signals that ask a command to stop, and how all ranks stop at the same step after one of them got one.
 
 Schedulers send SIGTERM or SIGUSR1 before they take the nodes away, to all ranks or to one; a terminal that is closed
-sends SIGHUP, and `ranks.launcher` reports the end of the launcher. Each rank gets the signal at a different moment, so
-the ranks agree: an all-reduce of the signal's number over a gloo group, which runs beside the steps on the CPU. It is
-started at one step and read at a later one, and no step waits for it.
+sends SIGHUP, and `engine.ranks.launcher` reports the end of the launcher. Each rank gets the signal at a different
+moment, so the ranks agree: an all-reduce of the signal's number over a gloo group, which runs beside the steps on the
+CPU. It is started at one step and read at a later one, and no step waits for it.
 
-PyTorch is imported only where several ranks agree, as `ranks.command` installs handlers before any import of it.
+PyTorch is imported only where several ranks agree, as `engine.ranks.command` installs handlers before any import of it.
 """
 
 from __future__ import annotations
