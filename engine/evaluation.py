@@ -23,6 +23,7 @@ from engine.metrics import SCORED, CaseDice, Score, case_dice, summarise
 from pipelines.basics.atomic import write_texts
 from pipelines.basics.lazy import Lazy
 from pipelines.basics.tables import markdown_table, percent, table_text
+from pipelines.basics.text import counted
 from pipelines.basics.text import markdown as escaped
 from pipelines.layouts.labels import REGIONS
 
@@ -136,7 +137,7 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 def markdown(found: dict[str, Any], title: str) -> str:
     """Title, table, worst cases and definition as Markdown."""
     worst = [(escaped(each["case"]), percent(each["dice"])) for each in found["worst"]]
-    count = f"{found['cases']} cases."
+    count = f"{counted(found['cases'])}."
     tables = (markdown_table(HEAD, table_rows(found)), markdown_table(("worst cases", "mean Dice (%)"), worst))
     return "\n\n".join([f"# {escaped(title)}", count, *tables, f"{found['definition']}.\n"])
 

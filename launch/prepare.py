@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from engine.ranks.command import run_command
 from pipelines.basics.tables import print_table
+from pipelines.basics.text import counted
 
 if TYPE_CHECKING:
     from engine.data import DataConfig
@@ -89,7 +90,7 @@ def prepare(config: DataConfig) -> int:
     shape, count = shapes.most_common(1)[0]
     others = f" ({len(shapes) - 1} other shapes in {len(store) - count} cases)" if len(shapes) > 1 else ""
     print(
-        f"{len(store)} cases of {', '.join(store.modalities)}: {' x '.join(map(str, shape))} voxels{others} at "
+        f"{counted(len(store))} of {', '.join(store.modalities)}: {' x '.join(map(str, shape))} voxels{others} at "
         f"{' x '.join(f'{s:g}' for s in store.spacing_mm)} mm, {store.nbytes() / 1e9:.2f} GB in {store.folder}\n"
         f"{seconds:.1f} s, {seconds / len(store):.2f} s per case"
     )

@@ -23,7 +23,7 @@ from launch.network_options import GRIDS, with_own_options
 from pipelines.basics.atomic import cannot_write, make_subfolder, make_writable
 from pipelines.basics.errors import CaseError, DataError
 from pipelines.basics.tables import percent, print_table
-from pipelines.basics.text import first_few, printable
+from pipelines.basics.text import counted, first_few, printable
 from pipelines.layouts.cases import Case, CaseSet, survey_cases
 from pipelines.layouts.labels import regions_from_labels
 from pipelines.scans.geometry import label_grid
@@ -56,7 +56,7 @@ def evaluate(options: Namespace) -> int:
     found |= evaluation.summary(scores, options.score)
     title = f"{', '.join(runs)} on {data}, {grid}{', with mirror images' if options.flips else ''}"
     evaluation.write(folder, scores, found, title)
-    print_table(evaluation.HEAD, evaluation.table_rows(found), f"{len(scores)} cases, {grid}")
+    print_table(evaluation.HEAD, evaluation.table_rows(found), f"{counted(len(scores))}, {grid}")
     worst = ", ".join(f"{printable(each['case'])} {percent(each['dice'])}" for each in found["worst"])
     print(f"worst cases by mean Dice: {worst or 'no truth has any region'}\n{found['definition']}.")
     print(f"tables: {printable(str(folder))}")

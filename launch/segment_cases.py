@@ -26,7 +26,7 @@ from launch.network_options import with_own_options
 from pipelines.basics.atomic import cannot_write, make_writable
 from pipelines.basics.errors import CaseError, DataError
 from pipelines.basics.tables import append_row, read_table, write_table
-from pipelines.basics.text import first_few, printable
+from pipelines.basics.text import counted, first_few, printable
 from pipelines.layouts.cases import Case, CaseSet, survey_cases
 from pipelines.layouts.labels import CODINGS, Coding
 from pipelines.layouts.names import canonical_modalities, case_name_of, in_order
@@ -100,7 +100,7 @@ def segment_cases(options: Namespace) -> int:
         log.warning("%s: %s", row.case, row.warnings)
     done = [*unreadable, *(row for part in rows for row in part)]
     failed = [row for row in done if row.error]
-    print(f"{len(done) - len(failed)} cases segmented, {kept} kept: {printable(str(output.folder))}")
+    print(f"{counted(len(done) - len(failed))} segmented, {kept} kept: {printable(str(output.folder))}")
     for row in failed:
         print(f"failed: {row.error}", file=sys.stderr)
     write_rows(output.folder / TABLE, done)

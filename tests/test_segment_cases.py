@@ -529,7 +529,7 @@ def test_a_failing_case_does_not_stop_the_others(
     assert rows_of(tmp_path)["BRATS_002"]["error"] and not rows_of(tmp_path)["BRATS_003"]["error"]
     monkeypatch.undo()
     assert predict.main(command) == 0
-    assert "1 cases segmented, 2 kept" in capsys.readouterr().out and not rows_of(tmp_path)["BRATS_002"]["error"]
+    assert "1 case segmented, 2 kept" in capsys.readouterr().out and not rows_of(tmp_path)["BRATS_002"]["error"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.basics.text import encodable, escape_controls, first_few, markdown, one_line, printable
+from pipelines.basics.text import counted, encodable, escape_controls, first_few, markdown, one_line, printable
 
 
 def test_unprintable_characters_become_escapes() -> None:
@@ -29,3 +29,8 @@ def test_a_message_becomes_one_line(message: object, line: str) -> None:
 def test_the_first_few_of_many_names_are_given_and_the_rest_counted() -> None:
     assert first_few([]) == "" and first_few(list("abcde")) == "a, b, c, d, e"
     assert first_few(list("abcdefg")) == "a, b, c, d, e and 2 more" and first_few(list("abc"), 1) == "a and 2 more"
+
+
+def test_one_thing_is_not_several() -> None:
+    assert [counted(n) for n in (0, 1, 2)] == ["0 cases", "1 case", "2 cases"]
+    assert counted(1, "training case") == "1 training case"

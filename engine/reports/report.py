@@ -28,7 +28,7 @@ import yaml
 from engine.metrics import CaseDice
 from pipelines.basics.atomic import write_text
 from pipelines.basics.tables import percent
-from pipelines.basics.text import printable
+from pipelines.basics.text import counted, printable
 from pipelines.layouts.labels import REGIONS, Coding
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def write_html(run_dir: Path, results: RunResults, sections: Sequence[PictureSec
     """Write `report.html` into the run's folder, which holds the pictures."""
     title, summary = f"glioforge: {run_dir.resolve().name}", results.summary
     rest = {
-        "Cases": _names("training cases", results.train) + _names("validation cases", results.val),
+        "Cases": _names("training case", results.train) + _names("validation case", results.val),
         **{heading: _table(values.items(), kind="facts") for heading, values in results.facts.items()},
         "Configuration": f"<pre>{_escape(_as_yaml(results.config))}</pre>",
     }
@@ -166,8 +166,7 @@ def dice_rows(summary: dict[str, Any]) -> list[list[str]]:
 def _dice_table(summary: dict[str, Any]) -> str:
     last = summary["last"]
     empty = [
-        f"{region}: truth empty in {count} case{'s' if count > 1 else ''}, "
-        f"{last['false_positives'][region]} with false positives"
+        f"{region}: truth empty in {counted(count)}, {last['false_positives'][region]} with false positives"
         for region, count in last.get("empty_truths", {}).items()
         if count
     ]
@@ -207,10 +206,10 @@ def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), kind: str = 
     return f'<div class="{kind}"><table>{columns}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _names(title: str, names: Sequence[str]) -> str:
+def _names(noun: str, names: Sequence[str]) -> str:
     if not names:
         return ""
-    return f"<details><summary>{len(names)} {title}</summary><p>{_escape(', '.join(names))}</p></details>"
+    return f"<details><summary>{counted(len(names), noun)}</summary><p>{_escape(', '.join(names))}</p></details>"
 
 
 def _note(text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from pipelines.basics.lazy import Lazy
+from pipelines.basics.text import counted
 
 rich_console, progress = Lazy("rich.console"), Lazy("rich.progress")
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ def show_progress(
         results: one for each case. verb: as "Segmenting". total: number of cases. noun: for one of them.
         is_shown: False on all ranks but one.
     """
-    title = f"{verb} {total} {noun}{'' if total == 1 else 's'}"
+    title = f"{verb} {counted(total, noun)}"
     console = rich_console.Console(stderr=True)
     if is_shown and not console.is_terminal:
         log.info(title.lower())

@@ -52,3 +52,8 @@ def one_line(message: object, limit: int | None = None) -> str:
 def first_few(names: Sequence[str], limit: int = 5) -> str:
     """The first few of many names: `a, b and 7 more`."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def counted(count: int, noun: str = "case") -> str:
+    """A number of things: "1 case", "3 cases"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
