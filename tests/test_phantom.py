@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_a_second_run_does_nothing(folder: Path) -> None:
     assert contents(folder) == before
 
 
-def test_an_interrupted_set_is_finished_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_set_is_finished_to_the_same_volumes(folder: Path, tmp_path: Path) -> None:
     broken = make_phantoms(tmp_path / "broken", cases=10, size=SIZE, workers=1)
     (broken / "dataset.json").unlink()
     (broken / "imagesTr/BRATS_003.nii.gz").unlink()
@@ -85,9 +86,10 @@ def test_an_interrupted_set_is_finished_to_the_same_bytes(folder: Path, tmp_path
     (broken / "imagesTr/.BRATS_003.nii.gz.1.part").unlink()
     finished, whole = contents(broken), contents(folder)
     assert finished.keys() == whole.keys()
-    changed = [name for name in whole if finished[name][1] != whole[name][1]]
-    voxels = {name: [np.asarray(nib.load(of / name).dataobj) for of in (broken, folder)] for name in changed}
-    assert {name: np.argwhere(ours != theirs)[:5] for name, (ours, theirs) in voxels.items()} == {}
+    for name, (_, data) in whole.items():
+        ours, theirs = (gzip.decompress(each) if name.endswith(".gz") else each for each in (finished[name][1], data))
+        assert ours[:352] == theirs[:352], f"header of {name}"
+        assert ours == theirs, f"voxels of {name}"
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

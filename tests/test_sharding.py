@@ -157,6 +157,7 @@ for number in range(2):
 result["sent"] = len(sent)
 if ranks.is_first:
     print(json.dumps(result))
+dist.destroy_process_group()  # gloo's threads must not outlive the interpreter
 """
 
 
