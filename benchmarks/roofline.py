@@ -116,9 +116,10 @@ KINDS = {
     "cat": "copy", "clone": "copy", "copy_": "copy", "stack": "copy", "_to_copy": "cast", "mm": "product",
     "addmm": "product", "bmm": "product", "native_layer_norm": "layer norm", "native_layer_norm_backward": "layer norm",
     "sum": "reduction", "mean": "reduction", "linalg_vector_norm": "reduction",
-    "attention": "attention", "instance_norm": "norm", "dice_ce": "loss",
 }  # fmt: skip
-"""The kind of each operation, of PyTorch or ours; all others are pointwise."""
+"""The kind of each operation of PyTorch; all others are pointwise."""
+KERNELS = {"attention_": "attention", "norm_": "norm", "dice_ce_": "loss"}
+"""The kind of our kernels, by how their names begin."""
 FREE = {
     "empty",
     "empty_like",
@@ -139,12 +140,9 @@ class Counter(TorchDispatchMode):
         self.rows: list[Operation] = []
         self.direction = "forward"
         self.layers: list[str] = []
-        self._is_ours = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in dispatch.LAUNCHERS:
-            return self._launch(func, args)
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         if name == "convolution":
@@ -213,24 +211,18 @@ class Counter(TorchDispatchMode):
             "optimizer", name, nbytes, launches=multi_tensor_launches([each.numel() for each in lists[0]], len(lists))
         )
 
-    def _launch(self, func: Any, args: Any) -> Any:
-        """One of our operations: its launches by their arguments, and its other operations as usual."""
-        name = func._schema.name.split("::")[1]
-        kind = KINDS.get(name.removesuffix("_backward"), "pointwise")
+    def launch(self, launch: dispatch.Launch) -> None:
+        """One launch of a kernel of ours."""
+        tensors = [leaf for leaf in tree_leaves(dict(launch.args)) if isinstance(leaf, Tensor)]
+        kind = next((kind for prefix, kind in KERNELS.items() if launch.name.startswith(prefix)), "pointwise")
+        self._add(kind, launch.name, sum(map(_nbytes, tensors)), _attention_flops(launch))
 
-        def note(launch: dispatch.Launch) -> None:
-            tensors = [leaf for leaf in tree_leaves(dict(launch.args)) if isinstance(leaf, Tensor)]
-            self._add(kind, launch.name, sum(map(_nbytes, tensors)))
 
-        first = len(self.rows)
-        with dispatch.observed(note), self:
-            out = dispatch.LAUNCHERS[func](*args)
-        if kind == "attention":
-            batch, heads, tokens, features = args[0].shape
-            # The backward has five, and computes two of them in both passes.
-            products = 7 if name.endswith("_backward") else 2
-            self.rows[first].flops = products * 2 * batch * heads * tokens * tokens * features
-        return out
+def _attention_flops(launch: dispatch.Launch) -> int:
+    """FLOPs of an attention kernel; 0 for all others."""
+    # The backward has five products, and computes two of them in both passes.
+    products = {"attention_forward_kernel": 2, "attention_backward_kernel": 7}.get(launch.name, 0)
+    return products * 2 * math.prod(launch.args["q_ptr"].shape) * launch.args["N"] if products else 0
 
 
 def _nbytes(x: Tensor) -> int:
@@ -285,7 +277,7 @@ def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) ->
         optimizer = GuardedAdamW(network.parameters(), OptimConfig(), scales_loss=precision == "fp16")
         counter = Counter()
         _name_layers(network, counter)
-        with counter:
+        with counter, dispatch.observed(counter.launch):
             # The tensors are on the CPU, whose autocast lowers the same operations as CUDA's in these networks.
             with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
                 logits = network(image.contiguous(memory_format=LAST))
@@ -295,7 +287,7 @@ def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) ->
             loss.backward()
         optimizer.step()  # the first one makes the moments
         counter.direction = "optimizer"
-        with counter:
+        with counter, dispatch.observed(counter.launch):
             optimizer.step()
     return counter.rows
 

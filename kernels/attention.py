@@ -33,6 +33,7 @@ https://arxiv.org/abs/2307.08691.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from numbers import Real
 from typing import Any
@@ -449,16 +450,17 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], outpu
     q, k, v, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # else a launch fills the gradient of lse with zeros
     ctx.save_for_backward(q, k, v, out, lse)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(run: Callable[..., Any], ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse = ctx.saved_tensors
-    dq, dk, dv = _backward_op(q, k, v, out, lse, dout, ctx.scale)
+    dq, dk, dv = run(q, k, v, out, lse, dout, ctx.scale)
     return dispatch.gradients(attention_forward, q=dq, k=dk, v=dv)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_attention = dispatch.differentiable(_forward_op, _backward_op, _setup_context, _backward)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
@@ -493,7 +495,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
     if path == "triton":
         if scale < 0:
             q, scale = -q, -scale
-        return _forward_op(q, k, v, scale)[0]
+        return _attention(q, k, v, scale)[0]
     if path == "torch":
         backends = dispatch.sdpa_backends("attention", q, key)
         with torch.autocast(q.device.type, enabled=False), sdpa_kernel(backends, set_priority=True):

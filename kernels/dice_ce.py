@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, reduce
 from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
@@ -580,13 +580,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    ctx: Any, dloss: Tensor | None, ddice: Tensor | None, dce: Tensor | None, _: Tensor | None
+    run: Callable[..., Any], ctx: Any, dloss: Tensor | None, ddice: Tensor | None, dce: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    dlogits = _backward_op(dloss, ddice, dce, *ctx.saved_tensors, *ctx.options)
+    dlogits = run(dloss, ddice, dce, *ctx.saved_tensors, *ctx.options)
     return dispatch.gradients(dice_ce_forward, logits=dlogits)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_dice_ce = dispatch.differentiable(_forward_op, _backward_op, _setup_context, _backward)
 
 
 def _check_tensors(logits: Tensor, labels: Tensor) -> None:
@@ -723,7 +723,7 @@ def dice_ce_loss(
     chosen = dispatch.path("dice_ce", logits, _key_of(logits, ce)) if channels <= MAX_REGIONS else "reference"
     if chosen == "triton":
         table = _table(regions, labels.device)
-        *values, _ = _forward_op(logits, labels, table, weight, ce, list(factors.values()), squared_pred, batch)
+        *values, _ = _dice_ce(logits, labels, table, weight, ce, list(factors.values()), squared_pred, batch)
         return DiceCE(*values)
     loss = dice_ce_loss_reference
     if chosen == "torch" and not torch.compiler.is_compiling():  # else it is compiled with what is around it

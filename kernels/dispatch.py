@@ -24,7 +24,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal, TypeVar, get_args
@@ -120,6 +120,55 @@ def operator(function: Callable[..., Any]) -> torch.library.CustomOpDef:
     defined = torch.library.custom_op(f"glioforge::{name}", function, mutates_args=())
     LAUNCHERS[getattr(torch.ops.glioforge, name).default] = function
     return defined
+
+
+def differentiable(
+    forward_op: torch.library.CustomOpDef,
+    backward_op: torch.library.CustomOpDef,
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., Any]:
+    """Register the derivative of `forward_op`; returns the function to call in its place.
+
+    Eager calls go through an `autograd.Function` around the same launches, which takes less of the host's time
+    (`benchmarks/bench_dispatch.py`). Operators serve compilation, export, fake tensors and dispatch modes.
+
+    Args:
+        setup_context: (ctx, inputs, output), as for both.
+        backward: (run, ctx, *gradients) to the gradient of each input, where `run` takes the arguments of
+            `backward_op`. A gradient is None where an output was not used.
+    """
+    forward_op.register_autograd(partial(backward, backward_op), setup_context=setup_context)
+    launch_forward, launch_backward = (LAUNCHERS[op._opoverload] for op in (forward_op, backward_op))
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return launch_forward(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+            # With `create_graph` the operator, which refuses a second derivative when one is taken.
+            return backward(backward_op if torch.is_grad_enabled() else launch_backward, ctx, *gradients)
+
+    def call(*args: Any) -> Any:
+        return Eager.apply(*args) if _is_eager(args) else forward_op(*args)
+
+    return call
+
+
+def _is_eager(args: Sequence[Any]) -> bool:
+    """Whether a call's tensors have memory and nothing traces it. Fake ones will do while launches are observed."""
+    if torch.compiler.is_compiling():
+        return False
+    if _observer is not None:
+        return True
+    is_plain = all(type(arg) in (Tensor, torch.nn.Parameter) for arg in args if isinstance(arg, Tensor))
+    return is_plain and not torch._C._len_torch_dispatch_stack()
 
 
 @dataclass(frozen=True)

@@ -784,6 +784,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight, bias, _, slope_tensor, slope, residual, residual_norm = inputs
     y, stats = output
     ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)  # else a launch fills the gradient of stats with zeros
     ctx.slope, ctx.residual_norm = slope, residual_norm
     # Without an activation g = dy: a raw residual is not needed, and its gradient is dy.
     ctx.passes_dy = residual is not None and not residual_norm and slope is None and slope_tensor is None
@@ -791,9 +792,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, stats, weight, bias, slope_tensor, kept)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(run: Callable[..., Any], ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, stats, weight, bias, slope_tensor, residual = ctx.saved_tensors
-    dx, dweight, dbias, dslope, dresidual = _backward_op(
+    dx, dweight, dbias, dslope, dresidual = run(
         dy, x, stats, weight, bias, slope_tensor, ctx.slope, residual, ctx.residual_norm
     )
     return dispatch.gradients(
@@ -806,7 +807,7 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
     )
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_instance_norm = dispatch.differentiable(_forward_op, _backward_op, _setup_context, _backward)
 
 
 def _on_cpu(
@@ -913,7 +914,7 @@ def instance_norm(
     chosen = dispatch.path("instance_norm", x, _key_of(x, residual, residual_norm))
     if chosen == "triton":
         slope_tensor, slope = (negative_slope, None) if isinstance(negative_slope, Tensor) else (None, negative_slope)
-        return _forward_op(x, weight, bias, eps, slope_tensor, slope, residual, residual_norm)[0]
+        return _instance_norm(x, weight, bias, eps, slope_tensor, slope, residual, residual_norm)[0]
     function: Callable[..., Tensor] = instance_norm_reference
     if chosen == "torch" and not torch.compiler.is_compiling():  # else it is compiled with what is around it
         function = _on_cpu if x.is_cpu else dispatch.compiled(instance_norm_reference, x.shape)

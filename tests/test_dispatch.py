@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_paths import not_interpreted
+from kernel_paths import needs_kernels, not_interpreted
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from benchmarks import workloads
@@ -317,6 +318,30 @@ def test_operations_can_be_traced_with_symbolic_sizes() -> None:
     for function, args in ((instance_norm, (x,)), (loss, (x, labels)), (flash_attention, 3 * (x[0],))):
         traced = make_fx(lambda *args, function=function: function(*args), tracing_mode="symbolic")(*args)
         torch.testing.assert_close(traced(*args), function(*args))
+
+
+EAGER = {
+    "instance_norm": lambda x: instance_norm(x),
+    "flash_attention": lambda x: flash_attention(x[0], x[0], x[0]),
+    "dice_ce_loss": lambda x: dice_ce_loss(x, torch.zeros(x[:, 0].shape, dtype=torch.uint8), ((1,), (2,), (3,))).loss,
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_only_traced_calls_pay_for_an_operator(name: str) -> None:
+    needs_kernels("cpu")
+    x = torch.randn(2, 3, 4, 5, 6, requires_grad=True)
+    eager = EAGER[name](x)
+    assert _first_node(eager).startswith("Eager")
+    with FlopCounterMode(display=False):  # any dispatch mode: it must see what is called
+        traced = EAGER[name](x)
+    assert _first_node(traced).startswith("GeneratedBackwardFor_glioforge")
+    assert torch.equal(eager, traced)
+
+
+def _first_node(y: torch.Tensor) -> str:
+    assert y.grad_fn is not None
+    return y.grad_fn.name()
 
 
 def test_gradients_are_ordered_by_the_arguments_of_the_forward() -> None:
