@@ -42,6 +42,7 @@ from rich.table import Table
 from benchmarks.bench_pipeline import scans
 from benchmarks.common import DEVICE, IS_GPU, machine
 from benchmarks.report import OURS
+from benchmarks.roofline import predicted_step_s
 from benchmarks.step_profile import Marks, count_in
 from benchmarks.training import (
     BATCH,
@@ -141,7 +142,7 @@ def best_batch(scene: Scene, variant: LoopVariant) -> dict[str, Any]:
         size *= 2
     if not rates:
         return {"variant": variant.name, "failed": stopped_by}
-    return {"variant": variant.name, **best, "rates": rates, "stopped_by": stopped_by}
+    return {"variant": variant.name, "precision": variant.precision, **best, "rates": rates, "stopped_by": stopped_by}
 
 
 def _reason(error: RuntimeError) -> str:
@@ -198,7 +199,8 @@ def parts_of(loop: Ours, steps: int) -> dict[str, float]:
 def print_steps(rows: Sequence[dict[str, Any]], title: str, console: Console) -> None:
     """Times beside those of ours in the same precision."""
     table = Table(title=title)
-    for column in ("", "batch", "step ms", "x ours", "end to end ms", "x ours", "samples/s", "peak GB"):
+    columns = ("", "batch", "predicted ms", "step ms", "x ours", "end to end ms", "x ours", "samples/s", "peak GB")
+    for column in columns:
         table.add_column(column, justify="right" if column else "left")
     ours: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -206,9 +208,9 @@ def print_steps(rows: Sequence[dict[str, Any]], title: str, console: Console) ->
             ours.setdefault(row["precision"], row)
     for row in rows:
         if "failed" in row or "loop_seconds" not in row:
-            table.add_row(row["variant"], str(row["batch"]), row.get("failed", "not measured"))
+            table.add_row(row["variant"], str(row["batch"]), "", row.get("failed", "not measured"))
             continue
-        cells = []
+        cells = [f"{1e3 * row['predicted_seconds']:.1f}" if row.get("predicted_seconds") else ""]
         for kind in ("step_seconds", "loop_seconds"):
             beside = ours.get(row["precision"], {}).get(kind, math.nan)
             cells += [f"{1e3 * row[kind]:.1f}", f"{row[kind] / beside:.2f}"]
@@ -220,14 +222,15 @@ def print_steps(rows: Sequence[dict[str, Any]], title: str, console: Console) ->
 def print_batches(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The batch with the largest throughput."""
     table = Table(title="best batch, step alone")
-    for column in ("", "batch", "samples/s", "peak GB", "stopped by"):
+    for column in ("", "batch", "predicted samples/s", "samples/s", "peak GB", "stopped by"):
         table.add_column(column, justify="left" if column in ("", "stopped by") else "right")
     for row in rows:
         if "failed" in row:
-            table.add_row(row["variant"], "", "", "", row["failed"])
-        else:
-            peak = f"{row['peak_bytes'] / 1e9:.2f}"
-            table.add_row(row["variant"], str(row["batch"]), f"{row['samples_per_s']:.2f}", peak, row["stopped_by"])
+            table.add_row(row["variant"], "", "", "", "", row["failed"])
+            continue
+        predicted = f"{row['batch'] / row['predicted_seconds']:.2f}" if row.get("predicted_seconds") else ""
+        rate, peak = f"{row['samples_per_s']:.2f}", f"{row['peak_bytes'] / 1e9:.2f}"
+        table.add_row(row["variant"], str(row["batch"]), predicted, rate, peak, row["stopped_by"])
     console.print(table)
 
 
@@ -247,13 +250,18 @@ def result_file() -> Path:
     return folder / f"train_{name}.json"
 
 
+def write_result(result: dict[str, Any]) -> None:
+    """Write the result file."""
+    result_file().parent.mkdir(parents=True, exist_ok=True)
+    result_file().write_text(json.dumps(result, indent=1) + "\n")
+
+
 def measure_all(scene: Scene, sections: Sequence[str], rounds: int, trace: Path | None, result: dict[str, Any]) -> None:
     """Fill `result`, and write it after each turn, for a run may be cut short."""
 
     def write(name: str, value: Any) -> None:
         result[name] = value
-        result_file().parent.mkdir(parents=True, exist_ok=True)
-        result_file().write_text(json.dumps(result, indent=1) + "\n")
+        write_result(result)
 
     which = variants()
     for section in sections:
@@ -268,6 +276,14 @@ def measure_all(scene: Scene, sections: Sequence[str], rounds: int, trace: Path 
                     rows.append(best_batch(scene, variant))
                     write("batches", rows)
         free()
+
+
+def add_predictions(result: dict[str, Any]) -> None:
+    """Add the seconds that the roofline predicts, as a CUDA graph, to the rows of our steps at the published size."""
+    for row in [*result.get("steps", ()), *result.get("batches", ())]:
+        if row["variant"].startswith(OURS) and "failed" not in row:
+            asked = result["model"], row["batch"], row["precision"], result["machine"]["device"]
+            row["predicted_seconds"] = predicted_step_s(*asked)
 
 
 def print_all(result: dict[str, Any], console: Console) -> None:
@@ -323,6 +339,9 @@ def main() -> int:
     except KeyboardInterrupt:
         interrupted = True
         console.print("interrupted: this is what was measured")
+    if IS_GPU:  # where the scene has the published size
+        add_predictions(result)
+        write_result(result)
     print_all(result, console)
     console.print(f"wrote {result_file()}", highlight=False)
     rows = [*result.get("steps", []), *result.get("batches", [])]

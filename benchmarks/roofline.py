@@ -355,6 +355,17 @@ def conv_rate(width: int, gpu: Gpu, precision: str) -> float:
     return CONV_RATES[known] * gpu.products(precision) / GPUS["H100"].half
 
 
+def predicted_step_s(model: str, batch: int, precision: str, device: str, crop: Sequence[int] = CROP) -> float | None:
+    """Seconds of a step on a GPU by its full name, such as "NVIDIA H100 80GB HBM3"; None if its data sheet is not here.
+
+    Other arguments as `count`.
+    """
+    known = next((name for name in GPUS if name in device), None)
+    if known is None:
+        return None
+    return sum(predicted_s(row, GPUS[known], precision) for row in count(model, batch, precision, crop))
+
+
 def grouped(rows: Iterable[Operation], gpu: Gpu, precision: str) -> list[dict[str, Any]]:
     """Sums by layer, direction and kind, the longest predicted time first."""
     groups: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(lambda: defaultdict(float))

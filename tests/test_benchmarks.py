@@ -340,6 +340,23 @@ def test_the_best_batch_has_the_largest_throughput_of_those_that_fit(monkeypatch
     assert row["failed"].startswith("batch 1: out of memory")
 
 
+def test_predictions_stand_beside_what_was_measured_on_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(bench_train, "predicted_step_s", lambda *args: asked.append(args) or 0.0125)  # type: ignore[func-returns-value]
+    row = {"precision": "bf16", "batch": 2, "samples_per_s": 150.0, "peak_bytes": 8, "stopped_by": "the limit"}
+    steps = {"step_seconds": 0.0133, "loop_seconds": 0.02}
+    rows = [{**row, **steps, "variant": name} for name in ("glioforge bf16", "plain bf16, cached")]
+    about = {"machine": {"device": "NVIDIA H100"}, "model": "unetr"}
+    result: dict[str, Any] = {**about, "steps": rows, "batches": [{**rows[0]}]}
+    bench_train.add_predictions(result)
+    assert asked == 2 * [("unetr", 2, "bf16", "NVIDIA H100")]
+    said = StringIO()
+    bench_train.print_steps(rows, "", Console(file=said, width=200))
+    bench_train.print_batches(result["batches"], Console(file=said, width=200))
+    ours, plain, best = (line for line in said.getvalue().splitlines() if "bf16" in line)
+    assert "12.5" in ours and "12.5" not in plain and "160.00" in best and "150.00" in best
+
+
 def test_a_variant_brings_its_own_flags_and_leaves_none_behind() -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     timed = training.Timed.__new__(training.Timed)

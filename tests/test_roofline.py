@@ -86,6 +86,13 @@ def test_nothing_is_predicted_faster_than_the_roofline(gpu: str) -> None:
         assert 0 < roofline_s(row, GPUS[gpu], "bf16") <= predicted_s(row, GPUS[gpu], "bf16") < math.inf or not row.bytes
 
 
+def test_a_prediction_needs_the_data_sheet_of_the_gpu() -> None:
+    small = ("unet", 2, "bf16")
+    assert roofline.predicted_step_s(*small, "Tesla T4", (32, 32, 32)) is None
+    found = roofline.predicted_step_s(*small, "NVIDIA H100 80GB HBM3", (32, 32, 32))
+    assert found == sum(predicted_s(row, GPUS["H100"], "bf16") for row in count(*small, (32, 32, 32)))
+
+
 def test_the_command_writes_totals_rows_and_a_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
