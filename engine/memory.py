@@ -8,6 +8,8 @@
                  current operation, and the gradients that exist by then
     volumes      prepared volumes that the GPU keeps
 
+Gradients, optimizer and EMA are those of the trainable weights.
+
     total = weights + optimizer + buffers + EMA + volumes + max(activations, gradients)
 
 The peak comes just after the backward begins: nearly everything is still saved, and there are few gradients. It is not
@@ -135,9 +137,10 @@ def estimate(
     trained = parameter_count(model) * FLOAT32
     weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model).values())
     shard = math.ceil(trained / ranks.world_size)
+    all_shards = math.ceil(sum(p.numel() for p in model.parameters()) * FLOAT32 / ranks.world_size)  # frozen ones too
     keeps_buckets = stage == 0 and ranks.world_size > 1  # of DDP, whose buckets are the gradients' memory
     return MemoryEstimate(
-        weights=weights + shard if stage == 3 else weights,
+        weights=weights + all_shards if stage == 3 else weights,
         gradients=shard if stage >= 2 else trained,
         optimizer=3 * shard if stage else 2 * trained,
         buffers=BUCKET_ELEMENTS * FLOAT32 * (2 if device.type == "cuda" else 1) if stage else 0,

@@ -110,7 +110,7 @@ def _zero_settings(zero_stage: int, settings: Mapping[str, Any], ranks: Ranks) -
 
 def _in_ddp(model: torch.nn.Module, bucket_elements: int, ranks: Ranks) -> DistributedDataParallel:
     """The model in DDP, which averages gradients over ranks, bucket by bucket, during the backward."""
-    for parameter in model.parameters():
+    for parameter in trainable(model):
         if 1 in parameter.shape:
             parameter.register_hook(_with_strides_of(parameter))
     return DistributedDataParallel(
@@ -137,6 +137,11 @@ def _with_strides_of(parameter: torch.nn.Parameter) -> Callable[[torch.Tensor], 
 
 
 # Weights and moments, unsharded
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that training changes; the others are frozen (`requires_grad` is False)."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def local_shard(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -166,7 +171,8 @@ def full_moments(engine: Any, optimizer: GuardedAdamW) -> dict[str, Any]:
     """Adam's states, unsharded, on the CPU; all ranks must call it.
 
     Returns:
-        "step", and "exp_avg" and "exp_avg_sq": float32 tensors by parameter name; empty before the first step.
+        "step", and "exp_avg" and "exp_avg_sq": float32 tensors by name of each trainable parameter; empty before the
+        first step.
     """
     if not optimizer.state:
         return {}
@@ -181,9 +187,21 @@ def full_moments(engine: Any, optimizer: GuardedAdamW) -> dict[str, Any]:
 
 
 def load_moments(engine: Any, optimizer: GuardedAdamW, moments: dict[str, Any]) -> None:
-    """Put what `full_moments` gave into the optimizer; the stage and the number of ranks may have changed."""
+    """Put what `full_moments` gave into the optimizer; the stage and the number of ranks may have changed.
+
+    Moments of parameters that are frozen now are ignored.
+
+    Raises:
+        ValueError: there are none of a parameter that is trained.
+    """
     if not moments:
         return
+    missing = [name for name, _ in _trained(engine) if any(name not in moments[key] for key in MOMENTS)]
+    if missing:
+        raise ValueError(
+            f"the state has no moments of {missing[0]}, which was frozen when it was written and is trained now: "
+            "freeze it again, or start a new run from the weights"
+        )
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     for shard in _optimizer_tensors(engine, optimizer):
@@ -211,9 +229,14 @@ def _optimizer_tensors(engine: Any, optimizer: GuardedAdamW) -> list[torch.Tenso
 
 
 def _moments(engine: Any) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
-    """Each moment's key in the optimizer's state, with the parameter and its name (without DDP's prefix)."""
+    """Each moment's key in the optimizer's state, with the trainable parameter and its name."""
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 1 and 2 map states to parameters late
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+    return ((key, name, parameter) for key in MOMENTS for name, parameter in _trained(engine))
+
+
+def _trained(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """Names, without DDP's prefix, and trainable parameters."""
     module = engine.module
     network = module.module if isinstance(module, DistributedDataParallel) else module
-    return ((key, name, parameter) for key in MOMENTS for name, parameter in network.named_parameters())
+    return [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]

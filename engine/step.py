@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.optim import GuardedAdamW, OptimConfig, learning_rate
 from engine.precision import Precision, prepare_network
 from engine.ranks.distributed import Ranks
-from engine.sharding import deepspeed_engine, full_weights, local_shard, shard_of
+from engine.sharding import deepspeed_engine, full_weights, local_shard, shard_of, trainable
 from kernels.dice_ce import DiceCE, dice_ce_loss
 from pipelines.basics.option_values import MANY, MOST_SEED, number
 
@@ -138,7 +138,7 @@ class TrainingStep:
         if train.compile:
             self.model.forward = torch.compile(self.model.forward, dynamic=False)
         self.optimizer = GuardedAdamW(
-            self.model.parameters(),
+            trainable(self.model),
             optim,
             scales_loss=train.precision == "fp16",
             is_sharded=train.zero_stage > 0 and ranks.world_size > 1,
@@ -258,7 +258,7 @@ class CudaGraphPass:
     """
 
     def __init__(self, run: Callable[[Tensor, Tensor], DiceCE], model: torch.nn.Module) -> None:
-        self.run, self.parameters = run, list(model.parameters())
+        self.run, self.parameters = run, trainable(model)
         self.cuda_graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, image: Tensor, labels: Tensor) -> DiceCE:
@@ -308,7 +308,7 @@ class WeightAverage:
     average = decay * average + (1 - decay) * weights after every step.
 
     The first steps decay faster, (1 + n) / (10 + n) after n of them, so that the initial weights are soon forgotten.
-    Each rank averages what it holds: all weights, or its shards under ZeRO 3.
+    Each rank averages what it holds: all weights, or its shards under ZeRO 3. A frozen weight is its own average.
 
     Args:
         model: as DeepSpeed left it. decay: below 1.
@@ -343,11 +343,12 @@ class WeightAverage:
     def load(self, weights: Mapping[str, Tensor], steps: int) -> None:
         """Take what `full_weights` gave, after so many updates."""
         self.steps = steps
-        for (name, parameter), average in zip(self.model.named_parameters(), self.averages, strict=True):
+        trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        for (name, parameter), average in zip(trained, self.averages, strict=True):
             average.copy_(shard_of(weights[name], parameter).view_as(average))
 
     def _weights(self) -> list[Tensor]:
-        return [local_shard(parameter) for parameter in self.model.parameters()]
+        return [local_shard(parameter) for parameter in trainable(self.model)]
 
 
 def training_loss(logits: Tensor, labels: Tensor, regions: Sequence[Sequence[int]], config: LossConfig) -> DiceCE:

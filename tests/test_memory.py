@@ -100,6 +100,21 @@ def test_fake_tensors_save_the_bytes_that_real_ones_do(name: str, precision: str
         assert guess.saved == pytest.approx(saved_by_real_tensors(name, count, precision), rel=within, abs=0)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_frozen_weights_have_no_gradients_moments_or_average(stage: int) -> None:
+    options: dict[str, Any] = {"train": {"zero_stage": stage}, "ema_decay": 0.9, "world_size": 2}
+    model = network("unet")
+    whole = estimate(model, 1, **options)
+    frozen = max(model.parameters(), key=torch.numel).requires_grad_(False).numel()
+    part = estimate(model, 1, **options)
+    assert part.weights == whole.weights
+    shares = {"gradients": stage >= 2, "optimizer": stage > 0, "ema": stage == 3}
+    for name, is_sharded in shares.items():
+        per_weight = {"gradients": 4, "optimizer": 12 if stage else 8, "ema": 4}[name]
+        spared = getattr(whole, name) - getattr(part, name)
+        assert spared == pytest.approx(frozen * per_weight / (2 if is_sharded else 1), abs=8), name
+
+
 @pytest.mark.slow
 def test_through_the_kernels_too_they_save_exactly_what_real_ones_do() -> None:
     """In Triton's interpreter, which a process chooses before it imports triton."""

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from commands import free_port
-from test_step import batch, make_step, network
+from test_step import batch, make_step, network, plain_step
 
+from engine.diagnosis import first_nonfinite
 from engine.ranks.distributed import Ranks
-from engine.sharding import full_weights
+from engine.sharding import full_moments, full_weights, load_moments
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCES = {  # relative; and absolute, or 0
@@ -23,7 +24,9 @@ TOLERANCES = {  # relative; and absolute, or 0
     "ZeRO stages": (1e-5, 0),
     "norms": (1e-4, 0),
     "orders of reduction": (1e-6, 0),
+    "an update": (1e-3, 0),  # of the whole change, by its norm
 }
+FROZEN = "2.bias"
 
 
 def near(expected: Any, of: str) -> Any:
@@ -80,12 +83,66 @@ def test_zero_3_steps_all_parameters_as_one_group(ranks: Ranks) -> None:
         assert torch.equal(plain.values, grouped.values)
 
 
+def partly_frozen() -> torch.nn.Module:
+    model = network()
+    model.get_parameter(FROZEN).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_parameters_stay_and_the_others_take_the_step_of_torchs_adamw(stage: int, ranks: Ranks) -> None:
+    """The weight decay of 0.1 would change the frozen one too."""
+    plain = partly_frozen()
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
+    step = make_step(ranks, partly_frozen(), zero_stage=stage, ema_decay=0.9)
+    start = full_weights(step.model)
+    for number in range(3):
+        step(*batch(number))
+        plain_step(plain, optimizer, batch(number), "float32")
+    found = full_weights(step.model)
+    for name, value in plain.state_dict().items():
+        change = (value - start[name]).norm()
+        assert (found[name] - value).norm() <= TOLERANCES["an update"][0] * change, name
+    assert torch.equal(found[FROZEN], start[FROZEN])
+    assert step.average and torch.equal(step.average.full_weights()[FROZEN], start[FROZEN])
+    assert set(full_moments(step.engine, step.optimizer)["exp_avg"]) == set(start) - {FROZEN}
+    with step.inspecting() as model:
+        assert first_nonfinite(model, lambda *pair: step.loss_of(*pair).loss, *batch(0)) is None
+    with step.evaluating() as model:
+        assert model(batch(0)[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_state_with_moments_of_a_parameter_that_is_frozen_now_resumes(stage: int, ranks: Ranks) -> None:
+    trained = make_step(ranks, ema_decay=0.9)
+    trained(*batch(0))
+    moments = full_moments(trained.engine, trained.optimizer)
+    step = make_step(ranks, partly_frozen(), zero_stage=stage, ema_decay=0.9)
+    assert trained.average and step.average
+    load_moments(step.engine, step.optimizer, moments)
+    step.average.load(trained.average.full_weights(), 1)
+    resumed = full_moments(step.engine, step.optimizer)
+    assert all(torch.equal(value, moments["exp_avg"][name]) for name, value in resumed["exp_avg"].items())
+    step(*batch(1))
+    assert full_moments(step.engine, step.optimizer)["step"] == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_state_without_moments_of_a_parameter_that_is_trained_now_is_refused(stage: int, ranks: Ranks) -> None:
+    frozen = make_step(ranks, partly_frozen())
+    frozen(*batch(0))
+    step = make_step(ranks, zero_stage=stage)
+    with pytest.raises(ValueError, match=f"no moments of {FROZEN}, which was frozen"):
+        load_moments(step.engine, step.optimizer, full_moments(frozen.engine, frozen.optimizer))
+
+
 TWO_RANKS = """
 import json, sys
 import torch, torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from engine.ranks.distributed import init_ranks
 from engine.sharding import full_moments, full_weights, load_moments
+from test_sharding import partly_frozen
 from test_step import batch, cuda_graphs_on_a_cpu, make_step, network, values_of
 import pytest
 ranks = init_ranks("cpu")
@@ -126,6 +183,21 @@ for stage in range(4):  # each continues from the state of the one before it
     step.done = 20
     result[f"resumed at {stage}"] = run(step, range(20, 23))
     result[f"average at {stage}"] = sum(float(value.double().sum()) for value in average.values())
+
+frozen = {}
+for stage in range(4):
+    step = make_step(ranks, partly_frozen(), zero_stage=stage, grad_clip=CLIP)
+    losses, start = run(step, range(3)), network().state_dict()
+    frozen[stage] = full_weights(step.model), full_moments(step.engine, step.optimizer)
+    result[f"frozen at {stage}"] = losses + run(step, range(3, 5))
+    result[f"stayed at {stage}"] = [name for name, value in full_weights(step.model).items() if value.equal(start[name])]
+for stage in range(4):
+    weights, moments = frozen[(stage - 1) % 4]
+    model = partly_frozen()
+    model.load_state_dict(weights)
+    step = make_step(ranks, model, zero_stage=stage, grad_clip=CLIP)
+    load_moments(step.engine, step.optimizer, moments)
+    result[f"frozen resumed at {stage}"] = run(step, range(3, 5))
 
 def first_updates(**options):  # weights after two steps of eight crops each
     step = make_step(ranks, batch_size=4, grad_clip=CLIP, **options)
@@ -220,3 +292,12 @@ def test_a_state_saved_at_one_zero_stage_resumes_at_another(stage: int, on_two_r
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_all_ranks_skip_a_step_when_one_has_nonfinite_gradients(stage: int, on_two_ranks: dict[str, Any]) -> None:
     assert on_two_ranks[f"skipped at {stage}"] == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_parameters_stay_on_two_ranks_and_resume_at_another_stage(
+    stage: int, on_two_ranks: dict[str, Any]
+) -> None:
+    assert on_two_ranks[f"stayed at {stage}"] == [FROZEN]
+    assert on_two_ranks[f"frozen at {stage}"] == near(on_two_ranks["frozen at 0"], "ZeRO stages")
+    assert on_two_ranks[f"frozen resumed at {stage}"] == near(on_two_ranks["frozen at 0"][3:], "ZeRO stages")

@@ -311,9 +311,17 @@ def cuda_graphs_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("engine.step._check_options", lambda train, ranks: None)
 
 
-def test_gradients_of_a_replayed_cuda_graph_reach_the_optimizer(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frozen", ["", "2.bias"])
+def test_gradients_of_a_replayed_cuda_graph_reach_the_optimizer(
+    frozen: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cuda_graphs_on_a_cpu(monkeypatch)
-    eager, recorded = make_step(ranks, grad_clip=0.1), make_step(ranks, grad_clip=0.1, cuda_graph=True)
+    models = network(), network()
+    for model in models:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name != frozen)
+    eager = make_step(ranks, models[0], grad_clip=0.1)
+    recorded = make_step(ranks, models[1], grad_clip=0.1, cuda_graph=True)
     for number in range(4):
         eager(*batch(number))
         recorded(*batch(number))
