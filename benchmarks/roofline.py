@@ -114,7 +114,8 @@ class Operation:
 
 KINDS = {
     "cat": "copy", "clone": "copy", "copy_": "copy", "stack": "copy", "_to_copy": "cast", "mm": "product",
-    "addmm": "product", "bmm": "product", "native_layer_norm": "layer norm", "native_layer_norm_backward": "layer norm",
+    "addmm": "product", "addmm_": "product", "bmm": "product", "native_layer_norm": "layer norm",
+    "native_layer_norm_backward": "layer norm",
     "sum": "reduction", "mean": "reduction", "linalg_vector_norm": "reduction",
 }  # fmt: skip
 """The kind of each operation of PyTorch; all others are pointwise."""
@@ -171,7 +172,7 @@ class Counter(TorchDispatchMode):
     def _plain(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        flops = 2 * math.prod(inputs[-2].shape) * inputs[-1].shape[-1] if name in ("mm", "addmm", "bmm") else 0
+        flops = 2 * math.prod(inputs[-2].shape) * inputs[-1].shape[-1] if KINDS.get(name) == "product" else 0
         nbytes = sum(map(_nbytes, inputs)) + sum(map(_nbytes, outputs))
         if name == "copy_":
             nbytes -= _nbytes(inputs[0])  # is written and not read

@@ -142,8 +142,8 @@ def check_img_size(img_size: Sequence[int], divisor: int) -> None:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """Number of parameters, with the frozen biases of models/convolutions.py."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def build_model(

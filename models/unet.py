@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from kernels.instance_norm import instance_norm
+from models.convolutions import NormedConv3d, NormedConvTranspose3d
 
 
 class ConvNormAct(nn.Module):
     """Convolution, then instance norm and PReLU in one operation."""
 
-    def __init__(self, conv: nn.Conv3d | nn.ConvTranspose3d) -> None:
+    def __init__(self, conv: NormedConv3d | NormedConvTranspose3d) -> None:
         super().__init__()
         self.conv = conv
         self.slope = nn.Parameter(torch.full((1,), 0.25))
@@ -45,8 +46,8 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.unit0 = ConvNormAct(nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1))
-        self.unit1 = ConvNormAct(nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1))
+        self.unit0 = ConvNormAct(NormedConv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1))
+        self.unit1 = ConvNormAct(NormedConv3d(out_channels, out_channels, kernel_size=3, padding=1))
         kernel_size = 1 if stride == 1 else 3
         self.residual = nn.Conv3d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2)
 
@@ -60,9 +61,10 @@ class Up(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, last: bool) -> None:
         super().__init__()
         self.up = ConvNormAct(
-            nn.ConvTranspose3d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, output_padding=1)
+            NormedConvTranspose3d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, output_padding=1)
         )
-        conv = nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1)
+        kind = nn.Conv3d if last else NormedConv3d
+        conv = kind(out_channels, out_channels, kernel_size=3, padding=1)
         self.unit = conv if last else ConvNormAct(conv)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.instance_norm import instance_norm
+from models.convolutions import NormedConv3d, ProjectionConv3d
 from models.vit import VisionTransformer
 
 NEGATIVE_SLOPE = 0.01
@@ -96,16 +97,17 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+        self.conv1 = NormedConv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+        self.conv2 = NormedConv3d(out_channels, out_channels, kernel_size=3, padding=1, bias=bias)
         self.projected = in_channels != out_channels
         if self.projected:
-            self.conv3 = nn.Conv3d(in_channels, out_channels, kernel_size=1, bias=bias)
+            self.conv3 = ProjectionConv3d(in_channels, out_channels, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        residual, x = self.conv3(x) if self.projected else (x, x)
         y = self.conv2(instance_norm(self.conv1(x), negative_slope=NEGATIVE_SLOPE))
         # The cast acts only under autocast, on a float32 volume with as many channels as the block.
-        residual = self.conv3(x) if self.projected else x.to(y.dtype)
+        residual = residual.to(y.dtype)
         return instance_norm(y, negative_slope=NEGATIVE_SLOPE, residual=residual, residual_norm=self.projected)
 
 

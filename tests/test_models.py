@@ -100,7 +100,10 @@ def test_every_gradient_equals_the_reference_in_float64(name: str) -> None:
     cotangent = torch.randn(2, 3, *IMG_SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (ours(x) * cotangent).sum().backward()
     (reference(their_x) * cotangent).sum().backward()
-    mine = {key: parameter.grad for key, parameter in ours.named_parameters() if parameter.grad is not None}
+    mine = {
+        key: parameter.grad if parameter.requires_grad else torch.zeros_like(parameter)
+        for key, parameter in ours.named_parameters()
+    }
     mine = to_reference(name, mine, HEADS[name])
     theirs = {key: parameter.grad for key, parameter in reference.named_parameters() if parameter.grad is not None}
     assert {key for key in mine if UNUSED not in key} == set(theirs)
@@ -165,7 +168,7 @@ def test_models_trace_as_one_graph(name: str) -> None:
 def test_the_smallest_volume_trains(name: str) -> None:
     model = build_model(name, 1, img_size=(16, 16, 16), **SMALL[name])
     model(torch.randn(1, 1, 16, 16, 16)).sum().backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
