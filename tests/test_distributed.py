@@ -56,6 +56,37 @@ def test_a_missing_network_interface_is_named_as_the_likely_cause(monkeypatch: p
 
 
 @pytest.mark.parametrize(
+    ("address", "ranks_on_node", "interface", "warns"),
+    [("127.0.1.1", 1, None, True), ("127.0.1.1", 2, None, False), ("127.0.1.1", 1, "eth0", False),
+     ("10.0.0.7", 1, None, False)],
+)  # fmt: skip
+def test_a_node_whose_name_others_cannot_reach_is_warned_of(
+    address: str, ranks_on_node: int, interface: str | None, warns: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
+    if interface:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    monkeypatch.setattr(distributed.socket, "gethostbyname", lambda name: address)
+    monkeypatch.setattr(distributed, "read_rank_env", lambda: RankEnv(0, 2, 0, ranks_on_node))
+    monkeypatch.setattr(distributed, "export_rank_env", lambda env: None)
+    monkeypatch.setattr(distributed, "keep_memory", lambda: None)
+    monkeypatch.setattr(distributed.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    init_ranks("cpu")
+    assert ("stands for 127.0.1.1 here: set GLOO_SOCKET_IFNAME" in caplog.text) == warns
+
+
+def test_a_node_gathers_from_its_own_ranks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of 2, 3 and 1 ranks, whose values are their ranks."""
+    monkeypatch.setattr(distributed, "gather", lambda value, ranks, is_patient: list(range(6)))
+    for rank, local, size, expected in ((0, 0, 2, [0, 1]), (1, 1, 2, [0, 1]), (3, 1, 3, [2, 3, 4]), (5, 0, 1, [5])):
+        ranks = Ranks(rank, 6, local, torch.device("cpu"), size)
+        assert distributed.gather_on_node(rank, ranks) == expected
+
+
+@pytest.mark.parametrize(
     ("on_node", "given", "threads"), [(1, None, []), (3, None, [2]), (16, None, [1]), (3, "4", [])]
 )
 def test_ranks_of_a_node_share_its_cores(

@@ -76,12 +76,21 @@ def test_a_limit_of_the_shell_bounds_a_process_and_is_named(monkeypatch: pytest.
     assert f"{memory_limits.gb(most)} of `ulimit -v`" in memory_limits.plain_message(MemoryError())
 
 
+IN_DALI = "Critical error in pipeline:\nError in GPU operator `nvidia.dali.fn.normalize`,\nencountered:\n\n"
+
+
 @pytest.mark.parametrize(
     ("error", "ran_out"),
     [
         (RuntimeError("could not create a memory object"), True),
         (RuntimeError("can't start new thread"), True),
         (ImportError("libx.so: failed to map segment from shared object"), True),
+        (RuntimeError(f"{IN_DALI} CUDA allocation failed"), True),
+        (RuntimeError(f"{IN_DALI} Can't allocate 134217728 bytes on device 0."), True),
+        (RuntimeError(f"{IN_DALI} Can't allocate 134217728 bytes on host."), True),
+        (RuntimeError(f"{IN_DALI} CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"), True),
+        (RuntimeError(f"{IN_DALI} CUDA driver API error CUDA_ERROR_OUT_OF_MEMORY (2):\nout of memory"), True),
+        (RuntimeError(f"{IN_DALI} CUDA runtime API error cudaErrorIllegalAddress (700)"), False),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (ImportError("No module named 'x'"), False),

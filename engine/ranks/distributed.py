@@ -6,7 +6,9 @@ PyTorch's process group is made here and DeepSpeed takes it as it is: NCCL on GP
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from engine.ranks.rank_env import RankEnv, export_rank_env, read_rank_env
 from pipelines.basics.machine import cores
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 PREPARATION_LIMIT = timedelta(hours=12)  # while one rank of a node prepares the data, or has more cases than others
 
@@ -69,6 +72,11 @@ def init_ranks(device: str = "auto") -> Ranks:
     if use_cuda:
         _check_gpu(env, torch.cuda.device_count())
         torch.cuda.set_device(env.local_rank)
+    if env.world_size > env.ranks_on_node and (address := _unreachable_address()):
+        log.warning(
+            "other nodes can't reach this one by its name, %s, which stands for %s here: set GLOO_SOCKET_IFNAME to the "
+            "network interface that the nodes share (`ip -brief address` lists them)", socket.gethostname(), address,
+        )  # fmt: skip
     backend = "nccl" if use_cuda else "gloo"
     if not dist.is_initialized():
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -114,6 +122,12 @@ def gather(value: T, ranks: Ranks, is_patient: bool = False) -> list[T]:
     return values
 
 
+def gather_on_node(value: T, ranks: Ranks) -> list[T]:
+    """The values of the ranks of this node, as `gather` gives them, waiting patiently; all ranks must call it."""
+    first = ranks.rank - ranks.local_rank  # ranks are numbered node by node
+    return gather(value, ranks, is_patient=True)[first : first + ranks.ranks_on_node]
+
+
 def first_on_node(work: Callable[[], T], ranks: Ranks) -> T:
     """Run `work` on one rank of each node, then on the others, which find it done.
 
@@ -141,6 +155,18 @@ def first_on_node(work: Callable[[], T], ranks: Ranks) -> T:
     if failure:
         raise failure
     return result if result is not None else work()
+
+
+def _unreachable_address() -> str:
+    """The loopback address that gloo takes for this node, because its name stands for it; else empty."""
+    master = os.environ.get("MASTER_ADDR", "")
+    if "GLOO_SOCKET_IFNAME" in os.environ or master == "localhost" or master.startswith("127."):
+        return ""  # the last two: all "nodes" are this machine
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""  # gloo says so itself
+    return address if address.startswith("127.") else ""
 
 
 def _check_gpu(env: RankEnv, gpus: int) -> None:

@@ -25,6 +25,10 @@ MESSAGES = (
     "CUDA error: out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA allocation failed",  # DALI, whose memory is outside PyTorch's allocator: without a size
+    "Can't allocate ",  # the same: "... bytes on device 0", "... bytes on host"
+    "cudaErrorMemoryAllocation",  # the same from its calls of CUDA's runtime
+    "CUDA_ERROR_OUT_OF_MEMORY",  # and of its driver
     "could not create a primitive",  # oneDNN, which gives no reason; with enough memory it always can
     "could not create a memory",
     "std::bad_alloc",
