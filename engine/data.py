@@ -23,14 +23,15 @@ from pipelines.layouts.labels import Release
 from pipelines.loading.augment import Augment
 from pipelines.loading.loader_options import CropOptions, LoaderOptions, Residence
 from pipelines.loading.loaders import CropLoader, TrainLoader, ValLoader
-from pipelines.loading.raw import resample_case
+from pipelines.loading.raw import resample_on_gpus
 from pipelines.loading.raw_loader import RawLoader
 from pipelines.phantom import FORMAT, make_phantoms
-from pipelines.preparing.prepared_case import StoreDtype, resample_on_cpu
+from pipelines.preparing.prepared_case import Resample, StoreDtype, resample_on_cpu
 from pipelines.preparing.store import Store, prepare
 from pipelines.scans.geometry import Spacing, SpacingAxes
 
 log = logging.getLogger(__name__)
+WORKERS_PER_GPU = 4  # that prepare scans: each takes 0.5 to 1 GB for its CUDA context, and mostly decodes
 
 
 @dataclass
@@ -95,11 +96,11 @@ class DataConfig:
     skip_faulty: bool = False
     """Skip cases that can't be read, with a warning for each, instead of stopping."""
     workers: int | None = number(None, least=1, most=1024)
-    """Processes that prepare volumes. None: one per core, if that is faster."""
+    """Processes that prepare volumes. None: one per core, if that is faster. On GPUs at most four for each."""
     augment: Augment = field(default_factory=Augment)
     """Extra augmentations besides flip, scale and shift; all off."""
     prepare_on: Literal["cpu", "gpu"] = "cpu"
-    """gpu: prepare scans by DALI on the GPU."""
+    """gpu: resample scans by DALI on the GPUs that this process sees, in turn."""
     unprepared: bool = False
     """Prepare only the validation cases, and make training crops from the scans at each step: nothing to store, but
     every step decodes scans."""
@@ -176,10 +177,28 @@ def split_names(config: DataConfig, cases: CaseSet) -> tuple[tuple[str, ...], tu
 
 
 def prepared(config: DataConfig, cases: CaseSet) -> Store:
-    """The store of these cases, after preparing those it lacks; with `skip_faulty` without the faulty ones."""
+    """The store of these cases, after preparing those it lacks; with `skip_faulty` without the faulty ones.
+
+    Raises:
+        ValueError: as `prepare`; `prepare_on` "gpu" where PyTorch sees none.
+    """
     folder = config.store_dir or cache_dir() / "store"
-    resample = partial(resample_case, device=torch.device("cuda")) if config.prepare_on == "gpu" else resample_on_cpu
-    return prepare(cases, folder, config.spacing, config.workers, config.store_dtype, config.skip_faulty, resample)
+    resample, most_workers = _resampling(config)
+    options = config.spacing, config.workers, config.store_dtype, config.skip_faulty
+    return prepare(cases, folder, *options, resample, most_workers)
+
+
+def _resampling(config: DataConfig) -> tuple[Resample, int | None]:
+    """How images are resampled, and the largest number of processes that do it."""
+    if config.prepare_on == "cpu":
+        return resample_on_cpu, None
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise DataError("--data.prepare_on gpu: PyTorch sees no GPU here; use --data.prepare_on cpu")
+    most = gpus * WORKERS_PER_GPU
+    on = f"{gpus} GPUs in turn" if gpus > 1 else "the GPU"
+    log.info("scans are resampled on %s, by at most %d processes (%d for each GPU)", on, most, WORKERS_PER_GPU)
+    return partial(resample_on_gpus, gpus), most
 
 
 def load_data(config: DataConfig) -> Data:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -17,12 +18,13 @@ import torch
 from test_segment_cases import CROP, SPACING, labels_of, make_run, run_predict
 
 from engine.config import Config
-from engine.data import Data, DataConfig, load_data
+from engine.data import Data, DataConfig, load_data, prepared
 from engine.network import ModelConfig, make_model
 from engine.ranks.distributed import Ranks
 from engine.step import TrainConfig
 from engine.trainer import Trainer
 from launch import prepare
+from pipelines.basics.errors import DataError
 from pipelines.basics.tables import read_table
 from pipelines.layouts.labels import CODINGS, Coding, regions_from_labels
 from pipelines.phantom import make_phantoms
@@ -262,3 +264,28 @@ def test_names_in_a_csv_list_are_kept_as_written(task: Path, tmp_path: Path) -> 
         rows.writerows([i, name, "x_flair.nii.gz", "s.nii.gz"] for i, name in enumerate(("00001", "00010")))
     data = load(tmp_path / "list.csv", release="brats2018", val_cases=["00010"])
     assert data.train == ("00001",) and data.store.names == ("00001", "00010")
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(1, "the GPU, by at most 4 pro"), (8, "8 GPUs in turn, by at most 32 pro")])
+def test_scans_are_prepared_by_four_processes_for_each_gpu(
+    gpus: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    prepare = mock.Mock()
+    monkeypatch.setattr("engine.data.prepare", prepare)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    prepared(DataConfig(prepare_on="gpu", store_dir=tmp_path), mock.Mock())
+    *_, resample, most = prepare.call_args.args
+    assert most == 4 * gpus and said in caplog.text
+    used = []
+    monkeypatch.setattr("pipelines.loading.raw.resample_case", lambda raw, grid, device: used.append(device))
+    for index in range(most):
+        monkeypatch.setattr("pipelines.preparing.processes._index", index)
+        resample(mock.Mock(), mock.Mock())
+    assert {device: used.count(device) for device in used} == {torch.device("cuda", i): 4 for i in range(gpus)}
+
+
+def test_preparing_on_a_gpu_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DataError, match="prepare_on gpu: PyTorch sees no GPU here; use --data.prepare_on cpu"):
+        prepared(DataConfig(prepare_on="gpu", store_dir=tmp_path), mock.Mock())

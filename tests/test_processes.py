@@ -17,7 +17,7 @@ import pytest
 
 from pipelines.basics.errors import CaseError, CaseFailure, DataError
 from pipelines.layouts.cases import Case
-from pipelines.preparing.processes import run_on_cases
+from pipelines.preparing.processes import run_on_cases, worker_index
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = [Case(name, (Path(name),), None, None) for name in ("a", "b", "c", "d")]
@@ -44,7 +44,13 @@ ERRORS = {
     "a": (MemoryError(), Path("a"), "not enough memory for it"),
     "b": (OSError(errno.EIO, "Input/output error", "b.nii"), Path("b.nii"), "can't be processed (Input/output error)"),
     "c": (TakesTwo("1", "2"), Path("c"), "TakesTwo: 12 (test_processes.py, line "),
+    "e": (RuntimeError("Can't allocate 9 bytes on device 0."), Path("e"), "not enough memory for it"),  # DALI's
 }
+
+
+def index_of(case: Case) -> int:
+    time.sleep(0.5)  # so that no worker takes all cases
+    return worker_index()
 
 
 def fail_of(case: Case) -> str:
@@ -82,9 +88,26 @@ def test_one_worker_is_this_process_and_two_are_others() -> None:
     assert {pid for _, pid in run_on_cases(process_of, CASES[:1], 2, "Asking")} == {os.getpid()}
 
 
+def test_each_worker_has_an_index_of_its_own() -> None:
+    assert {index for _, index in run_on_cases(index_of, CASES, 2, "Asking")} == {0, 1}
+    assert {index for _, index in run_on_cases(index_of, CASES, 1, "Asking")} == {0}
+
+
+@pytest.mark.parametrize("workers", [4, None])
+def test_no_more_processes_work_than_the_task_allows(workers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.preparing.processes.cores", lambda: 4)
+    monkeypatch.setattr("pipelines.preparing.processes.START_S", 0.0)
+    found = [pid for _, pid in run_on_cases(partial(sleep_and_name_process, 0.2), CASES * 2, workers, "Asking", 2)]
+    assert len(set(found) - {os.getpid()}) == 2
+    assert {pid for _, pid in run_on_cases(process_of, CASES, workers, "Asking", 1)} == {os.getpid()}
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_whatever_goes_wrong_with_a_case_is_named_and_the_others_are_done(workers: int) -> None:
-    results = {case.name: result for case, result in run_on_cases(fail_of, CASES, workers, "Failing")}
+    results = {
+        case.name: result
+        for case, result in run_on_cases(fail_of, [*CASES, Case("e", (Path("e"),), None, None)], workers, "Failing")
+    }
     assert results.pop("d") == "d"
     for name, (_, path, problem) in ERRORS.items():
         failure = results[name]

@@ -6,7 +6,7 @@
     support     a mask of the voxels that MONAI leaves non-zero
     z-score, jitter     as in dali.py
 
-raw_loader.py feeds the pipeline. `resample_case` only resamples, a whole volume, for preparing cases on a GPU; on a CPU
+raw_loader.py feeds the pipeline. `resample_case` only resamples, a whole volume, for preparing cases on GPUs; on a CPU
 `resample.resample_image` is faster and exact.
 
 Resampling. Where the file's axes run along the scanner's, the map from crop to raw volume scales and flips each axis by
@@ -42,6 +42,7 @@ from pipelines.basics.lazy import Lazy
 from pipelines.loading.augment import Augment, input_names
 from pipelines.loading.dali import augmented, build_pipeline, external_inputs, with_index
 from pipelines.loading.sampling import overlap
+from pipelines.preparing.processes import worker_index
 from pipelines.scans.geometry import Grid
 from pipelines.scans.nifti import RawCase
 from pipelines.scans.resample import Weights, axis_weights, resample_image
@@ -188,6 +189,11 @@ def resample_case(raw: RawCase, grid: Grid, device: torch.device) -> NDArray[np.
     for name, array in zip(ResampleInputs._fields, fed, strict=True):
         pipeline.feed_input(name, [array])
     return np.array(pipeline.run()[0].as_cpu().as_array()[0])
+
+
+def resample_on_gpus(gpus: int, raw: RawCase, grid: Grid) -> NDArray[np.float32]:
+    """`resample_case` on one of so many GPUs: worker processes take them in turn."""
+    return resample_case(raw, grid, torch.device("cuda", worker_index() % gpus))
 
 
 @lru_cache

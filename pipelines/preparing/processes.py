@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from types import ModuleType
@@ -36,11 +37,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 START_S = 3.0
 """How long the first worker takes to start, as the fork server imports torch; all workers are forks of it."""
+_index = 0
 _LESS_MEMORY = "Work on fewer cases at a time (--data.workers 1; about 0.4 GB each), or give it more memory"
 
 
 def run_on_cases(
-    task: Callable[[Case], T], cases: Sequence[Case], workers: int | None, title: str
+    task: Callable[[Case], T], cases: Sequence[Case], workers: int | None, title: str, most_workers: int | None = None
 ) -> Generator[tuple[Case, T | CaseError], None, None]:
     """Run a task on each case and show a progress bar, on a terminal, or log one line elsewhere.
 
@@ -51,6 +53,7 @@ def run_on_cases(
         workers: processes, at most one per case; 1 runs in this process. None: this process, until the cases that are
             done show that one per core would save more than the `START_S` they take to start.
         title: verb for the bar, such as "Preparing".
+        most_workers: processes that the task allows; None: any number.
 
     Yields:
         (case, result or error), in the order in which they finish: what the task returned; the CaseError that it
@@ -62,12 +65,18 @@ def run_on_cases(
     """
     if workers is not None and workers < 1:
         raise DataError(f"workers {workers} must be at least 1 (--data.workers); leave it out for one per core")
+    most = len(cases) if most_workers is None else min(most_workers, len(cases))
     if workers is None:
-        finished = _where_it_is_faster(task, cases, cores())
+        finished = _where_it_is_faster(task, cases, min(cores(), most))
     else:
-        finished = _by_workers(task, cases, min(workers, len(cases)))
+        finished = _by_workers(task, cases, min(workers, most))
     with contextlib.closing(finished):
         yield from show_progress(finished, title, len(cases))
+
+
+def worker_index() -> int:
+    """Which of the worker processes this one is, from 0; 0 in any other process."""
+    return _index
 
 
 def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:
@@ -85,7 +94,9 @@ def attempt(task: Callable[[Case], T], case: Case) -> T | CaseError:
     except Exception as error:
         import torch
 
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        said = str(error).lower()
+        without_memory = "can't allocate" in said or "cuda allocation failed" in said  # the CPU allocator; DALI
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or without_memory:
             return CaseFailure(case.images[0], "not enough memory for it", _LESS_MEMORY)
         place = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
@@ -141,8 +152,8 @@ def _in_processes(
     workers = min(workers, len(cases))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines.preparing.store"])  # torch is imported once, not once per worker
-    begin = context.Semaphore(0)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(begin,))
+    begin, started = context.Semaphore(0), context.Value("i", 0)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(begin, started))
     try:
         try:
             with _interrupt_held_back(), _without_main():  # server and workers start here
@@ -200,9 +211,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _start_worker(begin: Semaphore) -> None:
+def _start_worker(begin: Semaphore, started: Synchronized[int]) -> None:
     import torch
 
+    global _index
+    with started.get_lock():
+        _index = started.value
+        started.value += 1
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and waits for the cases in progress
     threading.Thread(target=_end_with_parent, daemon=True).start()

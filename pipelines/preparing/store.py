@@ -186,6 +186,7 @@ def prepare(
     dtype: StoreDtype = "float32",
     skip_faulty: bool = False,
     resample: Resample = resample_on_cpu,
+    most_workers: int | None = None,
 ) -> Store:
     """Open the store of some cases, after preparing those that it lacks; if it has all, nothing is written.
 
@@ -196,7 +197,8 @@ def prepare(
         workers: processes; 1 works in this process. None: one per core available, if that is faster than working here.
         dtype: of the images on disk.
         skip_faulty: skip cases whose scans are faulty, with a warning that names each, instead of raising.
-        resample: of images; on a GPU `pipelines.loading.raw.resample_case`, within 3e-6 of their range.
+        resample: of images; on GPUs `pipelines.loading.raw.resample_on_gpus`, within 3e-6 of their range.
+        most_workers: processes that `resample` allows; None: any number.
 
     Returns:
         the cases in their order, without the faulty ones that were skipped.
@@ -215,7 +217,7 @@ def prepare(
     pending = [case for case in case_set.cases if records[case.name] is None]
     if pending:
         started = time.perf_counter()
-        done, faults = _prepare_pending(options, pending, workers)
+        done, faults = _prepare_pending(options, pending, workers, most_workers)
         failed = any(isinstance(fault, CaseFailure) for fault in faults.values())
         if faults and (not skip_faulty or failed or len(faults) == len(case_set.cases)):
             lines = "".join(f"\n  {name}: {fault}" for name, fault in sorted(faults.items()))
@@ -238,7 +240,7 @@ def _record_of(options: PrepareOptions, case: Case, index: Mapping[str, FileHash
 
 
 def _prepare_pending(
-    options: PrepareOptions, pending: Sequence[Case], workers: int | None
+    options: PrepareOptions, pending: Sequence[Case], workers: int | None, most_workers: int | None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, CaseError]]:
     """The records of the cases that could be prepared, and the faults of the others. Raises StoreError."""
     done: dict[str, dict[str, Any]] = {}
@@ -250,7 +252,8 @@ def _prepare_pending(
     except OSError as error:
         raise StoreError(folder, f"not writable ({error.strerror})", 0) from error
     try:
-        for case, result in run_on_cases(partial(prepare_case, options), pending, workers, "Preparing"):
+        task = partial(prepare_case, options)
+        for case, result in run_on_cases(task, pending, workers, "Preparing", most_workers):
             if isinstance(result, CaseError):
                 faults[case.name] = result
             else:
