@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from engine.ranks.distributed import Ranks
+from engine.ranks.distributed import Ranks, gather_on_node
 from engine.step import TrainConfig
 from pipelines.basics.errors import DataError
 from pipelines.basics.machine import cache_dir
@@ -298,4 +298,5 @@ def _loader_options(config: DataConfig, device: torch.device, ranks: Ranks | Non
     memory_format = torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format
     share, residence = (ranks, config.residence) if ranks else (Ranks(0, 1, 0, device), "mapped")
     return LoaderOptions(device, rank=share.rank, world_size=share.world_size, ranks_on_node=share.ranks_on_node,
-                         pad=config.pad, residence=residence, memory_format=memory_format)  # fmt: skip
+                         gather_on_node=partial(gather_on_node, ranks=share), pad=config.pad, residence=residence,
+                         memory_format=memory_format)  # fmt: skip

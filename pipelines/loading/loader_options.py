@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from pipelines.loading.augment import Augment
 from pipelines.loading.sampling import Size
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
 
 Residence = Literal["auto", "gpu", "pinned", "mapped"]
 
@@ -42,6 +48,7 @@ class LoaderOptions:
     rank: int = 0  # of this process
     world_size: int = 1
     ranks_on_node: int = 1  # processes that share the memory of a node
+    gather_on_node: Callable[[Any], Sequence[Any]] = _alone  # from a value to those of all of them, which all call it
     pad: bool = False  # fill volumes smaller than the crop with zeros, symmetrically, instead of refusing them
     threads: int = 2  # DALI's, on the CPU
     residence: Residence = "auto"  # where prepared volumes stay during training, see volumes.py

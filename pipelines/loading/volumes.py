@@ -2,7 +2,8 @@
 
     gpu       on the GPU, as stored: a crop is a copy within its memory
     pinned    in page-locked memory of this process: the slab of x that holds a crop goes to the GPU in one transfer,
-              without the processor, and is cropped there
+              without the processor, and is cropped there. PyTorch rounds each page-locked block up to a power of two,
+              so the volumes share a few blocks of such sizes (`plan_blocks`), which are what is counted
     mapped    in the store's files, memory-mapped: the processor copies the crop, from the page cache, which all ranks
               of a node share, or else from the disk
 
@@ -15,10 +16,8 @@ the same pass, so a flip costs nothing on a CPU.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import psutil
@@ -34,6 +33,7 @@ log = logging.getLogger(__name__)
 
 GPU_SHARE = 0.4  # of a GPU's free memory, for volumes: the model, activations and cuDNN's workspaces need the rest
 HOST_SHARE = 0.5  # of a node's available memory, for the page-locked volumes of all its ranks
+ALIGNMENT = 512  # bytes, of a volume in page-locked memory
 
 
 class MappedVolumes:
@@ -80,11 +80,18 @@ class LoadedVolumes:
         self.device = device
         self.volumes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.scales: dict[int, torch.Tensor] = {}
-        for case in dict.fromkeys(cases):
+        cases = list(dict.fromkeys(cases))
+        blocks = plan_blocks([store.nbytes([case]) for case in cases]) if pinned else None
+        memory = [page_locked(size) for size in blocks.sizes] if blocks else []
+        for n, case in enumerate(cases):
             voxels, scale = store.voxels(case)
-            image, label = (torch.tensor(array) for array in (voxels, label_of(store, case)))
-            keep = torch.Tensor.pin_memory if pinned else partial(torch.Tensor.to, device=device)
-            self.volumes[case] = keep(image), keep(label)
+            arrays = voxels, label_of(store, case)
+            if blocks:
+                block, first = blocks.places[n]
+                self.volumes[case] = _copies_in(memory[block][first:], arrays)
+            else:
+                image, label = (torch.tensor(array).to(device) for array in arrays)
+                self.volumes[case] = image, label
             if scale is not None:
                 self.scales[case] = torch.from_numpy(scale).to(device)
         held = (part for volume in self.volumes.values() for part in volume if part.is_cuda)
@@ -106,6 +113,50 @@ class LoadedVolumes:
                 out.copy_(out.flip(0))
         if case in self.scales:
             image.mul_(self.scales[case])
+
+
+class Blocks(NamedTuple):
+    """Blocks of memory for some volumes: the bytes of each, and block and first byte of each volume."""
+
+    sizes: list[int]
+    places: list[tuple[int, int]]
+
+
+def plan_blocks(sizes: Sequence[int]) -> Blocks:
+    """Put volumes of so many bytes into few blocks whose bytes are powers of two, in order.
+
+    Each block is the largest that the volumes that are left fill, but holds at least one of them. So at most a volume's
+    bytes are lost in each, about 4 % for 40 cases of BraTS at 1 mm and less for more; blocks of their own would be up
+    to twice as large as the volumes.
+    """
+    blocks = Blocks([], [])
+    aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    left, room = sum(aligned), 0
+    for size in aligned:
+        if size > room:
+            room = max(1 << (left.bit_length() - 1), 1 << (size - 1).bit_length())
+            blocks.sizes.append(room)
+        blocks.places.append((len(blocks.sizes) - 1, blocks.sizes[-1] - room))
+        room -= size
+        left -= size
+    return blocks
+
+
+def page_locked(nbytes: int) -> torch.Tensor:
+    """uint8 (nbytes,) in memory that a GPU reads without the processor."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _copies_in(memory: torch.Tensor, arrays: Sequence[NDArray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of an image and its label, one after the other, at the beginning of uint8 memory, as views of it."""
+    copies, first = [], 0
+    for array in arrays:
+        part = memory[first : first + array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
+        np.copyto(part.numpy(), array)
+        copies.append(part)
+        first += array.nbytes
+    image, label = copies
+    return image, label
 
 
 def label_of(store: Store, case: int) -> NDArray[np.uint8]:
@@ -151,50 +202,58 @@ Volumes = MappedVolumes | LoadedVolumes
 
 def open_volumes(store: Store, cases: Sequence[int], options: LoaderOptions, title: str) -> Volumes:
     """The volumes of some cases, by index, where `choose_residence` puts them. Raises as that."""
-    where = options.device, options.residence, options.ranks_on_node
-    chosen = choose_residence(store.nbytes(cases), *where, title)
+    sizes = [store.nbytes([case]) for case in dict.fromkeys(cases)]
+    chosen = choose_residence({"gpu": sum(sizes), "pinned": sum(plan_blocks(sizes).sizes)}, options, title)
     pinned = chosen == "pinned"
     return MappedVolumes(store) if chosen == "mapped" else LoadedVolumes(store, cases, options.device, pinned)
 
 
-def choose_residence(
-    nbytes: int, device: torch.device, residence: Residence, ranks_on_node: int, title: str = "volumes"
-) -> str:
-    """Where volumes of so many bytes go: with "auto" the first of "gpu", "pinned", "mapped" that fits.
+def choose_residence(needed: Mapping[str, int], options: LoaderOptions, title: str = "volumes") -> str:
+    """Where volumes go: with `options.residence` "auto" the first of "gpu", "pinned", "mapped" that fits.
+
+    All ranks of a node choose alike, by the largest of their needs and the least that any of them may take, before one
+    of them loads: each by itself would see memory that the others are taking.
 
     Without a GPU "auto" is "mapped": the page cache already keeps in memory what fits.
 
     Args:
-        nbytes: of the volumes.
-        device: where crops are wanted.
-        residence: "auto", or where they must go.
-        ranks_on_node: processes that each load them.
-        title: what they are called in the log.
+        needed: bytes of the volumes on the "gpu", and of blocks for them that are "pinned".
+        options: the device where crops are wanted, the residence, and the ranks of this node.
+        title: what the volumes are called in the log.
 
     Raises:
         DataError: they do not fit, or there is no GPU.
         ValueError: an unknown residence.
     """
+    residence, device = options.residence, options.device
     if residence not in get_args(Residence):
         raise ValueError(f"--data.residence {residence!r} must be one of {', '.join(get_args(Residence))}")
-    size = f"{nbytes / 1e9:.1f} GB of {title}" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB of {title}"
     where = {"gpu": "on the GPU", "pinned": "in page-locked memory", "mapped": "mapped from the store's files"}
     if device.type != "cuda":
         if residence in ("gpu", "pinned"):
             raise DataError(f"--data.residence {residence} needs a GPU and this run is on the CPU: use auto or mapped")
-        log.info("%s: %s", size, where["mapped"])
+        log.info("%s of %s: %s", _bytes(needed["gpu"]), title, where["mapped"])
         return "mapped"
-    limits = {
+    own_limits = {
         "gpu": GPU_SHARE * torch.cuda.mem_get_info(device)[0],
-        "pinned": HOST_SHARE * psutil.virtual_memory().available / ranks_on_node,
-        "mapped": math.inf,
+        "pinned": HOST_SHARE * psutil.virtual_memory().available / options.ranks_on_node,
     }
-    chosen = residence if residence != "auto" else next(kind for kind, limit in limits.items() if nbytes <= limit)
-    if nbytes > limits[chosen]:
+    ranks = options.gather_on_node((dict(needed), own_limits))
+    needed = {kind: max(needs[kind] for needs, _ in ranks) for kind in needed}
+    limits = {kind: min(limits[kind] for _, limits in ranks) for kind in own_limits}
+    fitting = [kind for kind, limit in limits.items() if needed[kind] <= limit]
+    chosen = residence if residence != "auto" else (*fitting, "mapped")[0]
+    if chosen not in (*fitting, "mapped"):
+        share = GPU_SHARE if chosen == "gpu" else HOST_SHARE / options.ranks_on_node
         raise DataError(
-            f"--data.residence {chosen}: {size}, and {limits[chosen] / 1e9:.1f} GB may be taken "
-            f"({GPU_SHARE if chosen == 'gpu' else HOST_SHARE / ranks_on_node:g} of what is free): use auto"
+            f"--data.residence {chosen}: {_bytes(needed[chosen])} of {title}, and {limits[chosen] / 1e9:.1f} GB may be "
+            f"taken ({share:g} of what is free): use auto"
         )
     gpu, pinned = (f"{limits[kind] / 1e9:.1f} GB" for kind in ("gpu", "pinned"))
-    log.info("%s: %s (limits: %s on the GPU, %s page-locked)", size, where[chosen], gpu, pinned)
+    size = _bytes(needed["pinned" if chosen == "pinned" else "gpu"])
+    log.info("%s of %s: %s (limits: %s on the GPU, %s page-locked)", size, title, where[chosen], gpu, pinned)
     return chosen
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count > 1e9 else f"{count / 1e6:.1f} MB"
