@@ -7,8 +7,10 @@ random draws, is in test_monai_chain.py; what the loader of raw scans adds is in
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from pipelines.basics.errors import DataError
 from pipelines.layouts.cases import find_cases
 from pipelines.loading import loaders
 from pipelines.loading.augment import Augment
+from pipelines.loading.dali import Stream
 from pipelines.loading.loader_options import CropOptions, LoaderOptions, Residence
 from pipelines.loading.loaders import TrainLoader, ValLoader
 from pipelines.loading.sampling import CropDraw
@@ -465,8 +468,10 @@ def test_empty_crops_and_unknown_cases_are_refused(
 
 
 @pytest.mark.gpu
-def test_the_gpu_gives_what_the_cpu_gives(store: Store) -> None:
-    cpu, gpu = (crops_of(store, CROP, 2, device=torch.device(device), crops_per_case=3) for device in ("cpu", "cuda"))
+@pytest.mark.parametrize("residence", ["gpu", "pinned", "mapped"])
+def test_the_gpu_gives_what_the_cpu_gives(store: Store, residence: Residence) -> None:
+    cpu = crops_of(store, CROP, 2, crops_per_case=3)
+    gpu = crops_of(store, CROP, 2, crops_per_case=3, device=torch.device("cuda"), residence=residence)
     for epoch in (0, 1):
         for (image, label), (image_gpu, label_gpu) in zip(cpu.epoch(epoch), gpu.epoch(epoch), strict=True):
             assert image_gpu.is_cuda
@@ -498,6 +503,87 @@ def test_validation_from_volumes_in_memory_gives_what_the_files_give(
         for _ in range(2):
             for case, (name, image, label) in zip(loader, cases, strict=True):
                 assert case[0] == name and torch.equal(case[1], image) and torch.equal(case[2], label)
+
+
+SIDE: Any = "the side stream"
+
+
+@pytest.fixture
+def as_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Loaders read as for a GPU, in a thread and on a side stream, which is only a name; returns the current stream."""
+    here = threading.local()
+
+    @contextmanager
+    def stream(name: Any) -> Iterator[None]:
+        before, here.stream = getattr(here, "stream", None), name
+        yield
+        here.stream = before
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(loaders, "side_stream", lambda device: SIDE)
+    return lambda: getattr(here, "stream", None)
+
+
+def test_batches_made_in_a_thread_are_those_made_without(store: Store, as_for_a_gpu: Any) -> None:
+    settings: dict[str, Any] = {"seed": 5, "crops_per_case": 2, "foreground_prob": 0.5, "extras": ALL}
+    threaded = crops_of(store, CROP, 2, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaders, "side_stream", lambda device: None)
+        plain = crops_of(store, CROP, 2, **settings)
+    assert_same(batches(threaded, 0), batches(plain, 0))
+    left = threaded.epoch(1)
+    next(left)  # and the epoch is abandoned
+    position = threaded.load_state_dict(plain.state_dict() | {"epoch": 3, "samples": 6})
+    assert position == (3, 3)
+    assert_same(list(threaded.epoch(*position)), batches(plain, 3)[3:])
+    assert_same(batches(threaded, 4), batches(plain, 4))
+
+
+@pytest.mark.parametrize("kind", ["training", "validation"])
+def test_crops_are_loaded_cut_and_handed_to_dali_on_one_stream_of_their_own(
+    kind: str, store: Store, as_for_a_gpu: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So none is read before it is there, or overwritten while DALI copies it; the step's stream only takes results."""
+    seen: dict[str, set[tuple[Any, bool]]] = {}
+
+    def note(what: str) -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        seen.setdefault(what, set()).add((as_for_a_gpu(), in_main))
+
+    class Noted(InMemory):
+        def __init__(self, store: Store, cases: Sequence[int]) -> None:
+            note("load")
+            super().__init__(store, cases, torch.device("cpu"))
+
+        def new_buffers(self, *args: Any) -> Any:
+            note("new buffers")
+            return super().new_buffers(*args)
+
+        def crop(self, *args: Any, **keywords: Any) -> None:
+            note("crop")
+            super().crop(*args, **keywords)
+
+    class NotedStream(Stream):
+        def _next_part(self, index: int) -> Any:
+            part = super()._next_part(index)
+            note("hand to DALI")
+            return part
+
+        def _image(self, image_BCXYZ: torch.Tensor) -> torch.Tensor:
+            note("result")
+            return super()._image(image_BCXYZ)
+
+    monkeypatch.setattr(loaders, "open_volumes", lambda store, cases, *_: Noted(store, cases))
+    monkeypatch.setattr(loaders, "Stream", NotedStream)
+    if kind == "training":
+        batches(crops_of(store, CROP, 2), 0)
+    else:
+        list(ValLoader(store, store.names, CROP))
+    assert seen["load"] == {(SIDE, True)}
+    assert {stream for stream, _ in seen["new buffers"]} == {SIDE}
+    assert seen["crop"] == {(SIDE, False)}  # in the thread
+    assert seen["hand to DALI"] == {(SIDE, True)}
+    assert seen["result"] == {(None, True)}
 
 
 @pytest.mark.gpu

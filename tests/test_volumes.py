@@ -13,9 +13,16 @@ import torch
 from pipelines.basics.errors import DataError
 from pipelines.layouts.cases import find_cases
 from pipelines.loading import volumes
-from pipelines.loading.loader_options import LoaderOptions
+from pipelines.loading.loader_options import LoaderOptions, Residence
 from pipelines.loading.sampling import copy_crop
-from pipelines.loading.volumes import LoadedVolumes, MappedVolumes, choose_residence, nonzero_mean_std, plan_blocks
+from pipelines.loading.volumes import (
+    LoadedVolumes,
+    MappedVolumes,
+    StagedVolumes,
+    choose_residence,
+    nonzero_mean_std,
+    plan_blocks,
+)
 from pipelines.phantom import make_phantoms
 from pipelines.preparing.store import Store, prepare
 
@@ -67,10 +74,43 @@ def test_loaded_volumes_give_the_crops_of_mapped_ones(
             assert image.any() and (image == 0).all(axis=(0, 4)).sum() >= np.prod(size) - np.prod(store.shape(case))
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [SIZE, (64, 9, 40)], ids=["inside", "padded"])
+def test_staged_volumes_give_the_crops_of_mapped_ones(
+    store: Store, size: tuple[int, int, int], flip: bool, unlocked: list[int]
+) -> None:
+    mapped, staged = MappedVolumes(store), StagedVolumes(store, torch.device("cpu"))
+    image, label = mapped.new_buffers(2, size)
+    image_staged, label_staged = staged.new_buffers(2, size)
+    for case in (0, 1):
+        mapped.crop(case, (0, 1, 0), image[case], label[case], flip)
+        staged.crop(case, (0, 1, 0), image_staged[case], label_staged[case], flip)
+    np.testing.assert_array_equal(image_staged.numpy(), image)
+    np.testing.assert_array_equal(label_staged.numpy(), label)
+    assert unlocked == [image[0].nbytes, label[0].nbytes] * 2  # new memory for each: PyTorch knows when it is free
+
+
+def test_a_gpu_never_waits_for_a_staged_crop(
+    store: Store, unlocked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[bool] = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda out, part, non_blocking=False: copies.append(non_blocking))
+    staged = StagedVolumes(store, torch.device("cpu"))
+    image, label = staged.new_buffers(1, SIZE)
+    staged.crop(0, (0, 0, 0), image[0], label[0])
+    assert copies == [True, True]
+
+
+@pytest.mark.parametrize(("device", "kind"), [(CUDA, StagedVolumes), (torch.device("cpu"), MappedVolumes)])
+def test_mapped_volumes_are_staged_for_a_gpu_only(store: Store, device: torch.device, kind: type) -> None:
+    assert type(volumes.map_volumes(store, device)) is kind
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("pinned", [False, True])
-def test_crops_on_a_gpu_are_those_of_mapped_volumes(store: Store, pinned: bool) -> None:
-    mapped, loaded = MappedVolumes(store), LoadedVolumes(store, [0, 1], CUDA, pinned)
+@pytest.mark.parametrize("residence", ["gpu", "pinned", "mapped"])
+def test_crops_on_a_gpu_are_those_of_mapped_volumes(store: Store, residence: Residence) -> None:
+    mapped = MappedVolumes(store)
+    loaded = volumes.open_volumes(store, [0, 1], LoaderOptions(CUDA, residence=residence), "volumes")
     for size in (SIZE, (64, 9, 40)):
         image, label = mapped.new_buffers(1, size)
         image_loaded, label_loaded = loaded.new_buffers(1, size)

@@ -10,8 +10,9 @@ in the order of the published MONAI chain:
 
 Extra augmentations (augment.py), if any, come before and after the z-score.
 
-Crop and flip are one copy, which Python makes between two batches. DALI, imported with the first pipeline, does the
-rest in its own threads or CUDA streams, `PREFETCH` batches ahead of the training step. On a CPU the mean and
+Crop and flip are one copy, which Python makes: between two batches on a CPU, in a thread for a GPU (batch_thread.py).
+DALI, imported with the first pipeline, does the rest in its own threads or CUDA streams, `PREFETCH` batches ahead of
+the training step. On a CPU the mean and
 deviation are computed while the crop is in cache (`volumes.nonzero_mean_std`): DALI's reductions over all but the
 channels take four times as long there. On a GPU they are part of the pipeline. loaders.py decides which batches come.
 
@@ -29,12 +30,12 @@ import torch
 
 from pipelines.basics.lazy import Lazy
 from pipelines.loading.augment import Augment, apply_intensity, apply_spatial, input_names
+from pipelines.loading.batch_thread import BatchThread, on_stream
 from pipelines.loading.loader_options import LoaderOptions
 
 fn, math, types = (Lazy(f"nvidia.dali.{name}") for name in ("fn", "math", "types"))
 
 PREFETCH = 2  # batches that DALI prepares ahead of the one last yielded
-BUFFERS = PREFETCH + 2  # sets of crops: DALI reads them in place, and may still be reading those of earlier batches
 SPATIAL = (0, 1, 2)
 
 Batch = tuple[Sequence[Any], Sequence[Any]]
@@ -86,41 +87,28 @@ def augmented(image: Any, label: Any, scale: Any, shift: Any, extras: Augment, r
 # ---------- pipelines
 
 
-def train_pipeline(
-    sources: Sequence[Callable[[], Any]], device: str, in_place: bool, extras: Augment, statistics: bool
-) -> tuple:
+def train_pipeline(sources: Sequence[Callable[[], Any]], device: str, extras: Augment, statistics: bool) -> tuple:
     """Z-score and jitter of crops, with the extra augmentations that are on.
 
     Args:
-        sources: one returns images (B, X, Y, Z, C) float32 and labels (B, X, Y, Z, 1) uint8 of a batch; the other tags
-            (B, 2) int64, scales (B,), shifts (B,), inputs of the extras, and with `statistics` means and deviations
-            (B, C), float32.
+        sources: one returns images (B, X, Y, Z, C) float32 and labels (B, X, Y, Z, 1) uint8 of a batch, on `device`;
+            the other tags (B, 2) int64, scales (B,), shifts (B,), inputs of the extras, and with `statistics` means and
+            deviations (B, C), float32, on the CPU.
         device: DALI's "cpu" or "gpu".
-        in_place: images and labels come as tensors on `device`.
         extras: extra augmentations.
         statistics: means and deviations of the crops are given.
     """
     given = 3 + len(input_names(extras)) + 2 * statistics
-    image, label, tag, scale, shift, *rest = _crops(sources, device, in_place, given)
+    image, label, tag, scale, shift, *rest = external_inputs(sources, ["DHWC", "DHWC"], given, device)
     return (*augmented(image, label, scale, shift, extras, rest), tag)
 
 
-def val_pipeline(
-    sources: Sequence[Callable[[], Any]], device: str, in_place: bool, normalise: bool, statistics: bool
-) -> tuple:
+def val_pipeline(sources: Sequence[Callable[[], Any]], device: str, normalise: bool, statistics: bool) -> tuple:
     """Z-score of a centre crop or a full volume, if `normalise`. As `train_pipeline`, without the draws."""
-    image, label, tag, *given = _crops(sources, device, in_place, 1 + 2 * statistics)
+    image, label, tag, *given = external_inputs(sources, ["DHWC", "DHWC"], 1 + 2 * statistics, device)
     if normalise:
         image = standardise(image, *given) if statistics else z_score(image)
     return image, label, tag
-
-
-def _crops(sources: Sequence[Callable[[], Any]], device: str, in_place: bool, numbers: int) -> list[Any]:
-    """Nodes of image and label, on `device`, and of the numbers of each sample, on the CPU."""
-    image, label, *rest = external_inputs(sources, ["DHWC", "DHWC"], numbers, device if in_place else "cpu")
-    if device == "gpu" and not in_place:
-        image, label = image.gpu(), label.gpu()
-    return [image, label, *rest]
 
 
 def external_inputs(
@@ -156,6 +144,12 @@ def with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
+def buffers_for(device: torch.device) -> int:
+    """Sets of crops that a loader fills in turn: DALI may still be reading those of earlier batches. For a GPU a thread
+    is filling the next one, and may have filled one that a jump dropped."""
+    return PREFETCH + (4 if device.type == "cuda" else 2)
+
+
 class Stream:
     """The running pipeline: an endless sequence of batches (0, 0), (0, 1) ... (1, 0) ..., which can jump to any.
 
@@ -167,6 +161,7 @@ class Stream:
         read: from (epoch, step) to that batch; its tags are added to the numbers, as the first of them.
         steps, batch_size: batches in an epoch, samples in a batch.
         options, keywords: of the loader; for `define`.
+        side: the CUDA stream on which `read` works, in a thread; None: it reads in the thread that wants a batch.
     """
 
     def __init__(
@@ -176,15 +171,17 @@ class Stream:
         steps: int,
         batch_size: int,
         options: LoaderOptions,
+        side: torch.cuda.Stream | None = None,
         **keywords: Any,
     ) -> None:
-        self.read, self.steps, self.batch_size = read, steps, batch_size
+        self.steps, self.batch_size, self._side = steps, batch_size, side
+        self._read = BatchThread(read, self._after, side).take if side is not None else lambda tag: read(*tag)
         self.dtype, self.memory_format = options.dtype, options.memory_format
         self.next_in = self.next_out = (0, 0)
         self.turn = 0
         self.device = with_index(options.device)
         self._parts: tuple[deque, deque] = deque(), deque()
-        self._in_use: deque[Batch] = deque(maxlen=BUFFERS)  # DALI reads them in place
+        self._in_use: deque[Batch] = deque(maxlen=buffers_for(self.device))  # DALI reads them in place
         sources = (lambda: self._next_part(0), lambda: self._next_part(1))
         self.pipeline = build_pipeline(
             define, self.device, sources, batch_size=batch_size, threads=options.threads, prefetch=PREFETCH, **keywords
@@ -201,10 +198,10 @@ class Stream:
     def _next_part(self, index: int) -> Sequence[Any]:
         """Volumes (0) or numbers (1) of the next batch; whichever source asks first has it read."""
         if not self._parts[index]:
-            epoch, step = self.next_in
-            volumes, numbers = self.read(epoch, step)
-            self.next_in = self._after(self.next_in)  # not where reading raised: the same batch may be asked for again
-            batch = volumes, (np.tile(np.array([epoch, step]), (self.batch_size, 1)), *numbers)
+            tag = self.next_in
+            volumes, numbers = self._read(tag)
+            self.next_in = self._after(tag)  # not where reading raised: the same batch may be asked for again
+            batch = volumes, (np.tile(np.array(tag), (self.batch_size, 1)), *numbers)
             self._in_use.append(batch)
             for queue, part in zip(self._parts, batch, strict=True):
                 queue.append(part)
@@ -219,7 +216,8 @@ class Stream:
             self.next_in = wanted
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         for _ in range(PREFETCH + 2):  # those in flight, and the one wanted
-            image, label, tags = self.pipeline.run(stream)
+            with on_stream(self._side):  # DALI copies what it is fed on the current stream: where it was made
+                image, label, tags = self.pipeline.run(stream)
             if tuple(tags.as_array()[0].tolist()) == wanted:
                 self.next_out = self._after(wanted)
                 image_BXYZC, label_BXYZ1 = (torch.from_dlpack(batch.as_tensor()) for batch in (image, label))

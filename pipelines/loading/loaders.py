@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from pipelines.basics.errors import DataError
 from pipelines.loading.augment import draw_augment, pipeline_inputs
-from pipelines.loading.dali import BUFFERS, Batch, Stream, train_pipeline, val_pipeline
+from pipelines.loading.batch_thread import on_stream, side_stream
+from pipelines.loading.dali import Batch, Stream, buffers_for, train_pipeline, val_pipeline
 from pipelines.loading.loader_options import DEFAULT_OPTIONS, CropOptions, LoaderOptions
 from pipelines.loading.sampling import CropDraw, Size, draw_sample, epoch_order, generator
-from pipelines.loading.volumes import LoadedVolumes, MappedVolumes, Volumes, nonzero_mean_std, open_volumes
+from pipelines.loading.volumes import Volumes, map_volumes, nonzero_mean_std, open_volumes
 from pipelines.preparing.store import Store
 
 
@@ -158,14 +159,17 @@ class TrainLoader(CropLoader):
         self, store: Store, names: Sequence[str], crops: CropOptions, options: LoaderOptions = DEFAULT_OPTIONS
     ) -> None:
         super().__init__(store, names, crops, options)
-        self._volumes = open_volumes(store, self.indices, options, "training volumes")
+        side = side_stream(options.device)
+        with on_stream(side):
+            self._volumes = open_volumes(store, self.indices, options, "training volumes")
+            self._buffers = deque(
+                self._volumes.new_buffers(crops.batch_size, crops.crop_size) for _ in range(buffers_for(options.device))
+            )
         self.gpu_bytes = self._volumes.gpu_bytes
-        self._buffers = deque(self._volumes.new_buffers(crops.batch_size, crops.crop_size) for _ in range(BUFFERS))
         # The affine changes the crop before the z-score, so its statistics are not those of the crop as it was cut.
         self._statistics = options.device.type == "cpu" and not crops.extras.affine_prob
-        given = {"in_place": isinstance(self._volumes, LoadedVolumes), "statistics": self._statistics}
-        batch_size, extras = crops.batch_size, crops.extras
-        self._stream = Stream(train_pipeline, self._read, len(self), batch_size, options, extras=extras, **given)
+        given = {"extras": crops.extras, "statistics": self._statistics}
+        self._stream = Stream(train_pipeline, self._read, len(self), crops.batch_size, options, side, **given)
 
     def _read(self, epoch: int, step: int) -> Batch:
         self._buffers.rotate()
@@ -207,13 +211,17 @@ class ValLoader:
         self.indices = indices_of(store, names, crop_size, options.pad)[own]
         self.names = tuple(names)[own]
         self._passes = 0
-        self._volumes: Volumes = MappedVolumes(store)
-        if options.residence != "mapped":
-            self._volumes = open_volumes(store, self.indices, options, "validation volumes")
+        side = side_stream(options.device)
+        with on_stream(side):
+            self._volumes: Volumes = (
+                map_volumes(store, options.device)
+                if options.residence == "mapped"
+                else open_volumes(store, self.indices, options, "validation volumes")
+            )
         self.gpu_bytes = self._volumes.gpu_bytes  # in the memory of the GPU
         self._statistics = normalise and options.device.type == "cpu"
-        given = {"in_place": isinstance(self._volumes, LoadedVolumes), "statistics": self._statistics}
-        self._stream = Stream(val_pipeline, self._read, len(self), 1, options, normalise=normalise, **given)
+        given = {"normalise": normalise, "statistics": self._statistics}
+        self._stream = Stream(val_pipeline, self._read, len(self), 1, options, side, **given)
 
     def __len__(self) -> int:
         """Cases of this rank."""

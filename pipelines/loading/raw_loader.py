@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.layouts.cases import CaseSet
-from pipelines.loading.dali import BUFFERS, Batch, Stream
+from pipelines.loading.batch_thread import side_stream
+from pipelines.loading.dali import Batch, Stream, buffers_for
 from pipelines.loading.loader_options import DEFAULT_OPTIONS, CropOptions, LoaderOptions
 from pipelines.loading.loaders import CropLoader
 from pipelines.loading.raw import ImageOnGrid, ResampleInputs, raw_pipeline
@@ -106,7 +107,7 @@ class RawLoader(CropLoader):
         case_set: the cases; only their headers are read before the first batch.
         names, crops: as in `CropLoader`.
         options: as in `CropLoader`; as many threads decode as DALI has. At most `batch_size` + 2 decoded cases are in
-            memory (143 MB each for BraTS), and `BUFFERS` batches of boxes (80 MB a sample of 128 x 128 x 64 at
+            memory (143 MB each for BraTS), and `buffers_for` batches of boxes (80 MB a sample of 128 x 128 x 64 at
             1.5 x 1.5 x 2.0 mm from 1 mm).
         spacing: voxel size after resampling, as in `store.prepare`.
 
@@ -126,8 +127,9 @@ class RawLoader(CropLoader):
         source = ScanSource(case_set.select(names), spacing)
         super().__init__(source, names, crops, options)
         self._ahead = ReadAhead(source.decode, crops.batch_size + 2, options.threads)
-        self._boxes = deque([np.empty(0, np.float32)] * crops.batch_size for _ in range(BUFFERS))
-        self._stream = Stream(raw_pipeline, self._read, len(self), crops.batch_size, options, extras=crops.extras)
+        self._boxes = deque([np.empty(0, np.float32)] * crops.batch_size for _ in range(buffers_for(options.device)))
+        side, batch_size = side_stream(options.device), crops.batch_size
+        self._stream = Stream(raw_pipeline, self._read, len(self), batch_size, options, side, extras=crops.extras)
 
     def _read(self, epoch: int, step: int) -> Batch:
         self._boxes.rotate()

@@ -5,7 +5,7 @@
               without the processor, and is cropped there. PyTorch rounds each page-locked block up to a power of two,
               so the volumes share a few blocks of such sizes (`plan_blocks`), which are what is counted
     mapped    in the store's files, memory-mapped: the processor copies the crop, from the page cache, which all ranks
-              of a node share, or else from the disk
+              of a node share, or else from the disk; for a GPU into page-locked memory, and from there in one transfer
 
 `choose_residence` takes the first that fits. All 388 training cases of Task01 are 12.4 GB in float32.
 
@@ -65,6 +65,26 @@ class MappedVolumes:
         copy_crop(label_of(self.store, case), start, label[::-1] if flip else label)
 
 
+class StagedVolumes(MappedVolumes):
+    """The same for a GPU: crops are tensors on `device`, cut in page-locked memory and copied without waiting for it.
+
+    PyTorch gives that memory out again only once the GPU has copied it.
+    """
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        super().__init__(store)
+        self.device = device
+
+    def new_buffers(self, batch_size: int, size: Size) -> tuple[Any, Any]:
+        return _buffers_on(self.device, (batch_size, *size), len(self.store.modalities))
+
+    def crop(self, case: int, start: Sequence[int], image: Any, label: Any, flip: bool = False) -> None:
+        staged = [page_locked(out.nbytes).view(out.dtype).view(out.shape) for out in (image, label)]
+        super().crop(case, start, staged[0].numpy(), staged[1].numpy(), flip)
+        for part, out in zip(staged, (image, label)):
+            out.copy_(part, non_blocking=True)
+
+
 class LoadedVolumes:
     """The same with volumes in memory, read once from a store; crops are tensors on `device`.
 
@@ -98,8 +118,7 @@ class LoadedVolumes:
         self.gpu_bytes = sum(part.nbytes for part in held)
 
     def new_buffers(self, batch_size: int, size: Size) -> tuple[Any, Any]:
-        image = torch.empty((batch_size, *size, self.channels), dtype=torch.float32, device=self.device)
-        return image, torch.empty((batch_size, *size, 1), dtype=torch.uint8, device=self.device)
+        return _buffers_on(self.device, (batch_size, *size), self.channels)
 
     def crop(self, case: int, start: Sequence[int], image: Any, label: Any, flip: bool = False) -> None:
         for volume, out in zip(self.volumes[case], (image, label), strict=True):
@@ -113,6 +132,11 @@ class LoadedVolumes:
                 out.copy_(out.flip(0))
         if case in self.scales:
             image.mul_(self.scales[case])
+
+
+def _buffers_on(device: torch.device, shape: tuple[int, ...], channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    image = torch.empty((*shape, channels), dtype=torch.float32, device=device)
+    return image, torch.empty((*shape, 1), dtype=torch.uint8, device=device)
 
 
 class Blocks(NamedTuple):
@@ -204,8 +228,14 @@ def open_volumes(store: Store, cases: Sequence[int], options: LoaderOptions, tit
     """The volumes of some cases, by index, where `choose_residence` puts them. Raises as that."""
     sizes = [store.nbytes([case]) for case in dict.fromkeys(cases)]
     chosen = choose_residence({"gpu": sum(sizes), "pinned": sum(plan_blocks(sizes).sizes)}, options, title)
-    pinned = chosen == "pinned"
-    return MappedVolumes(store) if chosen == "mapped" else LoadedVolumes(store, cases, options.device, pinned)
+    if chosen == "mapped":
+        return map_volumes(store, options.device)
+    return LoadedVolumes(store, cases, options.device, pinned=chosen == "pinned")
+
+
+def map_volumes(store: Store, device: torch.device) -> MappedVolumes:
+    """The volumes in a store's files, with crops for a device."""
+    return StagedVolumes(store, device) if device.type == "cuda" else MappedVolumes(store)
 
 
 def choose_residence(needed: Mapping[str, int], options: LoaderOptions, title: str = "volumes") -> str:
