@@ -7,10 +7,12 @@
     activations  the peak of forward, loss and backward: what autograd saved and has not freed, the temporaries of the
                  current operation, and the gradients that exist by then
     volumes      prepared volumes that the GPU keeps
+    batches      on a GPU, those on their way to a step: in the loader's buffers and in DALI, which allocates memory of
+                 its own beside PyTorch
 
 Gradients, optimizer and EMA are those of the trainable weights.
 
-    total = weights + optimizer + buffers + EMA + volumes + max(activations, gradients)
+    total = weights + optimizer + buffers + EMA + volumes + batches + max(activations, gradients)
 
 The peak comes just after the backward begins: nearly everything is still saved, and there are few gradients. It is not
 modelled but measured: forward, loss and backward run once on fake tensors, which have shapes and no memory, and every
@@ -46,6 +48,7 @@ from engine.ranks.memory_limits import first_line, gb, peak_bytes
 from engine.sharding import BUCKET_ELEMENTS
 from engine.step import LossConfig, TrainConfig, training_loss
 from models import parameter_count
+from pipelines.loading.dali import gpu_bytes
 
 FLOAT32 = 4
 HEADROOM = 0.1
@@ -57,7 +60,7 @@ class MemoryEstimate:
     """Bytes that a rank takes.
 
     Attributes:
-        weights, gradients, optimizer, buffers, ema, volumes: see the head of this file; 0 if there are none.
+        weights, gradients, optimizer, buffers, ema, volumes, batches: see the head of this file; 0 if there are none.
         saved: what autograd saves for the backward, without parameters.
         activations: peak of forward, loss and backward; each crop of the batch adds `activations_per_crop` to it.
         accumulates: gradients take memory during a forward: those of earlier passes, or buckets.
@@ -70,6 +73,7 @@ class MemoryEstimate:
     buffers: int
     ema: int
     volumes: int
+    batches: int
     saved: int
     activations: int
     activations_per_crop: int
@@ -81,7 +85,7 @@ class MemoryEstimate:
     @property
     def lasting(self) -> int:
         """What stays between steps."""
-        return self.weights + self.optimizer + self.buffers + self.ema + self.volumes
+        return self.weights + self.optimizer + self.buffers + self.ema + self.volumes + self.batches
 
     @property
     def total(self) -> int:
@@ -92,20 +96,20 @@ class MemoryEstimate:
 
     def largest_batch(self, limit: int) -> int:
         """Largest number of crops whose step fits into `limit` bytes minus `HEADROOM`; 0: not even one."""
-        room = math.floor(limit * (1 - HEADROOM)) - self.lasting
+        batches_per_crop = self.batches // self.train.batch_size
+        room = math.floor(limit * (1 - HEADROOM)) - (self.lasting - self.batches)
         if self.gradients > room:
             return 0
         constant = self.activations - self.train.batch_size * self.activations_per_crop
         kept = self.gradients if self.accumulates else 0
-        return max(0, (room - kept - constant) // self.activations_per_crop)
+        return max(0, (room - kept - constant) // (self.activations_per_crop + batches_per_crop))
 
     def describe(self, limit: int, device: str) -> str:
         """The line for the log; `limit` is the device's bytes, `device` its name."""
         sizes = {name: getattr(self, name.lower()) for name in ("weights", "gradients", "optimizer", "buffers", "EMA")}
         parts = [f"{name} {gb(size)}" for name, size in sizes.items() if size]
         parts.append(f"activations {gb(self.activations)} ({gb(self.activations_per_crop)} per crop)")
-        if self.volumes:
-            parts.append(f"volumes {gb(self.volumes)}")
+        parts += [f"{name} {gb(size)}" for name, size in (("volumes", self.volumes), ("batches", self.batches)) if size]
         fits = self.largest_batch(limit)
         advice = f"--train.batch_size up to {fits} would fit" if fits else "not even one crop would fit"
         return f"memory: {', '.join(parts)}; about {gb(self.total)} of {gb(limit)} on {device}: {advice}"
@@ -126,7 +130,8 @@ def estimate(
         config: of the run. channels: of the images. regions: labels of each, as `dice_ce_loss` takes them.
         ranks: how many share the shards, and their device. volume_bytes: prepared volumes in its memory.
     """
-    train, crop, device = config.train, (channels, *config.data.crop_size_voxels), ranks.device
+    train, size, device = config.train, config.data.crop_size_voxels, ranks.device
+    crop = (channels, *size)
     batch_size, stage = train.batch_size, train.zero_stage
     other_size = 1 if batch_size > 1 else 2
     step = partial(_simulate, model, crop, train.precision, config.loss, regions, device)
@@ -146,6 +151,7 @@ def estimate(
         buffers=BUCKET_ELEMENTS * FLOAT32 * (2 if device.type == "cuda" else 1) if stage else 0,
         ema=(shard if stage == 3 else trained) if config.optim.ema_decay else 0,
         volumes=volume_bytes,
+        batches=gpu_bytes(size, channels, batch_size) if device.type == "cuda" else 0,
         saved=saved,
         activations=activations.peak,
         activations_per_crop=(activations.peak - constant) // batch_size,

@@ -182,10 +182,15 @@ def test_volumes_share_few_blocks_that_pytorch_does_not_round_up(sizes: list[int
 
 
 def test_what_is_counted_as_page_locked_is_what_is_locked(
-    store: Store, machine: None, unlocked: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Store, unlocked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    monkeypatch.setattr(volumes, "choose_residence", lambda needed, *_: asked.append(needed) or "pinned")
+    asked: list[dict[str, int]] = []
+
+    def choose(needed: dict[str, int], *_: Any) -> str:
+        asked.append(needed)
+        return "pinned"
+
+    monkeypatch.setattr(volumes, "choose_residence", choose)
     volumes.open_volumes(store, [0, 1, 1], LoaderOptions(torch.device("cpu")), "volumes")
     assert asked == [{"gpu": store.nbytes([0, 1]), "pinned": sum(unlocked)}]
     assert sum(unlocked) >= store.nbytes([0, 1])

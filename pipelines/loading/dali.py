@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from pipelines.basics.lazy import Lazy
 from pipelines.loading.augment import Augment, apply_intensity, apply_spatial, input_names
 from pipelines.loading.batch_thread import BatchThread, on_stream
 from pipelines.loading.loader_options import LoaderOptions
+from pipelines.loading.sampling import Size
 
 fn, math, types = (Lazy(f"nvidia.dali.{name}") for name in ("fn", "math", "types"))
 
@@ -148,6 +150,17 @@ def buffers_for(device: torch.device) -> int:
     """Sets of crops that a loader fills in turn: DALI may still be reading those of earlier batches. For a GPU a thread
     is filling the next one, and may have filled one that a jump dropped."""
     return PREFETCH + (4 if device.type == "cuda" else 2)
+
+
+def gpu_bytes(crop_size: Size, channels: int, batch_size: int) -> int:
+    """Memory of a GPU that batches on their way take at most: the sets that a loader fills, and DALI's own.
+
+    DALI's lies outside PyTorch's allocator. By its graph it holds `PREFETCH` copies of what it was fed, as many results
+    and the one handed out, and of the batch it works on the mask, what is centred and what comes out of that: with the
+    mask counted as an image, three. An extra augmentation adds its input and result while it works.
+    """
+    sets = buffers_for(torch.device("cuda")) + PREFETCH + (PREFETCH + 1) + 3
+    return sets * batch_size * prod(crop_size) * (4 * channels + 1)
 
 
 class Stream:
