@@ -139,10 +139,10 @@ def estimate(
     other, _ = step(other_size, with_backward=False)
     saved_per_crop = (saved - other) // (batch_size - other_size)
     constant = saved - batch_size * saved_per_crop + activations.gradients
-    trained = parameter_count(model) * FLOAT32
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * FLOAT32
     weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model).values())
     shard = math.ceil(trained / ranks.world_size)
-    all_shards = math.ceil(sum(p.numel() for p in model.parameters()) * FLOAT32 / ranks.world_size)  # frozen ones too
+    all_shards = math.ceil(parameter_count(model) * FLOAT32 / ranks.world_size)  # frozen ones too
     keeps_buckets = stage == 0 and ranks.world_size > 1  # of DDP, whose buckets are the gradients' memory
     return MemoryEstimate(
         weights=weights + all_shards if stage == 3 else weights,
