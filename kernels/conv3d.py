@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .checks import check_floats, check_same_device
 
@@ -45,7 +46,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if is_pointwise:
             return _pointwise(x, weight, bias)
         if _pads_blocks(x, weight):
-            return _LastInside.apply(*_as_autocast(x, weight, bias))[0]
+            return _LastInside.apply(*_as_autocast(x, weight, bias))
     return F.conv3d(x, weight, bias, padding=0 if is_pointwise else 1)
 
 
@@ -78,25 +79,19 @@ class _LastInside(torch.autograd.Function):
     """A 3 x 3 x 3 convolution of contiguous maps, computed in channels_last_3d, with contiguous gradients."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = x.contiguous(memory_format=LAST)
-        return F.conv3d(x, weight.contiguous(memory_format=LAST), bias, padding=1).contiguous(), x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
-        _, weight, bias = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, last_weight = x.contiguous(memory_format=LAST), weight.contiguous(memory_format=LAST)
+        ctx.save_for_backward(x, last_weight)
         ctx.has_bias = bias is not None
+        return F.conv3d(x, last_weight, bias, padding=1).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.aten.convolution_backward(
-            dy.contiguous(memory_format=LAST), x, weight.contiguous(memory_format=LAST),
-            [weight.shape[0]] if ctx.has_bias else None, [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1,
-            ctx.needs_input_grad,
+            dy.contiguous(memory_format=LAST), x, weight, [weight.shape[0]] if ctx.has_bias else None,
+            [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1, ctx.needs_input_grad,
         )  # fmt: skip
         dweight = None if dweight is None else dweight.contiguous()
         return None if dx is None else dx.contiguous(), dweight, dbias

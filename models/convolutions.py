@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels.conv3d import conv3d
+
 
 class NormedConv3d(nn.Conv3d):
     """A convolution that an instance norm follows: its bias cancels there, so it is kept, frozen and never added."""
@@ -31,7 +33,8 @@ class NormedConv3d(nn.Conv3d):
             self.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight, None)
+        keeps_size = self.stride == (1, 1, 1) and self.kernel_size in ((3, 3, 3), (1, 1, 1))
+        return conv3d(x, self.weight) if keeps_size else self._conv_forward(x, self.weight, None)
 
 
 class NormedConvTranspose3d(nn.ConvTranspose3d):
@@ -77,7 +80,7 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
-        return F.conv3d(x, weight), x
+        return conv3d(x, weight), x
 
     @staticmethod
     @once_differentiable
@@ -87,10 +90,16 @@ class _Projection(torch.autograd.Function):
             _add_input_gradient(dx, dy, weight)
         dweight = None
         if ctx.needs_input_grad[1]:
-            where = ([1] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1)  # stride, padding, dilation; transposed; groups
-            only_weight = [False, True, False]
-            dweight = torch.ops.aten.convolution_backward(dy, x, weight, None, *where, only_weight)[1]
+            dweight = _weight_gradient(x, dy, weight)
         return dx, dweight
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """The weight gradient of a 1 x 1 x 1 convolution; for contiguous maps as products, which a CPU does far faster."""
+    if x.is_contiguous() and dy.is_contiguous():
+        return torch.bmm(dy.flatten(2), x.flatten(2).transpose(1, 2)).sum(0).view_as(weight)
+    where = ([1] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1)  # stride, padding, dilation; transposed; groups
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *where, [False, True, False])[1]
 
 
 def _add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor) -> None:

@@ -65,7 +65,7 @@ def test_outputs_and_gradients_are_those_of_pytorch(
         assert found[1][1].stride() == maps[1].stride() or layout == LAST
 
 
-@pytest.mark.parametrize("channels", [(1, 1), (16, 32), (4, 16), (17, 3)])
+@pytest.mark.parametrize("channels", [(1, 1), (16, 32), (4, 16), (17, 3), (8, 8)])
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 6, 2)])
 def test_any_channels_and_sizes(channels: tuple[int, int], size: tuple[int, int, int]) -> None:
     for kernel in (3, 1):
@@ -78,9 +78,9 @@ def test_any_channels_and_sizes(channels: tuple[int, int], size: tuple[int, int,
 def test_only_maps_that_onednn_would_pad_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
-    def apply(x: Tensor, weight: Tensor, bias: None) -> tuple[Tensor]:
+    def apply(x: Tensor, weight: Tensor, bias: None) -> Tensor:
         taken.append(weight.shape[0])
-        return (x,)
+        return x
 
     monkeypatch.setattr(module._LastInside, "apply", apply)
     for out in (8, 16, 24, 32):

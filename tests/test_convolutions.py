@@ -108,7 +108,8 @@ def test_a_projection_adds_its_input_gradient_to_the_others_without_a_pass_of_it
         # A CPU's float64 convolution sends back a contiguous gradient in any case.
         in_place = "addmm_" if dtype == torch.float32 else "baddbmm_"
         assert in_place in operations.names
-        assert operations.names.count("convolution_backward") == 2
+        by_product = x.is_contiguous()  # the projection's weight gradient
+        assert operations.names.count("convolution_backward") == 2 - by_product
         for gradient, want in zip(found, expected, strict=True):
             assert relative(gradient, want) < TOLERANCES[dtype]
 

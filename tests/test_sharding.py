@@ -190,7 +190,8 @@ for stage in range(4):
     losses, start = run(step, range(3)), network().state_dict()
     frozen[stage] = full_weights(step.model), full_moments(step.engine, step.optimizer)
     result[f"frozen at {stage}"] = losses + run(step, range(3, 5))
-    result[f"stayed at {stage}"] = [name for name, value in full_weights(step.model).items() if value.equal(start[name])]
+    weights = full_weights(step.model)
+    result[f"stayed at {stage}"] = [name for name, value in weights.items() if value.equal(start[name])]
 for stage in range(4):
     weights, moments = frozen[(stage - 1) % 4]
     model = partly_frozen()
