@@ -143,8 +143,14 @@ def _call(
     if direction == DIRECTIONS[0]:
         return torch.no_grad()(lambda: op(*inputs))
     wanted = [*(tensor for tensor in inputs if tensor.requires_grad), *parameters]
-    gradient = torch.randn_like(op(*inputs))
+    gradient = _random_like(op(*inputs))
     return lambda: torch.autograd.grad(op(*inputs), wanted, gradient)
+
+
+def _random_like(y: Tensor) -> Tensor:
+    """Random, with the strides of `y`, which may be a slice."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(y.shape, y.stride()))
+    return torch.randn(span, dtype=y.dtype, device=y.device).as_strided(y.shape, y.stride())
 
 
 def seconds(calls: Sequence[Callable[[], Any]], rounds: int = 10) -> float:

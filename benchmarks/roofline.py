@@ -119,7 +119,7 @@ KINDS = {
     "sum": "reduction", "mean": "reduction", "linalg_vector_norm": "reduction",
 }  # fmt: skip
 """The kind of each operation of PyTorch; all others are pointwise."""
-KERNELS = {"attention_": "attention", "norm_": "norm", "dice_ce_": "loss"}
+KERNELS = {"attention_": "attention", "norm_": "norm", "dice_ce_": "loss", "up_conv_": "product"}
 """The kind of our kernels, by how their names begin."""
 FREE = {
     "empty",
@@ -216,14 +216,18 @@ class Counter(TorchDispatchMode):
         """One launch of a kernel of ours."""
         tensors = [leaf for leaf in tree_leaves(dict(launch.args)) if isinstance(leaf, Tensor)]
         kind = next((kind for prefix, kind in KERNELS.items() if launch.name.startswith(prefix)), "pointwise")
-        self._add(kind, launch.name, sum(map(_nbytes, tensors)), _attention_flops(launch))
+        self._add(kind, launch.name, sum(map(_nbytes, tensors)), _flops(launch))
 
 
-def _attention_flops(launch: dispatch.Launch) -> int:
-    """FLOPs of an attention kernel; 0 for all others."""
+def _flops(launch: dispatch.Launch) -> int:
+    """FLOPs of the products of a kernel of ours."""
+    args = launch.args
     # The backward has five products, and computes two of them in both passes.
-    products = {"attention_forward_kernel": 2, "attention_backward_kernel": 7}.get(launch.name, 0)
-    return products * 2 * math.prod(launch.args["q_ptr"].shape) * launch.args["N"] if products else 0
+    attention = {"attention_forward_kernel": 2, "attention_backward_kernel": 7}.get(launch.name, 0)
+    if attention:
+        return attention * 2 * math.prod(args["q_ptr"].shape) * args["N"]
+    is_doubling = launch.name.startswith("up_conv_") and "M" in args
+    return 2 * args["M"] * args["C_in"] * 8 * args["C_OUT"] if is_doubling else 0
 
 
 def _nbytes(x: Tensor) -> int:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kernels import attention, dice_ce, dispatch, instance_norm
+from kernels import attention, dice_ce, dispatch, instance_norm, up_conv
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last_3d
 REGIONS = ((2, 3), (1, 2, 3), (3,))
@@ -139,10 +139,53 @@ class DiceCEWorkload:
         dice_ce.dice_ce_backward(loss, None, None, logits, labels, table, saved, *options, *flags)
 
 
-Workload = AttentionWorkload | InstanceNormWorkload | DiceCEWorkload
+@dataclass(frozen=True)
+class UpConvWorkload:
+    """A feature map and the weight that doubles it, and whether the result is a half of a wider buffer."""
+
+    op: ClassVar = "up_conv"
+    shape: tuple[int, int, int, int, int]
+    out_channels: int
+    dtype: torch.dtype = torch.bfloat16
+    sliced: bool = False
+    memory_format: torch.memory_format = LAST
+
+    def __str__(self) -> str:
+        uses = [_layout(self.memory_format)] * (self.memory_format != LAST) + ["slice"] * self.sliced
+        return " ".join([f"{self.shape} to {self.out_channels}", _short(self.dtype), *uses])
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        return self.shape[0], self.out_channels, *(2 * size for size in self.shape[2:])
+
+    def inputs(self, device: torch.device | str) -> list[Tensor]:
+        """x and weight, random, with gradients; where sliced the destination, a half of a buffer."""
+        x = torch.randn(self.shape, device=device, dtype=self.dtype).to(memory_format=LAST)
+        weight = torch.randn(self.shape[1], self.out_channels, 2, 2, 2, device=device, dtype=self.dtype)
+        tensors = [x.requires_grad_(), weight.to(memory_format=self.memory_format).requires_grad_()]
+        return [*tensors, self._half(device)] if self.sliced else tensors
+
+    def _half(self, device: torch.device | str) -> Tensor:
+        batch, channels, *space = self.out_shape
+        buffer = torch.empty((batch, 2 * channels, *space), dtype=self.dtype, device=device, memory_format=LAST)
+        return buffer[:, :channels]
+
+    def run(self) -> None:
+        """As `AttentionWorkload.run`."""
+        x, weight, *destination = self.inputs("meta")
+        y = destination[0] if self.sliced else up_conv.up_conv_forward(x, weight)
+        if self.sliced:
+            up_conv.up_conv_forward_into(x, weight, y)
+        up_conv.up_conv_backward(y, x, weight, True, True)
+
+
+Workload = AttentionWorkload | InstanceNormWorkload | DiceCEWorkload | UpConvWorkload
 OPS: tuple[str, ...] = tuple(kind.op for kind in get_args(Workload))
 """Operations: `op` is in kernels/<op>.py, and benchmarks/bench_<op>.py measures it."""
 LARGE, CROP = (2, 16, 128, 128, 64), (2, 3, 128, 128, 64)
+GRID = (2, 512, 8, 8, 4)
+"""Tokens of the published UNETR, as a map."""
 
 MODELS: tuple[Workload, ...] = (
     AttentionWorkload(2, 10, 256, 51),
@@ -161,6 +204,9 @@ MODELS: tuple[Workload, ...] = (
     DiceCEWorkload(CROP, torch.float32, memory_format=LAST),
     DiceCEWorkload(CROP, ce="multihot"),
     DiceCEWorkload(CROP, torch.float32, ce="argmax"),
+    UpConvWorkload(GRID, 128, sliced=True),
+    UpConvWorkload((2, 32, 64, 64, 32), 16, sliced=True),
+    UpConvWorkload((2, 32, 64, 64, 32), 16, torch.float32),
 )
 
 MEASURED: tuple[Workload, ...] = (
@@ -190,6 +236,19 @@ MEASURED: tuple[Workload, ...] = (
     DiceCEWorkload((16, *CROP[1:])),
     DiceCEWorkload((16, *CROP[1:]), ce="multihot"),
     DiceCEWorkload((16, *CROP[1:]), torch.float32, ce="argmax"),
+    UpConvWorkload(GRID, 32),  # the doublings of the published UNETR, first the skips'
+    UpConvWorkload((2, 32, 16, 16, 8), 32),
+    UpConvWorkload((2, 32, 32, 32, 16), 32, sliced=True),
+    UpConvWorkload(GRID, 64),
+    UpConvWorkload((2, 64, 16, 16, 8), 64, sliced=True),
+    UpConvWorkload(GRID, 128, sliced=True),
+    UpConvWorkload((2, 128, 16, 16, 8), 64, sliced=True),
+    UpConvWorkload((2, 64, 32, 32, 16), 32, sliced=True),
+    UpConvWorkload((2, 32, 64, 64, 32), 16, sliced=True),
+    UpConvWorkload((2, 32, 64, 64, 32), 16),
+    UpConvWorkload((2, 32, 64, 64, 32), 16, torch.float32, sliced=True),
+    UpConvWorkload((16, 32, 64, 64, 32), 16, sliced=True),
+    UpConvWorkload((2, 768, 8, 8, 8), 128, sliced=True),  # UNETR of MONAI, 128 x 128 x 128
 )
 
 OTHERS: tuple[Workload, ...] = (
@@ -218,6 +277,11 @@ OTHERS: tuple[Workload, ...] = (
     DiceCEWorkload((16, *CROP[1:]), torch.float16, ce="multihot", batch=True),
     DiceCEWorkload(CROP, ce="argmax", memory_format=LAST, weighted=True),
     DiceCEWorkload((1, 3, 33, 31, 17), ce="multihot"),
+    UpConvWorkload((2, 768, 8, 8, 4), 32),
+    UpConvWorkload((2, 768, 8, 8, 4), 64, torch.float16),
+    UpConvWorkload(GRID, 128, torch.float32, sliced=True, memory_format=FIRST),
+    UpConvWorkload((1, 510, 7, 9, 5), 17, torch.float16),
+    UpConvWorkload((1, 3, 7, 9, 5), 1, torch.float32, sliced=True),
 )
 
 

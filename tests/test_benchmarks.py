@@ -23,6 +23,7 @@ from benchmarks import (
     bench_dice_ce,
     bench_instance_norm,
     bench_train,
+    bench_up_conv,
     common,
     parity,
     report,
@@ -193,6 +194,23 @@ def test_the_loss_reads_every_voxel_once_each_way() -> None:
         for direction in common.DIRECTIONS
     ]
     assert [each.bytes for each in work] == [7 * voxels, (7 + 13) * voxels]
+
+
+def test_a_doubling_moves_what_its_launches_take_without_partial_sums() -> None:
+    workload = workloads.UpConvWorkload((2, 32, 64, 64, 32), 16, sliced=True)
+    moved = [
+        sum(arg.nbytes for name, arg in launch.args.items() if isinstance(arg, torch.Tensor) and name != "partial_ptr")
+        for launch in workloads.launches(workload)
+    ]
+    forward, both = (bench_up_conv.work(workload, direction) for direction in common.DIRECTIONS)
+    assert [forward.bytes, both.bytes] == [moved[0], sum(moved)]
+    assert [forward.flops, both.flops] == [2 * 262144 * 32 * 128, 6 * 262144 * 32 * 128]
+
+
+def test_a_gradient_to_time_with_has_the_strides_of_a_slice() -> None:
+    workload = workloads.UpConvWorkload((1, 4, 2, 3, 2), 2, torch.float32, sliced=True)
+    y = bench_up_conv.eager(*workload.inputs("cpu"))
+    assert common._random_like(y).stride() == y.stride() != torch.randn_like(y).stride()
 
 
 def test_passes_are_those_of_one_launch_where_a_sample_and_channel_fits_a_program() -> None:

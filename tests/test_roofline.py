@@ -7,14 +7,18 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import roofline
 from benchmarks.performance_page import NOW
 from benchmarks.roofline import GPUS, count, multi_tensor_launches, predicted_s, roofline_s, totals
+from kernels import dispatch
+from kernels.up_conv import up_conv
 
 COUNTED = json.loads(NOW.read_text())
 LIMITS = {("unetr", 2): (9.9, 430), ("unetr", 32): (130, 430)}  # GB, launches of a step in bf16
@@ -70,6 +74,21 @@ def test_a_convolution_counts_its_three_directions() -> None:
     kinds = [row.op for row in rows if row.kind == "convolution"]
     assert kinds == ["convolution", "convolution's weight gradient"]  # the image has no gradient
     assert {row.flops for row in rows if row.flops} == {2 * 16**3 * 16 * 4 * 27}
+
+
+def test_a_doubling_counts_its_three_products() -> None:
+    counter = roofline.Counter()
+    x = torch.empty(2, 32, 8, 4, 2, dtype=torch.bfloat16).to(memory_format=roofline.LAST).requires_grad_()
+    weight = torch.empty(32, 16, 2, 2, 2, dtype=torch.bfloat16).to(memory_format=roofline.LAST).requires_grad_()
+    on_a_gpu = mock.patch.multiple(dispatch, _refusal=lambda device: "", _faster_of_pytorch=lambda *_: "")
+    with FakeTensorMode() as fake, on_a_gpu, counter, dispatch.observed(counter.launch):
+        up_conv(*map(fake.from_tensor, (x, weight))).sum().backward()
+    rows = {row.op: row for row in counter.rows if row.op.startswith("up_conv")}
+    flops = 2 * (2 * 8 * 4 * 2) * 32 * 8 * 16
+    assert [row.flops for row in rows.values()] == [flops, flops, flops, 0]
+    assert {row.kind for row in rows.values()} == {"product"}
+    maps = 2 * (x.numel() + weight.numel() + 8 * x.numel() // 2)
+    assert rows["up_conv_forward_kernel"].bytes == rows["up_conv_gradient_kernel"].bytes == maps
 
 
 @pytest.mark.parametrize(
