@@ -144,6 +144,9 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is aten.contiguous.default:  # from below autograd it comes undivided: a view, or a copy
+            with self:
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         if name == "convolution":

@@ -63,7 +63,10 @@ class AttentionWorkload:
 
 @dataclass(frozen=True)
 class InstanceNormWorkload:
-    """A feature map, its residual, and whether the activation is a PReLU instead of a leaky ReLU."""
+    """A feature map, its residual, whether the activation is a PReLU instead of a leaky ReLU, and where y goes.
+
+    `joined`: y and its gradient are the second half of a map of twice the channels, which only `run` knows.
+    """
 
     op: ClassVar = "instance_norm"
     shape: tuple[int, int, int, int, int]
@@ -72,9 +75,10 @@ class InstanceNormWorkload:
     residual: Literal["none", "raw", "normalised"] = "none"
     prelu: bool = False
     affine: bool = False
+    joined: bool = False
 
     def __str__(self) -> str:
-        uses = ["PReLU"] * self.prelu + ["affine"] * self.affine
+        uses = ["PReLU"] * self.prelu + ["affine"] * self.affine + ["joined"] * self.joined
         uses += [f"{self.residual} residual"] * (self.residual != "none")
         return " ".join([str(self.shape), _short(self.dtype), _layout(self.memory_format), *uses])
 
@@ -101,9 +105,9 @@ class InstanceNormWorkload:
         x, residual, slopes, weight, bias = self.split(tuple(self.inputs("meta")))
         slope = None if self.prelu else SLOPE
         normalised = self.residual == "normalised"
-        y, stats = instance_norm.instance_norm_forward(x, weight, bias, 1e-5, slopes, slope, residual, normalised)
-        dy = torch.empty_like(y)
-        instance_norm.instance_norm_backward(dy, x, stats, weight, bias, slopes, slope, residual, normalised)
+        y = torch.cat([x, x], dim=1)[:, x.shape[1] :] if self.joined else torch.empty_like(x)
+        stats = instance_norm.instance_norm_write(y, x, weight, bias, 1e-5, slopes, slope, residual, normalised)
+        instance_norm.instance_norm_backward(y, x, stats, weight, bias, slopes, slope, residual, normalised)
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,8 @@ MODELS: tuple[Workload, ...] = (
     InstanceNormWorkload(CROP, prelu=True),
     InstanceNormWorkload((2, 16, 16, 16, 16), memory_format=FIRST, residual="normalised"),
     InstanceNormWorkload((2, 256, 8, 8, 4), torch.float32, prelu=True),
+    InstanceNormWorkload(LARGE, residual="normalised", joined=True),
+    InstanceNormWorkload((2, 128, 16, 16, 8), residual="raw", joined=True),
     DiceCEWorkload(CROP),
     DiceCEWorkload(CROP, torch.float32, memory_format=LAST),
     DiceCEWorkload(CROP, ce="multihot"),
@@ -265,6 +271,8 @@ OTHERS: tuple[Workload, ...] = (
     InstanceNormWorkload((1, 48, 33, 31, 17), torch.float32, FIRST, residual="normalised"),
     InstanceNormWorkload((2, 32, 16, 16, 8), residual="raw", prelu=True, affine=True),
     InstanceNormWorkload((2, 320, 4, 4, 4), torch.float16, FIRST, affine=True),
+    InstanceNormWorkload((2, 64, 32, 32, 16), torch.float32, residual="raw", joined=True),
+    InstanceNormWorkload((1, 48, 33, 31, 17), torch.float16, joined=True),
     *(
         replace(workload, weighted=weighted, squared_pred=squared)
         for workload in (

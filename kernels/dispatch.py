@@ -33,6 +33,7 @@ from warnings import warn
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 
 Kernels = Literal["auto", "triton", "reference"]
@@ -194,6 +195,12 @@ class Launch:
         """Name of the kernel, as in `tuned.json`."""
         return self.kernel.fn.__name__
 
+    @property
+    def is_fake(self) -> bool:
+        """Whether the tensors have no memory."""
+        first = next(value for value in self.args.values() if isinstance(value, Tensor))
+        return first.is_meta or isinstance(first, FakeTensor)
+
     def run(self, config: Config) -> None:
         """Launch in one configuration, on the device of the tensors."""
         self.kernel[self.grid(config)](**self.args, **config)
@@ -293,6 +300,8 @@ def launch(
     it = Launch(kernel, grid, args, candidates, key)
     if _observer is not None:
         return _observer(it)
+    if it.is_fake:
+        return None
     if INTERPRETED:
         return it.run(candidates[0])
     x = next(value for value in args.values() if isinstance(value, Tensor))

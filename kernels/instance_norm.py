@@ -33,7 +33,9 @@ E[x^2] - E[x]^2 loses every digit (mean 10^4, std 1). No atomics, and chunks dep
 every run. `benchmarks/bench_instance_norm.py` compares the passes with eager PyTorch and torch.compile.
 
 Legend: N samples, C channels, S voxels of a sample. A map is (N, C, S) of strides (C * S, S, 1) if contiguous and
-(S * C, 1, C) if channels_last_3d; a tile is BLOCK_S voxels of BLOCK_C channels (contiguous: of one channel).
+(S * C, 1, C) if channels_last_3d; a tile is BLOCK_S voxels of BLOCK_C channels (contiguous: of one channel). y and dy
+may be a slice of the channels of a wider channels_last_3d map, strides (S * stride, 1, stride): a concatenation is then
+written in place, and its gradient read in place (`instance_norm_into`).
 
 Sources: Ulyanov et al., https://arxiv.org/abs/1607.08022; Welford 1962; Chan, Golub, LeVeque 1979.
 """
@@ -51,6 +53,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .checks import FLOATS, check_alike, check_floats, check_is_tensor, check_same_device
@@ -131,6 +134,18 @@ def _tile(C, S, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.
 
 
 @triton.jit
+def _slice(pid, C, S, stride, offset, tile, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offset, tile and step between voxels of a map: dense if `stride` is None, else a slice of channels."""
+    step = C if CHANNELS_LAST else 1
+    if stride is not None:
+        blocks = tl.cdiv(C, BLOCK_C)
+        offset = (pid // blocks).to(tl.int64) * S * stride + pid % blocks * BLOCK_C
+        tile = tl.arange(0, BLOCK_S)[:, None] * stride + tl.arange(0, BLOCK_C)[None, :]
+        step = stride
+    return offset, tile, step
+
+
+@triton.jit
 def _parameter(ptr, index, mask, default: tl.constexpr):
     """Float32 values of a parameter of each channel; `default` without one."""
     return default if ptr is None else tl.load(ptr + index, mask=mask, other=0.0).to(tl.float32)
@@ -175,17 +190,19 @@ def _normalised_gradient(g, xhat, mean_g, mean_gxhat, rstd):
 def norm_forward_one_tile_kernel(
     x_ptr,  # (N, C, S)
     r_ptr,  # (N, C, S): residual, or None
-    y_ptr,  # (N, C, S)
+    y_ptr,  # (N, C, S), or a slice
     stats_ptr,  # (2 or 4, N, C) float32: mean and rstd of x, of a normalised residual
     weight_ptr,  # (C,), or None
     bias_ptr,  # (C,), or None
     slope_ptr,  # (C,) or (1,), or None
-    slope, slope_stride, eps, rows, C, S,
+    slope, slope_stride, y_stride, eps, rows, C, S,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y of BLOCK_C channels of one sample; grid (N * ceil(C / BLOCK_C),)."""
-    c, row, offset = _program(tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
+    pid = tl.program_id(0)
+    c, row, offset = _program(pid, C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+    y_offset, y_tile, _ = _slice(pid, C, S, y_stride, offset, tile, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c, in_s = c < C, s < S
     inside = in_s & in_c
     count = in_s.to(tl.float32)
@@ -208,7 +225,7 @@ def norm_forward_one_tile_kernel(
     if slope_ptr is not None:
         slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
     y = z if slope is None else tl.where(z > 0, z, z * slope)
-    tl.store(y_ptr + offset + tile, y, mask=inside)
+    tl.store(y_ptr + y_offset + y_tile, y, mask=inside)
 
 
 @triton.jit
@@ -283,18 +300,20 @@ def norm_combine_kernel(
 def norm_apply_kernel(
     x_ptr,  # (N, C, S)
     r_ptr,  # (N, C, S): residual, or None
-    y_ptr,  # (N, C, S)
+    y_ptr,  # (N, C, S), or a slice
     stats_ptr,  # (2 or 4, N, C) float32: mean and rstd of x, of a normalised residual
     weight_ptr,  # (C,), or None
     bias_ptr,  # (C,), or None
     slope_ptr,  # (C,) or (1,), or None
-    slope, slope_stride, rows, C, S, chunk,
+    slope, slope_stride, y_stride, rows, C, S, chunk,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     num_stages: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk of BLOCK_C channels; grid (N * ceil(C / BLOCK_C), splits)."""
-    c, row, offset = _program(tl.num_programs(0) - 1 - tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    c, row, offset = _program(pid, C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+    y_offset, y_tile, y_step = _slice(pid, C, S, y_stride, offset, tile, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c = c < C
     mean, rstd, mean_r, rstd_r = _statistics(stats_ptr, row, rows, in_c, NORMALISED)
     weight, bias = _parameter(weight_ptr, c, in_c, 1.0), _parameter(bias_ptr, c, in_c, 0.0)
@@ -317,13 +336,14 @@ def norm_apply_kernel(
                 rhat = (rhat - mean_r) * rstd_r
         z = _pre_activation((x - mean) * rstd, rhat, weight, bias)
         y = z if slope is None else tl.where(z > 0, z, z * slope)
-        tl.store(y_ptr + at + tile, y, mask=inside)
+        y_at = y_offset + start.to(tl.int64) * y_step
+        tl.store(y_ptr + y_at + y_tile, y, mask=inside)
 
 
 @triton.jit
 def norm_backward_one_tile_kernel(
     x_ptr,  # (N, C, S)
-    dy_ptr,  # (N, C, S)
+    dy_ptr,  # (N, C, S), or a slice
     r_ptr,  # (N, C, S): residual, or None
     dx_ptr,  # (N, C, S)
     dr_ptr,  # (N, C, S), or None
@@ -332,12 +352,14 @@ def norm_backward_one_tile_kernel(
     bias_ptr,  # (C,), or None
     slope_ptr,  # (C,) or (1,), or None
     sums_ptr,  # (4, N, C, splits) float32: sums of g, g * xhat, g * rhat, dy * z where z <= 0
-    slope, slope_stride, rows, C, S,
+    slope, slope_stride, dy_stride, rows, C, S,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_C channels of one sample; grid (N * ceil(C / BLOCK_C),)."""
-    c, row, offset = _program(tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
+    pid = tl.program_id(0)
+    c, row, offset = _program(pid, C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+    dy_offset, dy_tile, _ = _slice(pid, C, S, dy_stride, offset, tile, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c = c < C
     inside = (s < S) & in_c
     mean, rstd, mean_r, rstd_r = _statistics(stats_ptr, row, rows, in_c, NORMALISED)
@@ -345,7 +367,7 @@ def norm_backward_one_tile_kernel(
     if slope_ptr is not None:
         slope = _parameter(slope_ptr, c * slope_stride, in_c, 0.0)
     xhat = (tl.load(x_ptr + offset + tile, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
-    g = tl.load(dy_ptr + offset + tile, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(dy_ptr + dy_offset + dy_tile, mask=inside, other=0.0).to(tl.float32)
     rhat = None
     if r_ptr is not None:
         rhat = tl.load(r_ptr + offset + tile, mask=inside, other=0.0).to(tl.float32)
@@ -373,7 +395,7 @@ def norm_backward_one_tile_kernel(
 @triton.jit
 def norm_gradient_sums_kernel(
     x_ptr,  # (N, C, S)
-    dy_ptr,  # (N, C, S)
+    dy_ptr,  # (N, C, S), or a slice
     r_ptr,  # (N, C, S): residual, or None
     g_ptr,  # (N, C, S): gradient of a raw residual, or None
     stats_ptr,  # (2 or 4, N, C) float32: mean and rstd of x, of a normalised residual
@@ -381,13 +403,15 @@ def norm_gradient_sums_kernel(
     bias_ptr,  # (C,), or None
     slope_ptr,  # (C,) or (1,), or None
     sums_ptr,  # (4, N, C, splits) float32: sums of g, g * xhat, g * rhat, dy * z where z <= 0
-    slope, slope_stride, rows, C, S, chunk,
+    slope, slope_stride, dy_stride, rows, C, S, chunk,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     num_stages: tl.constexpr,
 ):  # fmt: skip
     """Sums over one chunk of BLOCK_C channels; grid (N * ceil(C / BLOCK_C), splits)."""
-    c, row, offset = _program(tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
+    pid = tl.program_id(0)
+    c, row, offset = _program(pid, C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+    dy_offset, dy_tile, dy_step = _slice(pid, C, S, dy_stride, offset, tile, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     split, splits = tl.program_id(1), tl.num_programs(1)
     in_c = c < C
     mean, rstd, mean_r, rstd_r = _statistics(stats_ptr, row, rows, in_c, NORMALISED)
@@ -405,7 +429,8 @@ def norm_gradient_sums_kernel(
         inside = (start + s < end) & in_c
         at = offset + start.to(tl.int64) * (C if CHANNELS_LAST else 1)
         xhat = (tl.load(x_ptr + at + tile, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
-        g = tl.load(dy_ptr + at + tile, mask=inside, other=0.0).to(tl.float32)
+        dy_at = dy_offset + start.to(tl.int64) * dy_step
+        g = tl.load(dy_ptr + dy_at + dy_tile, mask=inside, other=0.0).to(tl.float32)
         rhat = None
         if r_ptr is not None:
             rhat = tl.load(r_ptr + at + tile, mask=inside, other=0.0).to(tl.float32)
@@ -481,7 +506,7 @@ def norm_gradient_combine_kernel(
 @triton.jit
 def norm_gradient_apply_kernel(
     x_ptr,  # (N, C, S)
-    g_ptr,  # (N, C, S): g if slope is None, else dy
+    g_ptr,  # (N, C, S), or a slice: g if slope is None, else dy
     r_ptr,  # (N, C, S): residual, or None
     dx_ptr,  # (N, C, S)
     dr_ptr,  # (N, C, S), or None
@@ -490,13 +515,15 @@ def norm_gradient_apply_kernel(
     weight_ptr,  # (C,), or None
     bias_ptr,  # (C,), or None
     slope_ptr,  # (C,) or (1,), or None
-    slope, slope_stride, rows, C, S, chunk,
+    slope, slope_stride, g_stride, rows, C, S, chunk,
     NORMALISED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     num_stages: tl.constexpr,
 ):  # fmt: skip
     """dx and a normalised residual's gradient, one chunk; grid (N * ceil(C / BLOCK_C), splits)."""
-    c, row, offset = _program(tl.num_programs(0) - 1 - tl.program_id(0), C, S, CHANNELS_LAST, BLOCK_C)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    c, row, offset = _program(pid, C, S, CHANNELS_LAST, BLOCK_C)
     s, tile = _tile(C, S, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+    g_offset, g_tile, g_step = _slice(pid, C, S, g_stride, offset, tile, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     in_c = c < C
     mean, rstd, mean_r, rstd_r = _statistics(stats_ptr, row, rows, in_c, NORMALISED)
     mean_g, mean_gxhat = _parameter(means_ptr, row, in_c, 0.0), _parameter(means_ptr + rows, row, in_c, 0.0)
@@ -514,7 +541,8 @@ def norm_gradient_apply_kernel(
         at = offset + start.to(tl.int64) * (C if CHANNELS_LAST else 1)
         # As in norm_apply_kernel.
         x = tl.load(x_ptr + at + tile, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        g = tl.load(g_ptr + at + tile, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        g_at = g_offset + start.to(tl.int64) * g_step
+        g = tl.load(g_ptr + g_at + g_tile, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         xhat = (x - mean) * rstd
         rhat = None
         if NORMALISED:
@@ -591,9 +619,22 @@ def _dense(x: Tensor) -> Tensor:
     return x if _is_channels_last(x) else x.contiguous()
 
 
+def _format(x: Tensor) -> torch.memory_format:
+    """The memory format of `_dense(x)`."""
+    return torch.channels_last_3d if _is_channels_last(x) else torch.contiguous_format
+
+
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
     """`tensor` in the memory format of a dense `x`; a copy where it has another."""
-    return tensor.contiguous(memory_format=torch.channels_last_3d if _is_channels_last(x) else torch.contiguous_format)
+    return tensor.contiguous(memory_format=_format(x))
+
+
+def _slice_stride(tensor: Tensor, x: Tensor) -> int | None:
+    """Elements between voxels of a slice of channels, where `x` is channels_last_3d; None for all other tensors."""
+    _, channels, size_x, size_y, size_z = tensor.shape
+    stride = tensor.stride(4)
+    strides = (size_x * size_y * size_z * stride, 1, size_y * size_z * stride, size_z * stride, stride)
+    return stride if stride > channels and tensor.stride() == strides and _is_channels_last(x) else None
 
 
 @dispatch.once_per_shape
@@ -626,9 +667,53 @@ def _parameters(
     }
 
 
-def _forward_outputs(x: Tensor, residual_norm: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised y and statistics for a dense `x`."""
-    return torch.empty_like(x), x.new_empty((4 if residual_norm else 2, *x.shape[:2]), dtype=torch.float32)
+def _statistics_of(x: Tensor, residual_norm: bool) -> Tensor:
+    """Uninitialised statistics."""
+    return x.new_empty((4 if residual_norm else 2, *x.shape[:2]), dtype=torch.float32)
+
+
+def instance_norm_write(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    slope_tensor: Tensor | None,
+    slope: float | None,
+    residual: Tensor | None,
+    residual_norm: bool,
+) -> Tensor:
+    """Launch the forward into `y`: one kernel where a sample and channel fits a program, else three.
+
+    Args:
+        y: in the memory format of `x`; or, where that is channels_last_3d, a slice of the channels of a wider map.
+        slope_tensor, slope: the negative slope as a tensor of 1 or C elements or as a number; at most one of them.
+        x, weight, bias, eps, residual, residual_norm: as `instance_norm`.
+
+    Returns:
+        float32 statistics, (2, N, C): mean and rstd, or (4, N, C) with `residual_norm`: the residual's after them.
+    """
+    x = _dense(x)
+    residual = None if residual is None else _like(residual, x)
+    stats = _statistics_of(x, residual_norm)
+    plan = _plan(x.shape, x.dtype, _is_channels_last(x), 1 if residual is None else 2)
+    key = _key_of(x, residual, residual_norm)
+    common = {"x_ptr": x, "r_ptr": residual, **plan.sizes}
+    write = {"y_ptr": y, "y_stride": _slice_stride(y, x), "stats_ptr": stats, "NORMALISED": residual_norm}
+    write |= _parameters(weight, bias, slope_tensor, slope)
+    if plan.one_tile:
+        args = {**common, **write, "eps": eps}
+        dispatch.launch(norm_forward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(), key)
+        return stats
+    partial = x.new_empty((*stats.shape, plan.splits), dtype=torch.float32)
+    args = {**common, "r_ptr": residual if residual_norm else None, "partial_ptr": partial}
+    configs = plan.configs((4, 4, 3), (4, 4, 1), (8, 8, 3), (8, 8, 1), (4, 8, 3), (8, 4, 2))
+    maps = stats.shape[0] // 2
+    dispatch.launch(norm_statistics_kernel, lambda config: (plan.blocks, plan.splits, maps), args, configs, key)
+    _combine_statistics(partial, stats, eps, plan, key)
+    configs = plan.configs((4, 4, 1), (4, 4, 3), (8, 8, 1), (8, 8, 2), (2, 4, 1))
+    dispatch.launch(norm_apply_kernel, plan.grid, {**common, **write}, configs, key)
+    return stats
 
 
 def instance_norm_forward(
@@ -641,37 +726,10 @@ def instance_norm_forward(
     residual: Tensor | None,
     residual_norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward: one kernel where a sample and channel fits a program, else three.
-
-    Args:
-        slope_tensor, slope: the negative slope as a tensor of 1 or C elements or as a number; at most one of them.
-        x, weight, bias, eps, residual, residual_norm: as `instance_norm`.
-
-    Returns:
-        y, in the memory format of `x`; float32 statistics, (2, N, C): mean and rstd, or (4, N, C) with `residual_norm`:
-        the residual's after them.
-    """
+    """y, in the memory format of `x`, and its statistics; arguments as `instance_norm_write`."""
     x = _dense(x)
-    residual = None if residual is None else _like(residual, x)
-    y, stats = _forward_outputs(x, residual_norm)
-    plan = _plan(x.shape, x.dtype, _is_channels_last(x), 1 if residual is None else 2)
-    key = _key_of(x, residual, residual_norm)
-    common = {"x_ptr": x, "r_ptr": residual, **plan.sizes}
-    write = {"y_ptr": y, "stats_ptr": stats, "NORMALISED": residual_norm}
-    write |= _parameters(weight, bias, slope_tensor, slope)
-    if plan.one_tile:
-        args = {**common, **write, "eps": eps}
-        dispatch.launch(norm_forward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(), key)
-        return y, stats
-    partial = x.new_empty((*stats.shape, plan.splits), dtype=torch.float32)
-    args = {**common, "r_ptr": residual if residual_norm else None, "partial_ptr": partial}
-    configs = plan.configs((4, 4, 3), (4, 4, 1), (8, 8, 3), (8, 8, 1), (4, 8, 3), (8, 4, 2))
-    maps = stats.shape[0] // 2
-    dispatch.launch(norm_statistics_kernel, lambda config: (plan.blocks, plan.splits, maps), args, configs, key)
-    _combine_statistics(partial, stats, eps, plan, key)
-    configs = plan.configs((4, 4, 1), (4, 4, 3), (8, 8, 1), (8, 8, 2), (2, 4, 1))
-    dispatch.launch(norm_apply_kernel, plan.grid, {**common, **write}, configs, key)
-    return y, stats
+    y = torch.empty_like(x)
+    return y, instance_norm_write(y, x, weight, bias, eps, slope_tensor, slope, residual, residual_norm)
 
 
 def _combine_statistics(partial: Tensor, stats: Tensor, eps: float, plan: _Plan, key: str) -> None:
@@ -709,7 +767,7 @@ def instance_norm_backward(
     """Launch the backward: one or two kernels where a sample and channel fits a program, else three.
 
     Args:
-        dy: gradient of y, any strides.
+        dy: gradient of y, any strides; all but a slice of channels (as y) are copied if not in the format of `x`.
         stats: from `instance_norm_forward`.
         others: as `instance_norm_forward`, but a raw residual only with an activation: without one its gradient is dy.
 
@@ -718,7 +776,8 @@ def instance_norm_backward(
         no elements where the input is None.
     """
     x = _dense(x)
-    dy = _like(dy, x)
+    dy_stride = _slice_stride(dy, x)
+    dy = dy if dy_stride else _like(dy, x)
     residual = None if residual is None else _like(residual, x)
     dx, dweight, dbias, dslope, dresidual = _backward_outputs(x, weight, bias, slope_tensor, residual)
     plan = _plan(x.shape, x.dtype, _is_channels_last(x), 2 if residual is None else 3)
@@ -730,21 +789,23 @@ def instance_norm_backward(
     # A single slope belongs to all channels: torch sums it, below.
     of_channels = dweight, dbias, x.new_empty(0) if dslope.shape[0] == 1 else dslope
     if plan.one_tile:
-        args = {**common, **write, "dy_ptr": dy, "sums_ptr": sums}
+        args = {**common, **write, "dy_ptr": dy, "dy_stride": dy_stride, "sums_ptr": sums}
         dispatch.launch(norm_backward_one_tile_kernel, lambda config: (plan.blocks,), args, plan.configs(), key)
         if any(gradient.numel() for gradient in of_channels):
             _combine_gradients(sums, None, of_channels, False, plan, key)
     else:
         means = sums.new_empty(sums.shape[:3])
         writes_g = residual is not None and not residual_norm
-        args = {**common, "dy_ptr": dy, "g_ptr": dresidual if writes_g else None, "sums_ptr": sums}
+        args = {**common, "dy_ptr": dy, "dy_stride": dy_stride, "sums_ptr": sums}
+        args["g_ptr"] = dresidual if writes_g else None
         tile = 2 if residual_norm else 4  # registers for a third map and one more sum
         configs = plan.configs((tile, 4, 3), (tile, 4, 1), (tile, 8, 3), (2 * tile, 8, 2), (2, 4, 2))
         dispatch.launch(norm_gradient_sums_kernel, plan.grid, args, configs, key)
         _combine_gradients(sums, means, of_channels, residual_norm, plan, key)
-        args = {**common, **write, "g_ptr": dy, "means_ptr": means}
+        args = {**common, **write, "g_ptr": dy, "g_stride": dy_stride, "means_ptr": means}
         if writes_g:
-            args |= {"g_ptr": dresidual, "r_ptr": None, "dr_ptr": None, "slope_ptr": None, "slope": None}
+            args |= {"g_ptr": dresidual, "g_stride": None, "r_ptr": None, "dr_ptr": None}
+            args |= {"slope_ptr": None, "slope": None}
         configs = plan.configs((4, 4, 1), (4, 4, 2), (2, 4, 1), (4, 8, 2), (4, 8, 3))
         dispatch.launch(norm_gradient_apply_kernel, plan.grid, args, configs, key)
     if dslope.shape[0] == 1:
@@ -772,7 +833,8 @@ _backward_op = dispatch.operator(instance_norm_backward)
 
 @_forward_op.register_fake
 def _(x, weight, bias, eps, slope_tensor, slope, residual, residual_norm):
-    return _forward_outputs(_dense(x), residual_norm)
+    x = _dense(x)
+    return torch.empty_like(x), _statistics_of(x, residual_norm)
 
 
 @_backward_op.register_fake
@@ -782,7 +844,7 @@ def _(dy, x, stats, weight, bias, slope_tensor, slope, residual, residual_norm):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, _, slope_tensor, slope, residual, residual_norm = inputs
-    y, stats = output
+    stats = output[1]
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)  # else a launch fills the gradient of stats with zeros
     ctx.slope, ctx.residual_norm = slope, residual_norm
@@ -808,6 +870,24 @@ def _backward(run: Callable[..., Any], ctx: Any, dy: Tensor, _: Tensor | None) -
 
 
 _instance_norm = dispatch.differentiable(_forward_op, _backward_op, _setup_context, _backward)
+
+
+class _IntoSlice(torch.autograd.Function):
+    """The kernels with a destination, in a list that hides it from autograd: y has its memory and no history."""
+
+    @staticmethod
+    def forward(destination: list[Tensor], *inputs: Any) -> tuple[Tensor, Tensor]:
+        y = destination[0].detach()
+        return y, instance_norm_write(y, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, inputs[1:], output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        return None, *_backward(instance_norm_backward, ctx, dy, _)
 
 
 def _on_cpu(
@@ -919,3 +999,38 @@ def instance_norm(
     if chosen == "torch" and not torch.compiler.is_compiling():  # else it is compiled with what is around it
         function = _on_cpu if x.is_cpu else dispatch.compiled(instance_norm_reference, x.shape)
     return function(x, weight, bias, eps, negative_slope, residual, residual_norm)
+
+
+def writes_slices(x: Tensor) -> bool:
+    """Whether `instance_norm_into` can write into a slice: an eager call of our kernels, on a channels_last_3d map."""
+    if torch.compiler.is_compiling() or not _is_channels_last(x):
+        return False
+    return dispatch.path("instance_norm", x, _key_of(x, None, False)) == "triton"
+
+
+def instance_norm_into(
+    out: Tensor | None,
+    x: Tensor,
+    eps: float = 1e-5,
+    negative_slope: float | None = None,
+    residual: Tensor | None = None,
+    residual_norm: bool = False,
+) -> Tensor:
+    """`instance_norm` written where a concatenation wants it, if `writes_slices(x)`, and a new map otherwise.
+
+    Args:
+        out: a slice of the channels of a wider channels_last_3d map, of the shape and dtype of `x`; unknown to
+            autograd. None: nowhere.
+        x, eps, negative_slope, residual, residual_norm: as `instance_norm`.
+
+    Returns:
+        y, as a view with the memory of `out` or as a new tensor. Its gradient may be a slice too, and is not copied.
+
+    Raises:
+        ValueError: as `instance_norm`; `out` of another shape, dtype or device than `x`.
+    """
+    if out is None or not writes_slices(x):
+        return instance_norm(x, None, None, eps, negative_slope, residual, residual_norm)
+    _check(x, None, None, eps, negative_slope, residual, residual_norm)
+    check_alike("out", out, "x", x)
+    return _IntoSlice.apply([out], x, None, None, eps, None, negative_slope, residual, residual_norm)[0]

@@ -30,10 +30,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from kernels.instance_norm import instance_norm
+from kernels.instance_norm import instance_norm, instance_norm_into
+from models.concatenation import join, room_for
 from models.convolutions import NormedConv3d, ProjectionConv3d
 from models.vit import VisionTransformer
 
@@ -93,7 +93,10 @@ def _up(in_channels: int, out_channels: int) -> nn.ConvTranspose3d:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 x 3 convolutions with instance norms around a skip, (B, in, X, Y, Z) -> (B, out, X, Y, Z)."""
+    """Two 3 x 3 x 3 convolutions with instance norms around a skip, (B, in, X, Y, Z) -> (B, out, X, Y, Z).
+
+    `out`: a half of a `models.concatenation.Room`, which the result is written into if it can be.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
         super().__init__()
@@ -103,29 +106,31 @@ class ResidualBlock(nn.Module):
         if self.projected:
             self.conv3 = ProjectionConv3d(in_channels, out_channels, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         residual, x = self.conv3(x) if self.projected else (x, x)
         y = self.conv2(instance_norm(self.conv1(x), negative_slope=NEGATIVE_SLOPE))
         # The cast acts only under autocast, on a float32 volume with as many channels as the block.
-        residual = residual.to(y.dtype)
-        return instance_norm(y, negative_slope=NEGATIVE_SLOPE, residual=residual, residual_norm=self.projected)
+        options = {"residual": residual.to(y.dtype), "residual_norm": self.projected}
+        return instance_norm_into(out, y, negative_slope=NEGATIVE_SLOPE, **options)
 
 
 class Skip(nn.Module):
-    """Transposed convolutions from the patch grid to the resolution of one decoder level."""
+    """Transposed convolutions from the patch grid to the resolution of one decoder level; `out` as `ResidualBlock`."""
 
     def __init__(self, in_channels: int, out_channels: int, doublings: int, blocks: bool, bias: bool) -> None:
         super().__init__()
         self.ups = nn.ModuleList([_up(in_channels, out_channels)])
         self.ups.extend(_up(out_channels, out_channels) for _ in range(doublings - 1))
         self.blocks = nn.ModuleList(
-            ResidualBlock(out_channels, out_channels, bias) if blocks else nn.Identity() for _ in range(doublings - 1)
+            ResidualBlock(out_channels, out_channels, bias) for _ in range(doublings - 1) if blocks
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.ups[0](x)
-        for up, block in zip(self.ups[1:], self.blocks, strict=True):
-            x = block(up(x))
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        last = len(self.ups) - 1
+        for i, up in enumerate(self.ups):
+            x = up(x)
+            if i > 0 and self.blocks:
+                x = self.blocks[i - 1](x, out if i == last else None)
         return x
 
 
@@ -137,8 +142,11 @@ class DecoderLevel(nn.Module):
         self.up = _up(in_channels, out_channels)
         self.block = ResidualBlock(2 * out_channels, out_channels, bias)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.block(torch.cat([self.up(x), skip], dim=1))
+    def forward(self, x: Tensor, skip: nn.Module, source: Tensor) -> Tensor:
+        """`skip` takes `source` and gives the other half of the block's input."""
+        y = self.up(x)
+        room = room_for(y)
+        return self.block(join(y, skip(source, room and room.right), room))
 
 
 class UNETR(nn.Module):
@@ -201,8 +209,8 @@ class UNETR(nn.Module):
                 "with a sliding window of that size"
             )
         z1, z2, z3, z4 = self.vit(x_BCXYZ)
-        y = self.decoder3(z4, self.skip3(z3))
-        y = self.decoder2(y, self.skip2(z2))
-        y = self.decoder1(y, self.skip1(z1))
-        y = self.decoder0(y, self.stem(x_BCXYZ))
+        y = self.decoder3(z4, self.skip3, z3)
+        y = self.decoder2(y, self.skip2, z2)
+        y = self.decoder1(y, self.skip1, z1)
+        y = self.decoder0(y, self.stem, x_BCXYZ)
         return self.head(y)

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from kernel_paths import COMPILED, DEVICES, needs_kernels, not_interpreted
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import dispatch
 from kernels import instance_norm as module
-from kernels.instance_norm import instance_norm
+from kernels.instance_norm import instance_norm, instance_norm_into, writes_slices
 
 pytestmark = pytest.mark.kernel
 
@@ -574,6 +576,124 @@ def test_compiled_by_inductor_between_other_operations(device: str) -> None:
     torch.testing.assert_close(out, expected)
     for a, b in zip(torch.autograd.grad(out.sum(), pair), torch.autograd.grad(expected.sum(), pair)):
         torch.testing.assert_close(a, b)
+
+
+def slice_of(t: Tensor, width: int, first: int) -> Tensor:
+    """The values of a map as channels `first` and on of a channels_last_3d map of `width` channels, the others 9."""
+    batch, channels, *space = t.shape
+    wide = torch.full((batch, width, *space), 9, dtype=t.dtype, device=t.device)
+    wide = wide.contiguous(memory_format=torch.channels_last_3d)
+    wide[:, first : first + channels] = t
+    return wide[:, first : first + channels]
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("residual", "slope", "dtype"),
+    [
+        ("none", 0.1, torch.float32),
+        ("raw", 0.1, torch.float16),
+        ("raw", None, torch.float32),
+        ("normalised", 0.1, torch.float16),
+    ],
+)
+@pytest.mark.parametrize(("channels", "width", "first"), [(3, 7, 2), (16, 32, 16)])
+def test_y_and_dy_may_be_slices_of_wider_maps_and_the_rest_of_those_is_left_alone(
+    device: str, residual: str, slope: float | None, dtype: torch.dtype, channels: int, width: int, first: int
+) -> None:
+    needs_kernels(device)
+    args = inputs((2, channels, 3, 5, 3), device, dtype, slope, residual, torch.channels_last_3d)
+    args = leaves({name: a for name, a in args.items() if name not in ("weight", "bias")})
+    leaf = list(tensors(args).values())
+    dense = cotangent(args)
+    expected = instance_norm(**args)
+    wanted = torch.autograd.grad(expected, leaf, dense)
+    for _ in range(2):
+        out = slice_of(torch.zeros_like(dense), width, first)
+        dy = slice_of(dense, width, first)
+        y = instance_norm_into(out.data, **args)
+        assert y.data_ptr() == out.data_ptr() and y.stride(1) == 1 and y.stride(4) == width
+        assert torch.equal(y, expected)
+        found = torch.autograd.grad(y, leaf, dy)
+        assert all(torch.equal(gradient, want) for gradient, want in zip(found, wanted, strict=True))
+        for wide in (out._base, dy._base):
+            assert wide is not None
+            assert (wide[:, :first] == 9).all() and (wide[:, first + channels :] == 9).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_program_that_walks_several_tiles_of_a_slice_misses_no_voxel(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_kernels(device)
+    monkeypatch.setattr(module, "ONE_TILE", 0)
+    monkeypatch.setattr(module, "PROGRAMS", 4)
+    args = inputs((1, 2, 19, 17, 31), device, torch.float32, 0.1, "normalised", torch.channels_last_3d)
+    args = leaves({name: a for name, a in args.items() if name not in ("weight", "bias")})
+    dense = cotangent(args)
+    expected = instance_norm(**args)
+    y = instance_norm_into(slice_of(torch.zeros_like(dense), 5, 1).data, **args)
+    assert torch.equal(y, expected)
+    leaf = [args["x"], args["residual"]]
+    wanted = torch.autograd.grad(expected, leaf, dense)
+    found = torch.autograd.grad(y, leaf, slice_of(dense, 5, 3))
+    assert all(torch.equal(gradient, want) for gradient, want in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_slice_of_the_gradient_is_not_copied(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_kernels(device)
+    args = leaves(inputs(SMALL, device, torch.float32, 0.1, "none", torch.channels_last_3d))
+    dy = slice_of(cotangent(args), 4, 2)
+    read: list[int] = []
+    launch = dispatch.launch
+
+    def spy(kernel: Any, grid: Any, args: Any, *others: Any) -> None:
+        read.extend(args[name].data_ptr() for name in ("dy_ptr", "g_ptr") if args.get(name) is not None)
+        launch(kernel, grid, args, *others)
+
+    monkeypatch.setattr(dispatch, "launch", spy)
+    torch.autograd.grad(instance_norm(**args), args["x"], dy)
+    assert read and set(read) == {dy.data_ptr()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_place_that_cannot_be_written_into_is_left_alone(device: str) -> None:
+    x = randn(*SMALL, seed=0, dtype=torch.float32).to(device)
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    out = slice_of(torch.zeros_like(last), 4, 0)
+    for given in (x, last.double()):
+        assert not writes_slices(given)
+        torch.testing.assert_close(
+            instance_norm_into(out, given, negative_slope=0.1), instance_norm(given, negative_slope=0.1)
+        )
+    assert not out.any()
+    assert torch.equal(instance_norm_into(None, last), instance_norm(last))
+    if writes_slices(last):
+        with pytest.raises(ValueError, match="out is .*float16.* but x is"):
+            instance_norm_into(out.half(), last)
+
+
+def test_fake_tensors_and_other_modes_see_operators_and_no_launch(
+    monkeypatch: pytest.MonkeyPatch, launched: list[str]
+) -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    monkeypatch.setattr(dispatch, "path", lambda op, x, key: "triton")
+    with FakeTensorMode(), Seen():
+        x = torch.empty(SHAPE, requires_grad=True)
+        (gradient,) = torch.autograd.grad(instance_norm(x, negative_slope=0.1), x, torch.empty(SHAPE))
+    assert gradient.shape == SHAPE and launched == []
+    assert [name for name in seen if name.startswith("glioforge")] == [
+        "glioforge::instance_norm",
+        "glioforge::instance_norm_backward",
+    ]
+    assert "aten::zeros" not in seen  # nobody asks for a gradient of the statistics
 
 
 @pytest.mark.parametrize("device", DEVICES)

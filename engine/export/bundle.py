@@ -55,6 +55,7 @@ OPERATIONS = '''"""Attention and instance norm in plain PyTorch."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,16 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 instance_norm = instance_norm_reference
+
+
+def instance_norm_into(out: None, x: Tensor, **options: Any) -> Tensor:
+    """Instance norm; `out` is None here."""
+    return instance_norm(x, **options)
+
+
+def writes_slices(x: Tensor) -> bool:
+    """Whether `instance_norm_into` can write into a part of a map: not here."""
+    return False
 '''
 README = """# {title}
 
