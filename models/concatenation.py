@@ -4,8 +4,8 @@
 Instead: a room for both, which a producer writes its half of (`kernels.instance_norm.instance_norm_into`), and views of
 the room's gradient, which the norm's backward reads as they are.
 
-    room = room_for(y)                              None where a half can't be written: then `torch.cat`
-    both = join(y, produce(x, out=room.right), room)
+    room = room_for(below, channels)                None where a half can't be written: then `torch.cat`
+    both = join(double(below), produce(x, out=room.right), room)
 
 A map that is not in its half yet is copied there. Autograd knows the room only as the output of `join`; each half has a
 version counter of its own, so that writing the one does not pass for a change of the other.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.instance_norm import writes_slices
+from models.convolutions import convolution_dtype
 
 
 class Room(NamedTuple):
@@ -29,14 +30,20 @@ class Room(NamedTuple):
     right: Tensor
 
 
-def room_for(x_BCXYZ: Tensor) -> Room | None:
-    """Room for two maps like `x`; None where halves can't be written, as on a CPU and under `torch.compile`."""
-    if not writes_slices(x_BCXYZ):
+def room_for(below: Tensor, channels: int) -> Room | None:
+    """Room for two maps at twice the resolution of the one below.
+
+    Args:
+        below: (B, D, X / 2, Y / 2, Z / 2). channels: C, of each of the two, which convolutions compute.
+
+    Returns:
+        None where halves can't be written, as on a CPU and under `torch.compile`.
+    """
+    if not writes_slices(below):
         return None
-    batch, channels, *space = x_BCXYZ.shape
-    whole = torch.empty(
-        (batch, 2 * channels, *space), dtype=x_BCXYZ.dtype, device=x_BCXYZ.device, memory_format=torch.channels_last_3d
-    )
+    shape = len(below), 2 * channels, *(2 * size for size in below.shape[2:])
+    dtype = convolution_dtype(below)
+    whole = torch.empty(shape, dtype=dtype, device=below.device, memory_format=torch.channels_last_3d)
     # `.data` gives each half its own version counter.
     return Room(whole, whole.data.narrow(1, 0, channels), whole.data.narrow(1, channels, channels))
 

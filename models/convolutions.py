@@ -64,16 +64,15 @@ class ProjectionConv3d(NormedConv3d):
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
         if not needs_gradient or torch.compiler.is_compiling():  # a compiled or exported graph has plain operations
             return super().forward(x), x
-        return _Projection.apply(*_as_autocast(x, self.weight))
+        return _Projection.apply(*(operand.to(convolution_dtype(operand)) for operand in (x, self.weight)))
 
 
-def _as_autocast(*tensors: Tensor) -> list[Tensor]:
-    """Cast as autocast casts the operands of a convolution."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    low = torch.get_autocast_dtype(device)
-    return [tensor if tensor.dtype == torch.float64 else tensor.to(low) for tensor in tensors]
+def convolution_dtype(tensor: Tensor) -> torch.dtype:
+    """What a convolution computes an operand in: its own dtype, or autocast's."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
 
 
 class _Projection(torch.autograd.Function):

@@ -144,9 +144,8 @@ class DecoderLevel(nn.Module):
 
     def forward(self, x: Tensor, skip: nn.Module, source: Tensor) -> Tensor:
         """`skip` takes `source` and gives the other half of the block's input."""
-        y = self.up(x)
-        room = room_for(y)
-        return self.block(join(y, skip(source, room and room.right), room))
+        room = room_for(x, self.up.out_channels)
+        return self.block(join(self.up(x), skip(source, room and room.right), room))
 
 
 class UNETR(nn.Module):

@@ -17,7 +17,8 @@ from models.concatenation import Room, join, room_for
 
 pytestmark = pytest.mark.kernel
 
-SHAPE = (2, 3, 4, 2, 3)
+SHAPE = (2, 3, 4, 2, 6)
+BELOW = (2, 5, 2, 1, 3)
 FIRST, LAST = torch.contiguous_format, torch.channels_last_3d
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
 """Relative to the norm of what is expected."""
@@ -26,6 +27,10 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
 def randn(seed: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
     values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.to(device, dtype).contiguous(memory_format=LAST)
+
+
+def below(device: str) -> Tensor:
+    return torch.zeros(BELOW, device=device).contiguous(memory_format=LAST)
 
 
 def room(dtype: torch.dtype = torch.float64, device: str = "cpu") -> Room:
@@ -77,7 +82,8 @@ def test_a_map_in_its_half_is_not_copied() -> None:
     assert place.left._version == 1  # the producer's own writing
     swapped = room()
     right = _Into.apply(randn(0), (swapped.right,))
-    assert torch.equal(join(right, randn(1), swapped)[:, 3:], randn(1))  # its place was the other half
+    expected = torch.cat([right.clone(), randn(1)], dim=1)
+    assert torch.equal(join(right, randn(1), swapped), expected)  # it was in the other half
 
 
 def test_the_gradients_of_the_halves_are_views_of_the_rooms() -> None:
@@ -89,11 +95,33 @@ def test_the_gradients_of_the_halves_are_views_of_the_rooms() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_there_is_a_room_where_our_kernels_write_channels_last_maps_and_only_there(device: str) -> None:
-    x = randn(0, torch.float32, device)
-    assert (room_for(x) is None) == (dispatch.path("instance_norm", x, "") != "triton")
-    assert room_for(x.contiguous()) is None and room_for(x.double()) is None
+    x = below(device)
+    place = room_for(x, 3)
+    assert (place is None) == (dispatch.path("instance_norm", x, "") != "triton")
+    if place is not None:
+        assert place.left.shape == place.right.shape == SHAPE and place.whole.dtype == torch.float32
+    assert room_for(x.contiguous(), 3) is None and room_for(x.double(), 3) is None
     with dispatch.using("reference", device):
-        assert room_for(x) is None
+        assert room_for(x, 3) is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_room_has_the_dtype_of_convolutions_under_autocast(device: str) -> None:
+    needs_kernels(device)
+    with torch.autocast(device, torch.float16):
+        place = room_for(below(device), 3)
+    assert place is not None and place.whole.dtype == torch.float16
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_writing_one_half_does_not_pass_for_a_change_of_the_other(device: str) -> None:
+    needs_kernels(device)
+    x, z = (randn(seed, torch.float32, device).requires_grad_() for seed in (0, 1))
+    place = room_for(below(device), 3)
+    assert place is not None
+    left, right = _Into.apply(x, (place.left,)), _Into.apply(z, (place.right,))
+    found = torch.autograd.grad(join(left, right, place).sum(), (x, z))
+    assert all((gradient == 3).all() for gradient in found)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -103,7 +131,7 @@ def test_norms_write_both_halves_and_read_both_halves_of_the_gradient(device: st
     x, z, r = (randn(seed, dtype, device).requires_grad_() for seed in range(3))
 
     def in_room() -> Tensor:
-        place = room_for(x)
+        place = room_for(below(device).to(dtype), 3)
         assert place is not None
         left = instance_norm_into(place.left, x, negative_slope=0.1)
         right = instance_norm_into(place.right, z, negative_slope=0.1, residual=r, residual_norm=True)
@@ -146,15 +174,15 @@ def test_a_decoder_with_rooms_has_the_gradients_of_one_with_cat(
             written.append(y.data_ptr() == out.data_ptr())
         return y
 
-    def run(make: Callable[[Tensor], Room | None]) -> list[Tensor]:
+    def run(make: Callable[[Tensor, int], Room | None]) -> list[Tensor]:
         monkeypatch.setattr("models.unetr.room_for", make)
         out = model(image)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return [out, *torch.autograd.grad(out.sin().sum(), trained)]
 
     monkeypatch.setattr("models.unetr.instance_norm_into", into)
-    expected = run(lambda x: None)
-    found = run(lambda x: room_for(x.contiguous(memory_format=LAST)))
+    expected = run(lambda *_: None)
+    found = run(lambda x, channels: room_for(x.contiguous(memory_format=LAST), channels))
     assert written == {"unetr": [True], "unetr_monai": [True] * 3}[name]  # the stem, and two skips that end in a block
     scale = torch.stack([gradient.norm() for gradient in expected[1:]]).norm()
     torch.testing.assert_close(found[0], expected[0])

@@ -18,6 +18,7 @@ from benchmarks import roofline
 from benchmarks.performance_page import NOW
 from benchmarks.roofline import GPUS, count, multi_tensor_launches, predicted_s, roofline_s, totals
 from kernels import dispatch
+from kernels.instance_norm import instance_norm_backward
 from kernels.up_conv import up_conv
 
 COUNTED = json.loads(NOW.read_text())
@@ -89,6 +90,32 @@ def test_a_doubling_counts_its_three_products() -> None:
     assert {row.kind for row in rows.values()} == {"product"}
     maps = 2 * (x.numel() + weight.numel() + 8 * x.numel() // 2)
     assert rows["up_conv_forward_kernel"].bytes == rows["up_conv_gradient_kernel"].bytes == maps
+
+
+def test_a_copy_that_an_operation_of_ours_makes_is_counted() -> None:
+    with FakeTensorMode():
+        x, dy = torch.empty(2, 16, 4, 4, 4), torch.empty(2, 16, 4, 4, 4)
+        stats = torch.empty(2, 2, 16)
+        with roofline.Counter() as counter, dispatch.observed(counter.launch):
+            for gradient in (dy, dy.transpose(3, 4)):
+                instance_norm_backward(gradient, x, stats, *[None] * 3, 0.01, None, False)
+    copies = [(row.op, row.bytes) for row in counter.rows if row.kind == "copy"]
+    assert copies == [("clone", 2 * 4 * dy.numel())]
+
+
+def test_a_decoder_copies_what_transposed_convolutions_make_and_nothing_else() -> None:
+    rows = count("unetr_monai", 2, "bf16", (32, 32, 32))
+    decoder = [row for row in rows if row.kind == "copy" and row.layer.startswith(("decoder", "stem", "skip"))]
+    assert {row.op for row in decoder} == {"copy_", "to channels_last_3d"}
+    # Each doubling is copied once each way, and so is skip3, which ends in one.
+    assert [row.layer for row in decoder if row.op == "copy_"] == [
+        "decoder3",
+        "decoder3",
+        "decoder2",
+        "decoder1",
+        "decoder0",
+    ]
+    assert not any(row.op == "cat" for row in rows)
 
 
 @pytest.mark.parametrize(
