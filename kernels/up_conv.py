@@ -314,7 +314,7 @@ def up_conv_forward_into(x: Tensor, weight: Tensor, y: Tensor) -> None:
     stride_y = _row_stride(y)
     sizes = _sizes(x, weight)
     rows, c_in, c_out = sizes["M"], sizes["C_in"], sizes["C_OUT"]
-    args = {"x_ptr": x, "weight_ptr": weight.contiguous(memory_format=LAST), "y_ptr": y}
+    args: dict[str, Any] = {"x_ptr": x, "weight_ptr": weight.contiguous(memory_format=LAST), "y_ptr": y}
     args |= {"stride_x": stride_x, "stride_y": stride_y, **sizes}
 
     def grid(config: dispatch.Config) -> tuple[int]:

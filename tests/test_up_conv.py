@@ -79,7 +79,7 @@ def assert_as_in_float64(
     y = op(x, weight)
     assert y.dtype == x.dtype
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
-    expected = F.conv_transpose3d(*exact, stride=2)
+    expected = F.conv_transpose3d(exact[0], exact[1], stride=2)
     tolerance = TOLERANCES[x.dtype]
     assert_near(y, expected, tolerance, "y")
     gradients = torch.autograd.grad(y, (x, weight), dy)
@@ -191,7 +191,7 @@ def test_a_buffer_of_both_halves_has_the_gradients_of_a_concatenation(device: st
             return buffer[0].detach()
 
         @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
             return dy[:, :3], dy[:, 3:], None
 
     buffer = torch.empty((2, 6, 6, 8, 4), device=device, memory_format=LAST)
@@ -443,9 +443,8 @@ def test_an_exported_graph_has_pytorchs_convolution() -> None:
     assert len(targets) == 1 and "conv_transpose3d" in targets[0]
 
 
-def buffer_slice(**change: Any) -> Tensor:
-    options = {"dtype": torch.float32, "memory_format": LAST} | change
-    return torch.zeros((2, 6, 6, 8, 4), dtype=options["dtype"]).to(memory_format=options["memory_format"])[:, :3]
+def buffer_slice(dtype: torch.dtype = torch.float32, memory_format: torch.memory_format = LAST) -> Tensor:
+    return torch.zeros((2, 6, 6, 8, 4), dtype=dtype).to(memory_format=memory_format)[:, :3]
 
 
 @pytest.mark.parametrize(
