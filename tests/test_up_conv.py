@@ -489,6 +489,7 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> No
         (torch.empty(2, 3, 4, 5, 6).to(memory_format=LAST)[..., ::5], None),
         (torch.empty(2, 3, 4, 5, 6).to(memory_format=LAST).transpose(2, 4), None),
         (torch.empty(2, 3, 1, 1, 1).expand(2, 3, 4, 5, 6), None),
+        (torch.empty(1, 3, 1, 1, 1).expand(1, 3, 4, 5, 6), None),
     ],
 )
 def test_rows_are_evenly_spaced_voxels_of_adjacent_channels(x: Tensor, stride: int | None) -> None:
