@@ -1,6 +1,7 @@
 """Convolutions that know what follows: an instance norm, or another convolution on the same input.
 
     NormedConv3d, NormedConvTranspose3d    conv, then a norm: the norm subtracts the mean, and with it any bias
+    Doubling                               kernel and stride 2, written where a concatenation wants it
     ProjectionConv3d                       1 x 1 x 1 beside a 3 x 3 x 3 on one input, each followed by a norm
 
 A bias before a norm has no effect and a gradient of zero, but PyTorch would pay a pass over the map to add it and
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.conv3d import conv3d
+from kernels.up_conv import up_conv, up_conv_into
 
 
 class NormedConv3d(nn.Conv3d):
@@ -47,6 +49,19 @@ class NormedConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return F.conv_transpose3d(x, self.weight, None, self.stride, self.padding, self.output_padding)  # type: ignore[arg-type]
+
+
+class Doubling(nn.ConvTranspose3d):
+    """Transposed convolution of kernel and stride 2 without bias, (B, in, X, Y, Z) -> (B, out, 2X, 2Y, 2Z).
+
+    `out`: a half of a `models.concatenation.Room`, which the result is written into.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return up_conv(x, self.weight) if out is None else up_conv_into(x, self.weight, out)
 
 
 class ProjectionConv3d(NormedConv3d):

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from kernels.instance_norm import instance_norm, instance_norm_into
 from models.concatenation import join, room_for
-from models.convolutions import NormedConv3d, ProjectionConv3d
+from models.convolutions import Doubling, NormedConv3d, ProjectionConv3d
 from models.vit import VisionTransformer
 
 NEGATIVE_SLOPE = 0.01
@@ -88,10 +88,6 @@ MONAI = Variant(
 )
 
 
-def _up(in_channels: int, out_channels: int) -> nn.ConvTranspose3d:
-    return nn.ConvTranspose3d(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
-
-
 class ResidualBlock(nn.Module):
     """Two 3 x 3 x 3 convolutions with instance norms around a skip, (B, in, X, Y, Z) -> (B, out, X, Y, Z).
 
@@ -119,8 +115,8 @@ class Skip(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, doublings: int, blocks: bool, bias: bool) -> None:
         super().__init__()
-        self.ups = nn.ModuleList([_up(in_channels, out_channels)])
-        self.ups.extend(_up(out_channels, out_channels) for _ in range(doublings - 1))
+        self.ups = nn.ModuleList([Doubling(in_channels, out_channels)])
+        self.ups.extend(Doubling(out_channels, out_channels) for _ in range(doublings - 1))
         self.blocks = nn.ModuleList(
             ResidualBlock(out_channels, out_channels, bias) for _ in range(doublings - 1) if blocks
         )
@@ -128,9 +124,11 @@ class Skip(nn.Module):
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         last = len(self.ups) - 1
         for i, up in enumerate(self.ups):
-            x = up(x)
-            if i > 0 and self.blocks:
-                x = self.blocks[i - 1](x, out if i == last else None)
+            room = out if i == last else None
+            has_block = i > 0 and self.blocks
+            x = up(x, None if has_block else room)
+            if has_block:
+                x = self.blocks[i - 1](x, room)
         return x
 
 
@@ -139,13 +137,13 @@ class DecoderLevel(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
         super().__init__()
-        self.up = _up(in_channels, out_channels)
+        self.up = Doubling(in_channels, out_channels)
         self.block = ResidualBlock(2 * out_channels, out_channels, bias)
 
     def forward(self, x: Tensor, skip: nn.Module, source: Tensor) -> Tensor:
         """`skip` takes `source` and gives the other half of the block's input."""
         room = room_for(x, self.up.out_channels)
-        return self.block(join(self.up(x), skip(source, room and room.right), room))
+        return self.block(join(self.up(x, room and room.left), skip(source, room and room.right), room))
 
 
 class UNETR(nn.Module):

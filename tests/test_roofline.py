@@ -103,19 +103,11 @@ def test_a_copy_that_an_operation_of_ours_makes_is_counted() -> None:
     assert copies == [("clone", 2 * 4 * dy.numel())]
 
 
-def test_a_decoder_copies_what_transposed_convolutions_make_and_nothing_else() -> None:
-    rows = count("unetr_monai", 2, "bf16", (32, 32, 32))
-    decoder = [row for row in rows if row.kind == "copy" and row.layer.startswith(("decoder", "stem", "skip"))]
-    assert {row.op for row in decoder} == {"copy_", "to channels_last_3d"}
-    # Each doubling is copied once each way, and so is skip3, which ends in one.
-    assert [row.layer for row in decoder if row.op == "copy_"] == [
-        "decoder3",
-        "decoder3",
-        "decoder2",
-        "decoder1",
-        "decoder0",
-    ]
-    assert not any(row.op == "cat" for row in rows)
+@pytest.mark.parametrize("model", ["unetr", "unetr_monai"])
+def test_a_decoder_copies_no_map(model: str) -> None:
+    rows = count(model, 2, "bf16", (32, 32, 32))
+    decoder = [row for row in rows if row.layer.startswith(("decoder", "stem", "skip"))]
+    assert [row.op for row in decoder if row.kind == "copy" and row.bytes > 1e5] == []
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,21 @@ def instance_norm_into(out: None, x: Tensor, **options: Any) -> Tensor:
 def writes_slices(x: Tensor) -> bool:
     """Whether `instance_norm_into` can write into a part of a map: not here."""
     return False
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution that keeps the size."""
+    return F.conv3d(x, weight, bias, padding=weight.shape[2] // 2)
+
+
+def up_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """A transposed convolution of kernel and stride 2."""
+    return F.conv_transpose3d(x, weight, stride=2)
+
+
+def up_conv_into(x: Tensor, weight: Tensor, out: None) -> Tensor:
+    """As `up_conv`; `out` is None here."""
+    return up_conv(x, weight)
 '''
 README = """# {title}
 
@@ -166,8 +181,10 @@ def _write_files(folder: Path, trained: TrainedNetwork) -> None:
 
 def _scripts(code: str) -> dict[str, str]:
     """Content of the Python files of `scripts` by module; `code` is the network's, `models.NAME`, or empty."""
-    names = {"engine.sliding_window": "sliding_window", "engine.export.bundle_steps": "steps",
-             "kernels.attention": "operations", "kernels.instance_norm": "operations"}  # fmt: skip
+    names = {"engine.sliding_window": "sliding_window", "engine.export.bundle_steps": "steps"}
+    names |= dict.fromkeys(
+        ("kernels.attention", "kernels.conv3d", "kernels.instance_norm", "kernels.up_conv"), "operations"
+    )
     files = {"__init__": '"""Code of this bundle that MONAI lacks."""\n'}
     modules = ["engine.sliding_window", "engine.export.bundle_steps", *([code] if code else [])]
     for module in modules:
