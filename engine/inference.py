@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from engine.precision import LOW_PRECISION, prepare_network, tf32
-from engine.sliding_window import sliding_window_logits
+from engine.sliding_window import OVERLAP, sliding_window_logits
 from engine.trained import TrainedNetwork, load_trained
+from engine.windows_at_once import WindowsAtOnce
 from kernels import dispatch
 from pipelines.basics.errors import DataError
 from pipelines.layouts.cases import Case
@@ -56,7 +57,7 @@ class Prepared:
     """A scan as the network takes it.
 
     Attributes:
-        image_1CXYZ: float32 on the prepared grid, not normalised, on the CPU.
+        image_1CXYZ: float32 on the prepared grid, not normalised, on the CPU; page-locked for a predictor on a GPU.
         grid: that grid.
         shape, affine: of the scan's file.
         warnings: how it differs from the training data.
@@ -155,8 +156,8 @@ def describe(coding: Coding | None, made_by: str) -> str:
 class Predictor:
     """One trained network, or several whose probabilities are averaged.
 
-    Kernels and TF32 are set only while a predictor works; then the process has its own setting back. Threads may share
-    a predictor. Predictors of different settings wait for each other.
+    Kernels, TF32 and cuDNN's search for algorithms are set only while a predictor works; then the process has its own
+    setting back. Threads may share a predictor. Predictors of different settings wait for each other.
 
     Args:
         runs: a run's folder or a weights file, or several. Members of an ensemble must have the same modalities,
@@ -197,6 +198,10 @@ class Predictor:
         in_training = [member.config.train.precision for member in self.members]
         precisions = in_training if self.device.type == "cuda" else ["float32"] * len(self.members)
         self._networks = [prepare_network(member.network, each) for member, each in zip(self.members, precisions)]
+        self._windows = [
+            WindowsAtOnce(network, member.config.data.crop_size_voxels, len(self.modalities))
+            for member, network in zip(self.members, self._networks)
+        ]
         self._settings = partial(_SETTINGS.holding, kernels, self.device, set(precisions) == {"tf32"})
         self._mirrored = [axes for count in range(4 if flips else 1) for axes in combinations((2, 3, 4), count)]
 
@@ -256,6 +261,8 @@ class Predictor:
             raise DataError(fault)
         warnings = shift_warnings(scan_statistics(image_XYZC, raw.affine), known, self.modalities)
         image = torch.from_numpy(image_XYZC).permute(3, 0, 1, 2)[None].contiguous()
+        if self.device.type == "cuda":
+            image = image.pin_memory()  # here, where the GPU does not wait for it
         return Prepared(image, grid, shape, raw.affine, tuple(warnings))
 
     @torch.no_grad()
@@ -265,14 +272,15 @@ class Predictor:
         Raises:
             DataError: logits that are NaN or infinite; their sigmoid would pass for a segmentation.
         """
-        image = scan.image_1CXYZ.to(self.device)
+        image = scan.image_1CXYZ.to(self.device, non_blocking=True)
         total: torch.Tensor | None = None
         extremes: list[torch.Tensor] = []
         with self._settings():
-            for member, network in zip(self.members, self._networks, strict=True):
+            for member, network, windows in zip(self.members, self._networks, self._windows, strict=True):
+                size = member.config.data.crop_size_voxels
                 for axes in self._mirrored:
-                    window = member.config.data.crop_size_voxels
-                    logits = sliding_window_logits(network, image.flip(axes) if axes else image, window)
+                    mirrored = image.flip(axes) if axes else image
+                    logits = windows.run(partial(sliding_window_logits, network, mirrored, size, OVERLAP))
                     extremes += torch.aminmax(logits)  # NaN where any is
                     part = (logits.flip(axes) if axes else logits).sigmoid_()[0]
                     total = part if total is None else total.add_(part)
@@ -312,7 +320,7 @@ class Predictor:
 
 
 class _ProcessSettings:
-    """Kernels and TF32 of the process. Threads that need the same ones share them; others wait until they are free."""
+    """Kernels, TF32 and cuDNN's search, of the process. Threads that need the same ones share them; others wait."""
 
     def __init__(self) -> None:
         self.is_free, self.users = Condition(), 0
@@ -327,6 +335,7 @@ class _ProcessSettings:
             if self.users == 0:
                 self.restore.enter_context(dispatch.using(kernels, device))
                 self.restore.enter_context(tf32(in_tf32))
+                self.restore.enter_context(_cudnn_search(device))
             self.held, self.users = wanted, self.users + 1
         try:
             yield
@@ -336,6 +345,18 @@ class _ProcessSettings:
                 if self.users == 0:
                     self.restore.close()
                     self.is_free.notify_all()
+
+
+@contextmanager
+def _cudnn_search(device: torch.device) -> Iterator[None]:
+    """Within it, cuDNN looks for the fastest algorithms on a GPU: windows have one size. Not if bits must repeat."""
+    before, cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn
+    if device.type == "cuda" and not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled()):
+        cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 _SETTINGS = _ProcessSettings()

@@ -1,4 +1,4 @@
-"""The memory that a training step will take, estimated before the first one, and what to lower if it was too much.
+"""The memory that a step of training will take, or a window of prediction, and what to lower if it was too much.
 
     weights      float32; ZeRO 3: a shard, and all of them while they are gathered
     gradients    float32; ZeRO 2 and 3: a shard. ZeRO 0 on several ranks keeps their memory between steps
@@ -175,10 +175,7 @@ def _simulate(
     """A step on fake tensors: the bytes that autograd saved, and what was live."""
     on_gpu, low = device.type == "cuda", LOW_PRECISION.get(precision)
     with FakeTensorMode(), torch.device(device), torch.compiler.set_stance("force_eager"):
-        fakes = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
-            for name, tensor in _tensors(model).items()
-        }
+        fakes = _fakes(model)
         dtype = torch.bfloat16 if on_gpu and precision == "bf16" else torch.float32  # as the loaders give it
         layout = torch.channels_last_3d if on_gpu else torch.contiguous_format
         image = torch.empty((batch_size, *crop), dtype=dtype).contiguous(memory_format=layout)
@@ -195,6 +192,30 @@ def _simulate(
                         parameter.register_post_accumulate_grad_hook(live.count_gradient)
                 result.backward()
         return sum(saved.values()), live
+
+
+def forward_bytes(network: torch.nn.Module, window: Sequence[int], channels: int) -> int:
+    """Peak of a forward of one window without gradients: input, activations and logits, without weights and workspaces.
+
+    Args:
+        network: on any device. window: (X, Y, Z) in voxels. channels: of the float32 input.
+    """
+    device = next(network.parameters()).device
+    with FakeTensorMode(), torch.device(device), torch.no_grad():
+        fakes = _fakes(network)
+        image = torch.empty((1, channels, *window))
+        with LiveBytes(fakes.values()) as live:
+            live.count(image)
+            torch.func.functional_call(network, fakes, (image,))
+    return live.peak
+
+
+def _fakes(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers without memory, within a `FakeTensorMode`."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+        for name, tensor in _tensors(model).items()
+    }
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ Finding those is the only time that the host waits for the device, once per volu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 
@@ -91,8 +91,8 @@ def sliding_window_logits(
         (min(windows_at_once, len(groups)), channels, *window), dtype=torch.float32, device=volume.device
     )
     sums: torch.Tensor | None = None
-    for first in range(0, len(groups), windows_at_once):
-        some = groups[first : first + windows_at_once]
+    for call in _calls(len(groups), windows_at_once):
+        some = groups[call]
         for slot, places in enumerate(some):
             zscore_nonzero(volume[places[0]], out=buffer[slot : slot + 1])
         logits = network(buffer[: len(some)])
@@ -104,6 +104,19 @@ def sliding_window_logits(
         del logits  # before the network's next call, which needs the memory
     assert sums is not None
     return sums.div_(weight_sum)[inside]
+
+
+def _calls(windows: int, at_once: int) -> Iterator[slice]:
+    """Which windows go into each call: `at_once`, and the last ones by halves of it.
+
+    So a network meets few sizes, however many windows a volume has: cuDNN searches for its algorithms for each.
+    """
+    first = 0
+    while first < windows:
+        while at_once > windows - first:
+            at_once //= 2
+        yield slice(first, first + at_once)
+        first += at_once
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:

@@ -203,6 +203,33 @@ def test_a_predictor_leaves_its_users_process_as_it_was(
         assert process_state() == before
 
 
+@pytest.mark.parametrize(
+    ("device", "deterministic", "searches"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_cudnn_searches_for_algorithms_while_a_gpu_predicts_unless_bits_must_repeat(
+    device: str, deterministic: bool, searches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with inference._SETTINGS.holding("reference", torch.device(device), False):
+        assert torch.backends.cudnn.benchmark is searches
+    assert torch.backends.cudnn.benchmark is False
+
+
+def test_a_scan_for_a_gpu_is_page_locked_in_the_thread_that_reads_it(
+    run: Path, scan: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[torch.Size] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda image: pinned.append(image.shape) or image)  # type: ignore
+    predictor = Predictor(run, "cpu")
+    raw = inference._raw_of_array(scan, AFFINE, predictor.modalities)
+    here = predictor.prepare(raw).image_1CXYZ
+    assert pinned == []
+    predictor.device = torch.device("cuda")
+    there = predictor.prepare(raw).image_1CXYZ
+    assert pinned == [here.shape] and torch.equal(here, there)
+
+
 def test_predictors_of_other_settings_wait_for_each_other(run: Path, scan: np.ndarray) -> None:
     """And those of the same settings work at once: the next scan is finished while this one is predicted."""
     plain, fast = Predictor(run, "cpu"), tf32_predictor(run)
@@ -364,7 +391,9 @@ def test_an_infinite_logit_is_not_a_probability_of_one(
     for value in (np.inf, -np.inf, np.nan):
         seen: list[tuple[int, ...]] = []
 
-        def logits(network: Any, image: torch.Tensor, window: Any, value: float = value, seen: list = seen) -> Any:
+        def logits(
+            network: Any, image: torch.Tensor, window: Any, *_: Any, value: float = value, seen: list = seen
+        ) -> Any:
             seen.append(tuple(image.shape))
             found = torch.zeros(1, 3, *image.shape[2:])
             if len(seen) == 3:  # in one mirror image of eight, in one voxel

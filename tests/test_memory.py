@@ -158,6 +158,22 @@ def test_the_peak_of_real_steps_is_within_a_quarter_of_the_estimate(name: str, s
     assert guess.total == pytest.approx(peak, rel=TOLERANCES["the peak on a CPU"])
 
 
+def test_a_window_takes_its_input_and_what_is_alive_at_once() -> None:
+    """Beside 4 channels of input 8 before and 8 after the ReLU; more than the 8 and 3 around the last convolution."""
+    model = torch.nn.Sequential(torch.nn.Conv3d(4, 8, 1), torch.nn.ReLU(), torch.nn.Conv3d(8, 3, 1))
+    assert memory.forward_bytes(model, SIZE, 4) == 4 * (4 + 8 + 8) * 32 * 32 * 16
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_window_takes_as_much_as_one_of_real_tensors(name: str) -> None:
+    """But for the workspaces of convolutions, which the allocator's peak has and no operation returns."""
+    model, image = network(name).eval(), batch(1, SIZE)[0]
+    with memory.LiveBytes([*model.parameters(), *model.buffers()]) as live, torch.no_grad():
+        live.count(image)
+        model(image)
+    assert memory.forward_bytes(model, SIZE, 4) == live.peak
+
+
 def test_a_gigabyte_model_costs_seconds_and_no_memory_to_ask_about() -> None:
     with torch.device("meta"):
         model = build_model("unetr", in_channels=4)

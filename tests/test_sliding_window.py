@@ -101,6 +101,28 @@ def test_windows_are_where_monais_are(window: int, overlap: float) -> None:
         assert window_starts(size, window, overlap) == expected
 
 
+@pytest.mark.parametrize(
+    ("windows", "at_once", "sizes"),
+    [(18, 8, [8, 8, 2]), (15, 8, [8, 4, 2, 1]), (8, 8, [8]), (3, 16, [2, 1]), (5, 2, [2, 2, 1]), (7, 3, [3, 3, 1])],
+)
+def test_calls_of_the_network_have_few_sizes(windows: int, at_once: int, sizes: list[int]) -> None:
+    calls = [range(windows)[call] for call in sliding_window._calls(windows, at_once)]
+    assert [len(call) for call in calls] == sizes
+    assert [index for call in calls for index in call] == list(range(windows))
+
+
+@pytest.mark.parametrize("windows_at_once", [1, 2, 4, 16])
+def test_the_number_of_windows_in_a_call_changes_no_bit(windows_at_once: int) -> None:
+    """Of a network that computes each window by itself: they are weighted and added in one order."""
+    net, image = network(), scan((2, 37, 18, 13))
+
+    def one_by_one(windows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([net(window[None]) for window in windows])
+
+    expected = sliding_window_logits(one_by_one, image, (16, 16, 8), windows_at_once=3)
+    assert torch.equal(sliding_window_logits(one_by_one, image, (16, 16, 8), windows_at_once=windows_at_once), expected)
+
+
 @pytest.mark.parametrize("windows_at_once", [1, 3])
 @pytest.mark.parametrize("overlap", [0, 0.25, 0.5, 0.8])
 @pytest.mark.parametrize(
