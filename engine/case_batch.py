@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import logging
+import math
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from engine.ranks.distributed import Ranks, gather
-from engine.ranks.memory_limits import is_out_of_memory
-from pipelines.basics.errors import DataError, explain
+from engine.ranks.memory_limits import is_out_of_memory, limit_bytes
+from pipelines.basics.errors import CaseError, DataError, explain
+from pipelines.basics.machine import cores
 from pipelines.basics.progress_bar import show_progress
 from pipelines.basics.text import one_line
 from pipelines.layouts.cases import Case
+from pipelines.scans.nifti import read_grid
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
 D = TypeVar("D")
+MOST = 8  # threads that read, and that finish
+MEMORY_SHARE = 0.5  # of a rank's memory, for the cases under way
+MEASURED = 16  # cases whose headers are read, at most
+FLOAT32 = 4
 
 
 class BatchStopped(ValueError):
@@ -46,42 +55,76 @@ def run_batch(
         for every rank, on every rank: names of its cases and their outcomes, as `in_stages` yields them.
     """
     mine = cases[ranks.rank :: ranks.world_size]
-    shown = show_progress(in_stages(mine, read, compute, finish), verb, len(mine), is_shown=ranks.is_first)
+    outcomes = in_stages(mine, read, compute, finish, threads_for(mine, ranks))
+    shown = show_progress(outcomes, verb, len(mine), is_shown=ranks.is_first)
     return gather([(case.name, outcome) for case, outcome in shown], ranks, is_patient=True)
 
 
+def threads_for(cases: Sequence[Case], ranks: Ranks) -> int:
+    """How many threads read cases, and as many finish them, beside the one that computes.
+
+    One on a CPU, whose cores are busy. A GPU is done with a case before a thread has read the next one: up to `MOST`,
+    as far as there are cores, and memory for the cases that are then under way.
+    """
+    if ranks.device.type == "cpu" or not cases:
+        return 1
+    room = MEMORY_SHARE * limit_bytes(torch.device("cpu"), ranks.ranks_on_node)
+    under_way = room / max(map(case_bytes, cases[:: -(-len(cases) // MEASURED)]))  # n are read, n finished, 1 computed
+    return max(1, min(MOST, cores() // ranks.ranks_on_node // 2, int((under_way - 1) / 2)))
+
+
+def case_bytes(case: Case) -> int:
+    """About the memory that a case takes while it is read: its images in float32 and as much for what is made of them.
+
+    By the header of its first image; 1 where that can't be read, which is a fault of the case.
+    """
+    try:
+        shape = read_grid(case.images[0])[0]
+    except CaseError:
+        return 1
+    return 2 * FLOAT32 * math.prod(shape[:3]) * len(case.channels or case.images)
+
+
 def in_stages(
-    items: Sequence[A], read: Callable[[A], B], compute: Callable[[B], C], finish: Callable[[A, B, C], D]
+    items: Sequence[A],
+    read: Callable[[A], B],
+    compute: Callable[[B], C],
+    finish: Callable[[A, B, C], D],
+    threads: int = 1,
 ) -> Iterator[tuple[A, D | DataError]]:
-    """Work on items one by one, while threads read the next one and finish the last one.
+    """Work on items one by one, while threads read the next ones and finish the last ones.
 
     Args:
-        read: runs in a thread, one item ahead. compute: runs here. finish: runs in another thread, one item behind.
+        read: runs in a thread, up to `threads` items ahead. compute: runs here, in order. finish: runs in another
+            thread, up to `threads` items behind.
+        threads: that read, and as many that finish.
 
     Yields:
-        (item, what `finish` returned or why a stage failed), in order. At most three items are in memory.
+        (item, what `finish` returned or why a stage failed), in order. At most 2 `threads` + 1 items are in memory.
 
     Raises:
         BatchStopped: raised by a stage.
         torch.AcceleratorError: the device takes no more work.
     """
-    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "finish") as finisher:
-        ahead = reader.submit(read, items[0]) if items else None
-        behind: tuple[A, Future[D]] | None = None
-        for i, item in enumerate(items):
-            assert ahead is not None
-            reading, ahead = ahead, reader.submit(read, items[i + 1]) if i + 1 < len(items) else None
+    with ThreadPoolExecutor(threads, "read") as reader, ThreadPoolExecutor(threads, "finish") as finisher:
+        to_come = iter(items)
+        ahead = deque((item, reader.submit(read, item)) for item in islice(to_come, threads))
+        behind: deque[tuple[A, Future[D]]] = deque()
+        while ahead:
+            item, reading = ahead.popleft()
+            ahead.extend((following, reader.submit(read, following)) for following in islice(to_come, 1))
             finishing: Future[D] = Future()
             try:
                 content = reading.result()
                 finishing = finisher.submit(finish, item, content, compute(content))
             except Exception as error:
                 finishing.set_exception(_fault(error))
-            if behind:
-                yield behind[0], _outcome(behind[1])
-            behind = item, finishing
-        if behind:
-            yield behind[0], _outcome(behind[1])
+            behind.append((item, finishing))
+            if len(behind) > threads:
+                done, outcome = behind.popleft()
+                yield done, _outcome(outcome)
+        for done, outcome in behind:
+            yield done, _outcome(outcome)
 
 
 def _outcome(done: Future) -> Any:
