@@ -140,8 +140,8 @@ def test_a_failing_item_leaves_the_others_alone_whatever_the_error(
             raise error
         return item
 
-    stages = (lambda item, *_, name=name: work(name, item) for name in STAGES)
-    outcomes = dict(in_stages(range(3), *stages, threads=threads))
+    read, compute, finish = (lambda item, *_, name=name: work(name, item) for name in STAGES)
+    outcomes = dict(in_stages(range(3), read, compute, finish, threads))
     fault = outcomes.pop(1)
     assert outcomes == {0: 0, 2: 2}
     assert isinstance(fault, DataError)
@@ -165,8 +165,8 @@ def test_an_error_that_every_further_item_would_meet_ends_the_batch(
 
     done = []
     with pytest.raises(type(error)):
-        stages = (lambda item, *_, name=name: work(name, item) for name in STAGES)
-        for item, _ in in_stages(range(4), *stages, threads=threads):
+        read, compute, finish = (lambda item, *_, name=name: work(name, item) for name in STAGES)
+        for item, _ in in_stages(range(4), read, compute, finish, threads):
             done.append(item)
     assert done == [0]
 
