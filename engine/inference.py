@@ -312,10 +312,11 @@ class Predictor:
         with self._settings():
             back = BackToFile(scan.grid, scan.shape, scan.affine, probabilities_RXYZ.device)
             for i, region in enumerate(probabilities_RXYZ):  # one at a time, for the memory
-                values = back(region)
-                masks[i] = (values > 0.5).cpu().numpy()
-                if kept is not None:
-                    kept[i] = values.cpu().numpy()
+                if kept is None:
+                    masks[i] = back.above(region, 0.5).cpu().numpy()
+                else:
+                    kept[i] = back(region).cpu().numpy()
+                    masks[i] = kept[i] > 0.5
         return Segmentation(masks, scan.affine, self.coding, kept, scan.warnings, like, self.made_by)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from test_geometry import AFFINES, ORIENTATIONS, RAS_AFFINE, SHAPE, axis_affine,
 
 from pipelines.layouts.cases import Case
 from pipelines.layouts.labels import CODINGS, Coding
+from pipelines.scans import resample
 from pipelines.scans.geometry import Grid, label_grid, target_grid
 from pipelines.scans.geometry import Spacing as VoxelSize
 from pipelines.scans.nifti import read_case
@@ -175,6 +179,67 @@ def test_the_way_back_to_the_file_is_monais(name: str) -> None:
     found = BackToFile(target_grid(SHAPE, affine, spacing), SHAPE, affine)(volume)
     assert found.shape == SHAPE and found.is_contiguous()
     np.testing.assert_allclose(found.numpy(), expected, atol=TOLERANCES["back"])
+
+
+def blobs(shape: Sequence[int], kind: str) -> torch.Tensor:
+    """Probabilities: none above 0.5, a few voxels beside each other, a voxel in the corner, or any."""
+    volume = 0.4 * torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+    x, y, z = (size // 2 for size in shape)
+    if kind == "few":
+        volume[x : x + 2, y : y + 3, z : z + 1] += 0.55
+    elif kind == "corner":
+        volume[-1, 0, -1] = 0.9
+    elif kind == "any":
+        volume *= 2
+    return volume
+
+
+@pytest.mark.parametrize("kind", ["none", "few", "corner", "any"])
+@pytest.mark.parametrize("name", AFFINES)
+def test_a_mask_on_the_way_back_is_where_the_volume_is_above_the_threshold(name: str, kind: str) -> None:
+    affine, spacing = AFFINES[name]
+    volume = blobs(target_grid(SHAPE, affine, spacing).shape, kind)
+    back = BackToFile(target_grid(SHAPE, affine, spacing), SHAPE, affine)
+    mask = back.above(volume, 0.5)
+    assert mask.dtype == torch.bool and mask.is_contiguous()
+    torch.testing.assert_close(mask, back(volume) > 0.5)
+    assert kind in ("few", "corner") or mask.any() == (kind == "any")  # a file's voxels may not see a small blob
+
+
+@pytest.mark.parametrize("codes", ["PIR", "RSA", "SLA", "LAS"])
+def test_a_mask_comes_back_on_the_axes_of_the_file(codes: str) -> None:
+    stored, affine = stored_as(codes, np.zeros(SHAPE), RAS_AFFINE)
+    grid = target_grid(stored.shape, affine, VoxelSize((1.5, 1.5, 2.0)))
+    volume, back = blobs(grid.shape, "few"), BackToFile(grid, stored.shape, affine)
+    torch.testing.assert_close(back.above(volume, 0.5), back(volume) > 0.5)
+
+
+def test_a_voxel_that_no_voxel_of_a_coarse_file_sees_is_no_mask() -> None:
+    """Slices of 6 mm, prepared at 2 mm: two of three prepared voxels are in no slice."""
+    affine = np.diag([1.0, 1.0, 6.0, 1.0])
+    grid = target_grid(SHAPE, affine, VoxelSize((1.0, 1.0, 2.0)))
+    volume, back = torch.zeros(grid.shape), BackToFile(grid, SHAPE, affine)
+    for z in range(grid.shape[2]):
+        volume[:] = 0
+        volume[3, 3, z] = 1
+        torch.testing.assert_close(back.above(volume, 0.5), back(volume) > 0.5)
+
+
+def test_of_a_mask_only_the_part_beside_high_voxels_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    product = resample._product
+
+    def counting(along: Any, volume: torch.Tensor) -> torch.Tensor:
+        computed.append(prod(len(matrix) for matrix in along))
+        return product(along, volume)
+
+    monkeypatch.setattr(resample, "_product", counting)
+    affine, spacing = RAS_AFFINE, VoxelSize((1.5, 1.5, 2.0))
+    grid = target_grid(SHAPE, affine, spacing)
+    back = BackToFile(grid, SHAPE, affine)
+    back.above(blobs(grid.shape, "few"), 0.5)
+    back.above(blobs(grid.shape, "none"), 0.5)
+    assert len(computed) == 1 and computed[0] < 0.2 * prod(SHAPE)
 
 
 def check_real_case(case: Case, coding: Coding) -> None:

@@ -114,14 +114,46 @@ class BackToFile:
         """Float32 (X', Y', Z') on the prepared grid to float32 (X, Y, Z) of the file, on the same device."""
         spaced = _undo_turn(volume_XYZ, self.grid.orientation)
         if self._along:
-            x, y, z = self._along
-            spaced = (x @ spaced.reshape(len(spaced), -1)).view(len(x), *spaced.shape[1:])
-            spaced = y @ (spaced @ z.t())
+            spaced = _product(self._along, spaced)
         elif not self._is_same:
             sampled = _sample_full(spaced.cpu().numpy()[None], self._matrix, self.shape, "bilinear")[0]
             spaced = torch.from_numpy(sampled).to(volume_XYZ.device)
+        return self._as_in_file(spaced)
+
+    def above(self, volume_XYZ: torch.Tensor, threshold: float) -> torch.Tensor:
+        """Where the result for a volume is above a threshold, bool (X, Y, Z), on the same device.
+
+        Only voxels beside one that is above it can be, so the rest, most of a head, is not computed.
+        """
+        if not self._along:
+            return self(volume_XYZ) > threshold
+        spaced = _undo_turn(volume_XYZ, self.grid.orientation)
+        mask = torch.zeros([len(matrix) for matrix in self._along], dtype=torch.bool, device=spaced.device)
+        high = spaced >= threshold - 1e-6  # two weights may add up to a little more than 1
+        touched = [high.any(second).any(first) for first, second in ((1, 2), (0, 2), (0, 1))]
+        rows = [_extent(matrix[:, part].any(1)) for matrix, part in zip(self._along, touched)]
+        if all(part.stop for part in rows):
+            columns = [_extent(matrix[part].any(0)) for matrix, part in zip(self._along, rows)]
+            parts = [matrix[row, column] for matrix, row, column in zip(self._along, rows, columns)]
+            mask[tuple(rows)] = _product(parts, spaced[tuple(columns)]) > threshold
+        return self._as_in_file(mask)
+
+    def _as_in_file(self, turned_XYZ: torch.Tensor) -> torch.Tensor:
         turn = self.grid.turn
-        return (spaced if turn is None else _undo_turn(spaced, turn)).contiguous()
+        return (turned_XYZ if turn is None else _undo_turn(turned_XYZ, turn)).contiguous()
+
+
+def _product(along: Sequence[torch.Tensor], volume_XYZ: torch.Tensor) -> torch.Tensor:
+    """A volume multiplied by a matrix (outputs, size) along each axis."""
+    x, y, z = along
+    rows = (x @ volume_XYZ.reshape(len(volume_XYZ), -1)).view(len(x), *volume_XYZ.shape[1:])
+    return y @ (rows @ z.t())
+
+
+def _extent(is_in: torch.Tensor) -> slice:
+    """From the first to the last that is true; slice(0, 0) if none is."""
+    found = is_in.nonzero()
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
 
 
 def _undo_turn(volume_XYZ: torch.Tensor, orientation: np.ndarray) -> torch.Tensor:
