@@ -115,9 +115,9 @@ def compile_launch(launch: dispatch.Launch, config: dispatch.Config, arch: int) 
 
 def signature(launch: dispatch.Launch, config: dispatch.Config) -> tuple[Any, ...]:
     """What Triton compiles a launch for: a kernel, its constants, and what it specialises arguments on."""
-    constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    variables = {parameter.name for parameter in launch.kernel.params if not parameter.is_constexpr}
     args = {**launch.args, **config}
-    return launch.name, *((name, value if name in constants else _kind(value)) for name, value in sorted(args.items()))
+    return launch.name, *((name, _kind(value) if name in variables else value) for name, value in sorted(args.items()))
 
 
 def _kind(value: Any) -> Any:
