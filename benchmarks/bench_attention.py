@@ -1,6 +1,7 @@
 """Attention: our kernels, eager PyTorch, torch.compile, and each backend of PyTorch's scaled_dot_product_attention.
 
-Queries, keys and values are views into one projection (B, N, 3, H, D), as the model passes them. Work: 4 B H N^2 D
+Ours takes a fused projection as the models pass it; the others take views into it, and their three gradients are joined
+to one, as PyTorch would. Work: 4 B H N^2 D
 floating-point operations forward and 10 backward (five products, one of them the forward's again); q, k, v read and out
 written, and backward q, k, v, out and its gradient read, three gradients written. The ceiling of float32 is three TF32
 products for one, which keep its accuracy on tensor cores.
@@ -25,7 +26,7 @@ from benchmarks.common import DEVICE, IS_GPU, LeastWork, calls_of
 from benchmarks.conftest import Measure
 from benchmarks.report import OURS
 from benchmarks.workloads import AttentionWorkload, measured
-from kernels.attention import flash_attention
+from kernels.attention import flash_attention, flash_attention_packed
 from kernels.dispatch import DIRECTIONS
 from models.vit import SelfAttention
 
@@ -49,18 +50,29 @@ def work(workload: AttentionWorkload, direction: str) -> LeastWork:
     )
 
 
-def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def ours(workload: AttentionWorkload, *tensors: Tensor) -> Tensor:
+    """The operation of the models, or on views the one of other users."""
+    if not workload.packed:
+        q, k, v = tensors
+        return flash_attention(q, k, v)
+    (qkv,) = tensors
+    return flash_attention_packed(qkv, workload.heads, workload.features, out_columns=workload.out_columns)
+
+
+def sdpa(backend: SDPBackend, workload: AttentionWorkload, *tensors: Tensor) -> Tensor:
     """PyTorch's attention by one backend."""
+    q, k, v = workload.split(tensors)
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def eager(workload: AttentionWorkload, *tensors: Tensor) -> Tensor:
     """The equation in the inputs' own dtype, as it is commonly written."""
+    q, k, v = workload.split(tensors)
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
-VARIANTS: dict[str, Callable[..., Tensor]] = {OURS: flash_attention, "eager": eager}
+VARIANTS: dict[str, Callable[..., Tensor]] = {OURS: ours, "eager": eager}
 if IS_GPU:
     VARIANTS |= {
         "torch.compile": torch.compile(eager, dynamic=False),
@@ -73,7 +85,7 @@ if IS_GPU:
 
 def calls(workload: AttentionWorkload, variant: str, direction: str) -> list[Callable[[], object]]:
     """Calls to time; in a training step, too, the inputs come from the cache: the projection has just written them."""
-    return calls_of(VARIANTS[variant], workload, direction, cached=True)
+    return calls_of(partial(VARIANTS[variant], workload), workload, direction, cached=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -30,6 +30,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.utils._pytree import tree_map
 
 from engine.precision import tf32
 from kernels import dispatch
@@ -120,12 +121,12 @@ class InputSource(Protocol):
 
 
 def calls_of(
-    op: Callable[..., Tensor], source: InputSource, direction: str, cached: bool, parameters: Sequence[Tensor] = ()
+    op: Callable[..., Any], source: InputSource, direction: str, cached: bool, parameters: Sequence[Tensor] = ()
 ) -> list[Callable[[], Any]]:
     """Calls of `op(*inputs)`, each on inputs of its own.
 
     Args:
-        op: from inputs to a tensor.
+        op: from inputs to a tensor or a tuple of them.
         source: of the inputs.
         direction: of `DIRECTIONS`; backward computes the gradients of the inputs that require one and of `parameters`.
         cached: one set of inputs, which may stay in the cache; else enough sets to outgrow it (on a CPU, one).
@@ -138,12 +139,12 @@ def calls_of(
 
 
 def _call(
-    op: Callable[..., Tensor], inputs: list[Tensor], direction: str, parameters: Sequence[Tensor]
+    op: Callable[..., Any], inputs: list[Tensor], direction: str, parameters: Sequence[Tensor]
 ) -> Callable[[], Any]:
     if direction == DIRECTIONS[0]:
         return torch.no_grad()(lambda: op(*inputs))
     wanted = [*(tensor for tensor in inputs if tensor.requires_grad), *parameters]
-    gradient = _random_like(op(*inputs))
+    gradient = tree_map(_random_like, op(*inputs))
     return lambda: torch.autograd.grad(op(*inputs), wanted, gradient)
 
 

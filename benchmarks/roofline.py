@@ -119,7 +119,13 @@ KINDS = {
     "sum": "reduction", "mean": "reduction", "linalg_vector_norm": "reduction",
 }  # fmt: skip
 """The kind of each operation of PyTorch; all others are pointwise."""
-KERNELS = {"attention_": "attention", "norm_": "norm", "dice_ce_": "loss", "up_conv_": "product"}
+KERNELS = {
+    "attention_": "attention",
+    "layer_norm_": "layer norm",
+    "norm_": "norm",
+    "dice_ce_": "loss",
+    "up_conv_": "product",
+}
 """The kind of our kernels, by how their names begin."""
 FREE = {
     "empty",

@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from kernels import attention, dice_ce, dispatch, instance_norm, up_conv
+from kernels import attention, dice_ce, dispatch, instance_norm, layer_norm, up_conv
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last_3d
 REGIONS = ((2, 3), (1, 2, 3), (3,))
@@ -30,13 +31,20 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _aligned(columns: int) -> int:
+    return dispatch.ceil_div(columns, 8) * 8
+
+
 def _layout(memory_format: torch.memory_format) -> str:
     return "channels_last" if memory_format == LAST else "contiguous"
 
 
 @dataclass(frozen=True)
 class AttentionWorkload:
-    """Queries, keys and values as the model passes them: views into one projection (B, N, 3, H, D)."""
+    """A fused projection as the models pass it, its rows padded to 16 bytes of half precision.
+
+    Without `packed`, queries, keys and values as views into a projection (B, N, 3, H, D).
+    """
 
     op: ClassVar = "attention"
     batch: int
@@ -44,21 +52,43 @@ class AttentionWorkload:
     tokens: int
     features: int
     dtype: torch.dtype = torch.bfloat16
+    packed: bool = True
 
     def __str__(self) -> str:
-        return f"{(self.batch, self.heads, self.tokens, self.features)} {_short(self.dtype)}"
+        uses = "" if self.packed else " views"
+        return f"{(self.batch, self.heads, self.tokens, self.features)} {_short(self.dtype)}{uses}"
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of a packed result."""
+        return _aligned(self.heads * self.features)
 
     def inputs(self, device: torch.device | str) -> list[Tensor]:
-        """q, k, v (B, H, N, D), random, with gradients."""
-        shape = (self.batch, self.tokens, 3, self.heads, self.features)
-        qkv = torch.randn(shape, device=device).to(self.dtype)
-        return [view.requires_grad_() for view in qkv.permute(2, 0, 3, 1, 4).unbind(0)]
+        """qkv (B, N, columns), or q, k, v (B, H, N, D); random, with gradients."""
+        used = 3 * self.heads * self.features
+        columns = _aligned(used) if self.packed else used
+        qkv = torch.randn(self.batch, self.tokens, columns, device=device).to(self.dtype)
+        tensors = (qkv,) if self.packed else self.split([qkv])
+        return [tensor.requires_grad_() for tensor in tensors]
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """q, k, v (B, H, N, D) of a set of inputs: views if it is packed."""
+        if len(tensors) == 3:
+            return tuple(tensors)
+        heads = tensors[0][..., : 3 * self.heads * self.features].unflatten(-1, (3, self.heads, self.features))
+        return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
     def run(self) -> None:
         """Forward and backward on tensors without storage, for `dispatch.observed`."""
-        q, k, v = self.inputs("meta")
-        out, lse = attention.attention_forward(q, k, v, self.features**-0.5)
-        attention.attention_backward(q, k, v, out, lse, torch.empty_like(out), self.features**-0.5)
+        scale = self.features**-0.5
+        if not self.packed:
+            q, k, v = self.inputs("meta")
+            out, lse = attention.attention_forward(q, k, v, scale)
+            attention.attention_backward(q, k, v, out, lse, torch.empty_like(out), scale)
+            return
+        (qkv,) = self.inputs("meta")
+        out, lse = attention.attention_packed_forward(qkv, self.heads, self.features, scale, self.out_columns)
+        attention.attention_packed_backward(qkv, out, lse, torch.empty_like(out), self.heads, self.features, scale)
 
 
 @dataclass(frozen=True)
@@ -108,6 +138,40 @@ class InstanceNormWorkload:
         y = torch.cat([x, x], dim=1)[:, x.shape[1] :] if self.joined else torch.empty_like(x)
         stats = instance_norm.instance_norm_write(y, x, weight, bias, 1e-5, slopes, slope, residual, normalised)
         instance_norm.instance_norm_backward(y, x, stats, weight, bias, slopes, slope, residual, normalised)
+
+
+@dataclass(frozen=True)
+class LayerNormWorkload:
+    """A float32 residual stream (B, N, D), an update of it in another dtype, and the dtype of the norm, the same."""
+
+    op: ClassVar = "layer_norm"
+    shape: tuple[int, int, int]
+    dtype: torch.dtype = torch.bfloat16
+    update: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.shape} {_short(self.dtype)}{'' if self.update else ' no update'}"
+
+    def inputs(self, device: torch.device | str) -> list[Tensor]:
+        """Tokens, update if there is one, weight and bias; random, with gradients."""
+        tensors = [torch.randn(self.shape, device=device)]
+        if self.update:
+            tensors.append(torch.randn(self.shape, device=device).to(self.dtype))
+        tensors += [torch.randn(self.shape[2], device=device) for _ in range(2)]
+        return [tensor.requires_grad_() for tensor in tensors]
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Tokens, update, weight and bias of a set of inputs."""
+        tokens, *update, weight, bias = tensors
+        return tokens, update[0] if update else None, weight, bias
+
+    def run(self) -> None:
+        """As `AttentionWorkload.run`."""
+        tokens, update, weight, bias = self.split(self.inputs("meta"))
+        stream, y, stats = layer_norm.layer_norm_forward(tokens, update, weight, bias, 1e-5, self.dtype)
+        dstream, kept = (None, tokens) if update is None else (torch.empty_like(stream), stream)
+        update_dtype = None if update is None else update.dtype
+        layer_norm.layer_norm_backward(dstream, torch.empty_like(y), kept, stats, weight, bias, update_dtype)
 
 
 @dataclass(frozen=True)
@@ -184,7 +248,7 @@ class UpConvWorkload:
         up_conv.up_conv_backward(y, x, weight, True, True)
 
 
-Workload = AttentionWorkload | InstanceNormWorkload | DiceCEWorkload | UpConvWorkload
+Workload = AttentionWorkload | InstanceNormWorkload | LayerNormWorkload | DiceCEWorkload | UpConvWorkload
 OPS: tuple[str, ...] = tuple(kind.op for kind in get_args(Workload))
 """Operations: `op` is in kernels/<op>.py, and benchmarks/bench_<op>.py measures it."""
 LARGE, CROP = (2, 16, 128, 128, 64), (2, 3, 128, 128, 64)
@@ -206,6 +270,8 @@ MODELS: tuple[Workload, ...] = (
     InstanceNormWorkload((2, 256, 8, 8, 4), torch.float32, prelu=True),
     InstanceNormWorkload(LARGE, residual="normalised", joined=True),
     InstanceNormWorkload((2, 128, 16, 16, 8), residual="raw", joined=True),
+    LayerNormWorkload((2, 256, 512)),
+    LayerNormWorkload((2, 512, 768), update=False),
     DiceCEWorkload(CROP),
     DiceCEWorkload(CROP, torch.float32, memory_format=LAST),
     DiceCEWorkload(CROP, ce="multihot"),
@@ -235,6 +301,10 @@ MEASURED: tuple[Workload, ...] = (
     InstanceNormWorkload((2, 64, 32, 32, 16)),
     InstanceNormWorkload((2, 128, 16, 16, 8), residual="normalised"),
     InstanceNormWorkload((2, 256, 8, 8, 4), prelu=True),
+    LayerNormWorkload((2, 256, 512)),
+    LayerNormWorkload((16, 256, 512)),
+    LayerNormWorkload((2, 512, 768)),
+    LayerNormWorkload((2, 256, 512), torch.float32),
     DiceCEWorkload(CROP),
     DiceCEWorkload(CROP, ce="multihot"),
     DiceCEWorkload(CROP, memory_format=LAST),
@@ -264,6 +334,7 @@ OTHERS: tuple[Workload, ...] = (
     AttentionWorkload(2, 8, 512, 96, torch.float16),
     AttentionWorkload(2, 8, 216, 128, torch.float16),
     AttentionWorkload(2, 8, 4096, 128),
+    AttentionWorkload(2, 10, 256, 51, packed=False),
     InstanceNormWorkload(LARGE, torch.float16, FIRST, prelu=True, affine=True),
     InstanceNormWorkload(LARGE, torch.float32, residual="raw", prelu=True, affine=True),
     InstanceNormWorkload(LARGE, residual="normalised", prelu=True, affine=True),
@@ -273,6 +344,10 @@ OTHERS: tuple[Workload, ...] = (
     InstanceNormWorkload((2, 320, 4, 4, 4), torch.float16, FIRST, affine=True),
     InstanceNormWorkload((2, 64, 32, 32, 16), torch.float32, residual="raw", joined=True),
     InstanceNormWorkload((1, 48, 33, 31, 17), torch.float16, joined=True),
+    LayerNormWorkload((2, 256, 512), update=False),
+    LayerNormWorkload((1, 100, 51), torch.float16),
+    LayerNormWorkload((2, 300, 2048)),
+    LayerNormWorkload((4, 4096, layer_norm.MAX_FEATURES)),
     *(
         replace(workload, weighted=weighted, squared_pred=squared)
         for workload in (

@@ -8,7 +8,12 @@
 
 Legend: B batch, H heads, N tokens, D features of a head, up to 128: self-attention-cv's UNETR has 10 heads of
 int(512 / 10) = 51. Q, K and V may be strided views into one projection; they are never copied. Scores, softmax and sums
-are float32 (float64 for float64 inputs, to check gradients), also under `torch.autocast`.
+are float32 (float64 for float64 inputs, to check gradients), also under `torch.autocast`. Two functions:
+
+    flash_attention         q, k, v (B, H, N, D) -> (B, H, N, D)
+    flash_attention_packed  a fused projection (B, N, 3 H D and more) -> (B, N, H D and more), for the next projection;
+                            its backward writes one gradient of the projection. Columns beyond are padding, to rows of
+                            16 bytes: ignored, and zero in what is written
 
 The kernels keep S and P on the chip. A UNETR's grid is small (20 heads of 256 tokens), so latency counts most:
 
@@ -24,7 +29,8 @@ The kernels keep S and P on the chip. A UNETR's grid is small (20 heads of 256 t
   attention; float32 inputs take three TF32 products ("tf32x3"), for an error near float32's own.
 - Sizes and strides are compile-time constants: rows of 51 features are loaded 2 bytes at a time, and constant strides
   make their addresses immediate offsets, a quarter fewer instructions (sm_90, forward).
-- O, dQ, dK and dV are (B, N, H, D) in memory, returned as (B, H, N, D) views: joining the heads is free.
+- O, dQ, dK and dV are (B, N, H, D) in memory, returned as (B, H, N, D) views: joining the heads is free. Packed, they
+  are columns of one tensor: the kernels know strides only.
 
 Sources: Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762; Dao, FlashAttention-2,
 https://arxiv.org/abs/2307.08691.
@@ -116,6 +122,17 @@ def _store_tile(
 
 
 @triton.jit
+def _store_padding(
+    x_ptr, strides: tl.constexpr, start, N: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Zeros in the PAD columns after those of one head."""
+    rows = start + tl.arange(0, BLOCK)
+    ptrs = x_ptr + rows.to(tl.int64) * strides[2]
+    for column in range(D, D + PAD):
+        tl.store(ptrs + column * strides[3], tl.zeros((BLOCK,), x_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
 def attention_forward_kernel(
     q_ptr,  # (B, H, N, D), strides_q
     k_ptr,  # (B, H, N, D), strides_k
@@ -124,9 +141,13 @@ def attention_forward_kernel(
     lse_ptr,  # (B, H, N) float32: log2 of the sum of exp(scores)
     strides_q: tl.constexpr, strides_k: tl.constexpr, strides_v: tl.constexpr, strides_out: tl.constexpr,
     H, scale_log2,
-    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head against all keys; grid (B * H * ceil(N / BLOCK_M),)."""
+    """BLOCK_M queries of one head against all keys; grid (B * H * ceil(N / BLOCK_M),).
+
+    PAD columns of the output after the last head's become zero.
+    """
     NUM_BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(0) // NUM_BLOCKS
     start_m = tl.program_id(0) % NUM_BLOCKS * BLOCK_M
@@ -153,6 +174,8 @@ def attention_forward_kernel(
         row_max = new_max
     out_ptr = _head_ptr(out_ptr, strides_out, head, H)
     _store_tile(out_ptr, strides_out, start_m, acc * (1.0 / row_sum)[:, None], N, D, BLOCK_M, BLOCK_D)
+    if head % H == H - 1:
+        _store_padding(out_ptr, strides_out, start_m, N, D, PAD, BLOCK_M)
     rows = start_m + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + head.to(tl.int64) * N + rows, row_max + tl.log2(row_sum), mask=rows < N)
 
@@ -221,11 +244,13 @@ def attention_backward_kernel(
     strides_q: tl.constexpr, strides_k: tl.constexpr, strides_v: tl.constexpr, strides_out: tl.constexpr,
     strides_dout: tl.constexpr, strides_grad: tl.constexpr,
     H, scale, scale_log2,
-    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_M keys of one head, or dQ of BLOCK_M queries; grid (2 * B * H * ceil(N / BLOCK_M),).
 
-    The program keeps BLOCK_M rows of the one and loops over the other, BLOCK_N rows at a time.
+    The program keeps BLOCK_M rows of the one and loops over the other, BLOCK_N rows at a time. PAD columns after the
+    last head's dV become zero.
     """
     NUM_BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(0) // (2 * NUM_BLOCKS)
@@ -255,7 +280,10 @@ def attention_backward_kernel(
             ds_t = p_t * (_dot(v, tl.trans(dout)) - delta[None, :])
             dk = _dot(ds_t.to(q.dtype), q, dk)
         _store_tile(_head_ptr(dk_ptr, strides_grad, head, H), strides_grad, start, dk * scale, N, D, BLOCK_M, BLOCK_D)
-        _store_tile(_head_ptr(dv_ptr, strides_grad, head, H), strides_grad, start, dv, N, D, BLOCK_M, BLOCK_D)
+        dv_ptr = _head_ptr(dv_ptr, strides_grad, head, H)
+        _store_tile(dv_ptr, strides_grad, start, dv, N, D, BLOCK_M, BLOCK_D)
+        if head % H == H - 1:
+            _store_padding(dv_ptr, strides_grad, start, N, D, PAD, BLOCK_M)
     else:
         q = _load_tile(q_ptr, strides_q, start, N, D, BLOCK_M, BLOCK_D)
         dout = _load_tile(dout_ptr, strides_dout, start, N, D, BLOCK_M, BLOCK_D)
@@ -322,7 +350,7 @@ def _backward_configs(shape: tuple[int, ...], dtype: torch.dtype) -> list[dispat
     elif features > 64:
         rows = [(64, 64, 8, 1), (64, 32, 8, 2)]
     elif not _has_wide_loads(features, dtype):
-        rows = [(64, 32, 4, 1), (32, 64, 4, 1)]
+        rows = [(32, 64, 4, 1), (64, 32, 4, 1)]
     else:
         rows = [(64, 32, 4, 2)]
         if tokens % 128 == 0:
@@ -338,7 +366,7 @@ def _has_wide_loads(features: int, dtype: torch.dtype) -> bool:
 
 
 @dispatch.once_per_shape
-def _key(shape: torch.Size, dtype: torch.dtype) -> str:
+def _key(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """What the best path and configuration depend on; batch x heads rounded up to a power of two."""
     batch, heads, tokens, features = shape
     return f"N{tokens} D{features} heads{next_power_of_two(batch * heads)} {str(dtype).removeprefix('torch.')}"
@@ -384,16 +412,21 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
         (B, H, N) float32.
     """
     out, lse = _empty_outputs(q)
+    _launch_forward(q, k, v, out, lse, scale, padding=0)
+    return out, lse
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, padding: int) -> None:
     args = {
         **_pointers(q=q, k=k, v=v, out=out, lse=lse),
         **_strides(q=q, k=k, v=v, out=out),
         **_sizes(q),
         "scale_log2": scale * LOG2_E,
+        "PAD": padding,
     }
     configs = _forward_configs(q.shape, q.dtype)
     key = _key(q.shape, q.dtype)
     dispatch.launch(attention_forward_kernel, lambda config: (_num_blocks(q, config),), args, configs, key)
-    return out, lse
 
 
 def _make_delta(out: Tensor, dout: Tensor, key: str) -> Tensor:
@@ -417,19 +450,85 @@ def attention_backward(
     Returns:
         dq, dk, dv: (B, H, N, D), dtype of `q`, (B, N, H, D) in memory.
     """
+    gradients = _empty_like(q), _empty_like(q), _empty_like(q)
+    _launch_backward((q, k, v), out, lse, dout, gradients, scale, padding=0)
+    return gradients
+
+
+def _launch_backward(
+    qkv: tuple[Tensor, ...],
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    gradients: tuple[Tensor, ...],
+    scale: float,
+    padding: int,
+) -> None:
+    (q, k, v), (dq, dk, dv) = qkv, gradients
     key = _key(q.shape, q.dtype)
     delta = _make_delta(out, dout, key) if q.shape[2] > DELTA_IN_KERNEL_MAX else None
-    dq, dk, dv = _empty_like(q), _empty_like(q), _empty_like(q)
     args = {
         **_pointers(q=q, k=k, v=v, out=out, dout=dout, lse=lse, delta=delta, dq=dq, dk=dk, dv=dv),
         **_strides(q=q, k=k, v=v, out=out, dout=dout, grad=dq),
         **_sizes(q),
         "scale": scale,
         "scale_log2": scale * LOG2_E,
+        "PAD": padding,
     }
     configs = _backward_configs(q.shape, q.dtype)
     dispatch.launch(attention_backward_kernel, lambda config: (2 * _num_blocks(q, config),), args, configs, key)
-    return dq, dk, dv
+
+
+def _split(packed: Tensor, count: int, num_heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """`count` views (B, H, N, D) into the first columns of (B, N, columns)."""
+    used = count * num_heads * head_dim
+    columns = packed if packed.shape[-1] == used else packed[..., :used]
+    return columns.view(*packed.shape[:2], count, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _empty_packed_outputs(qkv: Tensor, num_heads: int, out_columns: int) -> tuple[Tensor, Tensor]:
+    batch, tokens, _ = qkv.shape
+    return qkv.new_empty(batch, tokens, out_columns), qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+
+
+def attention_packed_forward(
+    qkv: Tensor, num_heads: int, head_dim: int, scale: float, out_columns: int
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward on a fused projection.
+
+    Args:
+        qkv, num_heads, head_dim, out_columns: as `flash_attention_packed`.
+        scale: as `attention_forward`.
+
+    Returns:
+        output (B, N, out_columns), contiguous; log-sum-exps as `attention_forward`.
+    """
+    out, lse = _empty_packed_outputs(qkv, num_heads, out_columns)
+    q, k, v = _split(qkv, 3, num_heads, head_dim)
+    (heads,) = _split(out, 1, num_heads, head_dim)
+    _launch_forward(q, k, v, heads, lse, scale, padding=out_columns - num_heads * head_dim)
+    return out, lse
+
+
+def attention_packed_backward(
+    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, num_heads: int, head_dim: int, scale: float
+) -> Tensor:
+    """Launch the backward on a fused projection.
+
+    Args:
+        qkv, num_heads, head_dim, scale: as in the forward.
+        out, lse: its results.
+        dout: gradient of `out`, (B, N, out_columns), any strides.
+
+    Returns:
+        dqkv: shape and dtype of `qkv`, contiguous.
+    """
+    dqkv = qkv.new_empty(qkv.shape)
+    (heads,), (dheads,) = (_split(x, 1, num_heads, head_dim) for x in (out, dout))
+    views, gradients = (_split(x, 3, num_heads, head_dim) for x in (qkv, dqkv))
+    padding = qkv.shape[-1] - 3 * num_heads * head_dim
+    _launch_backward(views, heads, lse, dheads, gradients, scale, padding)
+    return dqkv
 
 
 _forward_op = dispatch.operator(attention_forward)
@@ -462,13 +561,48 @@ def _backward(run: Callable[..., Any], ctx: Any, dout: Tensor, _: Tensor | None)
 
 _attention = dispatch.differentiable(_forward_op, _backward_op, _setup_context, _backward)
 
+_packed_forward_op = dispatch.operator(attention_packed_forward)
+_packed_backward_op = dispatch.operator(attention_packed_backward)
+
+
+@_packed_forward_op.register_fake
+def _(qkv, num_heads, head_dim, scale, out_columns):
+    return _empty_packed_outputs(qkv, num_heads, out_columns)
+
+
+@_packed_backward_op.register_fake
+def _(qkv, out, lse, dout, num_heads, head_dim, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_packed_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.num_heads, ctx.head_dim, ctx.scale, _ = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, out, lse)
+
+
+def _packed_backward(run: Callable[..., Any], ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    dqkv = run(*ctx.saved_tensors, dout, ctx.num_heads, ctx.head_dim, ctx.scale)
+    return dispatch.gradients(attention_packed_forward, qkv=dqkv)
+
+
+_attention_packed = dispatch.differentiable(
+    _packed_forward_op, _packed_backward_op, _setup_packed_context, _packed_backward
+)
+
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floats(name, tensor, "batch, heads, tokens, features")
         check_alike(name, tensor, "q", q)
-    if q.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(f"{q.shape[-1]} features per head; the limit is {MAX_HEAD_DIM}: use more heads")
+    _check_head(q.shape[-1], scale)
+
+
+def _check_head(features: int, scale: float | None) -> None:
+    if features > MAX_HEAD_DIM:
+        raise ValueError(f"{features} features per head; the limit is {MAX_HEAD_DIM}: use more heads")
     if scale is not None and not (isinstance(scale, Real) and abs(scale) < math.inf):
         raise ValueError(f"scale {scale!r} must be a finite number; omit it for features ** -0.5")
 
@@ -501,3 +635,46 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
         with torch.autocast(q.device.type, enabled=False), sdpa_kernel(backends, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return attention_reference(q, k, v, scale)
+
+
+def _check_packed(qkv: Tensor, num_heads: int, head_dim: int, scale: float | None, out_columns: int | None) -> None:
+    check_floats("qkv", qkv, "batch, tokens, columns")
+    for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
+    _check_head(head_dim, scale)
+    features = num_heads * head_dim
+    for name, columns, least in (("qkv", qkv.shape[-1], 3 * features), ("out_columns", out_columns, features)):
+        if columns is not None and columns < least:
+            raise ValueError(f"{name} of {columns} columns; {num_heads} heads of {head_dim} need {least} or more")
+
+
+def flash_attention_packed(
+    qkv: Tensor, num_heads: int, head_dim: int, scale: float | None = None, out_columns: int | None = None
+) -> Tensor:
+    """Exact softmax attention on a fused projection, differentiable once; one launch each way up to 512 tokens.
+
+    Args:
+        qkv: (B, N, columns), any strides. The first 3 * num_heads * head_dim columns are ordered (q|k|v, head,
+            feature); any others are ignored, and their gradient is zero.
+        num_heads, head_dim: heads, and features of each, up to 128.
+        scale: factor on the scores; None = head_dim ** -0.5.
+        out_columns: columns of the result, zero beyond num_heads * head_dim; None = no more than these.
+
+    Returns:
+        (B, N, out_columns), ordered (head, feature), dtype of `qkv`; accumulated in float32.
+
+    Raises:
+        ValueError: a wrong rank or dtype; too few columns; head_dim over 128; a scale that is not finite.
+    """
+    _check_packed(qkv, num_heads, head_dim, scale, out_columns)
+    columns = num_heads * head_dim if out_columns is None else out_columns
+    scale = head_dim**-0.5 if scale is None else scale
+    if not torch.compiler.is_exporting() and scale >= 0:
+        batch, tokens, _ = qkv.shape
+        key = _key((batch, num_heads, tokens, head_dim), qkv.dtype)
+        if dispatch.path("attention", qkv, key) == "triton":
+            return _attention_packed(qkv, num_heads, head_dim, scale, columns)[0]
+    q, k, v = _split(qkv, 3, num_heads, head_dim)
+    out = flash_attention(q, k, v, scale).transpose(1, 2).flatten(2)
+    return out if columns == out.shape[-1] else F.pad(out, (0, columns - out.shape[-1]))

@@ -60,6 +60,14 @@ def test_a_kernel_that_compiles_to_a_bare_trap_is_found() -> None:
     assert "is a bare trap" in compiled.faults()
 
 
+def test_configurations_that_differ_in_warps_alone_are_compiled_each() -> None:
+    x = torch.empty(32, 32, device="meta")
+    launches: list[dispatch.Launch] = []
+    with dispatch.observed(launches.append):
+        dispatch.launch(square, lambda c: (1,), {"x_ptr": x, "y_ptr": x}, [{"BLOCK": 32}], "key")
+    assert len({aot.signature(launches[0], {"BLOCK": 32, "num_warps": warps}) for warps in (2, 4, 8)}) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -113,9 +121,13 @@ def test_continuous_integration_has_few_enough_kernels_to_compile() -> None:
 SMALL = (
     workloads.AttentionWorkload(2, 10, 24, 51),
     workloads.AttentionWorkload(1, 2, 520, 16, torch.float32),
+    workloads.AttentionWorkload(2, 10, 24, 51, packed=False),
     workloads.InstanceNormWorkload((2, 16, 32, 32, 16), residual="normalised", prelu=True, affine=True),
     workloads.InstanceNormWorkload((2, 3, 32, 32, 33), torch.float32, workloads.FIRST, residual="raw"),
     workloads.InstanceNormWorkload((2, 5, 4, 4, 4), affine=True),
+    workloads.LayerNormWorkload((2, 24, 51)),
+    workloads.LayerNormWorkload((2, 24, 40), torch.float32),
+    workloads.LayerNormWorkload((2, 24, 40), update=False),
     workloads.DiceCEWorkload((2, 3, 16, 16, 16)),
     workloads.DiceCEWorkload((1, 3, 9, 7, 5), torch.float32, "argmax", workloads.LAST),
     workloads.UpConvWorkload((2, 32, 4, 4, 2), 16, sliced=True),

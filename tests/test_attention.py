@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from kernels import attention, dispatch
-from kernels.attention import attention_backward, attention_forward, flash_attention
+from kernels.attention import (
+    attention_backward,
+    attention_forward,
+    attention_packed_forward,
+    flash_attention,
+    flash_attention_packed,
+)
 
 pytestmark = pytest.mark.kernel
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -408,3 +414,152 @@ def test_wrong_arguments_are_refused(change: dict, message: str) -> None:
     arguments = {**dict.fromkeys("qkv", torch.zeros(1, 2, 4, 8)), **change}
     with pytest.raises(ValueError, match=message):
         flash_attention(**arguments)
+
+
+# (B, N, H, D), columns after qkv, columns after the output.
+PACKED = [
+    ((2, 17, 2, 51), 6, 2),
+    ((1, 9, 1, 8), 0, 0),
+    ((1, 33, 2, 5), 2, 6),
+    ((2, 5, 3, 16), 0, 20),
+    ((1, 1, 1, 1), 5, 7),
+]
+
+
+def random_packed(shape: tuple[int, ...], extra: int, dtype: torch.dtype, device: str) -> Tensor:
+    """A fused projection whose columns beyond are NaN: nothing may read them."""
+    batch, tokens, heads, features = shape
+    used = 3 * heads * features
+    qkv = torch.full((batch, tokens, used + extra), torch.nan, dtype=torch.float64)
+    qkv[..., :used] = torch.randn(batch, tokens, used, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return qkv.to(device, dtype).requires_grad_()
+
+
+def packed_in_float64(qkv: Tensor, shape: tuple[int, ...], dout: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Output and gradient without the columns beyond, by torch's attention."""
+    batch, tokens, heads, features = shape
+    wide = qkv[..., : 3 * heads * features].detach().double().requires_grad_()
+    q, k, v = wide.unflatten(-1, (3, heads, features)).permute(2, 0, 3, 1, 4).unbind(0)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    (dqkv,) = torch.autograd.grad(out, wide, dout[..., : heads * features].double())
+    return out.detach(), dqkv
+
+
+def assert_packed_is_right(
+    qkv: Tensor, shape: tuple[int, ...], out_extra: int, scale: float | None = None, dout: Tensor | None = None
+) -> None:
+    used = shape[2] * shape[3]
+    out = flash_attention_packed(qkv, shape[2], shape[3], scale, used + out_extra if out_extra else None)
+    dout = random_like(out) if dout is None else dout
+    (dqkv,) = torch.autograd.grad(out, qkv, dout)
+    assert out.shape == (*shape[:2], used + out_extra) and out.dtype == dqkv.dtype == qkv.dtype
+    assert dqkv.shape == qkv.shape and not out[..., used:].any() and not dqkv[..., 3 * used :].any()
+    found = out[..., :used], dqkv[..., : 3 * used]
+    for x, truth in zip(found, packed_in_float64(qkv, shape, dout, scale), strict=True):
+        error = (x.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-3)
+        assert error <= TOLERANCES[qkv.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "extra", "out_extra"), PACKED, ids=str)
+def test_a_fused_projection_equals_float64_and_its_padding_stays_zero(
+    shape: tuple[int, ...], extra: int, out_extra: int, dtype: torch.dtype, device: str
+) -> None:
+    assert_packed_is_right(random_packed(shape, extra, dtype, device), shape, out_extra)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])
+def test_a_fused_projection_takes_any_finite_scale(scale: float, device: str) -> None:
+    assert_packed_is_right(random_packed((1, 9, 2, 5), 2, torch.float32, device), (1, 9, 2, 5), 6, scale)
+
+
+def test_a_fused_projection_has_any_strides(device: str) -> None:
+    shape = (2, 9, 2, 5)
+    qkv = random_packed(shape, 3, torch.float32, device).detach().transpose(0, 2).contiguous().transpose(0, 2)
+    assert not qkv.is_contiguous()
+    dout = random_like(torch.empty(16, 9, 2, device=device)).permute(2, 1, 0)
+    assert_packed_is_right(qkv.requires_grad_(), shape, 6, dout=dout)
+
+
+@pytest.mark.parametrize("device", [ON_GPU], indirect=True)
+@pytest.mark.parametrize("dtype", dispatch.DTYPES)
+def test_padded_projections_of_the_models_sizes_equal_float64(dtype: torch.dtype, device: str) -> None:
+    for shape, extra, out_extra in (((2, 256, 10, 51), 6, 2), ((2, 512, 12, 64), 0, 0), ((1, 4096, 10, 51), 6, 2)):
+        assert_packed_is_right(random_packed(shape, extra, dtype, device), shape, out_extra)
+
+
+def test_a_fused_projection_gives_the_bits_of_views_into_it(device: str) -> None:
+    needs_kernels(device)
+    qkv = random_packed((2, 17, 2, 51), 6, torch.float16, device)
+    out = flash_attention_packed(qkv, 2, 51)
+    (dqkv,) = torch.autograd.grad(out, qkv, random_like(out))
+    q, k, v = (x.requires_grad_() for x in attention._split(qkv.detach(), 3, 2, 51))
+    by_views = flash_attention(q, k, v)
+    dout = random_like(out).unflatten(-1, (2, 51)).transpose(1, 2)
+    gradients = torch.autograd.grad(by_views, (q, k, v), dout)
+    assert torch.equal(out, by_views.transpose(1, 2).flatten(2))
+    for x, y in zip(attention._split(dqkv, 3, 2, 51), gradients, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("tokens", [64, 513])
+def test_a_fused_projection_takes_no_more_launches_than_views(tokens: int, device: str) -> None:
+    needs_kernels(device)
+    launched: list[str] = []
+    qkv = random_packed((1, tokens, 2, 51), 6, torch.float32, device)
+    with dispatch.observed(lambda launch: launched.append(launch.name)):
+        out = flash_attention_packed(qkv, 2, 51, out_columns=104)
+        out.backward(torch.ones_like(out))
+    assert len(launched) == (2 if tokens <= 512 else 3)
+
+
+@pytest.mark.parametrize("path", ["torch", "reference"])
+def test_pytorchs_paths_take_a_fused_projection(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "path", lambda *_: path)
+    monkeypatch.setattr(dispatch, "_tuned", lambda device: {})
+    assert_packed_is_right(random_packed((2, 9, 2, 5), 2, torch.float32, device), (2, 9, 2, 5), 6)
+
+
+def test_the_operators_on_a_fused_projection_pass_opcheck(device: str) -> None:
+    needs_kernels(device)
+    qkv = torch.randn(2, 17, 36, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    torch.library.opcheck(torch.ops.glioforge.attention_packed.default, (qkv, 2, 5, 0.2, 12))
+    with torch.no_grad():
+        out, lse = attention_packed_forward(qkv, 2, 5, 0.2, 12)
+    backward = (qkv.detach(), out, lse, random_like(out), 2, 5, 0.2)
+    torch.library.opcheck(torch.ops.glioforge.attention_packed_backward.default, backward)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [("aot_eager", None), ("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.gpu)],
+)
+def test_a_compiled_fused_projection_equals_eager(backend: str, dynamic: bool | None, device: str) -> None:
+    torch.compiler.reset()
+
+    def attend(qkv: Tensor) -> Tensor:
+        return 2 * flash_attention_packed(qkv, 2, 51, out_columns=104)
+
+    qkv = random_packed((2, 33, 2, 51), 6, torch.float32, device)
+    out, expected = torch.compile(attend, backend=backend, fullgraph=True, dynamic=dynamic)(qkv), attend(qkv)
+    torch.testing.assert_close(out, expected)
+    dout = random_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, qkv, dout), torch.autograd.grad(expected, qkv, dout))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(2, 3)}, r"qkv of shape \(2, 3\) must have the axes \(batch, tokens, columns\)"),
+        ({"qkv": torch.zeros(1, 2, 29)}, "qkv of 29 columns; 2 heads of 5 need 30 or more"),
+        ({"out_columns": 9}, "out_columns of 9 columns; 2 heads of 5 need 10 or more"),
+        ({"num_heads": 0}, "num_heads 0 must be a whole number of at least 1"),
+        ({"head_dim": 2.5}, "head_dim 2.5 must be a whole number of at least 1"),
+        ({"head_dim": 129}, "129 features per head; the limit is 128"),
+        ({"scale": float("inf")}, "scale inf must be a finite number"),
+    ],
+)
+def test_wrong_arguments_of_a_fused_projection_are_refused(change: dict, message: str) -> None:
+    arguments = {"qkv": torch.zeros(1, 2, 30), "num_heads": 2, "head_dim": 5, **change}
+    with pytest.raises(ValueError, match=message):
+        flash_attention_packed(**arguments)
