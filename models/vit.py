@@ -5,10 +5,13 @@
     after four of the layers: tokens back on the patch grid, (B, D, X/16, Y/16, Z/16)
 
 Facts that decide the code:
-- Query, key and value come from one projection whose rows are ordered (q|k|v, head, feature), so each of the three is
-  a strided view (B, H, N, D / H) of its result with adjacent features. self-attention-cv orders them (feature, q|k|v,
-  head); models/references.py permutes the rows of its weights.
-- A head has dim // heads features: 51 for 512 / 10, so the projection is then 3 x 510 wide, not 3 x 512.
+- The tokens are a residual stream, float32 under autocast. Each norm adds the update of the layer before it, in one
+  kernel; the tokens of a layer are therefore taken from the first norm of the next.
+- Query, key and value come from one projection whose rows are ordered (q|k|v, head, feature), which the attention reads
+  as it is. self-attention-cv orders them (feature, q|k|v, head); models/references.py permutes the rows of its weights.
+- A head has dim // heads features: 51 for 512 / 10, so the projection is then 3 x 510 wide, not 3 x 512, and its rows
+  are no multiple of 16 bytes: see `AlignedLinear`.
+- cuDNN is slow at a convolution that does not overlap, so the patch embedding is a product with the same weight.
 - self-attention-cv and MONAI differ in four ways only: which layers they take (`layers`), biases of the patch
   embedding and of the attention's output projection (`bias`), a last LayerNorm on the deepest tokens (`final_norm`),
   and the spread of the initial positions (`position_std`). All other initial values are those of torch's own layers,
@@ -23,12 +26,66 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import flash_attention
+from kernels.attention import flash_attention_packed
+from kernels.layer_norm import residual_layer_norm
 
 PATCH_SIZE = 16
 NUM_LAYERS = 12
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a product reads `x`: autocast's, else its own."""
+    device = x.device.type
+    lowers = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if lowers else x.dtype
+
+
+class PatchEmbedding(nn.Conv3d):
+    """A 16^3 convolution of stride 16, as one copy of the patches and one product: (B, C, X, Y, Z) -> (B, N, D)."""
+
+    def __init__(self, in_channels: int, dim: int, bias: bool) -> None:
+        super().__init__(in_channels, dim, kernel_size=PATCH_SIZE, stride=PATCH_SIZE, bias=bias)
+
+    def forward(self, x_BCXYZ: Tensor) -> Tensor:
+        sizes = [size for axis in x_BCXYZ.shape[2:] for size in (axis // PATCH_SIZE, PATCH_SIZE)]
+        # (B, C, X/16, 16, Y/16, 16, Z/16, 16), then a patch is read in the order in which the weight lies in memory
+        patches = x_BCXYZ.view(*x_BCXYZ.shape[:2], *sizes)
+        is_contiguous = self.weight.is_contiguous()
+        weight = self.weight if is_contiguous else self.weight.permute(0, 2, 3, 4, 1)
+        patches = patches.permute(0, 2, 4, 6, *((1, 3, 5, 7) if is_contiguous else (3, 5, 7, 1)))
+        patches = patches.to(_product_dtype(x_BCXYZ), memory_format=torch.contiguous_format)
+        return F.linear(patches.flatten(4).flatten(1, 3), weight.flatten(1), self.bias)
+
+
+class AlignedLinear(nn.Linear):
+    """A linear layer whose weight may have rows and columns of zeros at the end, to multiples of `copy_multiple`.
+
+    Rows of 16 bytes are what tensor cores read at full speed. So whoever runs the network on copies of its weights in
+    half precision makes those of this layer so much larger; its own weight has no zeros.
+    """
+
+    copy_multiple = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features or the weight's columns) -> (..., the weight's rows)."""
+        rows, columns = self.weight.shape
+        bias = self.bias
+        if bias is not None and len(bias) < rows:
+            bias = F.pad(bias, (0, rows - len(bias)))
+        return F.linear(x if x.shape[-1] == columns else F.pad(x, (0, columns - x.shape[-1])), self.weight, bias)
+
+
+class ResidualNorm(nn.LayerNorm):
+    """LayerNorm of a residual stream with the last update added: (tokens, update) -> (tokens + update, its norm)."""
+
+    def forward(  # type: ignore[override]
+        self, tokens_BND: Tensor, update_BND: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _product_dtype(tokens_BND)
+        return residual_layer_norm(tokens_BND, update_BND, self.weight, self.bias, self.eps, dtype)
 
 
 class SelfAttention(nn.Module):
@@ -36,35 +93,42 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, out_bias: bool) -> None:
         super().__init__()
+        self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * num_heads * self.head_dim, bias=False)
-        self.out = nn.Linear(num_heads * self.head_dim, dim, bias=out_bias)
+        self.qkv = AlignedLinear(dim, 3 * num_heads * self.head_dim, bias=False)
+        self.out = AlignedLinear(num_heads * self.head_dim, dim, bias=out_bias)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
-        batch, count, _ = tokens_BND.shape
-        qkv = self.qkv(tokens_BND).view(batch, count, 3, self.num_heads, self.head_dim)
-        q_BHND, k_BHND, v_BHND = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended_BHND = flash_attention(q_BHND, k_BHND, v_BHND)
-        return self.out(attended_BHND.transpose(1, 2).reshape(batch, count, self.num_heads * self.head_dim))
+        columns = self.out.weight.shape[1]
+        heads = flash_attention_packed(self.qkv(tokens_BND), self.num_heads, self.head_dim, out_columns=columns)
+        out_BND = self.out(heads)
+        return out_BND if out_BND.shape[-1] == self.dim else out_BND[..., : self.dim]
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block of tokens (B, N, D): attention, then an MLP with exact GELU."""
+    """Pre-norm transformer block of tokens (B, N, D): attention, then an MLP with exact GELU.
+
+    A norm adds to the tokens what the layer before it computed, its update; so a block begins with the update of the
+    block before, and leaves its own to the next.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, out_bias: bool, dropout: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = ResidualNorm(dim)
         self.attention = SelfAttention(dim, num_heads, out_bias)
         self.dropout = nn.Dropout(dropout)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = ResidualNorm(dim)
         self.mlp = nn.Sequential(
             nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim), nn.Dropout(dropout)
         )
 
-    def forward(self, tokens_BND: Tensor) -> Tensor:
-        tokens_BND = tokens_BND + self.dropout(self.attention(self.norm1(tokens_BND)))
-        return tokens_BND + self.mlp(self.norm2(tokens_BND))
+    def forward(self, tokens_BND: Tensor, update_BND: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens that enter, those before the MLP, and the MLP's update of these; each (B, N, D)."""
+        entering_BND, normed_BND = self.norm1(tokens_BND, update_BND)
+        update_BND = self.dropout(self.attention(normed_BND))
+        tokens_BND, normed_BND = self.norm2(entering_BND, update_BND)
+        return entering_BND, tokens_BND, self.mlp(normed_BND)
 
 
 class VisionTransformer(nn.Module):
@@ -74,7 +138,7 @@ class VisionTransformer(nn.Module):
         in_channels: modalities.
         img_size: voxels of the input on each axis, multiples of 16.
         dim, num_heads, mlp_dim: features of a token, heads, hidden features of the MLP.
-        layers: layers, counted from 1 and rising to 12, whose tokens are returned.
+        layers: layers, counted from 1 and rising to the last, whose tokens are returned.
         bias: bias in the patch embedding and in the attention's output projection.
         final_norm: LayerNorm on the tokens of the last layer.
         position_std: standard deviation of the initial position embeddings.
@@ -98,20 +162,21 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.layers = tuple(layers)
         self.grid = tuple(size // PATCH_SIZE for size in img_size)
-        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=PATCH_SIZE, stride=PATCH_SIZE, bias=bias)
+        self.patch_embedding = PatchEmbedding(in_channels, dim, bias)
         self.position_embedding = nn.Parameter(torch.randn(1, math.prod(self.grid), dim) * position_std)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(TransformerBlock(dim, num_heads, mlp_dim, bias, dropout) for _ in range(NUM_LAYERS))
-        self.norm = nn.LayerNorm(dim) if final_norm else nn.Identity()
+        self.norm = ResidualNorm(dim) if final_norm else None
 
     def forward(self, x_BCXYZ: Tensor) -> list[Tensor]:
         """Feature maps (B, dim, X/16, Y/16, Z/16) after each of `layers`, from a volume (B, C, X, Y, Z)."""
-        tokens_BND = self.patch_embedding(x_BCXYZ).flatten(2).transpose(1, 2)
-        tokens_BND = self.dropout(tokens_BND + self.position_embedding)
+        tokens_BND = self.dropout(self.patch_embedding(x_BCXYZ) + self.position_embedding)
+        update_BND: Tensor | None = None
         extracted = []
-        for layer, block in enumerate(self.blocks, start=1):
-            tokens_BND = block(tokens_BND)
-            if layer in self.layers:
-                extracted.append(tokens_BND)
-        extracted[-1] = self.norm(extracted[-1])
+        for layers_before, block in enumerate(self.blocks):
+            entering_BND, tokens_BND, update_BND = block(tokens_BND, update_BND)
+            if layers_before in self.layers:
+                extracted.append(entering_BND)
+        assert update_BND is not None
+        extracted.append(tokens_BND + update_BND if self.norm is None else self.norm(tokens_BND, update_BND)[1])
         return [tokens.transpose(1, 2).unflatten(2, self.grid) for tokens in extracted]
