@@ -71,7 +71,9 @@ def test_a_step_through_the_kernels_equals_a_step_through_pytorch(name: str, dev
     floor = 1e-3 * joined(expected_gradients).norm()
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
         assert (mine - theirs).norm() <= TOLERANCES["gradient"] * max(theirs.norm(), floor)
-    ops = {"attention_", "dice_ce_", "layer_norm_", "norm_"} - ({"attention_", "layer_norm_"} if name == "unet" else set())
+    ops = {"attention_", "dice_ce_", "layer_norm_", "norm_"} - (
+        {"attention_", "layer_norm_"} if name == "unet" else set()
+    )
     assert all(any(kernel.startswith(op) for kernel in launched) for op in ops), set(launched)
 
 
