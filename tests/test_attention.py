@@ -473,6 +473,12 @@ def test_a_fused_projection_takes_any_finite_scale(scale: float, device: str) ->
     assert_packed_is_right(random_packed((1, 9, 2, 5), 2, torch.float32, device), (1, 9, 2, 5), 6, scale)
 
 
+def test_a_negative_scale_of_a_fused_projection_does_not_overflow(device: str) -> None:
+    qkv = random_packed((1, 33, 2, 51), 0, torch.float32, device).detach()
+    negated = torch.cat([-qkv[..., :102], qkv[..., 102:]], 2)
+    torch.testing.assert_close(flash_attention_packed(qkv, 2, 51, -9.0), flash_attention_packed(negated, 2, 51, 9.0))
+
+
 def test_a_fused_projection_has_any_strides(device: str) -> None:
     shape = (2, 9, 2, 5)
     qkv = random_packed(shape, 3, torch.float32, device).detach().transpose(0, 2).contiguous().transpose(0, 2)

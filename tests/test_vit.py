@@ -182,6 +182,16 @@ def test_the_zeros_of_a_padded_weight_have_a_gradient_of_zero() -> None:
         assert not gradient[rows:].any() and not gradient[:, columns:].any()
 
 
+def test_the_attention_writes_the_columns_that_a_padded_weight_reads() -> None:
+    """Padding them afterwards would be a copy."""
+    attention = next(blocks_of(make_vit())).attention
+    copies = {"out.weight": padded(attention.out)["weight"]}
+    seen: list[Tensor] = []
+    attention.out.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
+    torch.func.functional_call(attention, copies, (torch.randn(2, 6, 36, dtype=torch.float64),))
+    assert seen[0].shape == (2, 6, 40)
+
+
 def test_the_published_widths_are_padded_to_rows_of_sixteen_bytes() -> None:
     with torch.device("meta"):
         attention = models.vit.SelfAttention(512, 10, out_bias=False)
