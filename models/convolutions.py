@@ -29,7 +29,7 @@ from kernels.up_conv import up_conv, up_conv_into
 class NormedConv3d(nn.Conv3d):
     """A convolution that an instance norm follows: its bias cancels there, so it is kept, frozen and never added."""
 
-    def __init__(self, *sizes: int, **options: Any) -> None:
+    def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -42,7 +42,7 @@ class NormedConv3d(nn.Conv3d):
 class NormedConvTranspose3d(nn.ConvTranspose3d):
     """As `NormedConv3d`, transposed."""
 
-    def __init__(self, *sizes: int, **options: Any) -> None:
+    def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
         if self.bias is not None:
             self.bias.requires_grad_(False)

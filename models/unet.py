@@ -63,9 +63,10 @@ class Up(nn.Module):
         self.up = ConvNormAct(
             NormedConvTranspose3d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, output_padding=1)
         )
-        kind = nn.Conv3d if last else NormedConv3d
-        conv = kind(out_channels, out_channels, kernel_size=3, padding=1)
-        self.unit = conv if last else ConvNormAct(conv)
+        if last:
+            self.unit: nn.Module = nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1)
+        else:
+            self.unit = ConvNormAct(NormedConv3d(out_channels, out_channels, kernel_size=3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x)

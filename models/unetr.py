@@ -106,8 +106,10 @@ class ResidualBlock(nn.Module):
         residual, x = self.conv3(x) if self.projected else (x, x)
         y = self.conv2(instance_norm(self.conv1(x), negative_slope=NEGATIVE_SLOPE))
         # The cast acts only under autocast, on a float32 volume with as many channels as the block.
-        options = {"residual": residual.to(y.dtype), "residual_norm": self.projected}
-        return instance_norm_into(out, y, negative_slope=NEGATIVE_SLOPE, **options)
+        residual = residual.to(y.dtype)
+        return instance_norm_into(
+            out, y, negative_slope=NEGATIVE_SLOPE, residual=residual, residual_norm=self.projected
+        )
 
 
 class Skip(nn.Module):
