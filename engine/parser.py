@@ -231,6 +231,8 @@ class Parser:
             action.option_strings = [name for name in action.option_strings if not name.endswith("+")]
             if action.dest in self.groups:
                 action.metavar, action.help = "'{NAME: VALUE, ...}'", "Several of these at once."
+            if action.metavar == "{auto,True,False}":
+                action.metavar = "{auto,true,false}"  # as it is typed
         parser.print_help()
 
     def split(self, words: Sequence[str], faults: list[str]) -> list[Given]:

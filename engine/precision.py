@@ -29,7 +29,7 @@ def prepare_network(network: torch.nn.Module, precision: str) -> torch.nn.Module
     return network
 
 
-def set_up_torch(precision: Precision, deterministic: bool) -> None:
+def set_up_torch(precision: str, deterministic: bool) -> None:
     """Set the process-wide switches of training: TF32, cuDNN's search, and reproducible bits.
 
     For a command that owns its process; a library uses `tf32`.

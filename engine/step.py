@@ -67,19 +67,23 @@ class TrainConfig:
     within TC within WT), or the network's overlapping masks, as in the published tutorial."""
     patience: int = number(0, least=0, most=MANY)
     """Stop after this many validations without a better mean Dice; 0: never."""
-    precision: Precision = "float32"
+    precision: Literal["auto", Precision] = "auto"
     """tf32: float32 with TF32 products on a GPU; bf16, fp16: torch autocast, fp16 with loss scaling. Weights,
-    gradients, losses and Dice are always float32."""
+    gradients, losses and Dice are always float32. auto: bf16 on a GPU that computes in it (compute capability 8.0 and
+    up), fp16 on an older one, float32 on a CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO: 1 shards the optimizer's states over ranks, 2 also the gradients, 3 also the weights."""
     deepspeed: Path | None = None
     """DeepSpeed JSON file; it overrides the options here."""
-    compile: bool = False
-    """Compile the network with torch.compile; validation runs it uncompiled."""
-    cuda_graph: bool = False
-    """Replay forward and backward as one CUDA graph: faster for small batches, where launches take longer than work."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile the network with torch.compile; validation runs it uncompiled. auto: if a few steps, timed when the run
+    starts, are faster so, and the run is long enough to make up for the timing."""
+    cuda_graph: Literal["auto", True, False] = "auto"
+    """Replay forward and backward as one CUDA graph: faster for small batches, where launches take longer than work.
+    auto: as compile."""
     deterministic: bool = False
-    """Slower algorithms that give the same bits in every run on a GPU; on a CPU the bits are always the same."""
+    """The same bits in every run: slower algorithms on a GPU, and nothing is chosen by timing, so that compile and
+    cuda_graph are false where they are auto."""
     max_skipped_steps: int = number(10, least=1, most=MANY)
     """Stop with a diagnosis after this many steps in a row with non-finite gradients."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -128,7 +132,7 @@ class TrainingStep:
         total_steps: int,
         settings: Mapping[str, Any],
     ) -> None:
-        _check_options(train, ranks)
+        check_options(train, ranks)
         self.train, self.optim, self.loss_config = train, optim, loss
         self.regions, self.total_steps = regions, total_steps
         self.done = self.taken = 0
@@ -145,7 +149,7 @@ class TrainingStep:
         )
         self.engine = deepspeed_engine(
             self.model, self.optimizer, settings, ranks, zero_stage=train.zero_stage, batch_size=train.batch_size,
-            accumulate_steps=train.accumulate_steps, cuda_graph=train.cuda_graph,
+            accumulate_steps=train.accumulate_steps, cuda_graph=train.cuda_graph is True,
         )  # fmt: skip
         self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
         self.cuda_graph = CudaGraphPass(self._plain_pass, self.model) if train.cuda_graph else None
@@ -359,7 +363,18 @@ def training_loss(logits: Tensor, labels: Tensor, regions: Sequence[Sequence[int
     )  # fmt: skip
 
 
-def _check_options(train: TrainConfig, ranks: Ranks) -> None:
+def check_options(train: TrainConfig, ranks: Ranks) -> None:
+    """Refuse options that do not go together on this rank's device, or that are still left to the program.
+
+    Raises:
+        ValueError: naming them.
+    """
+    open_ones = [name for name in ("precision", "compile", "cuda_graph") if getattr(train, name) == "auto"]
+    if open_ones:
+        raise ValueError(
+            f"--train.{open_ones[0]} auto is decided before a step is made, by engine.step_choice: decide there, or "
+            "give a value"
+        )
     if train.compile and train.zero_stage == 3:
         raise ValueError(
             "--train.compile true with --train.zero_stage 3 recompiles at every layer: take a stage from 0 to 2"

@@ -128,6 +128,8 @@ def descriptive_config(config: Config) -> Config:
     if given.download and given.root is not None and given.root.name != TASK:
         data.root = given.root / TASK
     train = TrainConfig(**{name: getattr(config.train, name) for name in DESCRIPTIVE})
+    if train.precision == "auto":  # no run wrote this: those record what they took
+        train.precision = "float32"
     return Config(data=data, model=config.model, train=train)
 
 

@@ -27,7 +27,8 @@ from engine.ranks.memory_limits import is_out_of_memory, limit_bytes
 from engine.ranks.signals import StopSignal, TrainingStopped
 from engine.run_tables import EpochLog, write_validation
 from engine.sharding import full_moments, full_weights, load_moments
-from engine.step import StepValues, TrainingStep
+from engine.step import StepValues, TrainConfig, TrainingStep
+from engine.step_choice import with_precision, with_way
 from engine.validation import Validator
 from engine.weights_file import WeightsFile
 from models import parameter_count
@@ -47,6 +48,9 @@ class Trainer:
         config: of the run, with a `run_dir`. ranks: who this process is. data: prepared volumes and the split.
         model: float32, on the CPU. settings: DeepSpeed's own, see `engine.deepspeed_json`.
 
+    Attributes:
+        config: the same with nothing left to `auto` in how steps are computed, see `engine.step_choice`.
+
     Raises:
         ValueError: options that can't be combined, or a run that can't be resumed.
     """
@@ -59,26 +63,23 @@ class Trainer:
         model: torch.nn.Module,
         settings: Mapping[str, Any] = {},
     ) -> None:
-        self.config, self.ranks, self.data = config, ranks, data
+        config = with_precision(config, ranks)
+        self.ranks, self.data = ranks, data
         assert config.run_dir is not None
         self.run_dir = config.run_dir
         self.regions = data.store.coding.regions
         self.train_loader, val_loader = make_loaders(config.data, config.train, ranks, data)
         self.validator = Validator(config, ranks, data.store.coding, val_loader)
         self.steps = len(self.train_loader) // config.train.accumulate_steps  # optimizer steps of an epoch
-        state = None
-        if config.resume:  # from the same state on all ranks
-            found = checkpoint.find_state(self.run_dir / "checkpoints") if ranks.is_first else self.run_dir
-            state = checkpoint.load_state(gather(found, ranks)[0])
-            with checkpoint.restoring(self.run_dir):
-                try:
-                    model.load_state_dict(state["weights"])
-                except RuntimeError as error:
-                    raise ValueError(f"--resume: the checkpoint holds the weights of another model: {error}") from error
-        self.step = TrainingStep(
-            model, config.train, config.optim, config.loss, ranks, self.regions, config.train.epochs * self.steps,
-            settings,
-        )  # fmt: skip
+        state = self._load_state(model) if config.resume else None
+        total_steps = config.train.epochs * self.steps
+
+        def make_step(model: torch.nn.Module, train: TrainConfig) -> TrainingStep:
+            return TrainingStep(model, train, config.optim, config.loss, ranks, self.regions, total_steps, settings)
+
+        steps_left = total_steps - (state["epoch"] * self.steps if state else 0)
+        self.config = with_way(config, ranks, model, self.train_loader, make_step, settings, steps_left)
+        self.step = make_step(model, self.config.train)
         self.writer = checkpoint.CheckpointWriter(self.run_dir / "checkpoints", config.train.keep_checkpoints)
         self.epoch, self.first_batch = 0, 0
         self.rate = self.step.rate  # of the epoch's first step
@@ -280,6 +281,17 @@ class Trainer:
                  "config": config}  # fmt: skip
         name = checkpoint.state_name(step.taken, is_validated=bool(weights_files))
         self.writer.write(name, state, about, {name: file for name in weights_files})
+
+    def _load_state(self, model: torch.nn.Module) -> dict[str, Any]:
+        """The newest state, the same on all ranks; its weights go into the model."""
+        found = checkpoint.find_state(self.run_dir / "checkpoints") if self.ranks.is_first else self.run_dir
+        state = checkpoint.load_state(gather(found, self.ranks)[0])
+        with checkpoint.restoring(self.run_dir):
+            try:
+                model.load_state_dict(state["weights"])
+            except RuntimeError as error:
+                raise ValueError(f"--resume: the checkpoint holds the weights of another model: {error}") from error
+        return state
 
     def _restore(self, state: dict[str, Any]) -> None:
         step, ranks, scored = self.step, state["ranks"], state.get("scored", "masks")

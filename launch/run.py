@@ -28,6 +28,7 @@ from engine.ranks.distributed import Ranks, first_on_node, gather, init_ranks
 from engine.ranks.terminal import LogFile, PlainFormatter
 from engine.reports import pictures, report
 from engine.run_tables import write_log, write_validation
+from engine.step_choice import OPTIONS, with_precision
 from engine.trained import load_trained
 from engine.trainer import Trainer
 from kernels import dispatch
@@ -82,9 +83,10 @@ def run(config: Config) -> None:
 def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Trainer:
     """Everything before the first step: log, data, network, `config.yaml`, a picture of a crop."""
     _start_log(run_dir, ranks)
-    config, settings = apply_deepspeed_json(config, ranks.world_size)
-    if config.resume and ranks.is_first:
-        _log_effects_of_resuming(config)
+    asked, settings = apply_deepspeed_json(config, ranks.world_size)
+    if asked.resume and ranks.is_first:
+        _log_effects_of_resuming(asked)
+    config = with_precision(asked, ranks)  # before anything reads it
     data = first_on_node(lambda: load_data(config.data), ranks)
     torch.manual_seed(config.train.seed)
     model = make_model(config.model, config.data.crop_size_voxels, len(data.store.modalities))
@@ -98,7 +100,7 @@ def _begin(config: Config, ranks: Ranks, run_dir: Path, paths_taken: str) -> Tra
     trainer = Trainer(config, ranks, data, model, settings)
     if ranks.is_first:
         with replacing(run_dir / "config.yaml") as file:  # for `--resume`, and to start the same run from any folder
-            yaml.safe_dump(to_portable_dict(config), file, sort_keys=False)
+            yaml.safe_dump(to_portable_dict(asked), file, sort_keys=False)
         _draw_sample(trainer, run_dir / "samples.png")
         (run_dir / "report.html").unlink(missing_ok=True)  # a resumed run is no longer finished
     return trainer
@@ -219,7 +221,7 @@ def _start_log(run_dir: Path, ranks: Ranks) -> None:
         handlers[0].setFormatter(PlainFormatter())
     handlers += map(LogFile, files)
     logging.captureWarnings(True)
-    for name in ("launch", "engine", "models", "pipelines", "py.warnings"):
+    for name in ("launch", "engine", "kernels", "models", "pipelines", "py.warnings"):
         logging.getLogger(name).setLevel(logging.DEBUG)
         if ranks.is_first:
             logging.getLogger(name).handlers = list(handlers)
@@ -261,9 +263,13 @@ def _log_effects_of_resuming(config: Config) -> None:
 
 
 def _changed_options(was: Any, now: Any, name: str = "") -> list[str]:
-    """A line for each option that differs between two configurations from `to_portable_dict`."""
+    """A line for each option that differs between two configurations from `to_portable_dict`.
+
+    What is left to `engine.step_choice` now is as the checkpoint says, and no difference.
+    """
     if isinstance(was, dict) and isinstance(now, dict):
         names = dict.fromkeys([*now, *was])
         prefix = f"{name}." if name else "--"
         return [line for key in names for line in _changed_options(was.get(key), now.get(key), f"{prefix}{key}")]
-    return [] if was == now else [f"{name} is {now}, and was {was} when the checkpoint was written"]
+    is_left = now == "auto" and name in {f"--train.{option}" for option in OPTIONS}
+    return [] if was == now or is_left else [f"{name} is {now}, and was {was} when the checkpoint was written"]

@@ -205,7 +205,7 @@ def test_all_mistakes_are_reported_together_with_their_places(tmp_path: Path) ->
         f"  {file}: there is no option modle; did you mean model?",
         f"  {file}: optim.lr .nan must be finite",
         "  --train.epochs 0 must be at least 1",
-        "  --train.precision fp61 must be one of float32, tf32, bf16, fp16; did you mean fp16?",
+        "  --train.precision fp61 must be one of auto, float32, tf32, bf16, fp16; did you mean fp16?",
     ]
 
 

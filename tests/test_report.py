@@ -31,6 +31,7 @@ from engine.reports.report import (
 from engine.step import TrainConfig
 from pipelines.layouts.labels import CODINGS
 
+EAGER = TrainConfig(precision="float32", compile=False, cuda_graph=False)
 ROW = {"epoch": 1, "loss": 1.5, "dice_loss": 1.0, "ce_loss": 0.5}
 SUMMARY: dict[str, Any] = {
     "definition": "Dice <per case>",
@@ -197,10 +198,11 @@ def test_timing_survives_an_epoch_that_was_resumed_after_its_last_step() -> None
 
 
 def test_the_environment_names_versions_ranks_and_kernels() -> None:
-    config = Config(train=TrainConfig(precision="bf16", zero_stage=2, seed=7))
+    config = Config(train=dataclasses.replace(EAGER, precision="bf16", zero_stage=2, seed=7, cuda_graph=True))
     facts = environment_facts(config, Ranks(0, 8, 0, torch.device("cpu"), 4), "kernels: reference (asked for)")
     assert facts["device"].startswith("CPU, ") and facts["ranks"] == "8, 4 of them on this node"
     assert (facts["kernels"], facts["precision"]) == ("reference (asked for)", "bf16")
+    assert facts["step"] == "CUDA graph"
     assert (facts["ZeRO stage"], facts["seed"]) == ("2", "7")
     assert f"PyTorch {torch.__version__}" in facts["versions"]
     for name in ("Python", "Triton", "MONAI", "DALI", "DeepSpeed"):
@@ -220,9 +222,9 @@ def test_the_commit_is_that_of_the_checkout_and_of_no_repository_around_it(
     git("init")
     git("commit", "--allow-empty", "-m", "first")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    assert environment_facts(Config(), RANKS, "")["commit"] == git("rev-parse", "--short", "HEAD")
+    assert environment_facts(Config(train=EAGER), RANKS, "")["commit"] == git("rev-parse", "--short", "HEAD")
     (tmp_path / "site-packages").mkdir()
     monkeypatch.setattr(report, "ROOT", tmp_path / "site-packages")
-    assert environment_facts(Config(), RANKS, "")["commit"] == "unknown"
+    assert environment_facts(Config(train=EAGER), RANKS, "")["commit"] == "unknown"
     monkeypatch.setenv("GLIOFORGE_COMMIT", "abc1234")
-    assert environment_facts(Config(), RANKS, "")["commit"] == "abc1234"
+    assert environment_facts(Config(train=EAGER), RANKS, "")["commit"] == "abc1234"

@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import yaml
 from commands import rows_of, start, train, write_small
 from test_checkpoint import write
 
@@ -72,6 +73,19 @@ def test_a_run_leaves_pictures_tables_checkpoints_and_a_page(finished: Path) -> 
     assert page.count("data:image/png;base64,") == 4 and "http" not in page.split("</style>")[1]
 
 
+def test_config_yaml_keeps_what_was_asked_and_results_say_what_was_taken(finished: Path) -> None:
+    run, taken = finished / "runs" / "one", {"precision": "float32", "compile": False, "cuda_graph": False}
+    asked = yaml.safe_load((run / "config.yaml").read_text())["train"]
+    assert {asked[name] for name in taken} == {"auto"}
+    weights = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    about = json.loads((states(run / "checkpoints")[0] / "about.json").read_text())
+    for config in (weights["config"], about["config"]):
+        assert {name: config["train"][name] for name in taken} == taken
+    page = (run / "report.html").read_text()
+    assert '<th scope="row">precision</th><td>float32</td>' in page and '"row">step</th><td>eager</td>' in page
+    assert FinishedRun.read(run).config.train.precision == "float32"
+
+
 @pytest.mark.slow
 def test_training_on_scans_that_are_not_prepared_gives_the_same_losses(finished: Path) -> None:
     done = train(finished, *options(finished), "--run_dir", "runs/raw", "--data.unprepared", "true",
@@ -92,6 +106,7 @@ def test_a_run_killed_within_an_epoch_resumes_bit_for_bit(finished: Path) -> Non
     assert not (finished / "runs" / "killed" / "log.csv").exists()  # no epoch was whole
     resumed = train(finished, "--resume", "runs/killed")
     assert resumed.returncode == 0, resumed.stderr
+    assert "--resume: --" not in resumed.stdout  # no option is said to differ
     assert re.search(r"resumed runs/killed after epoch 0 of 2, step [1-9]\d? of 12", resumed.stdout), resumed.stdout
     expected, found = (rows_of(finished / "runs" / name) for name in ("one", "killed"))
     for name in ("epoch", "step", "loss", "dice_loss", "ce_loss", "val_WT"):
@@ -161,7 +176,7 @@ def test_a_run_applies_deepspeeds_json_and_sets_the_process_before_the_trainer(
     set_up.assert_called_once_with("bf16", True)
     effective = trainer.call_args.args[0]
     assert (effective.train.batch_size, effective.train.precision) == (7, "bf16")
-    assert (config.train.batch_size, config.train.precision) == (CPU.batch_size, "float32")
+    assert (config.train.batch_size, config.train.precision) == (CPU.batch_size, "auto")
 
 
 def test_a_folder_that_another_job_made_meanwhile_is_left_alone(
@@ -296,6 +311,16 @@ def test_options_that_differ_from_the_checkpoints_are_named() -> None:
     ]
     assert any(line.startswith("--optim") for line in _changed_options(was, now))
     assert _changed_options(now, now) == []
+
+
+def test_options_that_are_left_open_differ_from_no_checkpoint() -> None:
+    """They are as it says; one that is written out now may differ."""
+    was = to_portable_dict(Config(train=TrainConfig(precision="bf16", compile=True, cuda_graph=False)))
+    now = to_portable_dict(Config(train=TrainConfig(cuda_graph=True)))
+    assert _changed_options(was, now) == ["--train.cuda_graph is True, and was False when the checkpoint was written"]
+    assert _changed_options(was | {"kernels": "triton"}, was) == [
+        "--kernels is auto, and was triton when the checkpoint was written"
+    ]
 
 
 def test_what_is_written_elsewhere_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

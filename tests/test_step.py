@@ -65,7 +65,8 @@ def make_step(
 ) -> TrainingStep:
     optim = {"lr": RATE, "weight_decay": 0.1, "grad_clip": options.pop("grad_clip", 0.0)}
     optim["ema_decay"] = options.pop("ema_decay", 0.0)
-    train, model = TrainConfig(**options), model or network()
+    train = TrainConfig(**{"precision": "float32", "compile": False, "cuda_graph": False, **options})
+    model = model or network()
     return TrainingStep(model, train, OptimConfig(**optim), LossConfig(), ranks, REGIONS, 100, settings or {})
 
 
@@ -250,6 +251,8 @@ def test_a_compiled_network_takes_the_same_steps_and_is_validated_uncompiled(ran
     [
         ({"compile": True, "zero_stage": 3}, "take a stage from 0 to 2"),
         ({"cuda_graph": True}, "needs a GPU"),
+        ({"precision": "auto"}, "--train.precision auto is decided before a step is made"),
+        ({"compile": "auto"}, "--train.compile auto is decided before a step is made"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str, ranks: Ranks) -> None:
@@ -308,7 +311,7 @@ def record(cuda_graph: CudaGraphPass, image: torch.Tensor, labels: torch.Tensor)
 
 def cuda_graphs_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CudaGraphPass, "_record", record)
-    patch.setattr("engine.step._check_options", lambda train, ranks: None)
+    patch.setattr("engine.step.check_options", lambda train, ranks: None)
 
 
 @pytest.mark.parametrize("frozen", ["", "2.bias"])

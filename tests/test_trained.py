@@ -12,6 +12,7 @@ import torch
 from engine.config import Config, to_dict
 from engine.data import DataConfig
 from engine.network import ModelConfig, make_model
+from engine.step import TrainConfig
 from engine.trained import NOT_DESCRIPTIVE, load_trained
 from engine.weights_file import write_content
 from pipelines.decathlon import TASK
@@ -20,6 +21,7 @@ from pipelines.layouts.labels import CODINGS, Coding, tutorial_coding
 CONFIG = Config(
     data=DataConfig(crop_size_voxels=(16, 16, 16), spacing_mm=(2.0, 2.0, 3.0)),
     model=ModelConfig(name="unetr", feature_size=2, hidden_size=8, mlp_dim=8, num_heads=2),
+    train=TrainConfig(precision="fp16"),
 )
 
 
@@ -50,6 +52,12 @@ def test_a_saved_network_loads_with_everything_that_belongs_to_it(tutorial: bool
     torch.manual_seed(0)
     network, image = make_model(CONFIG.model, CONFIG.data.crop_size_voxels, 2).eval(), torch.randn(1, 2, 16, 16, 16)
     assert torch.equal(trained.network(image), network(image))
+
+
+def test_imported_weights_whose_precision_is_open_are_used_in_float32(tmp_path: Path) -> None:
+    config = to_dict(dataclasses.replace(CONFIG, train=TrainConfig()))
+    write_content(tmp_path / "weights.pt", content_of(config=config))
+    assert load_trained(tmp_path / "weights.pt").config.train.precision == "float32"
 
 
 def test_a_run_gives_its_best_weights_and_a_file_its_own(tmp_path: Path) -> None:

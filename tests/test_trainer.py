@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -20,6 +21,7 @@ import torch
 from commands import free_port
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR, UNet
+from test_step_trial import BOTH, COMPILED, EAGER, GRAPH, Clock
 
 from engine.checkpoint import state_name, states
 from engine.config import Config
@@ -30,9 +32,11 @@ from engine.progress import DataWait
 from engine.ranks.distributed import Ranks
 from engine.ranks.signals import TrainingStopped
 from engine.step import LossConfig, TrainConfig, TrainingStep
+from engine.step_trial import Way
 from engine.trainer import Trainer
 from engine.weights_file import read_content
 from kernels.dice_ce import region_masks
+from kernels.measured_cache import MeasuredCache
 from models import build_model, to_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,6 +227,45 @@ def test_a_run_stopped_at_any_step_resumes_bit_for_bit(make: Callable[..., Train
         if whole.step.average and resumed.step.average:
             averages = zip(resumed.step.average.averages, whole.step.average.averages, strict=True)
             assert all(torch.equal(value, wanted) for value, wanted in averages)
+
+
+@pytest.mark.parametrize("way", [EAGER, COMPILED, GRAPH])
+def test_a_run_that_chose_how_to_step_is_the_run_with_that_written_out(
+    way: Way, make: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: batches, losses, weights, random numbers, what `last.pt` holds. And so is one that is resumed."""
+    monkeypatch.setenv("GLIOFORGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("engine.step_choice.GAIN", 1e6)  # else so short a run chooses nothing
+    traced = partial(torch.compile, backend="eager")
+    clock = Clock(**dict.fromkeys(("eager", "graph", "compiled", "both"), 1.0)).patch(monkeypatch)
+    clock.seconds[way] = 0.5
+    monkeypatch.setattr(torch, "compile", traced)
+
+    def fit(name: str, stop_at: int | None = None, resume: bool = False, **options: Any) -> Trainer:
+        def hook(step: int, image: torch.Tensor) -> None:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            torch.rand(1)  # as dropout would
+
+        trainer = make(name, hook, resume, **options)
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.fit()
+        return trainer
+
+    chosen, drawn = fit("chosen"), torch.rand(1)
+    assert Way.of(chosen.config.train) == way and set(clock.taken) == {EAGER, COMPILED, GRAPH, BOTH}
+    clock.taken.clear()
+    written, drawn_then = fit("written", compile=way.compile, cuda_graph=way.cuda_graph), torch.rand(1)
+    assert torch.equal(drawn, drawn_then) and losses(chosen) == losses(written) and equal_weights(chosen, written)
+    hashes = {read_content(run.run_dir / "checkpoints" / "last.pt")["sha256"] for run in (chosen, written)}
+    assert len(hashes) == 1
+
+    fit("stopped", stop_at=5)
+    MeasuredCache("steps").clear()
+    clock.taken.clear()
+    clock.seconds = dict.fromkeys(clock.seconds, 1.0)  # another choice, were there one
+    resumed = fit("stopped", resume=True)
+    assert set(clock.taken) == {way} and losses(resumed) == losses(written) and equal_weights(resumed, written)
 
 
 def test_a_run_is_not_resumed_with_another_score(make: Callable[..., Trainer]) -> None:

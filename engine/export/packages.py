@@ -5,6 +5,7 @@ What can be converted is in `models.NETWORKS`. No code from a file is run on the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def import_weights(
     Args:
         state_dict: of the package's model.
         package: "monai" or "self_attention_cv".
-        config: model, spacing and crop; the rest goes into the file unchanged.
+        config: model, spacing and crop; the rest goes into the file unchanged, but a precision of `auto` as float32.
         modalities, coding: what the channels are, and what label values to write.
 
     Raises:
@@ -94,4 +95,5 @@ def import_weights(
             f"{tuple(config.data.crop_size_voxels)}: set --model, --data.modalities and --data.crop_size_voxels as the "
             f"network was built ({fault})"
         )
-    return WeightsFile(weights, to_dict(config), 0, {}, modalities, coding, {})
+    train = replace(config.train, precision="float32") if config.train.precision == "auto" else config.train
+    return WeightsFile(weights, to_dict(replace(config, train=train)), 0, {}, modalities, coding, {})

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +44,15 @@ class Ranks:
     def is_first(self) -> bool:
         """The one rank that logs and writes."""
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or the processor's with the number of threads in use."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        about = Path("/proc/cpuinfo")
+        named = re.search(r"^model name\s*: (.+)", about.read_text(), re.MULTILINE) if about.is_file() else None
+        return f"CPU, {named[1] if named else platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 class PeerFailed(ValueError):

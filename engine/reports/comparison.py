@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import states
+from engine.checkpoint import recorded_config, states
 from engine.config import CONFIGS, Config, config_from_dict, to_dict
 from engine.metrics import SCORED
 from engine.parser import read_yaml
@@ -56,7 +56,8 @@ class FinishedRun:
     """The results of a run.
 
     Attributes:
-        path: its folder. config: its options. epochs: trained. history: rows of `log.csv`.
+        path: its folder. config: its options, with the precision that it took. epochs: trained.
+        history: rows of `log.csv`.
         best: scores of its best validation, as in `metrics.json`; "epoch" is None if nothing was validated.
         definition: of Dice, in words.
         cases: names of the validation cases; `example` is one of them, with every region if there is such a case.
@@ -109,6 +110,8 @@ class FinishedRun:
         with_all_regions = [row["case"] for row in validated if all(row[region] for region in REGIONS)]
         cases = tuple(row["case"] for row in validated)
         world_size = _whole_number(_read_object(state / "about.json")["world_size"], "world_size")
+        taken = recorded_config(path / "checkpoints") or {}  # with a precision in place of auto
+        precision = taken.get("train", {}).get("precision", config.train.precision)
         history = [
             {key: float(value) if value else None for key, value in row.items()} for row in read_table(path / "log.csv")
         ]
@@ -116,7 +119,7 @@ class FinishedRun:
             raise ValueError("log.csv has no rows with epoch and loss")
         return cls(
             path=path,
-            config=replace(config, train=replace(config.train, score=scored)),
+            config=replace(config, train=replace(config.train, score=scored, precision=precision)),
             epochs=_whole_number(metrics["epochs"], "epochs"),
             history=history,
             best=_checked_scores(metrics["best"]),

@@ -265,7 +265,9 @@ def _clock(seconds: float) -> str:
 
 
 def environment_facts(config: Config, ranks: Ranks, kernels: str) -> dict[str, str]:
-    """What a run is computed with; `kernels` is the result of `dispatch.use`."""
+    """What a run is computed with: its options, with nothing left to `auto`, and the result of `dispatch.use`."""
+    from engine.step_trial import Way
+
     train = config.train
     versions = {
         "Python": platform.python_version(),
@@ -277,24 +279,17 @@ def environment_facts(config: Config, ranks: Ranks, kernels: str) -> dict[str, s
     }
     nodes = "one node" if ranks.ranks_on_node == ranks.world_size else f"{ranks.ranks_on_node} of them on this node"
     return {
-        "device": _device_name(ranks.device),
+        "device": ranks.device_name,
         "ranks": "1" if ranks.world_size == 1 else f"{ranks.world_size}, {nodes}",
         "kernels": kernels.removeprefix("kernels: "),
         "precision": train.precision,
+        "step": str(Way.of(train)),
         "ZeRO stage": str(train.zero_stage),
         "seed": str(train.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "commit": _commit(),
         "system": platform.platform(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.+)", about.read_text(), re.MULTILINE) if about.is_file() else None
-    return f"CPU, {named[1] if named else platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 def _version(prefix: str) -> str | None:

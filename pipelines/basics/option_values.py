@@ -4,8 +4,9 @@ An option's type is that of its field, one of
 
     bool   int   float   str   Path   Literal[...]   list[X]   tuple[X, X, X]   each also as `X | None`
 
-and its bounds are next to its default, `lr: float = number(1e-4, least=0, most=1000)`. Command lines, YAML files and
-dataclasses made in Python all pass through `convert`, so that every number is finite and within its bounds.
+A switch that may be left to the program is a `Literal["auto", True, False]`. Bounds are next to the default,
+`lr: float = number(1e-4, least=0, most=1000)`. Command lines, YAML files and dataclasses made in Python all pass
+through `convert`, so that every number is finite and within its bounds.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def describe(kind: Any, bounds: Bounds) -> str:
     """What a value of this type must be: `a whole number, at least 1`."""
     kind, origin, inner = _unwrapped(kind)
     if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
+        return f"one of {', '.join(map(as_typed, inner))}"
     if origin in (list, tuple):
         names = {int: "whole numbers", float: "numbers", Path: "paths"}
         several = names.get(inner[0], "names")
@@ -112,7 +113,10 @@ def convert(raw: Any, kind: Any, bounds: Bounds = NO_BOUNDS) -> Any:
     if origin in (list, tuple):
         return origin(_several(raw, kind, bounds, rule))
     if origin is Literal:
-        choices = {str(choice): choice for choice in inner}
+        truth = _truth(raw)
+        if truth is not None and any(choice is truth for choice in inner):  # 0 and 1 are no truths
+            return truth
+        choices = {as_typed(choice): choice for choice in inner}
         if str(raw) in choices and not isinstance(raw, bool):
             return choices[str(raw)]
         meant = nearest(str(raw), list(choices))
