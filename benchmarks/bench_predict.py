@@ -277,7 +277,8 @@ def short_run(model: str) -> Path:
     options += ["--data.root", str(scans(None)), "--data.val_fraction", "0.25", "--data.foreground_prob", "0.7"]
     options += ["--loss.ce_weight", "0.2", "--train.epochs", "1", "--train.val_every_epochs", "1"]
     options += ["--data.crops_per_case", "200" if IS_GPU else "32", "--optim.warmup_steps", "5"]
-    options += ["--optim.lr", "5e-4", "--train.precision", "bf16"] if IS_GPU else []
+    options += ["--optim.lr", "5e-4"] if IS_GPU else []
+    options += ["--train.precision", "bf16" if IS_GPU else "float32"]
     with tempfile.TemporaryDirectory(dir=weights.parent) as folder:
         command = [sys.executable, str(ROOT / "launch" / "train.py"), *options, "--run_dir", f"{folder}/run"]
         subprocess.run(command, check=True, cwd=ROOT)

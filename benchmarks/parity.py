@@ -79,7 +79,13 @@ class Curve:
 
 def make_trainer(scene: Scene, config: DataConfig, precision: str, seed: int) -> Trainer:
     """The trainer of this engine; weights and batches come from the seed alone."""
-    options: Any = {"precision": precision, "validation": "center_crop" if IS_GPU else "full_volume", "score": "masks"}
+    options: Any = {
+        "precision": precision,
+        "compile": False,
+        "cuda_graph": False,
+        "validation": "center_crop" if IS_GPU else "full_volume",
+        "score": "masks",
+    }
     full = Config(
         data=config,
         model=ModelConfig(scene.model, **scene.size.widths),

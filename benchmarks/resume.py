@@ -42,7 +42,16 @@ CONFIG = {
     },
     "model": {"name": "unetr", "feature_size": 8, "hidden_size": 24, "mlp_dim": 32, "num_heads": 2},
     "optim": {"schedule": "cosine", "warmup_steps": 3, "grad_clip": 1.0, "ema_decay": 0.9},
-    "train": {"epochs": EPOCHS, "val_every_epochs": EPOCHS, "batch_size": 1, "device": "cpu", "save_every_steps": 1},
+    "train": {
+        "epochs": EPOCHS,
+        "val_every_epochs": EPOCHS,
+        "batch_size": 1,
+        "device": "cpu",
+        "save_every_steps": 1,
+        "precision": "float32",
+        "compile": False,
+        "cuda_graph": False,
+    },
 }
 LIMIT_S = 300.0
 

@@ -151,9 +151,8 @@ class Ours:
     """The trainer of this engine."""
 
     def __init__(self, scene: Scene, variant: LoopVariant, batch: int) -> None:
-        options: dict[str, Any] = {"precision": variant.precision}
-        if variant.compiled or variant.graphed:
-            options |= {"compile": variant.compiled, "cuda_graph": variant.graphed}
+        ways: dict[str, Any] = {"compile": variant.compiled, "cuda_graph": variant.graphed}
+        options: dict[str, Any] = {"precision": variant.precision, **ways}  # nothing is left to the engine
         config = Config(
             data=DataConfig(crop_size_voxels=scene.size.crop, crops_per_case=1000),
             model=ModelConfig(scene.model, **scene.size.widths),

@@ -127,7 +127,8 @@ def estimate(
 
     Args:
         model: the network before DeepSpeed and `torch.compile` take it; on any device, "meta" too.
-        config: of the run. channels: of the images. regions: labels of each, as `dice_ce_loss` takes them.
+        config: of the run, with its precision. channels: of the images.
+        regions: labels of each, as `dice_ce_loss` takes them.
         ranks: how many share the shards, and their device. volume_bytes: prepared volumes in its memory.
     """
     train, size, device = config.train, config.data.crop_size_voxels, ranks.device
@@ -230,6 +231,8 @@ def out_of_memory_message(error: BaseException, estimate: MemoryEstimate, device
     ways = []
     if fits:
         ways.append(f"--train.batch_size {fits}, with --train.accumulate_steps for the same number of crops a step")
+    if train.cuda_graph is True:
+        ways.append("--train.cuda_graph false, as a CUDA graph keeps the memory of a pass for itself")
     if train.precision in ("float32", "tf32"):
         ways.append("--train.precision bf16, whose activations take fewer bytes")
     smaller = _smaller_crop(estimate.crop[1:])

@@ -109,6 +109,8 @@ class StepTrial:
         self._step(step)
         values = StepValues(*step.values.tolist())
         self._together(lambda: self._compare(values))
+        if step.cuda_graph:  # it keeps the memory of a pass for itself: a validation must fit beside it
+            self._together(lambda: self._validate(step))
         for _ in range(WARM_UP_STEPS - 1):
             self._step(step)
         seconds: list[float] = []
@@ -136,6 +138,10 @@ class StepTrial:
             # Not `backward`, whose gradients DeepSpeed would reduce as they come.
             wanted = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
             torch.autograd.grad(loss, wanted, allow_unused=True)
+
+    def _validate(self, step: TrainingStep) -> None:
+        with step.evaluating() as network:
+            network(self.batch[0][:1])
 
     def _compare(self, values: StepValues) -> None:
         """Raise WayFailed if the values of a first step are not those of the first way."""

@@ -61,7 +61,8 @@ def estimate(
     train: Mapping[str, Any] = {}, world_size: int = 1, ema_decay: float = 0.0,
 ) -> MemoryEstimate:  # fmt: skip
     """Of so many crops of four channels; `train` are options of `TrainConfig`."""
-    train_config, optim = TrainConfig(batch_size=count, **train), OptimConfig(ema_decay=ema_decay)
+    train_config = TrainConfig(**{"batch_size": count, "precision": "float32", **train})
+    optim = OptimConfig(ema_decay=ema_decay)
     config = Config(data=DataConfig(crop_size_voxels=size), train=train_config, optim=optim)
     return memory.estimate(model, config, 4, REGIONS, Ranks(0, world_size, 0, torch.device(device)))
 
@@ -86,7 +87,7 @@ def known(**changes: Any) -> MemoryEstimate:
     plain = MemoryEstimate(
         weights=2 * GB, gradients=2 * GB, optimizer=4 * GB, buffers=0, ema=0, volumes=3 * GB, batches=GB, saved=40 * GB,
         activations=50 * GB, activations_per_crop=6 * GB, accumulates=False, crop=(4, 128, 128, 64),
-        train=TrainConfig(batch_size=8), world_size=4,
+        train=TrainConfig(batch_size=8, precision="float32", cuda_graph=True), world_size=4,
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
 
@@ -265,7 +266,7 @@ def test_the_message_says_what_to_lower_and_to_what() -> None:
     text = out_of_memory_message(error, known(), torch.device("cpu"), 40 * GB)
     assert "\n" not in text and "More" not in text
     for part in ("Tried to allocate 2.00 GiB", "about 60.0 GB of 40.0 GB", "--train.batch_size 4,",
-                 "--train.precision bf16,", "'[96,96,64]', which takes 56%",
+                 "--train.precision bf16,", "--train.cuda_graph false,", "'[96,96,64]', which takes 56%",
                  "--train.zero_stage 2, which saves about 4.5 GB per rank",
                  "--data.residence mapped, which saves the 3.0 GB"):  # fmt: skip
         assert part in text, (part, text)
@@ -274,7 +275,7 @@ def test_the_message_says_what_to_lower_and_to_what() -> None:
 def test_the_message_omits_what_is_done_already() -> None:
     it = known(train=TrainConfig(precision="bf16", zero_stage=2, batch_size=1), volumes=0, crop=(4, 32, 32, 32))
     text = out_of_memory_message(MemoryError(), it, torch.device("cpu"), 40 * GB)
-    for option in ("precision bf16,", "zero_stage 2,", "--data.residence", "--data.crop_size_voxels"):
+    for option in ("precision bf16,", "cuda_graph", "zero_stage 2,", "--data.residence", "--data.crop_size_voxels"):
         assert option not in text, (option, text)
     assert "MemoryError" in text and text.endswith("use a device with more memory")
 

@@ -166,6 +166,18 @@ def test_what_a_way_raises_is_its_fault(
     assert trial_of(ranks).tried(GRAPH) == Tried(fault=fault)
 
 
+def test_a_validation_must_fit_beside_a_cuda_graph(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(nn.Sequential):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            if not self.training:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(image)
+
+    Clock(eager=1.0, graph=0.125).patch(monkeypatch)
+    trial = trial_of(ranks, Large(network()))
+    assert [trial.tried(way) for way in (EAGER, GRAPH)] == [Tried(1.0), Tried(fault="out of memory")]
+
+
 def test_a_user_who_stops_a_trial_stops_the_run(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(step: TrainingStep) -> None:
         raise KeyboardInterrupt
