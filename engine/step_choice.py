@@ -167,10 +167,8 @@ def _timed_way(trial: StepTrial, key: str, ranks: Ranks, ways: Sequence[Way], st
 
 
 def _tried(trial: StepTrial, ways: Sequence[Way], steps_left: int) -> dict[Way, Tried]:
-    """Every way that pays, or its fault; nothing but the fault of the first if it has one."""
+    """The plainest way, and every other that pays; none does if the plainest has failed, in infinite seconds."""
     tried = {ways[0]: trial.tried(ways[0])}
-    if tried[ways[0]].fault:
-        return tried
     for way in _paying(ways, tried[ways[0]].seconds, steps_left)[1:]:
         parts = (Way(way.compile, False), Way(False, way.cuda_graph))
         if not any(tried[part].fault for part in parts if part in tried):  # else both together fail too

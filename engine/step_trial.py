@@ -7,7 +7,8 @@ counter of the GPU's peak memory are afterwards as they were.
 
 Ranks try a way together, as a step waits for all of them, and the time of the slowest counts. A way that fails on one
 rank has failed on all. Whatever may fail on one rank alone, for want of memory or of a compiler, is therefore first
-done where no other rank waits for it: the copy of the network, then a pass without reduction.
+done where no other rank waits for it: the copy of the network, then a pass without reduction. What fails after that
+fails on all ranks alike, or is the loss of a rank, as it is in training.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from engine.precision import LOW_PRECISION
 from engine.ranks.distributed import Ranks, gather
 from engine.ranks.memory_limits import is_out_of_memory
 from engine.step import StepValues, TrainConfig, TrainingStep
+from models import parameter_count
 from pipelines.basics.text import one_line
 
 WARM_UP_STEPS = 2
@@ -94,12 +96,11 @@ class StepTrial:
         """Try a way; all ranks must call it. The first one is what the others are compared with."""
         with self._random_kept():
             try:
-                own = Tried(self._median_seconds(way))
+                found = Tried(self._median_seconds(way))
             except Exception as error:  # whatever it is, training can go on in another way
-                own = Tried(fault=_in_words(error))
+                found = Tried(fault=_in_words(error))
         self._free(way)  # not before the error is gone, which holds the step
-        faults = [fault for fault in gather(own.fault, self.ranks) if fault]
-        return Tried(fault=faults[0]) if faults else own
+        return found
 
     def _median_seconds(self, way: Way) -> float:
         train = replace(self.train, compile=way.compile, cuda_graph=way.cuda_graph)
@@ -129,6 +130,8 @@ class StepTrial:
     def _pass_alone(self, step: TrainingStep) -> None:
         """Compile, or record, and use the memory of a pass, while no other rank waits for this one."""
         image, labels = self.batch
+        shares = self.ranks.world_size if self.train.zero_stage else 1
+        moments = torch.empty(2 * parameter_count(step.model) // shares, device=image.device)  # of the step to come
         with self._random_kept():
             if step.cuda_graph:
                 step.cuda_graph(image, labels)
@@ -138,6 +141,7 @@ class StepTrial:
             # Not `backward`, whose gradients DeepSpeed would reduce as they come.
             wanted = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
             torch.autograd.grad(loss, wanted, allow_unused=True)
+        del moments
 
     def _validate(self, step: TrainingStep) -> None:
         with step.evaluating() as network:

@@ -181,10 +181,11 @@ def test_if_the_plainest_way_fails_it_is_taken_untimed(
     ],
 )
 def test_nothing_is_timed_where_nothing_is_open_or_bits_must_be_the_same(
-    options: dict[str, Any], way: Way, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], way: Way, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     clock = Clock(**ALL).patch(monkeypatch)
-    assert way_of(ranks, config_of(**options)) == way and not clock.taken
+    assert way_of(ranks, config_of(**options)) == way and not clock.taken and not caplog.messages
 
 
 def test_an_option_that_is_written_out_insists(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +281,7 @@ def test_what_failed_is_tried_again_by_the_next_run(ranks: Ranks, monkeypatch: p
     with pytest.MonkeyPatch.context() as patch:
         Clock(**ALL).patch(patch, {GRAPH: fail(torch.OutOfMemoryError("CUDA"))})
         assert way_of(ranks) == COMPILED
+        assert [*MeasuredCache("steps").entries().values()] == [{"eager": 1.0, "compiled": 0.75}]
     Clock(**ALL).patch(monkeypatch)
     assert way_of(ranks) == GRAPH
 
