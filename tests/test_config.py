@@ -325,6 +325,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
             if name != "phantom":
                 after = text.split(f"--data.{name} " if group == "data" else f"--{group}.{name} ")[-1]
                 assert len(after.split("(type:")[0].split()) > 1, f"{group}.{name} has no help"
+    assert "--train.compile {auto,true,false} " in text  # as it is typed
 
 
 def test_resume_reads_the_runs_own_configuration(tmp_path: Path) -> None:

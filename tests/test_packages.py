@@ -15,6 +15,7 @@ from untrained import CROP, WIDTHS, image, saved_run
 
 from engine.export.packages import read_state_dict, reference_class
 from engine.trained import TrainedNetwork, load_trained
+from engine.weights_file import WeightsFile
 from launch.convert import main
 from models import NETWORKS
 from pipelines.layouts.labels import CODINGS
@@ -58,6 +59,7 @@ def test_weights_go_to_the_reference_package_and_come_back(name: str, tmp_path: 
     assert (back.modalities, back.coding, back.epoch) == (("t1c", "flair"), CODINGS["brats2018"], 0)
     assert (back.config.data.spacing_mm, back.validation) == ((2.0, 2.0, 3.0), {})
     assert torch.equal(back.network(image(1)), trained.network(image(1)))
+    assert WeightsFile.read(ours).config["train"]["precision"] == "float32"  # nothing is left open in a file
 
 
 @pytest.mark.parametrize(
