@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["engine*", "kernels", "launch", "models", "pipelines*"]),
-    package_data={"kernels": ["tuned.json"], "launch": ["configs/*.yaml"]},
+    package_data={"kernels": ["priors.json"], "launch": ["configs/*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",

@@ -32,8 +32,6 @@ from models.vit import SelfAttention
 
 pytestmark = pytest.mark.kernel
 WORKLOADS = measured("attention") if IS_GPU else (AttentionWorkload(2, 10, 256, 51, torch.float32),)
-CHOICES = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-"""What path "torch" can take."""
 
 
 def work(workload: AttentionWorkload, direction: str) -> LeastWork:

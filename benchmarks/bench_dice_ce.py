@@ -25,8 +25,6 @@ from kernels.dispatch import DIRECTIONS
 
 pytestmark = pytest.mark.kernel
 WORKLOADS = measured("dice_ce") if IS_GPU else (DiceCEWorkload((2, 3, 32, 32, 32), torch.float32),)
-CHOICES = ("torch.compile",)
-"""What path "torch" can take."""
 MONAI_DICE = DiceLoss(sigmoid=True)
 MONAI_DICE_CE = DiceCELoss(sigmoid=True)
 

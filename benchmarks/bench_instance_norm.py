@@ -41,8 +41,6 @@ CPU_WORKLOADS = (
     InstanceNormWorkload((1, 16, 32, 32, 32), torch.float32, FIRST, residual="normalised"),
 )
 WORKLOADS = measured("instance_norm") if IS_GPU else CPU_WORKLOADS
-CHOICES = ("torch.compile",)
-"""What path "torch" can take."""
 
 
 def work(workload: InstanceNormWorkload, direction: str) -> LeastWork:

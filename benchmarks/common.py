@@ -17,8 +17,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -29,7 +28,6 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from torch.utils._pytree import tree_map
 
 from engine.precision import tf32
@@ -222,17 +220,6 @@ def path_taken(call: Callable[[], Any]) -> tuple[str, str]:
     with mock.patch.object(dispatch, "path", spy):
         call()
     return taken[-1]
-
-
-@contextmanager
-def forced(path: dispatch.OpPath, choice: str = "") -> Iterator[None]:
-    """Force a path on every operation, and on path "torch" one backend on attention, by its name."""
-    backends = [SDPBackend.__members__[choice]] if choice in SDPBackend.__members__ else []
-    with (
-        mock.patch.object(dispatch, "path", lambda op, x, key: path),
-        mock.patch.object(dispatch, "sdpa_backends", lambda op, x, key: backends),
-    ):
-        yield
 
 
 def synchronize() -> None:

@@ -6,7 +6,7 @@
 #   bash benchmarks/gpu_suite.sh pipeline parity      the rest, not run without arguments
 #
 #   tests     the tests marked gpu
-#   tune      every configuration of every kernel; writes kernels/tuned.json
+#   tune      every configuration of every kernel; into $GLIOFORGE_CACHE
 #   bench     the kernels' benchmarks
 #   train     the demo, and a training step of UNETR at the published size beside a plain MONAI loop: its parts, its
 #             time and memory by precision, compiled and as a CUDA graph, the batch with the largest throughput
@@ -68,7 +68,7 @@ tests() {
 
 tune() {
   run 1 tune "$python" -m benchmarks.tune && tail -n 1 "$logs/tune.log"
-  cp -f kernels/tuned.json "$OUT/" 2>/dev/null
+  cp -f "$GLIOFORGE_CACHE"/measured/*.json "$OUT/" 2>/dev/null
 }
 
 bench() {

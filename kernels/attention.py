@@ -625,6 +625,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
     if torch.compiler.is_exporting():  # an exported graph has plain operations, and any batch size; a key needs one
         return attention_reference(q, k, v, scale)
     key = _key(q.shape, q.dtype)
+    dispatch.compare("attention", key, flash_attention, (q, k, v, scale), dispatch.SDPA_WAYS)
     path = dispatch.path("attention", q, key)
     if path == "triton":
         if scale < 0:

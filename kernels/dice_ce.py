@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -720,7 +720,13 @@ def dice_ce_loss(
     weight = _check_weight(weight, channels)
     if check_labels:
         _check_labels(labels, regions, background)
-    chosen = dispatch.path("dice_ce", logits, _key_of(logits, ce)) if channels <= MAX_REGIONS else "reference"
+    chosen: dispatch.OpPath = "reference"
+    if channels <= MAX_REGIONS:
+        key = _key_of(logits, ce)
+        options: dict[str, Any] = {"ce": ce, "squared_pred": squared_pred, "batch": batch, "weight": weight, **factors}
+        loss_of = partial(dice_ce_loss, regions=regions, background=background, check_labels=False, **options)
+        dispatch.compare("dice_ce", key, loss_of, (logits, labels), ("torch.compile",))
+        chosen = dispatch.path("dice_ce", logits, key)
     if chosen == "triton":
         table = _table(regions, labels.device)
         *values, _ = _dice_ce(logits, labels, table, weight, ce, list(factors.values()), squared_pred, batch)

@@ -5,39 +5,56 @@ Every operation of this package has up to three paths with one signature and one
     triton      our kernels: on an NVIDIA GPU of compute capability 8.0 or more, or in Triton's interpreter
                 (`TRITON_INTERPRET=1` before anything imports triton), which runs them on a CPU for tests
     torch       the fastest that PyTorch itself offers (the reference compiled, or `scaled_dot_product_attention`):
-                where `tuned.json` says that it beat our kernel, and for instance norm on a CPU (`group_norm`)
+                where it was measured to beat our kernel, and for instance norm on a CPU (`group_norm`)
     reference   plain PyTorch in float32: everywhere else
 
 `path` chooses by mode (`use`), device, dtype and measurements; callers never ask. float64 always takes the reference,
 and so does bfloat16 in the interpreter, which computes it wrongly.
 
 A kernel has several configurations (block sizes, warps, pipeline stages), its `candidates`; the first is the default,
-good on every GPU. `python -m benchmarks.tune` writes `tuned.json`: for each compute capability the fastest
-configuration by kernel and key, and the operations and keys where PyTorch won, and with what. It compares forward +
-backward, which decides where a gradient will be taken, and the forward alone, which decides elsewhere. A key holds what
-the best choice depends on: sizes, dtype, memory layout.
+good on every GPU. Which is the fastest on this GPU, and where PyTorch beats our kernels, is measured within a block:
+
+    with dispatch.tuning():
+        loss(network(image), labels).backward()     # one eager step, thrown away
+
+Each kernel that is met there is measured in its first three configurations, and each operation on our path and on
+PyTorch's, at tens of milliseconds a key plus compilation. What is found is kept in the cache folder and taken from then
+on, in later runs too (`self_tuning`). Outside such a block nothing is measured, unless `use(choices="measure")` asks
+for it in a single process; nothing is ever measured while a graph is captured, traced or compiled, so run the block
+before `torch.compile`. All ranks must enter and leave a block together. `choices` and `restore_choices` let a
+checkpoint hold what a run took.
+
+Forward + backward decides where a gradient will be taken, because training runs both and a gain in one must not cost
+more in the other; the forward alone decides elsewhere. A key holds what the best choice depends on: sizes, dtype,
+memory layout.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal, TypeVar, get_args
-from warnings import warn
 
 import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 
+from . import self_tuning
+from .self_tuning import Session, Way
+
+log = logging.getLogger(__name__)
+
 Kernels = Literal["auto", "triton", "reference"]
 OpPath = Literal["triton", "torch", "reference"]
+Measurements = Literal["known", "measure", "default"]
 Config = Mapping[str, int]
 """Values of a kernel's block-size arguments, and `num_warps`, `num_stages`."""
 
@@ -47,7 +64,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter; fixed when triton is imported."""
-TUNED_FILE = Path(__file__).with_name("tuned.json")
 _SDPA_BACKENDS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -55,7 +71,16 @@ _SDPA_BACKENDS = (
     SDPBackend.MATH,
 )
 
+SDPA_WAYS = tuple(backend.name for backend in _SDPA_BACKENDS)
+"""What path "torch" of attention can take."""
+
 _mode: Kernels = "auto"
+_measurements: Measurements = "known"
+_forced: tuple[OpPath, str] | None = None
+_session: Session | None = None
+_choices = self_tuning.Choices()
+_taken: dict[tuple[str, str, torch.device], Any] = {}
+"""Choices made outside of a block, by kernel (or operation and direction), key and device."""
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -182,6 +207,7 @@ class Launch:
         args: the kernel's arguments by name, without those of the configuration.
         candidates: configurations to choose from, the default first.
         key: what the best configuration depends on.
+        repeatable: whether it writes to its arguments alone; one that is not is never measured.
     """
 
     kernel: Any
@@ -189,17 +215,22 @@ class Launch:
     args: Mapping[str, Any]
     candidates: Sequence[Config]
     key: str
+    repeatable: bool = True
 
     @property
     def name(self) -> str:
-        """Name of the kernel, as in `tuned.json`."""
+        """Name of the kernel."""
         return self.kernel.fn.__name__
+
+    @property
+    def first_tensor(self) -> Tensor:
+        """The first of its tensors, which are all on one device."""
+        return next(value for value in self.args.values() if isinstance(value, Tensor))
 
     @property
     def is_fake(self) -> bool:
         """Whether the tensors have no memory."""
-        first = next(value for value in self.args.values() if isinstance(value, Tensor))
-        return first.is_meta or isinstance(first, FakeTensor)
+        return self.first_tensor.is_meta or isinstance(self.first_tensor, FakeTensor)
 
     def run(self, config: Config) -> None:
         """Launch in one configuration, on the device of the tensors."""
@@ -209,13 +240,16 @@ class Launch:
 _observer: Callable[[Launch], None] | None = None
 
 
-def use(kernels: Kernels, device: torch.device | str = "cuda") -> str:
+def use(kernels: Kernels, device: torch.device | str = "cuda", measurements: Measurements = "known") -> str:
     """Choose for this process.
 
     Args:
         kernels: "auto" takes the fastest path that works on a tensor's device; "triton" insists on our kernels;
             "reference" takes plain PyTorch everywhere.
         device: where the tensors will be.
+        measurements: "known" goes by what was measured on this GPU before; "measure" also measures what is not known,
+            at its first eager call (of several ranks, none does); "default" goes by none, so that every run takes the
+            same paths and configurations.
 
     Returns:
         a line for the log: the choice and its reason.
@@ -223,14 +257,18 @@ def use(kernels: Kernels, device: torch.device | str = "cuda") -> str:
     Raises:
         ValueError: an unknown name; "triton" on a device that can't run the kernels.
     """
-    global _mode
+    global _mode, _measurements, _session
     if kernels not in get_args(Kernels):
         raise ValueError(f"kernels {kernels!r} must be one of {', '.join(get_args(Kernels))}")
+    if measurements not in get_args(Measurements):
+        raise ValueError(f"measurements {measurements!r} must be one of {', '.join(get_args(Measurements))}")
     device = torch.device(device)
     refusal = _refusal(device)
     if kernels == "triton" and refusal:
         raise ValueError(f"kernels 'triton': {refusal}; leave the choice to 'auto'")
-    _mode = kernels
+    _mode, _measurements = kernels, measurements
+    _session = Session(_choices) if measurements == "measure" and not self_tuning.are_several() else None
+    _taken.clear()
     if kernels == "reference":
         return "kernels: reference (asked for)"
     if refusal:
@@ -238,33 +276,84 @@ def use(kernels: Kernels, device: torch.device | str = "cuda") -> str:
     if INTERPRETED:
         return "kernels: triton, interpreted on the CPU (TRITON_INTERPRET is set): slow, for tests"
     chosen = f"kernels: triton ({torch.cuda.get_device_name(device)}, {_capability(device)})"
-    won = _tuned(device).get("torch", {}) if kernels == "auto" else {}
-    slower = [f"{op_key} ({direction})" for direction in DIRECTIONS for op_key in won.get(direction, ())]
-    return f"{chosen}; PyTorch's own where it was measured faster: {', '.join(slower)}" if slower else chosen
+    return f"{chosen}, default configurations" if measurements == "default" else chosen
 
 
 @contextmanager
-def using(kernels: Kernels, device: torch.device | str = "cuda") -> Iterator[str]:
+def using(kernels: Kernels, device: torch.device | str = "cuda", measurements: Measurements = "known") -> Iterator[str]:
     """Within it, `use`; the choice from before returns at the end. Arguments, value and errors as `use`."""
-    global _mode
-    before = _mode
+    global _mode, _measurements, _session
+    before = _mode, _measurements, _session
     try:
-        yield use(kernels, device)
+        yield use(kernels, device, measurements)
     finally:
-        _mode = before
+        _mode, _measurements, _session = before
+        _taken.clear()
+
+
+@contextmanager
+def tuning(device: torch.device | str = "cuda", thorough: bool = False) -> Iterator[None]:
+    """Within it, eager calls measure what is not known of this GPU; what is found is taken, and kept for later runs.
+
+    Of several ranks the first measures, and the others wait for it in their next collective. All take the defaults
+    within the block, and from its end on what the first found: all must enter and leave it, or none. On a CPU, in
+    Triton's interpreter, and where `use` asked for defaults, nothing is measured.
+
+    Args:
+        device: of the tensors.
+        thorough: measure every configuration, also of what is known, however long it takes.
+    """
+    global _session
+    before = _session
+    is_idle = INTERPRETED or _measurements == "default" or (self_tuning.are_several() and dist.get_rank() != 0)
+    session = _session = Session(_choices, is_idle, thorough)
+    try:
+        yield
+    finally:
+        _session = before
+        _taken.clear()
+        _choices.taken.clear()
+    if self_tuning.are_several():
+        _choices.agree(device)
+    if session.summary.measured or session.summary.left:
+        log.info("%s", session.summary)
+
+
+def choices() -> dict[str, Any]:
+    """The choices that this process made by measurement, defaults too, for `restore_choices`: JSON, by identity."""
+    return dict(_choices.taken)
+
+
+def restore_choices(saved: Mapping[str, Any]) -> None:
+    """Take the choices of an earlier process wherever GPU, versions and source file are the same as then."""
+    _choices.restored = dict(saved)
+    _taken.clear()
+
+
+@contextmanager
+def forced(path: OpPath, way: str = "") -> Iterator[None]:
+    """Within it, every operation takes a path, and on path "torch" attention takes the backend `way`."""
+    global _forced
+    before, _forced = _forced, (path, way)
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def path(op: str, x: Tensor, key: str) -> OpPath:
     """The path of one call.
 
     Args:
-        op: name of the operation, as in `tuned.json`.
+        op: name of the operation, which is that of its file.
         x: a tensor of the call, for its device, its dtype and whether it needs a gradient.
         key: what decides whether our kernel wins: sizes, dtype, layout.
 
     Raises:
         ValueError: the mode is "triton" and `x` is on a device that can't run the kernels.
     """
+    if _forced is not None:
+        return _forced[0]
     if _mode == "reference" or x.dtype not in DTYPES or (INTERPRETED and x.dtype == torch.bfloat16):
         return "reference"
     refusal = _refusal(x.device)
@@ -272,9 +361,8 @@ def path(op: str, x: Tensor, key: str) -> OpPath:
         if _mode == "triton":
             raise ValueError(f"kernels 'triton': {refusal}; leave the choice to 'auto', or move the tensors")
         return "torch" if op == "instance_norm" and x.device.type == "cpu" else "reference"  # PyTorch's group_norm
-    if _mode == "auto" and _faster_of_pytorch(f"{op} {key}", _direction(x), x.device):
-        return "torch"
-    return "triton"
+    way = _way(op, key, _direction(x), x.device) if _mode == "auto" else "triton"
+    return way if way in ("triton", "reference") else "torch"  # type: ignore[return-value]
 
 
 def sdpa_backends(op: str, x: Tensor, key: str) -> list[SDPBackend]:
@@ -282,8 +370,106 @@ def sdpa_backends(op: str, x: Tensor, key: str) -> list[SDPBackend]:
 
     The others follow, for inputs that it does not take. Arguments as `path`.
     """
-    fastest = _faster_of_pytorch(f"{op} {key}", _direction(x), x.device)
+    if _forced is not None:
+        return [SDPBackend.__members__[_forced[1]]]
+    fastest = _way(op, key, _direction(x), x.device)
     return sorted(_SDPA_BACKENDS, key=lambda backend: backend.name != fastest)
+
+
+def compare(op: str, key: str, function: Callable[..., Any], args: Sequence[Any], of_pytorch: Sequence[str]) -> None:
+    """Where choices are being measured and this one is not known: measure a public function on each of its paths.
+
+    Call it before `path`. It returns at once outside of `tuning`, and changes nothing that the caller sees.
+
+    Args:
+        op, key: as `path`, for the first tensor of `args`.
+        function: calls `path` itself; to a tensor or a tuple of them, differentiable.
+        args: of the function.
+        of_pytorch: what path "torch" can take: `way` of `forced`.
+    """
+    if torch.compiler.is_compiling() or _session is None or _forced is not None:
+        return
+
+    def on(path: OpPath, way: str = "") -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with forced(path, way):
+                return function(*args)
+
+        return call
+
+    ways = {"triton": on("triton"), **{way: on("torch", way) for way in of_pytorch}}
+    choose(op, key, ways, args, on("reference"))
+
+
+def choose(
+    op: str, key: str, ways: Mapping[str, Callable[..., Any]], args: Sequence[Any], reference: Callable[..., Any]
+) -> str:
+    """Which of several complete ways to compute one thing to take; measured first, if it is not known, in `tuning`.
+
+    A way is compared as a caller runs it, with all its launches, and with its backward where a gradient is taken.
+
+    Args:
+        op: name of the operation, which is that of the file in this folder that has the ways. key: as `path`.
+        ways: by name, the default first and ours; from `args` to a tensor or a tuple of them.
+        args: of this call; the first tensor decides device, dtype and direction.
+        reference: what the results of the ways must agree with.
+
+    Returns:
+        a name of `ways`, or "reference". The default where mode "triton" insists on our kernels.
+
+    Raises:
+        ValueError: as `path`.
+    """
+    x = next(arg for arg in args if isinstance(arg, Tensor))
+    if _mode == "reference" or x.dtype not in DTYPES or INTERPRETED or _refusal(x.device):
+        return path(op, x, key)
+    direction = _direction(x)
+    if _session is not None and _mode == "auto":
+        _measure_ways(op, key, ways, args, reference, direction)
+    default = next(iter(ways))
+    way = _way(op, key, direction, x.device, default) if _mode == "auto" else default
+    return way if way in ways else "reference"
+
+
+def _measure_ways(
+    op: str,
+    key: str,
+    ways: Mapping[str, Callable[..., Any]],
+    args: Sequence[Any],
+    reference: Callable[..., Any],
+    direction: Direction,
+) -> None:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    device = tensors[0].device
+    name = _identity_of_way(op, key, direction, device)
+    if _session is None or not _session.wants(name) or not self_tuning.can_measure(tensors):
+        return
+
+    def way(function: Callable[..., Any]) -> Way:
+        run = partial(_results, function, args, direction)
+        return Way(run, run)
+
+    with torch.cuda.device_of(tensors[0]):
+        with suppress(Exception):  # named in the log when it is measured
+            _results(next(iter(ways.values())), args, direction)  # measures its launches
+        timed = {label: way(function) for label, function in ways.items()}
+        _session.measure(name, timed, {}, way(reference), device)
+
+
+def _results(function: Callable[..., Any], args: Sequence[Any], direction: Direction) -> list[list[Tensor]]:
+    """Each output in a group of its own, and all gradients in one: one of them may truly be zero."""
+    inputs = [arg.detach().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else arg for arg in args]
+    with torch.set_grad_enabled(direction == DIRECTIONS[1]):
+        found = function(*inputs)
+    outputs = [found] if isinstance(found, Tensor) else list(found)
+    results = [[output.detach()] for output in outputs]
+    if direction == DIRECTIONS[1]:
+        outputs = [output for output in outputs if output.requires_grad]
+        draws = torch.Generator(outputs[0].device).manual_seed(0)  # the same for every way
+        upstream = [torch.empty_like(output).normal_(generator=draws) for output in outputs]
+        wanted = [arg for arg in inputs if isinstance(arg, Tensor) and arg.requires_grad]
+        results.append(list(torch.autograd.grad(outputs, wanted, upstream)))
+    return results
 
 
 def launch(
@@ -292,25 +478,62 @@ def launch(
     args: Mapping[str, Any],
     candidates: Sequence[Config],
     key: str,
+    repeatable: bool = True,
 ) -> None:
-    """Run a kernel in the configuration tuned for this GPU and key, else in the first of `candidates`.
+    """Run a kernel in the fastest configuration known for this GPU and key, else in the first of `candidates`.
 
     Arguments as the fields of `Launch`.
     """
-    it = Launch(kernel, grid, args, candidates, key)
+    it = Launch(kernel, grid, args, candidates, key, repeatable)
     if _observer is not None:
         return _observer(it)
     if it.is_fake:
         return None
     if INTERPRETED:
         return it.run(candidates[0])
-    x = next(value for value in args.values() if isinstance(value, Tensor))
-    config = _tuned(x.device).get("configs", {}).get(it.name, {}).get(key, candidates[0])
-    if config not in candidates:
-        warn(f"{TUNED_FILE} has {config} for {it.name} {key}, which is not a candidate: tune again", stacklevel=2)
-        config = candidates[0]
-    with torch.cuda.device_of(x):
-        it.run(config)
+    is_fixed = _measurements == "default" or len(candidates) == 1
+    with torch.cuda.device_of(it.first_tensor):
+        it.run(candidates[0] if is_fixed else _config(it))
+
+
+def _config(it: Launch) -> Config:
+    """The configuration of a launch; measured first where that is asked for."""
+    device = it.first_tensor.device
+    if _session is None and (it.name, it.key, device) in _taken:
+        return _taken[it.name, it.key, device]
+    name = self_tuning.identity(f"{it.name} {it.key}", it.kernel.fn.__code__.co_filename, device)
+    if _session is not None and it.repeatable and _session.wants(name):
+        _measure_launch(it, name, _session)
+    config = _choices.take(name, dict(it.candidates[0]))
+    if config not in it.candidates:
+        config = it.candidates[0]
+    if _session is None:
+        _taken[it.name, it.key, device] = config
+    return config
+
+
+def _measure_launch(it: Launch, name: str, session: Session) -> None:
+    tensors = [value for value in it.args.values() if isinstance(value, Tensor)]
+    if not self_tuning.can_measure(tensors):
+        return
+    copies: dict[str, Any] = {}
+
+    def way(config: Config) -> Way:
+        def run() -> None:
+            replace(it, args=copies).run(config)
+
+        def check() -> list[list[Tensor]]:
+            for arg, value in it.args.items():
+                copies[arg] = self_tuning.scratch(value) if isinstance(value, Tensor) else value
+            run()
+            return [[value] for value in copies.values() if isinstance(value, Tensor)]
+
+        return Way(check, run)
+
+    some = it.candidates if session.thorough else it.candidates[: self_tuning.CANDIDATES]
+    values = {" ".join(f"{arg}={value}" for arg, value in config.items()): dict(config) for config in some}
+    with torch.cuda.device_of(tensors[0]):
+        session.measure(name, {label: way(config) for label, config in values.items()}, values, None, tensors[0].device)
 
 
 @contextmanager
@@ -351,17 +574,18 @@ def _direction(x: Tensor) -> Direction:
 
 
 @constant_when_compiled
-def _faster_of_pytorch(op_key: str, direction: Direction, device: torch.device) -> str:
-    """Name of what PyTorch has that beat our kernel on this GPU; empty where nothing did."""
-    return _tuned(device).get("torch", {}).get(direction, {}).get(op_key, "")
+def _way(op: str, key: str, direction: Direction, device: torch.device, default: str = "triton") -> str:
+    """Name of the way to take: ours, or what PyTorch has that beat it on this GPU."""
+    if _measurements == "default" or INTERPRETED:
+        return default
+    short = f"{op} {direction}", key, device
+    if _session is None and short in _taken:
+        return _taken[short]
+    way = str(_choices.take(_identity_of_way(op, key, direction, device), default) or default)
+    if _session is None:
+        _taken[short] = way
+    return way
 
 
-def _tuned(device: torch.device) -> dict[str, Any]:
-    """Measurements of a GPU: {"configs": {kernel: {key: config}}, "torch": {direction: {"op key": name}}}."""
-    return {} if INTERPRETED else tuned_table().get(_capability(device), {})
-
-
-@cache
-def tuned_table() -> dict[str, Any]:
-    """Content of `tuned.json`, by compute capability; read once."""
-    return json.loads(TUNED_FILE.read_text()) if TUNED_FILE.is_file() else {}
+def _identity_of_way(op: str, key: str, direction: Direction, device: torch.device) -> str:
+    return self_tuning.identity(f"{op} {key} ({direction})", str(Path(__file__).with_name(f"{op}.py")), device)

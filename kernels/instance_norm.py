@@ -991,7 +991,9 @@ def instance_norm(
     _check(x, weight, bias, eps, negative_slope, residual, residual_norm)
     if torch.compiler.is_exporting():  # an exported graph has plain operations, and any batch size; a key needs one
         return instance_norm_reference(x, weight, bias, eps, negative_slope, residual, residual_norm)
-    chosen = dispatch.path("instance_norm", x, _key_of(x, residual, residual_norm))
+    key, args = _key_of(x, residual, residual_norm), (x, weight, bias, eps, negative_slope, residual, residual_norm)
+    dispatch.compare("instance_norm", key, instance_norm, args, ("torch.compile",))
+    chosen = dispatch.path("instance_norm", x, key)
     if chosen == "triton":
         slope_tensor, slope = (negative_slope, None) if isinstance(negative_slope, Tensor) else (None, negative_slope)
         return _instance_norm(x, weight, bias, eps, slope_tensor, slope, residual, residual_norm)[0]

@@ -239,7 +239,6 @@ def test_autocast_does_not_lower_float32(path: str, device: str, monkeypatch: py
     if path == "triton":
         needs_kernels(device)
     monkeypatch.setattr(dispatch, "path", lambda *_: path)
-    monkeypatch.setattr(dispatch, "_tuned", lambda device: {})
     assert_attention_is_right(random_qkv((1, 2, 33, 51), torch.float32, device), autocast=True)
 
 
@@ -248,7 +247,6 @@ def test_torchs_own_attention_has_the_same_meaning(
     scale: float | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "path", lambda *_: "torch")
-    monkeypatch.setattr(dispatch, "_tuned", lambda device: {})
     assert_attention_is_right(random_qkv((2, 2, 33, 51), torch.float32, device), scale)
 
 

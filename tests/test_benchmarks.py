@@ -6,9 +6,8 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from fake_gpu import FakeGpu
 from rich.console import Console
 
 from benchmarks import (
@@ -36,7 +36,7 @@ from benchmarks import (
 from benchmarks.common import MARGIN, Roofline
 from engine.data import DataConfig, PhantomConfig
 from engine.ranks.distributed import Ranks
-from kernels import dispatch
+from kernels import dispatch, self_tuning
 from kernels.dice_ce import region_masks
 from models import to_reference
 from pipelines.phantom import make_phantoms
@@ -48,108 +48,62 @@ SMALL = tuple(workloads.AttentionWorkload(1, 2, tokens, 16, torch.float32) for t
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], dict[str, Any]]]:
-    """What tuning wrote for two small attention workloads, on a GPU that runs no kernels."""
-    monkeypatch.setattr(dispatch, "TUNED_FILE", tmp_path / "tuned.json")
-    monkeypatch.setattr(dispatch, "_refusal", lambda device: "")
-    monkeypatch.setattr(dispatch, "_capability", lambda device: "sm_90")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
+    """One that runs no kernels, with two small attention workloads; what is measured is the default."""
+    monkeypatch.setenv("GLIOFORGE_CACHE", str(tmp_path))
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setattr(self_tuning, "milliseconds", lambda run, device: 1.0)
+    monkeypatch.setattr(self_tuning, "agree", lambda found, expected: True)
     monkeypatch.setattr(dispatch.Launch, "run", lambda launch, config: None)
     monkeypatch.setattr(bench_attention, "WORKLOADS", SMALL)
     monkeypatch.setattr(tune, "BENCHES", {"attention": bench_attention})
-    dispatch.tuned_table.cache_clear()
-    yield lambda: json.loads((tmp_path / "tuned.json").read_text())["sm_90"]
-    dispatch.tuned_table.cache_clear()
-
-
-Clock = Callable[[Any, str, str], float]
-"""Seconds of a configuration, or of ours or a backend in a direction."""
-
-
-def tune_by(clock: Clock, monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any] | None = None) -> None:
-    def seconds(calls: Any, rounds: int) -> float:
-        if isinstance(calls[0], partial):
-            return clock(calls[0].args[0], "", "")
-        x = torch.zeros(1)
-        who = "ours" if dispatch.path("", x, "") == "triton" else dispatch.sdpa_backends("", x, "")[0].name
-        return clock(None, who, "forward" if hasattr(calls[0], "__wrapped__") else "forward + backward")
-
-    monkeypatch.setattr(tune, "seconds", seconds)
-    measured = {"configs": {}, "torch": {}} | (listed or {})
-    tune.tune(measured, lambda: tune._write("sm_90", measured))
+    return gpu
 
 
 KEYS = [launches[0].key for launches in map(workloads.launches, SMALL)]
-FIRST = workloads.launches(SMALL[0])[0]
 
 
-def test_tuning_lists_the_fastest_backend_where_ours_loses_in_one_direction(
-    table: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_tuning_measures_every_configuration_and_way_of_all_workloads_once_more_each_time(gpu: FakeGpu) -> None:
+    for again in range(2):
+        before = self_tuning.CACHE.entries()
+        tune.tune()
+        found = self_tuning.CACHE.entries()
+        assert not again or found == before
+    ways = {name.split(" | ")[3]: entry["times"] for name, entry in found.items()}
+    for key, workload in zip(KEYS, SMALL, strict=True):
+        for direction in common.DIRECTIONS:
+            assert list(ways[f"attention {key} ({direction})"]) == ["triton", *dispatch.SDPA_WAYS]
+        for launch in workloads.launches(workload):
+            if len(launch.candidates) > 1:
+                assert len(ways[f"{launch.name} {key}"]) == len(launch.candidates)
+
+
+def test_a_prior_has_what_this_gpu_measured_beside_those_of_others(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    times = {"ours": 2.0, "CUDNN_ATTENTION": 1.5, "FLASH_ATTENTION": 1.0, "EFFICIENT_ATTENTION": 3.0}
-
-    def clock(config: Any, who: str, direction: str) -> float:
-        if who == "MATH":
-            raise RuntimeError("No available kernel")
-        return times.get(who, 1.0) if direction == "forward" else 1.0
-
-    tune_by(clock, monkeypatch)
-    assert table()["torch"]["forward"] == {f"attention {key}": "FLASH_ATTENTION" for key in KEYS}
-    assert table()["torch"]["forward + backward"] == {}
-
-
-def test_tuning_writes_configurations_that_beat_the_default_by_more_than_noise(
-    table: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    best = dict(FIRST.candidates[-1])
-    for gain, listed in ((1.01 * MARGIN, best), (0.99 * MARGIN, None)):
-        tune_by(lambda config, *_, gain=gain: 1.0 if config == best else gain, monkeypatch)
-        assert table()["configs"][FIRST.name].get(KEYS[0]) == listed
+    (tmp_path / "priors.json").write_text('{"NVIDIA A100": {"a": 1}, "NVIDIA H100": {"b": 2}}')
+    monkeypatch.setattr(self_tuning, "PRIORS_FILE", tmp_path / "priors.json")
+    tune.tune()
+    (tmp_path / "priors.json").write_text(tune.priors())
+    table = json.loads((tmp_path / "priors.json").read_text())
+    assert table["NVIDIA A100"] == {"a": 1} and len(table["NVIDIA H100"]) == len(self_tuning.CACHE.entries())
+    known = self_tuning.Choices().own
+    self_tuning.CACHE.clear()
+    assert known == self_tuning.Choices().own
 
 
-def test_a_candidate_that_fails_is_skipped_but_not_the_default(
-    table: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def clock(config: Any, who: str, direction: str) -> float:
-        if config is not None and config != FIRST.candidates[failing]:
-            return 1.0
-        raise RuntimeError("out of resources") if config is not None else RuntimeError("ours")
+def test_interrupted_tuning_keeps_what_it_measured(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((1.0, 1.0, 1.0, 1.0))
 
-    monkeypatch.setattr(tune, "faster_of_pytorch", lambda *args: "")
-    failing = -1
-    tune_by(clock, monkeypatch)
-    failing = 0
-    with pytest.raises(RuntimeError, match="out of resources"):
-        tune_by(clock, monkeypatch)
+    def stop(run: Any, device: Any) -> float:
+        for time in times:
+            return time
+        raise KeyboardInterrupt
 
-
-def test_interrupted_tuning_keeps_new_measurements_and_old_entries(
-    table: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    best = dict(FIRST.candidates[-1])
-
-    def until(comparisons: int, then_config: bool) -> Clock:
-        """Interrupted after that many comparisons, by the next configuration or by the last comparison itself."""
-        compared = 0
-
-        def clock(config: Any, who: str, direction: str) -> float:
-            nonlocal compared
-            compared += who == "ours"
-            if compared == comparisons and (config is not None) == then_config:
-                raise KeyboardInterrupt
-            return 1.0 if config == best else 2.0 if config or who == "ours" else 1.0
-
-        return clock
-
-    listed = {"torch": {"forward": {f"attention {KEYS[0]}": "MATH", "gone": "MATH"}}}
-    for clock in (until(1, False), until(2, True)):
-        with pytest.raises(KeyboardInterrupt):
-            tune_by(clock, monkeypatch, listed)
-        assert table()["configs"][FIRST.name][KEYS[0]] == best
-        assert table()["torch"]["forward"]["gone"] == "MATH"
-    assert table()["torch"]["forward"][f"attention {KEYS[0]}"] == "CUDNN_ATTENTION"
-    tune_by(lambda *_: 1.0, monkeypatch, {"torch": table()["torch"]})
-    assert table()["torch"] == {"forward": {}, "forward + backward": {}}
+    monkeypatch.setattr(self_tuning, "milliseconds", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune()
+    assert self_tuning.CACHE.entries() and not dispatch._choices.is_measuring
 
 
 def row(variant: str, seconds: float, direction: str = "forward", in_cache: bool = False) -> report.Measurement:

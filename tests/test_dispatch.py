@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pkgutil
 import shutil
@@ -11,25 +10,25 @@ import sys
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_gpu import FakeGpu
 from kernel_paths import needs_kernels, not_interpreted
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from benchmarks import workloads
 from kernels import dispatch
 from kernels.attention import flash_attention
 from kernels.dice_ce import dice_ce_loss
 from kernels.instance_norm import instance_norm
 
 pytestmark = pytest.mark.kernel
+FORWARD, BOTH = dispatch.DIRECTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -39,25 +38,13 @@ def auto_before_and_after() -> Iterator[None]:
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """As on an H100 with three measurements."""
-    measured = {
-        "configs": {"a_kernel": {"N256": {"BLOCK": 64, "num_warps": 8}}},
-        "torch": {
-            "forward": {"attention N512": "EFFICIENT_ATTENTION"},
-            "forward + backward": {"attention N4096": "FLASH_ATTENTION"},
-        },
-    }
-    file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({"sm_90": measured}))
-    monkeypatch.setattr(dispatch, "TUNED_FILE", file)
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    monkeypatch.setattr(dispatch, "_refusal", lambda device: "")
-    monkeypatch.setattr(dispatch, "_capability", lambda device: "sm_90")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
-    dispatch.tuned_table.cache_clear()
-    yield
-    dispatch.tuned_table.cache_clear()
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on an H100 with two measurements."""
+    monkeypatch.setenv("GLIOFORGE_CACHE", str(tmp_path))
+    FakeGpu(monkeypatch)
+    cpu = torch.device("cpu")
+    for key, direction, way in (("N512", FORWARD, "EFFICIENT_ATTENTION"), ("N4096", BOTH, "FLASH_ATTENTION")):
+        dispatch._choices.own[dispatch._identity_of_way("attention", key, direction, cpu)] = way
 
 
 @not_interpreted
@@ -108,12 +95,8 @@ def test_float64_and_the_reference_mode_never_run_a_kernel(on_a_gpu: None) -> No
     assert dispatch.path("attention", torch.zeros(1), "N256") == "reference"
 
 
-def test_pytorch_is_taken_where_it_was_faster_and_the_log_says_where(on_a_gpu: None) -> None:
-    said = dispatch.use("auto", "cuda")
-    assert said == (
-        "kernels: triton (NVIDIA H100, sm_90); PyTorch's own where it was measured faster: "
-        "attention N512 (forward), attention N4096 (forward + backward)"
-    )
+def test_pytorch_is_taken_where_it_was_measured_faster(on_a_gpu: None) -> None:
+    assert dispatch.use("auto", "cuda") == "kernels: triton (NVIDIA H100, sm_90)"
     q = torch.zeros(1, requires_grad=True)
     assert dispatch.path("attention", q, "N4096") == "torch"
     assert dispatch.path("attention", q, "N256") == "triton"
@@ -156,71 +139,20 @@ def test_each_device_has_its_own_capability(monkeypatch: pytest.MonkeyPatch) -> 
     assert dispatch._refusal(first) == "Triton kernels need an NVIDIA GPU, the tensors are on GPU 0"
 
 
-class Kernel:
-    """A fake kernel that records its grids and arguments."""
-
-    def __init__(self) -> None:
-        self.fn = SimpleNamespace(__name__="a_kernel")
-        self.launched: list[tuple[Any, dict[str, Any]]] = []
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda **args: self.launched.append((grid, args))
-
-
-def test_a_tuned_configuration_replaces_the_default(on_a_gpu: None) -> None:
-    kernel, x = Kernel(), torch.zeros(1)
-    candidates = [{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 64, "num_warps": 8}]
-    for key in ("N256", "N512"):
-        dispatch.launch(kernel, lambda c: (512 // c["BLOCK"],), {"x_ptr": x}, candidates, key)
-    assert [(grid, args["BLOCK"], args["num_warps"]) for grid, args in kernel.launched] == [
-        ((8,), 64, 8),
-        ((4,), 128, 4),
-    ]
-
-
-def test_a_configuration_tuned_for_an_older_kernel_is_ignored_with_a_warning(on_a_gpu: None) -> None:
-    kernel, candidates = Kernel(), [{"BLOCK_S": 128, "num_warps": 4}]
-    with pytest.warns(UserWarning, match="'BLOCK': 64.* for a_kernel N256, which is not a candidate: tune again"):
-        dispatch.launch(kernel, lambda c: (1,), {"x_ptr": torch.zeros(1)}, candidates, "N256")
-    assert kernel.launched[0][1]["BLOCK_S"] == 128
-
-
-def test_an_observed_launch_does_not_run() -> None:
-    kernel = Kernel()
+def test_an_observed_launch_does_not_run(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeGpu(monkeypatch)
     seen: list[dispatch.Launch] = []
     with dispatch.observed(seen.append):
         dispatch.launch(kernel, lambda c: (1,), {"x_ptr": torch.zeros(1)}, [{"BLOCK": 1}], "key")
-    assert [launch.name for launch in seen] == ["a_kernel"] and not kernel.launched
+    assert [launch.name for launch in seen] == ["a_kernel"] and not kernel.ran
 
 
-def stale(measured: dict[str, Any]) -> list[str]:
-    """Entries of a table that no workload would use: kernels and keys, configurations, operations and keys."""
-    candidates: dict[tuple[str, str], list[Any]] = {}
-    for workload in workloads.MEASURED:
-        for launch in workloads.launches(workload):
-            candidates.setdefault((launch.name, launch.key), []).extend(launch.candidates)
-    keys = {key for _, key in candidates}
-    configs = [
-        f"{kernel} {key}"
-        for kernel, by_key in measured["configs"].items()
-        for key, config in by_key.items()
-        if config not in candidates.get((kernel, key), [])
-    ]
-    won = [op_key for direction in measured["torch"] for op_key in measured["torch"][direction]]
-    return configs + [op_key for op_key in won if op_key not in {f"{op} {key}" for op in workloads.OPS for key in keys}]
-
-
-def test_the_tuned_table_names_existing_kernels_and_configurations() -> None:
-    launch = workloads.launches(workloads.measured("attention")[0])[0]
-    key, last = launch.key, dict(launch.candidates[-1])
-    ours = {"configs": {launch.name: {key: last}}, "torch": {"forward": {f"attention {key}": "MATH"}}}
-    assert not stale(ours)
-    assert stale({"configs": {launch.name: {key: last | {"num_warps": 3}}}, "torch": {}}) == [f"{launch.name} {key}"]
-    assert stale({"configs": {launch.name: {"N7": last}}, "torch": {}}) == [f"{launch.name} N7"]
-    assert stale({"configs": {"gone_kernel": {key: last}}, "torch": {}}) == [f"gone_kernel {key}"]
-    assert stale({"configs": {}, "torch": {"forward": {"gone N7": "MATH"}}}) == ["gone N7"]
-    for measured in dispatch.tuned_table().values():
-        assert not stale(measured)
+def test_forcing_a_path_ends_with_its_block(on_a_gpu: None) -> None:
+    q = torch.zeros(1)
+    with dispatch.forced("torch", "MATH"):
+        assert dispatch.path("attention", q, "N256") == "torch"
+        assert dispatch.sdpa_backends("attention", q, "N256") == [SDPBackend.MATH]
+    assert dispatch.path("attention", q, "N256") == "triton"
 
 
 @not_interpreted

@@ -517,7 +517,6 @@ def test_every_candidate_is_right(
         launch(kernel, grid, args, [candidates[choice % len(candidates)]], key)
 
     monkeypatch.setattr(dispatch, "launch", chosen)
-    monkeypatch.setattr(dispatch, "_tuned", lambda device: {})
     monkeypatch.setattr(module, "ONE_TILE", 0)
     monkeypatch.setattr(module, "PROGRAMS", 1)
     args = inputs((1, 2, 15, 17, 18), device, torch.float32, "one", residual, memory_format)
