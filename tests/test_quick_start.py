@@ -22,6 +22,7 @@ REFUSED = {
     "predict": ["--runs", "a", "--input", "b"],
     "compare": ["--runs", "a", "b", "--seeds", "2"],
     "convert": ["a", "--output", "b.onnx"],
+    "tuned": ["--clear", "steps"],
 }
 """Options of each command that are refused without a look at any data."""
 RUN = """
@@ -45,7 +46,7 @@ def test_help_a_typo_and_a_refusal_import_nothing_that_they_do_not_need(name: st
     assert done.returncode == 0, done.stderr
     statuses, modules = json.loads((tmp_path / "found").read_text())
     assert statuses == [0, 2, 2] and "usage" in done.stdout and done.stderr.count("error: ") == 2, done.stderr
-    kept_out = COMPILERS | USED_LATER | (NETWORKS if name in ("predict", "evaluate") else set())
+    kept_out = COMPILERS | USED_LATER | (NETWORKS if name in ("predict", "evaluate", "tuned") else set())
     assert kept_out & set(modules) == set()
 
 
