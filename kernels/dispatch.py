@@ -291,6 +291,11 @@ def using(kernels: Kernels, device: torch.device | str = "cuda", measurements: M
         _taken.clear()
 
 
+def may_measure(device: torch.device) -> bool:
+    """Whether `tuning` may find something to measure; the same on all ranks of a run, also if their GPUs differ."""
+    return device.type == "cuda" and not INTERPRETED and _mode != "reference" and _measurements != "default"
+
+
 @contextmanager
 def tuning(device: torch.device | str = "cuda", thorough: bool = False) -> Iterator[None]:
     """Within it, eager calls measure what is not known of this GPU; what is found is taken, and kept for later runs.
@@ -387,7 +392,7 @@ def compare(op: str, key: str, function: Callable[..., Any], args: Sequence[Any]
         args: of the function.
         of_pytorch: what path "torch" can take: `way` of `forced`.
     """
-    if torch.compiler.is_compiling() or _session is None or _forced is not None:
+    if _session is None or _forced is not None or torch.compiler.is_compiling():
         return
 
     def on(path: OpPath, way: str = "") -> Callable[..., Any]:
@@ -424,7 +429,7 @@ def choose(
     if _mode == "reference" or x.dtype not in DTYPES or INTERPRETED or _refusal(x.device):
         return path(op, x, key)
     direction = _direction(x)
-    if _session is not None and _mode == "auto":
+    if _session is not None and _mode == "auto" and not torch.compiler.is_compiling():
         _measure_ways(op, key, ways, args, reference, direction)
     default = next(iter(ways))
     way = _way(op, key, direction, x.device, default) if _mode == "auto" else default

@@ -267,8 +267,8 @@ def scratch(tensor: Tensor) -> Tensor:
 
 
 def can_measure(tensors: Iterable[Tensor]) -> bool:
-    """Whether tensors hold memory of a GPU, and nothing traces, compiles or captures what is done with them."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Whether tensors hold memory of a GPU, and nothing traces or captures what is done with them."""
+    if torch._C._len_torch_dispatch_stack():
         return False
     if not all(type(tensor) in (Tensor, torch.nn.Parameter) and _has_memory(tensor) for tensor in tensors):
         return False

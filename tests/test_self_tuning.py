@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from commands import free_port
 from fake_gpu import CANDIDATES, FakeGpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import dispatch, measured_cache, self_tuning
 
@@ -153,7 +155,10 @@ def test_what_is_known_is_not_measured_again_in_another_process_unless_thoroughl
     gpu.start_again(monkeypatch)
     assert gpu.launch(X) == 64 and tuned(gpu) == 64 and not gpu.timed
     gpu.times = {}
-    assert tuned(gpu, thorough=True) == 128 and gpu.timed
+    with dispatch.tuning("cpu", thorough=True):
+        gpu.launch(X)
+        gpu.launch(X)
+    assert gpu.launch(X) == 128 and gpu.timed == [128, 64, 32]
 
 
 def test_another_gpu_torch_triton_or_source_is_measured_again(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,22 +186,33 @@ def test_only_three_configurations_are_measured_unless_thoroughly(
     assert tuned(gpu, thorough=True) == 16
 
 
-def test_nothing_is_measured_under_capture_compilation_or_on_fake_tensors(gpu: FakeGpu) -> None:
+class Labelled(Tensor):
+    """As MONAI's MetaTensor."""
+
+
+def test_nothing_is_measured_under_capture_compilation_or_on_fake_tensors(
+    gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     torch.compiler.reset()
     with dispatch.tuning("cpu"):
         gpu.is_capturing = True
         assert gpu.launch(X) == 128
         gpu.is_capturing = False
         gpu.launch(X.to("meta"))
+        gpu.launch(X.as_subclass(Labelled))
         with FakeTensorMode():
             dispatch.compare("double", "N256", gpu.double, (torch.zeros(4),), ("MATH",))
+        with FlopCounterMode(display=False):
+            gpu.launch(X)
+        torch.compile(partial(chosen, gpu), backend="eager", fullgraph=True)(X)
+    assert not gpu.timed and not caplog.messages
 
-        def compare(x: Tensor) -> Tensor:
-            dispatch.compare("double", "N256", gpu.double, (x,), ("MATH",))
-            return 2 * x
 
-        torch.compile(compare, backend="eager", fullgraph=True)(X)
-    assert not gpu.timed
+def chosen(gpu: FakeGpu, x: Tensor) -> Tensor:
+    dispatch.compare("double", "N256", gpu.double, (x,), ("MATH",))
+    ways = {"triton": lambda x: 2 * x, "torch": lambda x: x + x}
+    return ways[dispatch.choose("fused", "N256", ways, (x,), lambda x: 2 * x)](x)
 
 
 def test_a_launch_that_is_not_repeatable_is_never_measured(gpu: FakeGpu) -> None:
@@ -211,6 +227,14 @@ def test_without_a_block_only_one_who_asks_measures(gpu: FakeGpu) -> None:
     assert gpu.launch(X) == 64 and gpu.timed
     with pytest.raises(ValueError, match="measurements 'all' must be one of known, measure, default"):
         dispatch.use("auto", "cpu", "all")  # type: ignore[arg-type]
+
+
+def test_a_pass_for_measurements_is_worth_it_on_a_gpu_unless_the_choice_is_made(gpu: FakeGpu) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert dispatch.may_measure(cuda) and not dispatch.may_measure(cpu)
+    for mode, measurements in (("reference", "known"), ("auto", "default")):
+        with dispatch.using(mode, "cpu", measurements):  # type: ignore[arg-type]
+            assert not dispatch.may_measure(cuda)
 
 
 def test_modes_that_insist_and_default_measurements(gpu: FakeGpu) -> None:
@@ -300,6 +324,8 @@ def test_priors_are_taken_until_this_gpu_has_measurements(
     gpu.start_again(monkeypatch)
     assert gpu.launch(X) == 32
     assert tuned(gpu, thorough=True) == 64
+    gpu.start_again(monkeypatch)
+    assert gpu.launch(X) == 64
 
 
 def test_time_that_runs_out_leaves_defaults_and_the_summary_says_so(
