@@ -23,6 +23,7 @@ from engine.optim import GuardedAdamW, OptimConfig, learning_rate
 from engine.precision import Precision, prepare_network
 from engine.ranks.distributed import Ranks
 from engine.sharding import deepspeed_engine, full_weights, local_shard, shard_of, trainable
+from kernels import dispatch
 from kernels.dice_ce import DiceCE, dice_ce_loss
 from pipelines.basics.option_values import MANY, MOST_SEED, number
 
@@ -164,6 +165,8 @@ class TrainingStep:
         Args:
             image: (B, C, X, Y, Z), float32 or the precision's own. labels: uint8 (B, X, Y, Z). On this rank's device.
         """
+        if self._is_first_pass and dispatch.may_measure(image.device) and not self.skeleton:
+            self.tune_kernels(image, labels)
         if self.ddp and self._is_first_pass:
             # A throw-away pass that fixes DDP's bucket order: DDP rebuilds its buckets after the first backward. So a
             # resumed run sums over ranks in the same order as one that was never stopped, from its first step on.
@@ -183,6 +186,20 @@ class TrainingStep:
         optimizer = self.optimizer
         self.values = torch.stack(StepValues(*losses, optimizer.norm, optimizer.found_inf, optimizer.in_row))
         return loss
+
+    def tune_kernels(self, image: Tensor, labels: Tensor) -> None:
+        """A throw-away pass in which kernels that are not known of this GPU are measured, for all ranks together.
+
+        Eager, without reducing or keeping gradients. Not under ZeRO 3, where no rank has the weights.
+        """
+        with (
+            dispatch.tuning(image.device),
+            torch.random.fork_rng([image.device] if image.is_cuda else []),
+            self._uncompiled(),
+        ):
+            loss = self.loss_of(self.model(image), labels).loss
+            wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(loss, wanted, allow_unused=True)
 
     def loss(self, image: Tensor, labels: Tensor) -> DiceCE:
         """Forward and loss."""

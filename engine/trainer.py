@@ -31,6 +31,7 @@ from engine.step import StepValues, TrainConfig, TrainingStep
 from engine.step_choice import with_precision, with_way
 from engine.validation import Validator
 from engine.weights_file import WeightsFile
+from kernels import dispatch
 from models import parameter_count
 from pipelines.layouts.labels import REGIONS
 from pipelines.preparing.domain_shift import background_warning, store_statistics
@@ -269,6 +270,7 @@ class Trainer:
             "history": self.history.copy(),
             "best": self.best,
             "scored": self.config.train.score,
+            "kernels": dispatch.choices(),
             "cases": [dataclasses.asdict(case) for case in self.cases],
             "ranks": gather({"sums": self.sums.values.tolist(), "random": random}, self.ranks),
         }
@@ -300,6 +302,7 @@ class Trainer:
                 f"--train.score {self.config.train.score}: the validations of {self.run_dir} so far scored {scored}, "
                 f"and a best epoch can't be chosen by two measures: continue with --train.score {scored}"
             )
+        dispatch.restore_choices(state.get("kernels", {}))
         load_moments(step.engine, step.optimizer, state["moments"])
         step.optimizer.load_scalars(state["optimizer"])
         if step.average and state["average"]:

@@ -54,7 +54,8 @@ def run(config: Config) -> None:
         make_model(config.model, config.data.crop_size_voxels, channels=1)  # refuses sizes before data are prepared
     to_portable_dict(config)  # refuses paths that `config.yaml` can't hold
     ranks = init_ranks(config.train.device)
-    paths_taken = dispatch.use(config.kernels, ranks.device)
+    measurements: dispatch.Measurements = "default" if config.train.deterministic else "known"
+    paths_taken = dispatch.use(config.kernels, ranks.device, measurements)
     config.run_dir = gather(config.run_dir, ranks)[0]  # its default holds the time, which differs between ranks
     run_dir = config.run_dir
     assert run_dir is not None

@@ -28,6 +28,7 @@ from engine.data import DataConfig, PhantomConfig
 from engine.reports.comparison import FinishedRun
 from engine.reports.report import is_finished
 from engine.step import TrainConfig
+from kernels import dispatch
 from launch.run import _changed_options, _claim, _log_effects_of_resuming, _refuse_links, run
 from launch.train import main
 from pipelines.layouts.cases import find_cases
@@ -171,8 +172,10 @@ def test_a_run_applies_deepspeeds_json_and_sets_the_process_before_the_trainer(
                  "parameter_count": lambda _: 1, "set_up_torch": set_up, "Trainer": trainer}  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(f"launch.run.{name}", stand_in)
-    with pytest.raises(ValueError, match="enough"):
-        run(config)
+    with dispatch.using("auto", "cpu"):
+        with pytest.raises(ValueError, match="enough"):
+            run(config)
+        assert dispatch._measurements == "default"
     set_up.assert_called_once_with("bf16", True)
     effective = trainer.call_args.args[0]
     assert (effective.train.batch_size, effective.train.precision) == (7, "bf16")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from engine.precision import LOW_PRECISION
 from engine.ranks.distributed import Ranks
 from engine.sharding import full_moments, full_weights
 from engine.step import CudaGraphPass, LossConfig, StepValues, TrainConfig, TrainingStep
+from kernels import dispatch
 from kernels.dice_ce import dice_ce_loss
 
 TOLERANCES = {  # relative; and absolute, or 0
@@ -347,3 +350,30 @@ def test_a_cuda_graph_takes_the_steps_of_eager_code(precision: str, gpu_ranks: R
         assert values_of(recorded).loss == near(values_of(eager).loss, "a CUDA graph's loss")
     for name, value in full_weights(eager.model).items():
         assert_near(full_weights(recorded.model)[name], value, "a CUDA graph's weights")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_kernels_are_tuned_in_a_throw_away_pass_before_the_first_step(
+    stage: int, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which changes no weight, gradient or draw. Under ZeRO 3 there is none: no rank has the weights."""
+    entered = []
+
+    @contextmanager
+    def tuning(device: torch.device) -> Iterator[None]:
+        entered.append(device.type)
+        yield
+        entered.append("left")
+
+    expected = make_step(ranks, zero_stage=stage)
+    expected(*batch(0))
+    monkeypatch.setattr(dispatch, "tuning", tuning)
+    monkeypatch.setattr(dispatch, "may_measure", lambda device: True)
+    step, before = make_step(ranks, zero_stage=stage), torch.get_rng_state()
+    for number in range(2):
+        step(*batch(number))
+        if number == 0:
+            assert torch.equal(step.values, expected.values) and torch.equal(torch.get_rng_state(), before)
+            for name, value in full_weights(step.model).items():
+                assert torch.equal(value, full_weights(expected.model)[name])
+    assert entered == ([] if stage == 3 else ["cpu", "left"])

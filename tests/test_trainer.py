@@ -35,6 +35,7 @@ from engine.step import LossConfig, TrainConfig, TrainingStep
 from engine.step_trial import Way
 from engine.trainer import Trainer
 from engine.weights_file import read_content
+from kernels import dispatch
 from kernels.dice_ce import region_masks
 from kernels.measured_cache import MeasuredCache
 from models import build_model, to_reference
@@ -266,6 +267,17 @@ def test_a_run_that_chose_how_to_step_is_the_run_with_that_written_out(
     clock.seconds = dict.fromkeys(clock.seconds, 1.0)  # another choice, were there one
     resumed = fit("stopped", resume=True)
     assert set(clock.taken) == {way} and losses(resumed) == losses(written) and equal_weights(resumed, written)
+
+
+def test_a_resumed_run_takes_the_kernels_of_the_run_before_it(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restored: list[Any] = []
+    monkeypatch.setattr(dispatch, "choices", lambda: {"attention": "MATH"})
+    monkeypatch.setattr(dispatch, "restore_choices", restored.append)
+    make(epochs=1, save_every_steps=0).fit()
+    make(epochs=1, resume=True)
+    assert restored == [{"attention": "MATH"}]
 
 
 def test_a_run_is_not_resumed_with_another_score(make: Callable[..., Trainer]) -> None:
