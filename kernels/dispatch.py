@@ -325,13 +325,14 @@ def tuning(device: torch.device | str = "cuda", thorough: bool = False) -> Itera
 
 
 def choices() -> dict[str, Any]:
-    """The choices that this process made by measurement, defaults too, for `restore_choices`: JSON, by identity."""
-    return dict(_choices.taken)
+    """The choices that this process made or restored, defaults too, for `restore_choices`: JSON, by identity."""
+    return _choices.restored | _choices.taken
 
 
 def restore_choices(saved: Mapping[str, Any]) -> None:
     """Take the choices of an earlier process wherever GPU, versions and source file are the same as then."""
     _choices.restored = dict(saved)
+    _choices.taken.clear()
     _taken.clear()
 
 

@@ -171,10 +171,10 @@ class Summary:
     left: int = 0
 
     def __str__(self) -> str:
-        left = f"; {self.left} more in the next run" if self.left else ""
+        left = f"; left to the next run: {self.left}" if self.left else ""
         return (
-            f"kernels: measured {self.measured} choices in {self.seconds:.1f} s, {self.changed} of them faster than "
-            f"the default{left}"
+            f"kernels: choices measured: {self.measured}, in {self.seconds:.1f} s; faster than the default: "
+            f"{self.changed}{left}"
         )
 
 
@@ -188,23 +188,30 @@ def fastest(
         milliseconds, or what was wrong.
     """
     default = next(iter(ways))
+    times: dict[str, float | str] = {}
     try:
         results = (expected or ways[default]).check()
-    except Exception as error:  # whatever a compiler or a kernel raises is a fault of this way
-        log.warning("kernels: %s: not measured, as nothing is there to compare with: %s", name, _line(error))
+        for way in ways:
+            times[way] = _time_or_fault(ways[way], results, device)
+    except Exception as error:  # what there is to compare with fails, or memory ran out: nobody's fault
+        log.info("kernels: %s: not measured: %s", name, _line(error))
         return None, {}
-    times: dict[str, float | str] = {}
-    for way, (check, run) in ways.items():
-        try:
-            times[way] = milliseconds(run, device) if agree(check(), results) else WRONG
-        except Exception as error:
-            times[way] = _line(error)
     _log(name, times)
     right = {way: value for way, value in times.items() if isinstance(value, float)}
     if not right:
         return (REFERENCE if expected else None), times
     best = min(right, key=right.__getitem__)
     return (default if default in right and right[default] <= MARGIN * right[best] else best), times
+
+
+def _time_or_fault(way: Way, results: list[list[Tensor]], device: torch.device) -> float | str:
+    """Milliseconds, or why the way is never taken. Raises torch.OutOfMemoryError: there may be more another time."""
+    try:
+        return milliseconds(way.run, device) if agree(way.check(), results) else WRONG
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or a kernel raises is a fault of this way
+        return _line(error)
 
 
 def _log(name: str, times: Mapping[str, float | str]) -> None:

@@ -20,7 +20,7 @@ from engine.parser import Parser
 from engine.ranks.command import run_command
 from kernels.measured_cache import MeasuredCache
 from pipelines.basics.tables import print_table
-from pipelines.basics.text import printable
+from pipelines.basics.text import counted, printable
 
 CACHES = ("kernels", "steps")
 HEAD = ("measured", "chosen", "default, us", "chosen, us", "gain", "on")
@@ -38,7 +38,7 @@ def main(args: list[str] | None = None) -> int:
         for name in CACHES:
             cache = MeasuredCache(name)
             if options.clear:
-                print(f"{name}: {cache.clear()} measurements removed")
+                print(f"{name}: {counted(cache.clear(), 'measurement')} removed")
             else:
                 show(cache)
 
@@ -55,7 +55,7 @@ def make_parser() -> Parser:
 def show(cache: MeasuredCache) -> None:
     """Print the measurements of one file as a table."""
     entries = cache.entries()
-    print(printable(f"{cache.name}: {len(entries)} measurements, {cache.path}"))
+    print(printable(f"{cache.name}: {counted(len(entries), 'measurement')} in {cache.path}"))
     choices = {name: entry for name, entry in entries.items() if _is_choice(entry)}
     if choices:
         print_table(HEAD, [_cells(name, choices[name]) for name in sorted(choices)], is_text=True)

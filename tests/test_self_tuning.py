@@ -92,6 +92,18 @@ def test_where_our_kernel_fails_or_is_wrong_a_slower_way_is_taken(fault: str, gp
     assert way_of(gpu, X) == "MATH"
 
 
+def test_memory_that_runs_out_is_no_fault_of_a_way(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_out(run: Any, device: Any) -> float:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    gpu.times = {64: 0.5, "MATH": 0.5}
+    with monkeypatch.context() as patch, dispatch.tuning("cpu"):
+        patch.setattr(self_tuning, "milliseconds", runs_out)
+        gpu.double(X)
+        assert gpu.launch(X) == 128
+    assert tuned(gpu) == 64 and way_of(gpu, X) == "triton"
+
+
 def test_where_no_way_is_right_the_reference_is_taken(gpu: FakeGpu) -> None:
     gpu.wrong = {"triton", "FLASH_ATTENTION", "MATH"}
     with dispatch.tuning("cpu"):
@@ -139,6 +151,7 @@ def test_ways_are_compared_with_their_tuned_launches(gpu: FakeGpu) -> None:
 
 
 def test_measuring_changes_no_result_no_gradient_and_no_random_state(gpu: FakeGpu) -> None:
+    torch.manual_seed(7)
     x, before = X.clone().requires_grad_(), torch.get_rng_state()
     with dispatch.tuning("cpu"):
         y = gpu.double(x)
@@ -281,7 +294,9 @@ def test_a_resumed_run_takes_what_the_run_before_it_took(
     with dispatch.tuning("cpu"):
         gpu.double(X)
         gpu.launch(X, "N512")
+    assert way_of(gpu, X) == "FLASH_ATTENTION"
     dispatch.restore_choices(saved)
+    assert dispatch.choices() == saved  # also before it meets them
     assert (way_of(gpu, X), gpu.launch(X), gpu.launch(X, "N512")) == ("MATH", 64, 128)
     assert dispatch.choices() == saved
 
@@ -335,10 +350,10 @@ def test_time_that_runs_out_leaves_defaults_and_the_summary_says_so(
     gpu.times = {64: 0.5}
     monkeypatch.setattr(self_tuning, "SECONDS", -1.0)
     assert tuned(gpu) == 128
-    assert caplog.messages[-1].endswith("0 of them faster than the default; 1 more in the next run")
+    assert caplog.messages[-1].endswith("faster than the default: 0; left to the next run: 1")
     monkeypatch.setattr(self_tuning, "SECONDS", 100.0)
     assert tuned(gpu) == 64
-    assert caplog.messages[-1].startswith("kernels: measured 1 choices in 0.0 s, 1 of them faster than the default")
+    assert caplog.messages[-1].startswith("kernels: choices measured: 1, in 0.0 s; faster than the default: 1")
 
 
 def test_results_agree_by_their_norm_and_dtype() -> None:
