@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from kernels import attention, dice_ce, dispatch, instance_norm, layer_norm, up_conv
+from kernels import adamw, attention, dice_ce, dispatch, instance_norm, layer_norm, up_conv
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last_3d
 REGIONS = ((2, 3), (1, 2, 3), (3,))
@@ -248,7 +249,50 @@ class UpConvWorkload:
         up_conv.up_conv_backward(y, x, weight, True, True)
 
 
-Workload = AttentionWorkload | InstanceNormWorkload | LayerNormWorkload | DiceCEWorkload | UpConvWorkload
+@dataclass(frozen=True)
+class AdamWWorkload:
+    """Square weights (width, width) of so many layers and their biases, of which the weights may have copies."""
+
+    op: ClassVar = "adamw"
+    layers: int
+    width: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers of {self.width} {_short(self.dtype)}"
+
+    def tensors(self, device: torch.device | str) -> adamw.AdamWTensors:
+        """Random parameters and gradients, of `dtype` for the weights; moments of zero."""
+        rows = []
+        for size in [(self.width, self.width), (self.width,)] * self.layers:
+            has_copy = len(size) == 2 and self.dtype != torch.float32
+            parameter = torch.randn(size, device=device)
+            copy = parameter.to(self.dtype) if has_copy else None
+            gradient = torch.randn_like(parameter if copy is None else copy)
+            moments = (torch.zeros_like(parameter) for _ in range(2))
+            rows.append((parameter, gradient, *moments, torch.zeros((), device=device), copy))
+        return adamw.AdamWTensors.of(rows)
+
+    @staticmethod
+    def guard(device: torch.device | str) -> adamw.Guard:
+        """Before a first step."""
+        zeros = (torch.zeros((), device=device) for _ in range(3))
+        growth = torch.zeros((), dtype=torch.int32, device=device)
+        return adamw.Guard(torch.ones((), device=device), growth, *zeros)
+
+    def options(self) -> adamw.AdamWOptions:
+        """Those of the published training, clipped; in fp16 with loss scaling."""
+        return adamw.AdamWOptions(1e-4, (0.9, 0.999), 1e-8, 1e-5, 1.0, self.dtype == torch.float16, 2000)
+
+    def run(self) -> None:
+        """As `AttentionWorkload.run`."""
+        with mock.patch.object(dispatch, "path", lambda *_: "triton"):
+            adamw.AdamWStep()(self.tensors("meta"), self.guard("meta"), self.options())
+
+
+Workload = (
+    AttentionWorkload | InstanceNormWorkload | LayerNormWorkload | DiceCEWorkload | UpConvWorkload | AdamWWorkload
+)
 OPS: tuple[str, ...] = tuple(kind.op for kind in get_args(Workload))
 """Operations: `op` is in kernels/<op>.py, and benchmarks/bench_<op>.py measures it."""
 LARGE, CROP = (2, 16, 128, 128, 64), (2, 3, 128, 128, 64)
@@ -278,6 +322,8 @@ MODELS: tuple[Workload, ...] = (
     UpConvWorkload(GRID, 128, sliced=True),
     UpConvWorkload((2, 32, 64, 64, 32), 16, sliced=True),
     UpConvWorkload((2, 32, 64, 64, 32), 16, torch.float32),
+    AdamWWorkload(4, 256),
+    AdamWWorkload(4, 256, torch.float32),
 )
 
 MEASURED: tuple[Workload, ...] = (
@@ -324,6 +370,10 @@ MEASURED: tuple[Workload, ...] = (
     UpConvWorkload((2, 32, 64, 64, 32), 16, torch.float32, sliced=True),
     UpConvWorkload((16, 32, 64, 64, 32), 16, sliced=True),
     UpConvWorkload((2, 768, 8, 8, 8), 128, sliced=True),  # UNETR of MONAI, 128 x 128 x 128
+    AdamWWorkload(48, 1024),  # 50 million, as UNETR's
+    AdamWWorkload(48, 1024, torch.float16),
+    AdamWWorkload(48, 1024, torch.float32),
+    AdamWWorkload(96, 128),
 )
 
 OTHERS: tuple[Workload, ...] = (

@@ -208,6 +208,7 @@ class Launch:
         candidates: configurations to choose from, the default first.
         key: what the best configuration depends on.
         repeatable: whether it writes to its arguments alone; one that is not is never measured.
+        nbytes: bytes that it reads and writes; 0 if its arguments are all of them, each once.
     """
 
     kernel: Any
@@ -216,6 +217,7 @@ class Launch:
     candidates: Sequence[Config]
     key: str
     repeatable: bool = True
+    nbytes: int = 0
 
     @property
     def name(self) -> str:
@@ -485,12 +487,13 @@ def launch(
     candidates: Sequence[Config],
     key: str,
     repeatable: bool = True,
+    nbytes: int = 0,
 ) -> None:
     """Run a kernel in the fastest configuration known for this GPU and key, else in the first of `candidates`.
 
     Arguments as the fields of `Launch`.
     """
-    it = Launch(kernel, grid, args, candidates, key, repeatable)
+    it = Launch(kernel, grid, args, candidates, key, repeatable, nbytes)
     if _observer is not None:
         return _observer(it)
     if it.is_fake:
