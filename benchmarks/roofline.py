@@ -39,8 +39,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.workloads import REGIONS
-from engine.optim import GuardedAdamW, OptimConfig
+from engine.optim import OptimConfig
 from engine.precision import LOW_PRECISION, Precision
+from engine.ranks.distributed import Ranks
+from engine.step import TrainConfig, prepare_training
 from kernels import dispatch
 from kernels.dice_ce import dice_ce_loss
 from models import NETWORKS, build_model
@@ -225,7 +227,8 @@ class Counter(TorchDispatchMode):
         """One launch of a kernel of ours."""
         tensors = [leaf for leaf in tree_leaves(dict(launch.args)) if isinstance(leaf, Tensor)]
         kind = next((kind for prefix, kind in KERNELS.items() if launch.name.startswith(prefix)), "pointwise")
-        self._add(kind, launch.name, sum(map(_nbytes, tensors)), _flops(launch))
+        nbytes = launch.nbytes or sum(map(_nbytes, tensors))
+        self._add(kind, launch.name, nbytes, _flops(launch))
 
 
 def _flops(launch: dispatch.Launch) -> int:
@@ -270,7 +273,7 @@ def multi_tensor_launches(sizes: Sequence[int], depth: int) -> int:
     return launches + (chunks > 0)
 
 
-def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) -> list[Operation]:
+def count(model: str, batch: int, precision: Precision, crop: Sequence[int] = CROP) -> list[Operation]:
     """The operations of one step.
 
     Args:
@@ -283,26 +286,35 @@ def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) ->
     ):
         network = build_model(model, MODALITIES, len(REGIONS), crop)
         _channels_last(network)
+        # On the CPU, whose autocast lowers the same operations as CUDA's in these networks.
+        one_rank = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+        train = TrainConfig(precision=precision)
+        network, copies, optimizer = prepare_training(network, train, OptimConfig(), one_rank)
         low = LOW_PRECISION.get(precision)
         image = torch.empty(
             (batch, MODALITIES, *crop), dtype=torch.bfloat16 if low == torch.bfloat16 else torch.float32
         )
         labels = torch.empty((batch, *crop), dtype=torch.uint8)
-        optimizer = GuardedAdamW(network.parameters(), OptimConfig(), scales_loss=precision == "fp16")
         counter = Counter()
         _name_layers(network, counter)
-        with counter, dispatch.observed(counter.launch):
-            # The tensors are on the CPU, whose autocast lowers the same operations as CUDA's in these networks.
-            with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
+
+        def take_pass() -> None:
+            counter.direction = "forward"
+            with copies.applied():
                 logits = network(image.contiguous(memory_format=LAST))
             counter.direction = "loss"
             loss = dice_ce_loss(logits, labels, REGIONS, ce="bce", check_labels=False).loss
             counter.direction = "backward"
             loss.backward()
-        optimizer.step()  # the first one makes the moments
-        counter.direction = "optimizer"
-        with counter, dispatch.observed(counter.launch):
+            counter.direction = "optimizer"
             optimizer.step()
+
+        with dispatch.observed(counter.launch):
+            take_pass()  # the first one makes moments, copies and tables
+            counter.rows.clear()
+            optimizer.zero_grad()
+            with counter:
+                take_pass()
     return counter.rows
 
 

@@ -19,6 +19,7 @@ modelled but measured: forward, loss and backward run once on fake tensors, whic
 storage is counted from the operation that makes it until nothing refers to it. So autocast, the path that
 `kernels.dispatch` takes and the order in which autograd frees are those of a real step. A second forward, with another
 number of crops, separates what grows with the batch (activations) from what does not (autocast's copies of weights).
+The lasting copies that stand for these on one rank take as much, and so do they and their gradients at the step's end.
 
 Not included: cuDNN's workspaces, the allocator's fragments and the CUDA context, for which `HEADROOM` is kept; what
 `torch.compile` saves by recomputing (with it the estimate is an upper bound); and, where PyTorch's compiled form of an

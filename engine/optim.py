@@ -1,10 +1,10 @@
 """AdamW that checks its gradients before a step, and the learning rate of each step.
 
-A step never waits for the device: the norm of all gradients is a tensor, and so is whether it is finite. torch's fused
-AdamW takes both: it divides the gradients by `grad_scale` (the loss's scale, times what clipping asks for) and, if
-`found_inf` is 1, changes nothing. Under ZeRO, DeepSpeed gives this optimizer flat shards instead of the parameters, and
-the norm is summed over ranks. So all stages and precisions work in the same way, DeepSpeed's own clipping, loss scaling
-and checks are off, and the host reads the results a step later, with the losses.
+A step never waits for the device: the norm of all gradients is a tensor, and so is whether it is finite. Both are used
+where they are made, in `kernels.adamw`: gradients are divided by the loss's scale, times what clipping asks for, and if
+they are not finite nothing changes. Under ZeRO, DeepSpeed gives this optimizer flat shards instead of the parameters,
+and the norm is summed over ranks. So all stages and precisions work in the same way, DeepSpeed's own clipping, loss
+scaling and checks are off, and the host reads the results a step later, with the losses.
 
 It is torch's AdamW rather than DeepSpeed's, which builds for minutes and is no faster on these models.
 """
@@ -18,7 +18,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from engine.precision import WeightCopies
+from kernels.adamw import AdamWOptions, AdamWStep, AdamWTensors, Guard, count_skipped
 from pipelines.basics.option_values import MANY, number
 
 FIRST_SCALE = 2.0**16  # of the loss in fp16
@@ -51,6 +54,8 @@ class GuardedAdamW(torch.optim.AdamW):
         config: learning rate, weight decay, clipping.
         scales_loss: dynamic loss scaling, for fp16: multiply the loss by `scale` before its backward.
         is_sharded: each rank has different elements of the gradients (ZeRO 1 and up, several ranks).
+        copies: of parameters, in low precision: the gradient of a copy is that of its parameter, and a step writes the
+            copy too.
 
     Attributes:
         scale: of the loss, float32 (); 1 without loss scaling.
@@ -65,38 +70,32 @@ class GuardedAdamW(torch.optim.AdamW):
         config: OptimConfig,
         scales_loss: bool = False,
         is_sharded: bool = False,
+        copies: WeightCopies | None = None,
     ) -> None:
         parameters = list(parameters)
         super().__init__(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         device = parameters[0].device
         self.grad_clip, self.scales_loss, self.is_sharded = config.grad_clip, scales_loss, is_sharded
+        self.copies = copies
         self.scale = torch.full((), FIRST_SCALE if scales_loss else 1.0, device=device)
         self.norm, self.found_inf, self.in_row = (torch.zeros((), device=device) for _ in range(3))
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
+        self._guard = Guard(self.scale, self._growth, self.norm, self.found_inf, self.in_row)
+        self._step = AdamWStep()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step by the current gradients."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        total = torch.linalg.vector_norm(norms)
-        if self.is_sharded:
-            total = total.square()
-            dist.all_reduce(total)
-            total = total.sqrt()
-        self.norm = total / self.scale
-        self.found_inf = 1 - torch.isfinite(total).float()
-        self.grad_scale = self.scale.clone()
-        if self.grad_clip:
-            self.grad_scale *= (self.norm / self.grad_clip).nan_to_num(1.0, 1.0).clamp(min=1)
-        super().step()
-        self._count_skipped()
+        self._step(self._tensors(), self._guard, self._options(), dist.all_reduce if self.is_sharded else None)
+        if self.copies:
+            self.copies.stepped()
 
     @torch.no_grad()
     def skip(self) -> None:
         """Count a step that DeepSpeed skipped itself: at ZeRO 3 it checks the norm before it calls `step`."""
-        self.found_inf, self.norm = torch.ones_like(self.found_inf), torch.full_like(self.norm, math.nan)
-        self._count_skipped()
+        self.found_inf.fill_(1)
+        self.norm.fill_(math.nan)
+        count_skipped(self._guard, self._options())
 
     def scalars(self) -> dict[str, Any]:
         """What a checkpoint needs besides the moments."""
@@ -110,11 +109,30 @@ class GuardedAdamW(torch.optim.AdamW):
         self._growth.fill_(values["growth"])
         self.in_row.fill_(values["in_row"])
 
-    def _count_skipped(self) -> None:
-        final = self.found_inf if not self.scales_loss else self.found_inf * (self.scale <= 1)
-        self.in_row = (self.in_row + final) * self.found_inf
-        if self.scales_loss:
-            torch._amp_update_scale_(self.scale, self._growth, self.found_inf, 2.0, 0.5, GROWTH_INTERVAL)
+    def _options(self) -> AdamWOptions:
+        (group,) = self.param_groups
+        return AdamWOptions(
+            group["lr"], group["betas"], group["eps"], group["weight_decay"], self.grad_clip, self.scales_loss,
+            GROWTH_INTERVAL,
+        )  # fmt: skip
+
+    def _tensors(self) -> AdamWTensors:
+        """Of all parameters that have a gradient, which a copy has in place of its parameter."""
+        rows = []
+        for parameter in self.param_groups[0]["params"]:
+            copy = self.copies[parameter] if self.copies else None
+            gradient = parameter.grad if copy is None else copy.grad
+            if gradient is not None:
+                state = self.state[parameter] or self._start(parameter)
+                rows.append((parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], copy))
+        return AdamWTensors.of(rows)
+
+    def _start(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter before its first step, as torch's AdamW makes it."""
+        zeros = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
+        moments = dict(zip(("exp_avg", "exp_avg_sq"), zeros))
+        self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        return self.state[parameter]
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

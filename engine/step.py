@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.optim import GuardedAdamW, OptimConfig, learning_rate
-from engine.precision import Precision, prepare_network
+from engine.precision import LOW_PRECISION, Precision, WeightCopies, prepare_network
 from engine.ranks.distributed import Ranks
 from engine.sharding import deepspeed_engine, full_weights, local_shard, shard_of, trainable
 from kernels import dispatch
@@ -139,21 +139,16 @@ class TrainingStep:
         self.done = self.taken = 0
         # The network without weights. Under ZeRO 3 a forward gathers weights, which all ranks must do equally often.
         self.skeleton = copy.deepcopy(model).to("meta") if train.zero_stage == 3 else None
-        self.model = prepare_network(model.to(ranks.device), train.precision)
+        self.model, self.copies, self.optimizer = prepare_training(model.to(ranks.device), train, optim, ranks)
         if train.compile:
             self.model.forward = torch.compile(self.model.forward, dynamic=False)
-        self.optimizer = GuardedAdamW(
-            trainable(self.model),
-            optim,
-            scales_loss=train.precision == "fp16",
-            is_sharded=train.zero_stage > 0 and ranks.world_size > 1,
-        )
         self.engine = deepspeed_engine(
             self.model, self.optimizer, settings, ranks, zero_stage=train.zero_stage, batch_size=train.batch_size,
             accumulate_steps=train.accumulate_steps, cuda_graph=train.cuda_graph is True,
         )  # fmt: skip
         self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
-        self.cuda_graph = CudaGraphPass(self._plain_pass, self.model) if train.cuda_graph else None
+        leaves = self.copies.leaves(trainable(self.model))
+        self.cuda_graph = CudaGraphPass(self._plain_pass, leaves) if train.cuda_graph else None
         self.values = torch.zeros(len(StepValues._fields), device=ranks.device)
         module = self.engine.module
         self.ddp = module if isinstance(module, DistributedDataParallel) else None
@@ -175,7 +170,8 @@ class TrainingStep:
             self.optimizer.zero_grad()
         self._is_first_pass = False
         if self.cuda_graph:
-            loss = self.cuda_graph(image, labels)
+            with self.copies.applied():
+                loss = self.cuda_graph(image, labels)
             if self.engine.enable_backward_allreduce:
                 self.engine.allreduce_gradients()
         else:
@@ -204,7 +200,7 @@ class TrainingStep:
     def loss(self, image: Tensor, labels: Tensor) -> DiceCE:
         """Forward and loss."""
         is_due = self.engine.is_gradient_accumulation_boundary()
-        with self.ddp.no_sync() if self.ddp and not is_due else nullcontext():
+        with self.ddp.no_sync() if self.ddp and not is_due else nullcontext(), self.copies.applied():
             return self.loss_of(self.engine(image), labels)
 
     def backward(self, loss: DiceCE) -> None:
@@ -274,16 +270,16 @@ class CudaGraphPass:
     stay outside: a handful of launches, and NCCL on several ranks.
 
     Args:
-        run: (image, labels) -> loss; leaves gradients in the parameters, and never waits for the device.
-        model: the one with those parameters.
+        run: (image, labels) -> loss; leaves gradients in the leaves, and never waits for the device.
+        leaves: trainable parameters, or what stands for them.
     """
 
-    def __init__(self, run: Callable[[Tensor, Tensor], DiceCE], model: torch.nn.Module) -> None:
-        self.run, self.parameters = run, trainable(model)
+    def __init__(self, run: Callable[[Tensor, Tensor], DiceCE], leaves: Sequence[Tensor]) -> None:
+        self.run, self.leaves = run, leaves
         self.cuda_graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, image: Tensor, labels: Tensor) -> DiceCE:
-        """Replace the parameters' gradients by those of this batch; the loss is valid until the next call.
+        """Replace the leaves' gradients by those of this batch; the loss is valid until the next call.
 
         Raises:
             ValueError: a batch of another shape than the first.
@@ -297,8 +293,8 @@ class CudaGraphPass:
         self.labels.copy_(labels)
         self.cuda_graph.replay()
         # The optimizer drops gradients after a step; the graph's stay where they are.
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+        for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
+            leaf.grad = gradient
         return self.loss
 
     def _record(self, image: Tensor, labels: Tensor) -> None:
@@ -315,12 +311,12 @@ class CudaGraphPass:
         # DALI's threads work meanwhile: a capture must not forbid them what it forbids this one.
         with torch.cuda.graph(cuda_graph, capture_error_mode="thread_local"):
             self.loss = self.run(self.image, self.labels)
-        self.gradients = [parameter.grad for parameter in self.parameters]
+        self.gradients = [leaf.grad for leaf in self.leaves]
         self.cuda_graph = cuda_graph
 
     def _drop_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+        for leaf in self.leaves:
+            leaf.grad = None
 
 
 class WeightAverage:
@@ -370,6 +366,27 @@ class WeightAverage:
 
     def _weights(self) -> list[Tensor]:
         return [local_shard(parameter) for parameter in trainable(self.model)]
+
+
+def prepare_training(
+    model: torch.nn.Module, train: TrainConfig, optim: OptimConfig, ranks: Ranks
+) -> tuple[torch.nn.Module, WeightCopies, GuardedAdamW]:
+    """The network in a precision, low-precision copies of its weights, and the optimizer of both.
+
+    Copies are kept where their gradients are final when they arrive: those of several passes or ranks are summed in
+    float32, and ZeRO shards the weights themselves.
+    """
+    network = prepare_network(model, train.precision)
+    is_final = train.accumulate_steps == 1 and ranks.world_size == 1 and not train.zero_stage
+    copies = WeightCopies(network, LOW_PRECISION.get(train.precision) if is_final else None)
+    optimizer = GuardedAdamW(
+        trainable(network),
+        optim,
+        scales_loss=train.precision == "fp16",
+        is_sharded=train.zero_stage > 0 and ranks.world_size > 1,
+        copies=copies,
+    )
+    return network, copies, optimizer
 
 
 def training_loss(logits: Tensor, labels: Tensor, regions: Sequence[Sequence[int]], config: LossConfig) -> DiceCE:

@@ -395,11 +395,11 @@ class AdamWStep:
             partials = partials.sum(dim=0, keepdim=True)
             sum_over_ranks(partials)
         self._finish(len(tensors.steps), guard, options, partials, key)
-        beta1, beta2 = options.betas
+        lr, (beta1, beta2), eps, weight_decay, *_ = options
         args = {
             **chunks, "corrections_ptr": self._device["corrections"], "grad_scale_ptr": self._device["grad_scale"],
-            "found_inf_ptr": guard.found_inf, "lr": options.lr, "beta1": beta1, "one_minus_beta1": 1 - beta1,
-            "beta2": beta2, "one_minus_beta2": 1 - beta2, "eps": options.eps, "weight_decay": options.weight_decay,
+            "found_inf_ptr": guard.found_inf, "lr": float(lr), "beta1": beta1, "one_minus_beta1": 1 - beta1,
+            "beta2": beta2, "one_minus_beta2": 1 - beta2, "eps": eps, "weight_decay": float(weight_decay),
         }  # fmt: skip
         copy_bytes = sum(_nbytes(copy) for copy in tensors.copies if copy is not None)
         parameter_bytes = sum(map(_nbytes, tensors.parameters))

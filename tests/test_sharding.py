@@ -187,11 +187,11 @@ for stage in range(4):  # each continues from the state of the one before it
 frozen = {}
 for stage in range(4):
     step = make_step(ranks, partly_frozen(), zero_stage=stage, grad_clip=CLIP)
-    losses, start = run(step, range(3)), network().state_dict()
+    losses = run(step, range(3))
     frozen[stage] = full_weights(step.model), full_moments(step.engine, step.optimizer)
     result[f"frozen at {stage}"] = losses + run(step, range(3, 5))
-    weights = full_weights(step.model)
-    result[f"stayed at {stage}"] = [name for name, value in weights.items() if value.equal(start[name])]
+    weights, start = full_weights(step.model), network().state_dict()
+    result[f"stayed at {stage}"] = [name for name, value in weights.items() if torch.equal(value, start[name])]
 for stage in range(4):
     weights, moments = frozen[(stage - 1) % 4]
     model = partly_frozen()

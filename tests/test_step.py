@@ -297,9 +297,9 @@ class Replay:
         cuda_graph = self.cuda_graph
         cuda_graph._drop_gradients()
         loss = cuda_graph.run(cuda_graph.image, cuda_graph.labels)
-        for parameter, kept in zip(cuda_graph.parameters, cuda_graph.gradients, strict=True):
-            assert parameter.grad is not None and kept is not None
-            kept.copy_(parameter.grad)
+        for leaf, kept in zip(cuda_graph.leaves, cuda_graph.gradients, strict=True):
+            assert leaf.grad is not None and kept is not None
+            kept.copy_(leaf.grad)
         cuda_graph._drop_gradients()  # the optimizer's side has seen nothing of this
         for kept, value in zip(cuda_graph.loss, loss, strict=True):
             kept.detach().copy_(value.detach())
@@ -308,7 +308,7 @@ class Replay:
 def record(cuda_graph: CudaGraphPass, image: torch.Tensor, labels: torch.Tensor) -> None:
     cuda_graph.image, cuda_graph.labels = image.clone(), labels.clone()
     cuda_graph.loss = cuda_graph.run(image, labels)
-    cuda_graph.gradients = [parameter.grad for parameter in cuda_graph.parameters]
+    cuda_graph.gradients = [leaf.grad for leaf in cuda_graph.leaves]
     cuda_graph.cuda_graph = Replay(cuda_graph)  # type: ignore[assignment]
 
 
