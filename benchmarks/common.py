@@ -208,7 +208,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, rounds: int) -> float:
 
 
 def path_taken(call: Callable[[], Any]) -> tuple[str, str]:
-    """The path of our operation in a call, and its name in `tuned.json`; empty without one."""
+    """The path of our operation in a call, and its name and key; empty without one."""
     taken = [("", "")]
 
     def spy(op: str, x: Tensor, key: str) -> dispatch.OpPath:

@@ -282,7 +282,7 @@ def count(model: str, batch: int, precision: Precision, crop: Sequence[int] = CR
     """
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.multiple(dispatch, _refusal=lambda device: "", _faster_of_pytorch=lambda *_: ""),
+        mock.patch.multiple(dispatch, _refusal=lambda device: "", _way=lambda *_: "triton"),
     ):
         network = build_model(model, MODALITIES, len(REGIONS), crop)
         _channels_last(network)
