@@ -19,9 +19,9 @@ good on every GPU. Which is the fastest on this GPU, and where PyTorch beats our
 
 Each kernel that is met there is measured in its first three configurations, and each operation on our path and on
 PyTorch's, at tens of milliseconds a key plus compilation. What is found is kept in the cache folder and taken from then
-on, in later runs too (`self_tuning`). Outside such a block nothing is measured, unless `use(..., measurements="measure")` asks
-for it in a single process; nothing is ever measured while a graph is captured, traced or compiled, so run the block
-before `torch.compile`. All ranks must enter and leave a block together. `choices` and `restore_choices` let a
+on, in later runs too (`self_tuning`). Outside such a block nothing is measured, unless a single process asks for it
+(`use(..., measurements="measure")`). Nothing is ever measured while a graph is captured, traced or compiled, so run the
+block before `torch.compile`. All ranks must enter and leave a block together. `choices` and `restore_choices` let a
 checkpoint hold what a run took.
 
 Forward + backward decides where a gradient will be taken, because training runs both and a gain in one must not cost
