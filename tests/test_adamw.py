@@ -199,3 +199,17 @@ def test_a_step_is_three_launches_that_count_every_tensor_once(device: str) -> N
     copies = sum(copy.numel() * low for copy in tensors.copies if copy is not None)
     assert found[0].nbytes == gradients
     assert found[2].nbytes == gradients + copies + 24 * sum(p.numel() for p in tensors.parameters)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_wide_accesses_are_taken_only_where_every_address_allows_them(device: str) -> None:
+    """In the interpreter wrong ones would work."""
+    needs_kernels(device)
+    tensors, found = make(device, None), []
+    for shift in (0, 1):
+        room = torch.empty(SIZES[1][0] + 4, device=device)
+        first = -room.data_ptr() // 4 % 4 + shift  # from a multiple of 16 bytes on
+        tensors.gradients[1] = room[first : first + SIZES[1][0]]
+        with dispatch.observed(lambda launch: found.append(launch.args.get("ALIGNED"))):
+            AdamWStep()(tensors, make_guard(device), OPTIONS)
+    assert found == [True, None, True, False, None, False]
