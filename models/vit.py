@@ -72,7 +72,7 @@ class AlignedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features or the weight's columns) -> (..., the weight's rows)."""
         rows, columns = self.weight.shape
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and len(bias) < rows:
             bias = F.pad(bias, (0, rows - len(bias)))
         return F.linear(x if x.shape[-1] == columns else F.pad(x, (0, columns - x.shape[-1])), self.weight, bias)
