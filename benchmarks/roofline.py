@@ -273,7 +273,7 @@ def multi_tensor_launches(sizes: Sequence[int], depth: int) -> int:
     return launches + (chunks > 0)
 
 
-def count(model: str, batch: int, precision: Precision, crop: Sequence[int] = CROP) -> list[Operation]:
+def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) -> list[Operation]:
     """The operations of one step.
 
     Args:
@@ -288,7 +288,7 @@ def count(model: str, batch: int, precision: Precision, crop: Sequence[int] = CR
         _channels_last(network)
         # On the CPU, whose autocast lowers the same operations as CUDA's in these networks.
         one_rank = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-        train = TrainConfig(precision=precision)
+        train = TrainConfig(precision=precision)  # type: ignore[arg-type]
         network, copies, optimizer = prepare_training(network, train, OptimConfig(), one_rank)
         low = LOW_PRECISION.get(precision)
         image = torch.empty(

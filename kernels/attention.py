@@ -674,6 +674,8 @@ def flash_attention_packed(
     if not torch.compiler.is_exporting() and scale >= 0:
         batch, tokens, _ = qkv.shape
         key = _key((batch, num_heads, tokens, head_dim), qkv.dtype)
+        args = (qkv, num_heads, head_dim, scale, columns)
+        dispatch.compare("attention", key, flash_attention_packed, args, dispatch.SDPA_WAYS)
         if dispatch.path("attention", qkv, key) == "triton":
             return _attention_packed(qkv, num_heads, head_dim, scale, columns)[0]
     q, k, v = _split(qkv, 3, num_heads, head_dim)

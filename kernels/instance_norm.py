@@ -1031,8 +1031,13 @@ def instance_norm_into(
     Raises:
         ValueError: as `instance_norm`; `out` of another shape, dtype or device than `x`.
     """
+    args = (x, None, None, eps, negative_slope, residual, residual_norm)
     if out is None or not writes_slices(x):
-        return instance_norm(x, None, None, eps, negative_slope, residual, residual_norm)
-    _check(x, None, None, eps, negative_slope, residual, residual_norm)
+        return instance_norm(*args)
+    _check(*args)
     check_alike("out", out, "x", x)
+    key = _key_of(x, residual, residual_norm)
+    dispatch.compare("instance_norm", key, instance_norm, args, ("torch.compile",))
+    if dispatch.path("instance_norm", x, key) != "triton":
+        return instance_norm(*args)
     return _IntoSlice.apply([out], x, None, None, eps, None, negative_slope, residual, residual_norm)[0]

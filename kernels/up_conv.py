@@ -62,6 +62,8 @@ LEAST_CHUNK, CHUNK_STEP = 256, 128
 """Rows of a chunk: no fewer than the first, unless there are fewer in all, and a multiple of the second."""
 WEIGHT_BLOCK_C, WEIGHT_BLOCK_N = 64, 128
 """The tile of the weight for which the chunks are chosen, the largest of its configurations."""
+CUDNN = "cuDNN"
+"""What path "torch" takes, as the reference does: `F.conv_transpose3d`."""
 JOIN_TILE = 2048
 """Partial sums that a program of the last launch holds at once."""
 Blocks = tuple[int, int, int, int, int]
@@ -501,6 +503,14 @@ def _takes_kernels(x: Tensor, weight: Tensor, is_slice: bool) -> bool:
     return dispatch.path("up_conv", x, _key(x.shape, weight.shape[1], x.dtype, is_slice)) == "triton"
 
 
+def _into_half(x: Tensor, weight: Tensor) -> Tensor:
+    """`up_conv_into` the first half of a buffer of its own."""
+    batch, _, *space = x.shape
+    shape = (batch, 2 * weight.shape[1], *(2 * size for size in space))
+    buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
+    return up_conv_into(x, weight, buffer[:, : weight.shape[1]])
+
+
 def up_conv(x: Tensor, weight: Tensor) -> Tensor:
     """`F.conv_transpose3d(x, weight, stride=2)` for a kernel of 2, differentiable once in both.
 
@@ -519,6 +529,8 @@ def up_conv(x: Tensor, weight: Tensor) -> Tensor:
     """
     x, weight = _as_autocast(x, weight)
     _check(x, weight)
+    if not torch.compiler.is_exporting() and _row_stride(x) is not None:
+        dispatch.compare("up_conv", _key(x.shape, weight.shape[1], x.dtype, False), up_conv, (x, weight), (CUDNN,))
     return _up_conv(x, weight) if _takes_kernels(x, weight, False) else up_conv_reference(x, weight)
 
 
@@ -544,6 +556,9 @@ def up_conv_into(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     _check_out(out, x, weight)
     if torch.compiler.is_compiling():
         return out.detach().copy_(up_conv(x, weight))
+    if not torch.compiler.is_exporting() and _row_stride(x) is not None:
+        key = _key(x.shape, weight.shape[1], x.dtype, _row_stride(out) != weight.shape[1])
+        dispatch.compare("up_conv", key, _into_half, (x, weight), (CUDNN,))
     if _takes_kernels(x, weight, _row_stride(out) != weight.shape[1]):
         return _IntoSlice.apply(x, weight, [out])
     return out.detach().copy_(up_conv_reference(x, weight))
