@@ -3,7 +3,8 @@
     y[b, o, v] = sum over c and taps t of weight[o, c, t] * x[b, c, v + t] + bias[o]
 
 1 x 1 x 1: a matrix product of the weight and the voxels. On a CPU PyTorch's convolution takes two to five times as long
-as the product; on a GPU the product adds the bias in its epilogue, where the convolution needs a pass of its own.
+as the product; on a GPU the product adds the bias in its epilogue, where the convolution needs a pass of its own. There
+the channels of a voxel must fill 16 bytes, as those of a network's last layer do not.
 
 3 x 3 x 3 on a CPU: for contiguous maps oneDNN computes blocks of 16 output channels, and with 8 of them half of a block
 is padding. In channels_last_3d it is not, so such maps are converted on the way in and out, two cheap passes.
@@ -43,7 +44,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight)
     is_pointwise = weight.shape[2:].numel() == 1
     if not torch.compiler.is_compiling():
-        if is_pointwise:
+        if is_pointwise and (x.is_contiguous() or _has_wide_rows(x, weight)):
             return _pointwise(x, weight, bias)
         if _pads_blocks(x, weight):
             return _LastInside.apply(*_as_autocast(x, weight, bias))
@@ -53,11 +54,17 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The products of 1 x 1 x 1 in the layout of x."""
     weight_OC = weight.flatten(1)
-    if not x.is_contiguous() and x.is_contiguous(memory_format=LAST):
+    if not x.is_contiguous():
         return F.linear(x.permute(0, 2, 3, 4, 1), weight_OC, bias).permute(0, 4, 1, 2, 3)
     x_BCV, weight_BOC = x.flatten(2), weight_OC.expand(x.shape[0], -1, -1)
     y_BOV = torch.bmm(weight_BOC, x_BCV) if bias is None else torch.baddbmm(bias[:, None], weight_BOC, x_BCV)
     return y_BOV.unflatten(2, x.shape[2:])
+
+
+def _has_wide_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether voxels are rows of 16 bytes in x and y, both channels_last_3d: libraries have no fast product of others."""
+    sizes = (channels * x.element_size() for channels in weight.shape[:2])
+    return x.is_contiguous(memory_format=LAST) and not any(size % 16 for size in sizes)
 
 
 def _pads_blocks(x: Tensor, weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Convolutions that know what follows: an instance norm, or another convolution on the same input.
 
+    SameConv3d                             as PyTorch's, but the fastest way for a CPU
     NormedConv3d, NormedConvTranspose3d    conv, then a norm: the norm subtracts the mean, and with it any bias
     Doubling                               kernel and stride 2, written where a concatenation wants it
     ProjectionConv3d                       1 x 1 x 1 beside a 3 x 3 x 3 on one input, each followed by a norm
@@ -24,6 +25,16 @@ from torch.autograd.function import once_differentiable
 
 from kernels.conv3d import conv3d
 from kernels.up_conv import up_conv, up_conv_into
+
+
+class SameConv3d(nn.Conv3d):
+    """A convolution of stride 1 that keeps the size, 3 x 3 x 3 or 1 x 1 x 1."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv3d(x, self.weight, self.bias)
 
 
 class NormedConv3d(nn.Conv3d):

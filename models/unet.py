@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.instance_norm import instance_norm
-from models.convolutions import NormedConv3d, NormedConvTranspose3d
+from models.convolutions import NormedConv3d, NormedConvTranspose3d, SameConv3d
 
 
 class ConvNormAct(nn.Module):
@@ -48,8 +48,11 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.unit0 = ConvNormAct(NormedConv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1))
         self.unit1 = ConvNormAct(NormedConv3d(out_channels, out_channels, kernel_size=3, padding=1))
-        kernel_size = 1 if stride == 1 else 3
-        self.residual = nn.Conv3d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2)
+        self.residual: nn.Module = (
+            SameConv3d(in_channels, out_channels, kernel_size=1)
+            if stride == 1
+            else nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.unit1(self.unit0(x)) + self.residual(x)
@@ -64,7 +67,7 @@ class Up(nn.Module):
             NormedConvTranspose3d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, output_padding=1)
         )
         if last:
-            self.unit: nn.Module = nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1)
+            self.unit: nn.Module = SameConv3d(out_channels, out_channels, kernel_size=3)
         else:
             self.unit = ConvNormAct(NormedConv3d(out_channels, out_channels, kernel_size=3, padding=1))
 

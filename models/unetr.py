@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from kernels.instance_norm import instance_norm, instance_norm_into
 from models.concatenation import join, room_for
-from models.convolutions import Doubling, NormedConv3d, ProjectionConv3d
+from models.convolutions import Doubling, NormedConv3d, ProjectionConv3d, SameConv3d
 from models.vit import VisionTransformer
 
 NEGATIVE_SLOPE = 0.01
@@ -198,7 +198,7 @@ class UNETR(nn.Module):
         self.decoder2 = DecoderLevel(feature_size * 8, feature_size * 4, bias)
         self.decoder1 = DecoderLevel(feature_size * 4, feature_size * 2, bias)
         self.decoder0 = DecoderLevel(feature_size * 2, feature_size, bias)
-        self.head = nn.Conv3d(feature_size, out_channels, kernel_size=1)
+        self.head = SameConv3d(feature_size, out_channels, kernel_size=1)
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         if tuple(x_BCXYZ.shape[2:]) != self.img_size:
