@@ -62,7 +62,7 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _has_wide_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether voxels are rows of 16 bytes in x and y, both channels_last_3d: libraries have no fast product of others."""
+    """Whether x and y, channels_last_3d, have rows of 16 bytes: libraries have no fast product of others."""
     sizes = (channels * x.element_size() for channels in weight.shape[:2])
     return x.is_contiguous(memory_format=LAST) and not any(size % 16 for size in sizes)
 

@@ -78,6 +78,8 @@ WEIGHT_FLOAT_BLOCKS: tuple[Blocks, ...] = ((64, 32, 32, 8, 2), (64, 32, 32, 8, 3
 
 def up_conv_reference(x_BCXYZ: Tensor, weight: Tensor) -> Tensor:
     """The equation at the head of this file in plain PyTorch; arguments as `up_conv`, unchecked."""
+    if x_BCXYZ.is_cpu and not torch.compiler.is_compiling():
+        x_BCXYZ = x_BCXYZ.contiguous()  # as the result is in any case, but for a fake tensor
     return F.conv_transpose3d(x_BCXYZ, weight, stride=2)
 
 

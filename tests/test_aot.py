@@ -115,7 +115,7 @@ def test_every_kernel_of_the_package_is_in_a_workload() -> None:
 
 
 def test_continuous_integration_has_few_enough_kernels_to_compile() -> None:
-    assert len(signatures(workloads.MODELS, every=False)) < 70
+    assert len(signatures(workloads.MODELS, every=False)) < 90
 
 
 SMALL = (

@@ -520,7 +520,6 @@ def test_a_fused_projection_takes_no_more_launches_than_views(tokens: int, devic
 @pytest.mark.parametrize("path", ["torch", "reference"])
 def test_pytorchs_paths_take_a_fused_projection(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "path", lambda *_: path)
-    monkeypatch.setattr(dispatch, "_tuned", lambda device: {})
     assert_packed_is_right(random_packed((2, 9, 2, 5), 2, torch.float32, device), (2, 9, 2, 5), 6)
 
 

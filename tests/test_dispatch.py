@@ -23,9 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import dispatch
-from kernels.attention import flash_attention
+from kernels.attention import flash_attention, flash_attention_packed
 from kernels.dice_ce import dice_ce_loss
-from kernels.instance_norm import instance_norm
+from kernels.instance_norm import instance_norm, instance_norm_into
+from kernels.layer_norm import residual_layer_norm
+from kernels.up_conv import up_conv, up_conv_into
 
 pytestmark = pytest.mark.kernel
 FORWARD, BOTH = dispatch.DIRECTIONS
@@ -274,6 +276,45 @@ def test_only_traced_calls_pay_for_an_operator(name: str) -> None:
 def _first_node(y: torch.Tensor) -> str:
     assert y.grad_fn is not None
     return y.grad_fn.name()
+
+
+def _wide(channels: int) -> torch.Tensor:
+    return torch.randn(1, channels, 4, 4, 4).contiguous(memory_format=torch.channels_last_3d)
+
+
+COMPARED = {
+    "attention": lambda: flash_attention(*3 * (torch.randn(1, 2, 16, 8),)),
+    "attention on a fused projection": lambda: flash_attention_packed(torch.randn(1, 16, 48), 2, 8),
+    "instance_norm": lambda: instance_norm(_wide(4)),
+    "instance_norm into a slice": lambda: instance_norm_into(_wide(8)[:, :4], _wide(4)),
+    "layer_norm": lambda: residual_layer_norm(torch.randn(1, 4, 8), None, *torch.ones(2, 8), 1e-5, torch.float32),
+    "dice_ce": lambda: dice_ce_loss(_wide(2), torch.zeros(1, 4, 4, 4, dtype=torch.uint8), [[1], [2]]),
+    "up_conv": lambda: up_conv(_wide(4), torch.randn(4, 2, 2, 2, 2)),
+    "up_conv into a slice": lambda: up_conv_into(_wide(4), torch.randn(4, 2, 2, 2, 2), torch.empty_like(_doubled())),
+}
+
+
+def _doubled() -> torch.Tensor:
+    return torch.empty(1, 2, 8, 8, 8).contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_every_operation_is_compared_with_pytorchs_own_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: set[tuple[str, str]] = set()
+    chosen: set[tuple[str, str]] = set()
+
+    def compare(op: str, key: str, function: Any, args: Any, of_pytorch: Any) -> None:
+        assert callable(function) and of_pytorch
+        compared.add((op, key))
+
+    def path(op: str, x: Any, key: str) -> str:
+        chosen.add((op, key))
+        return "reference"
+
+    monkeypatch.setattr(dispatch, "compare", compare)
+    monkeypatch.setattr(dispatch, "path", path)
+    COMPARED[name]()
+    assert {op for op, _ in compared} == {name.split()[0]} and compared <= chosen
 
 
 def test_gradients_are_ordered_by_the_arguments_of_the_forward() -> None:

@@ -201,16 +201,18 @@ def test_the_estimate_of_a_batch_predicts_that_of_a_larger_one() -> None:
 def test_parts_are_sharded_as_the_zero_stage_says() -> None:
     model = network("unet")
     size = sum(parameter.numel() for parameter in model.parameters()) * 4
-    shard, bucket = -(-size // 4), 4 * BUCKET_ELEMENTS
+    trained = size - sum(bias.numel() for bias in model.parameters() if not bias.requires_grad) * 4
+    shard, of_all, bucket = -(-trained // 4), -(-size // 4), 4 * BUCKET_ELEMENTS
 
     def parts(stage: int) -> tuple[int, ...]:
         it = estimate(model, 1, train={"zero_stage": stage}, world_size=4, ema_decay=0.9)
         return it.weights, it.gradients, it.optimizer, it.buffers, it.ema
 
-    assert parts(0) == (size, size, 2 * size, 0, size)
-    assert parts(1) == (size, size, 3 * shard, bucket, size)
-    assert parts(2) == (size, shard, 3 * shard, bucket, size)
-    assert parts(3) == (size + shard, shard, 3 * shard, bucket, shard)
+    assert trained < size
+    assert parts(0) == (size, trained, 2 * trained, 0, trained)
+    assert parts(1) == (size, trained, 3 * shard, bucket, trained)
+    assert parts(2) == (size, shard, 3 * shard, bucket, trained)
+    assert parts(3) == (size + of_all, shard, 3 * shard, bucket, shard)
 
 
 def test_gradients_accumulated_or_kept_in_buckets_are_there_during_the_forward() -> None:

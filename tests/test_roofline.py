@@ -20,10 +20,10 @@ from benchmarks.roofline import GPUS, count, multi_tensor_launches, predicted_s,
 from kernels import dispatch
 from kernels.instance_norm import instance_norm_backward
 from kernels.up_conv import up_conv
-from models import build_model, parameter_count
+from models import build_model
 
 COUNTED = json.loads(NOW.read_text())
-LIMITS = {("unetr", 2): (9.9, 430), ("unetr", 32): (130, 430)}  # GB, launches of a step in bf16
+LIMITS = {("unetr", 2): (9.9, 430), ("unetr", 32): (130, 480)}  # GB, launches of a step in bf16
 
 
 @pytest.mark.parametrize(("model", "batch"), [("unetr", 2), ("unetr", 32), ("unetr_monai", 2), ("unet", 2)])
@@ -82,7 +82,7 @@ def test_a_doubling_counts_its_three_products() -> None:
     counter = roofline.Counter()
     x = torch.empty(2, 32, 8, 4, 2, dtype=torch.bfloat16).to(memory_format=roofline.LAST).requires_grad_()
     weight = torch.empty(32, 16, 2, 2, 2, dtype=torch.bfloat16).to(memory_format=roofline.LAST).requires_grad_()
-    on_a_gpu = mock.patch.multiple(dispatch, _refusal=lambda device: "", _way=lambda *_: "")
+    on_a_gpu = mock.patch.multiple(dispatch, _refusal=lambda device: "", _way=lambda *_: "triton")
     with FakeTensorMode() as fake, on_a_gpu, counter, dispatch.observed(counter.launch):
         up_conv(*map(fake.from_tensor, (x, weight))).sum().backward()
     rows = {row.op: row for row in counter.rows if row.op.startswith("up_conv")}
@@ -114,7 +114,8 @@ def test_a_decoder_copies_no_map(model: str) -> None:
 def test_the_optimizer_counts_every_tensor_once() -> None:
     """Gradients twice; parameters and both moments read and written."""
     rows = [row for row in count("unet", 1, "float32", (32, 32, 32)) if row.direction == "optimizer"]
-    parameters = parameter_count(build_model("unet", 4, 3, (32, 32, 32)))
+    network = build_model("unet", 4, 3, (32, 32, 32))
+    parameters = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     by_op = {row.op: row.bytes for row in rows}
     assert by_op["adamw_sum_kernel"] == 4 * parameters and by_op["adamw_kernel"] == 28 * parameters
     assert len(rows) == 3 and 0 < by_op["adamw_finish_kernel"] < 4 * parameters

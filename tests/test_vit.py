@@ -236,7 +236,7 @@ def test_a_block_adds_no_pass_to_its_kernels_and_products() -> None:
     launches: Counter[str] = Counter()
     for row in rows:
         launches[row.op] += row.launches
-    assert launches.pop("_to_copy") == 2 * 6  # autocast's copies of the weights and biases of four layers, and back
+    assert "_to_copy" not in launches
     assert launches == {
         "layer_norm_forward_kernel": 2, "layer_norm_backward_kernel": 2, "layer_norm_combine_kernel": 2,
         "attention_forward_kernel": 1, "attention_backward_kernel": 1, "mm": 2 + 8, "addmm": 2,

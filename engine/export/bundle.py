@@ -34,7 +34,7 @@ from engine.network import widths_of
 from engine.sliding_window import OVERLAP, SIGMA_SCALE, WINDOWS_AT_ONCE
 from engine.trained import TrainedNetwork
 from engine.weights_file import write_archive
-from kernels import attention, instance_norm
+from kernels import attention, instance_norm, layer_norm
 from models import NETWORKS
 from pipelines.basics.atomic import make_subfolder, remove_left_over, temporary_name, write_text
 from pipelines.layouts.labels import REGIONS
@@ -70,7 +70,14 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_reference(q, k, v, q.shape[-1] ** -0.5)
 
 
+def flash_attention_packed(qkv: Tensor, num_heads: int, head_dim: int, out_columns: int) -> Tensor:
+    """Softmax attention of a projection (B, N, 3 * num_heads * head_dim) to query, key and value."""
+    q, k, v = qkv.unflatten(2, (3, num_heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    return flash_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 instance_norm = instance_norm_reference
+residual_layer_norm = residual_layer_norm_reference
 
 
 def instance_norm_into(out: None, x: Tensor, **options: Any) -> Tensor:
@@ -182,9 +189,8 @@ def _write_files(folder: Path, trained: TrainedNetwork) -> None:
 def _scripts(code: str) -> dict[str, str]:
     """Content of the Python files of `scripts` by module; `code` is the network's, `models.NAME`, or empty."""
     names = {"engine.sliding_window": "sliding_window", "engine.export.bundle_steps": "steps"}
-    names |= dict.fromkeys(
-        ("kernels.attention", "kernels.conv3d", "kernels.instance_norm", "kernels.up_conv"), "operations"
-    )
+    kernels = ("attention", "conv3d", "instance_norm", "layer_norm", "up_conv")
+    names |= {f"kernels.{kernel}": "operations" for kernel in kernels}
     files = {"__init__": '"""Code of this bundle that MONAI lacks."""\n'}
     modules = ["engine.sliding_window", "engine.export.bundle_steps", *([code] if code else [])]
     for module in modules:
@@ -197,7 +203,7 @@ def _scripts(code: str) -> dict[str, str]:
         files[names[module]] = source
     if code:
         parts = (attention.attention_reference, instance_norm._is_channels_last, instance_norm._normalise,
-                 instance_norm.instance_norm_reference)  # fmt: skip
+                 instance_norm.instance_norm_reference, layer_norm.residual_layer_norm_reference)  # fmt: skip
         files["operations"] = OPERATIONS.format(parts="\n\n".join(inspect.getsource(part) for part in parts).strip())
     return files
 
