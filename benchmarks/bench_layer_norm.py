@@ -42,10 +42,11 @@ def work(workload: LayerNormWorkload, direction: str) -> LeastWork:
     forward = [stream, size]  # tokens, norm
     gradients = [size, stream]  # of the norm, of the tokens
     if workload.update:
-        forward += [size, stream]  # update, stream
-        gradients += [stream] + [size] * (
-            size != stream
-        )  # of the stream, and of the update where it is not the tokens'
+        forward.append(size)
+        gradients += [size] * (size != stream)  # of the update where it is not the tokens'
+    if workload.has_stream:
+        forward.append(stream)
+        gradients.append(stream)
     count = torch.Size(workload.shape).numel()
     if direction == DIRECTIONS[0]:
         return LeastWork(count * sum(forward), count * sum(forward))
@@ -54,18 +55,19 @@ def work(workload: LayerNormWorkload, direction: str) -> LeastWork:
 
 
 def ours(workload: LayerNormWorkload, *tensors: Tensor) -> Any:
-    """The one operation; without an update its first result is its input."""
-    tokens, update, weight, bias = workload.split(tensors)
-    stream, y = residual_layer_norm(tokens, update, weight, bias, 1e-5, workload.dtype)
-    return (stream, y) if workload.update else y
+    """The one operation; with nothing added its first result is its input."""
+    tokens, update, weight, bias, stream_bias = workload.split(tensors)
+    stream, y = residual_layer_norm(tokens, update, weight, bias, 1e-5, workload.dtype, stream_bias)
+    return (stream, y) if workload.has_stream else y
 
 
 def eager(workload: LayerNormWorkload, *tensors: Tensor) -> Any:
     """The chain of functions that it replaces."""
-    tokens, update, weight, bias = workload.split(tensors)
+    tokens, update, weight, bias, stream_bias = workload.split(tensors)
     stream = tokens if update is None else tokens + update
     y = F.layer_norm(stream, weight.shape, weight, bias).to(workload.dtype)
-    return (stream, y) if workload.update else y
+    stream = stream if stream_bias is None else stream + stream_bias
+    return (stream, y) if workload.has_stream else y
 
 
 VARIANTS: dict[str, Callable[..., Any]] = {OURS: ours, "eager": eager}

@@ -143,36 +143,48 @@ class InstanceNormWorkload:
 
 @dataclass(frozen=True)
 class LayerNormWorkload:
-    """A float32 residual stream (B, N, D), an update of it in another dtype, and the dtype of the norm, the same."""
+    """A float32 residual stream (B, N, D), an update of it and a bias in another dtype, that of the norm too."""
 
     op: ClassVar = "layer_norm"
     shape: tuple[int, int, int]
     dtype: torch.dtype = torch.bfloat16
     update: bool = True
+    stream_bias: bool = False
 
     def __str__(self) -> str:
-        return f"{self.shape} {_short(self.dtype)}{'' if self.update else ' no update'}"
+        uses = [name for name, is_so in (("no update", not self.update), ("stream bias", self.stream_bias)) if is_so]
+        return " ".join([str(self.shape), _short(self.dtype), *uses])
 
     def inputs(self, device: torch.device | str) -> list[Tensor]:
-        """Tokens, update if there is one, weight and bias; random, with gradients."""
+        """Tokens, update, weight, bias and that of the stream, without what there is not; random, with gradients."""
         tensors = [torch.randn(self.shape, device=device)]
         if self.update:
             tensors.append(torch.randn(self.shape, device=device).to(self.dtype))
         tensors += [torch.randn(self.shape[2], device=device) for _ in range(2)]
+        if self.stream_bias:
+            tensors.append(torch.randn(self.shape[2], device=device).to(self.dtype))
         return [tensor.requires_grad_() for tensor in tensors]
 
-    def split(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Tokens, update, weight and bias of a set of inputs."""
-        tokens, *update, weight, bias = tensors
-        return tokens, update[0] if update else None, weight, bias
+    @property
+    def has_stream(self) -> bool:
+        """Whether a stream is written that is not the tokens."""
+        return self.update or self.stream_bias
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        """Tokens, update, weight, bias and that of the stream, of a set of inputs."""
+        tokens, *others = tensors
+        update = others.pop(0) if self.update else None
+        weight, bias, *stream_bias = others
+        return tokens, update, weight, bias, stream_bias[0] if stream_bias else None
 
     def run(self) -> None:
         """As `AttentionWorkload.run`."""
-        tokens, update, weight, bias = self.split(self.inputs("meta"))
-        stream, y, stats = layer_norm.layer_norm_forward(tokens, update, weight, bias, 1e-5, self.dtype)
-        dstream, kept = (None, tokens) if update is None else (torch.empty_like(stream), stream)
+        tokens, update, weight, bias, stream_bias = self.split(self.inputs("meta"))
+        stream, y, stats = layer_norm.layer_norm_forward(tokens, update, weight, bias, 1e-5, self.dtype, stream_bias)
+        dstream, kept = (torch.empty_like(stream), stream) if self.has_stream else (None, tokens)
         update_dtype = None if update is None else update.dtype
-        layer_norm.layer_norm_backward(dstream, torch.empty_like(y), kept, stats, weight, bias, update_dtype)
+        dy = torch.empty_like(y)
+        layer_norm.layer_norm_backward(dstream, dy, kept, stats, weight, bias, stream_bias, update_dtype)
 
 
 @dataclass(frozen=True)
@@ -313,7 +325,8 @@ MODELS: tuple[Workload, ...] = (
     InstanceNormWorkload((2, 16, 16, 16, 16), memory_format=FIRST, residual="normalised"),
     InstanceNormWorkload((2, 256, 8, 8, 4), torch.float32, prelu=True),
     InstanceNormWorkload(LARGE, residual="normalised", joined=True),
-    LayerNormWorkload((2, 256, 512)),
+    LayerNormWorkload((2, 256, 512), stream_bias=True),
+    LayerNormWorkload((16, 256, 512), stream_bias=True),
     LayerNormWorkload((2, 512, 768), update=False),
     DiceCEWorkload(CROP),
     DiceCEWorkload(CROP, torch.float32, memory_format=LAST),
@@ -395,9 +408,11 @@ OTHERS: tuple[Workload, ...] = (
     InstanceNormWorkload((2, 64, 32, 32, 16), torch.float32, residual="raw", joined=True),
     InstanceNormWorkload((1, 48, 33, 31, 17), torch.float16, joined=True),
     LayerNormWorkload((2, 256, 512), update=False),
-    LayerNormWorkload((1, 100, 51), torch.float16),
-    LayerNormWorkload((2, 300, 2048)),
-    LayerNormWorkload((4, 4096, layer_norm.MAX_FEATURES)),
+    LayerNormWorkload((2, 512, 768), stream_bias=True),
+    LayerNormWorkload((1, 100, 51), torch.float16, stream_bias=True),
+    LayerNormWorkload((2, 300, 2048), stream_bias=True),
+    LayerNormWorkload((1, 512, layer_norm.MAX_FEATURES), torch.float32, stream_bias=True),
+    LayerNormWorkload((4, 4096, layer_norm.MAX_FEATURES), stream_bias=True),
     *(
         replace(workload, weighted=weighted, squared_pred=squared)
         for workload in (

@@ -49,14 +49,19 @@ class Inputs:
     update: Tensor | None
     weight: Tensor
     bias: Tensor
+    stream_bias: Tensor | None = None
 
     def given(self) -> list[Tensor]:
         """The tensors that there are."""
-        return [x for x in (self.tokens, self.update, self.weight, self.bias) if x is not None]
+        return [x for x in vars(self).values() if x is not None]
+
+    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Of the operation."""
+        return self.tokens, self.update, self.weight, self.bias, EPS, dtype, self.stream_bias
 
     def call(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The operation on them."""
-        return residual_layer_norm(self.tokens, self.update, self.weight, self.bias, EPS, dtype)
+        return residual_layer_norm(*self.arguments(dtype))
 
     def double(self) -> Inputs:
         """The same in float64, of their own."""
@@ -70,7 +75,11 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -
 
 
 def make_inputs(
-    shape: tuple[int, int, int], device: str, update: torch.dtype | None, tokens: torch.dtype = torch.float32
+    shape: tuple[int, int, int],
+    device: str,
+    update: torch.dtype | None,
+    tokens: torch.dtype = torch.float32,
+    stream_bias: torch.dtype | None = None,
 ) -> Inputs:
     """Tokens with a mean and a spread far from 0 and 1, as a residual stream has."""
     made = [
@@ -78,6 +87,7 @@ def make_inputs(
         None if update is None else random(shape, update, device, 1),
         random(shape[2:], torch.promote_types(tokens, torch.float32), device, 2),
         random(shape[2:], torch.promote_types(tokens, torch.float32), device, 3),
+        None if stream_bias is None else random(shape[2:], stream_bias, device, 6),
     ]
     return Inputs(*(None if x is None else x.requires_grad_() for x in made))  # type: ignore[arg-type]
 
@@ -87,6 +97,8 @@ def in_float64(inputs: Inputs, dstream: Tensor | None, dy: Tensor | None) -> lis
     wide = inputs.double()
     stream = wide.tokens if wide.update is None else wide.tokens + wide.update
     y = F.layer_norm(stream, wide.weight.shape, wide.weight, wide.bias, EPS)
+    if wide.stream_bias is not None:
+        stream = stream + wide.stream_bias
     wanted = [(out, grad.double()) for out, grad in ((stream, dstream), (y, dy)) if grad is not None]
     outputs, gradients = zip(*wanted, strict=True)
     found = torch.autograd.grad(outputs, wide.given(), gradients, materialize_grads=True)
@@ -117,28 +129,86 @@ def test_every_size_and_dtype_equals_float64(
     assert_norm_is_right(make_inputs(shape, device, update), dtype, *gradients)
 
 
+@pytest.mark.parametrize("stream_bias", [torch.float32, *HALF])
+@pytest.mark.parametrize("update", [None, *HALF])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 50, 40)], ids=str)
+def test_a_bias_of_the_stream_is_in_the_stream_and_not_in_its_norm(
+    shape: tuple[int, int, int], update: torch.dtype | None, stream_bias: torch.dtype, device: str
+) -> None:
+    """The last shape has more rows than a program sums at once."""
+    gradients = random(shape, torch.float32, device, 4), random(shape, torch.float16, device, 5)
+    assert_norm_is_right(make_inputs(shape, device, update, stream_bias=stream_bias), torch.float16, *gradients)
+
+
+def test_a_bias_of_the_stream_far_above_it_costs_its_digits_alone(device: str) -> None:
+    """The backward subtracts it again: what is lost is a rounding of their sum."""
+    inputs = make_inputs((2, 5, 24), device, torch.float32, stream_bias=torch.float32)
+    assert inputs.stream_bias is not None
+    with torch.no_grad():
+        inputs.stream_bias *= 100
+    dy = random((2, 5, 24), torch.float32, device, 5)
+    stream, y = inputs.call(torch.float32)
+    largest = stream.abs().max()
+    found = torch.autograd.grad(y, inputs.given()[:4], dy)
+    expected = in_float64(inputs, None, dy)
+    assert (stream.double() - expected[0]).abs().max() <= 2e-7 * largest
+    assert (y.double() - expected[1]).abs().max() <= TOLERANCES[torch.float32] * expected[1].abs().max()
+    for x, truth in zip(found, expected[2:], strict=False):
+        assert (x.double() - truth).abs().max() <= 1e-7 * largest * truth.abs().max()
+
+
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize("shape", [(2, 256, 512), (16, 256, 512), (2, 512, 768), (1, 300, 2048), (1, 9, 4096)], ids=str)
 def test_the_models_sizes_equal_float64_and_themselves(shape: tuple[int, int, int], device: str) -> None:
-    inputs = make_inputs(shape, device, torch.bfloat16)
+    inputs = make_inputs(shape, device, torch.bfloat16, stream_bias=torch.bfloat16)
     gradients = random(shape, torch.float32, device, 4), random(shape, torch.bfloat16, device, 5)
     assert_norm_is_right(inputs, torch.bfloat16, *gradients)
     assert_the_same_bits(inputs, torch.bfloat16, *gradients)
 
 
-@pytest.mark.parametrize("programs", [1, 2, 5])
-def test_chunks_of_many_tokens_are_right(programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+ONE_LAUNCH, TWO_LAUNCHES = ["layer_norm_backward_kernel"], ["layer_norm_chunks_kernel", "layer_norm_combine_kernel"]
+
+
+@pytest.mark.parametrize("stream_bias", [None, torch.float16])
+@pytest.mark.parametrize("tokens", [11, 12, 13])
+def test_more_rows_than_one_launch_takes_are_summed_by_a_second(
+    tokens: int, stream_bias: torch.dtype | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs_kernels(device)
+    monkeypatch.setattr(layer_norm, "ONE_LAUNCH_ROWS", 36)
+    shape, launched = (3, tokens, 24), []
+    gradients = random(shape, torch.float32, device, 4), random(shape, torch.float16, device, 5)
+
+    def run(launch: dispatch.Launch) -> None:
+        launched.append(launch.name)
+        launch.run(launch.candidates[0])
+
+    with dispatch.observed(run):
+        inputs = make_inputs(shape, device, torch.float16, stream_bias=stream_bias)
+        assert_norm_is_right(inputs, torch.float16, *gradients)
+    assert launched == ["layer_norm_forward_kernel", *(ONE_LAUNCH if tokens <= 12 else TWO_LAUNCHES)]
+
+
+@pytest.mark.parametrize("stream_bias", [None, torch.float16])
+@pytest.mark.parametrize("programs", [1, 2, 5])
+def test_chunks_of_many_tokens_are_right(
+    programs: int, stream_bias: torch.dtype | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_kernels(device)
+    monkeypatch.setattr(layer_norm, "ONE_LAUNCH_ROWS", 0)
     monkeypatch.setattr(layer_norm, "PROGRAMS", programs)
     gradients = random((3, 15, 24), torch.float32, device, 4), random((3, 15, 24), torch.float16, device, 5)
-    assert_norm_is_right(make_inputs((3, 15, 24), device, torch.float16), torch.float16, *gradients)
+    inputs = make_inputs((3, 15, 24), device, torch.float16, stream_bias=stream_bias)
+    assert_norm_is_right(inputs, torch.float16, *gradients)
 
 
 def test_more_chunks_than_are_summed_at_once_are_right(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_kernels(device)
+    monkeypatch.setattr(layer_norm, "ONE_LAUNCH_ROWS", 0)
     monkeypatch.setattr(layer_norm, "COMBINE_BLOCK", {"BLOCK_P": 4, "BLOCK_D": 8})
     gradients = random((3, 15, 24), torch.float32, device, 4), random((3, 15, 24), torch.float16, device, 5)
-    assert_norm_is_right(make_inputs((3, 15, 24), device, torch.float16), torch.float16, *gradients)
+    inputs = make_inputs((3, 15, 24), device, torch.float16, stream_bias=torch.float32)
+    assert_norm_is_right(inputs, torch.float16, *gradients)
 
 
 def assert_the_same_bits(inputs: Inputs, dtype: torch.dtype, *gradients: Tensor) -> None:
@@ -149,19 +219,25 @@ def assert_the_same_bits(inputs: Inputs, dtype: torch.dtype, *gradients: Tensor)
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-def test_a_second_call_gives_the_same_bits(device: str) -> None:
+@pytest.mark.parametrize("most_rows", [layer_norm.ONE_LAUNCH_ROWS, 0])
+def test_a_second_call_gives_the_same_bits(most_rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_norm, "ONE_LAUNCH_ROWS", most_rows)
     shape = (2, 40, 24)
     gradients = random(shape, torch.float32, device, 4), random(shape, torch.float16, device, 5)
-    assert_the_same_bits(make_inputs(shape, device, torch.float16), torch.float16, *gradients)
+    inputs = make_inputs(shape, device, torch.float16, stream_bias=torch.float16)
+    assert_the_same_bits(inputs, torch.float16, *gradients)
 
 
+@pytest.mark.parametrize("stream_bias", [None, torch.float16])
 @pytest.mark.parametrize("update", [None, torch.float16])
 @pytest.mark.parametrize("used", ["stream", "norm"])
-def test_either_result_may_go_unused(used: str, update: torch.dtype | None, device: str) -> None:
+def test_either_result_may_go_unused(
+    used: str, update: torch.dtype | None, stream_bias: torch.dtype | None, device: str
+) -> None:
     shape = (2, 5, 24)
     dstream = random(shape, torch.float32, device, 4) if used == "stream" else None
     dy = random(shape, torch.float16, device, 5) if used == "norm" else None
-    assert_norm_is_right(make_inputs(shape, device, update), torch.float16, dstream, dy)
+    assert_norm_is_right(make_inputs(shape, device, update, stream_bias=stream_bias), torch.float16, dstream, dy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -169,11 +245,12 @@ def test_a_stream_of_any_dtype_is_summed_in_it_and_normalised_in_float32_or_bett
     dtype: torch.dtype, device: str
 ) -> None:
     shape = (2, 5, 24)
-    inputs = make_inputs(shape, device, dtype, tokens=dtype)
+    inputs = make_inputs(shape, device, dtype, tokens=dtype, stream_bias=torch.float32)
     stream, y = inputs.call(dtype)
-    assert stream.dtype == dtype and inputs.update is not None
-    assert torch.equal(stream, inputs.tokens + inputs.update)
-    expected = F.layer_norm(stream.double(), shape[2:], inputs.weight.double(), inputs.bias.double(), EPS)
+    assert stream.dtype == dtype and inputs.update is not None and inputs.stream_bias is not None
+    x = inputs.tokens + inputs.update
+    assert torch.equal(stream, x + inputs.stream_bias.to(dtype))
+    expected = F.layer_norm(x.double(), shape[2:], inputs.weight.double(), inputs.bias.double(), EPS)
     assert (y.double() - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()
 
 
@@ -199,13 +276,14 @@ def test_the_plain_way_is_torchs_add_and_layer_norm_bit_for_bit() -> None:
 
 def test_any_strides_are_right(device: str) -> None:
     shape = (2, 6, 24)
-    inputs = make_inputs(shape, device, torch.float16)
+    inputs = make_inputs(shape, device, torch.float16, stream_bias=torch.float16)
     assert inputs.update is not None
     strided = Inputs(
         inputs.tokens.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
         torch.stack([inputs.update.detach(), torch.full_like(inputs.update, torch.nan)], 3)[..., 0].requires_grad_(),
         inputs.weight,
         inputs.bias,
+        inputs.stream_bias,
     )
     assert not any(x.is_contiguous() for x in strided.given()[:2])
     dstream = torch.ones((), device=device).expand(shape)
@@ -244,8 +322,10 @@ def test_nan_in_one_token_stays_there(device: str) -> None:
         assert x[0].isfinite().all() and x[1, :2].isfinite().all() and x[1, 3:].isfinite().all()
 
 
-def test_every_configuration_is_right(device: str) -> None:
+@pytest.mark.parametrize("most_rows", [layer_norm.ONE_LAUNCH_ROWS, 0])
+def test_every_configuration_is_right(most_rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_kernels(device)
+    monkeypatch.setattr(layer_norm, "ONE_LAUNCH_ROWS", most_rows)
     for shape in ((1, 9, 51), (1, 3, 300)):
         left: dict[str, list[dispatch.Config]] = {}
 
@@ -253,22 +333,11 @@ def test_every_configuration_is_right(device: str) -> None:
             configs = left.setdefault(launch.name, list(launch.candidates))
             launch.run(configs.pop() if configs else launch.candidates[0])
 
-        inputs = make_inputs(shape, device, torch.float16)
+        inputs = make_inputs(shape, device, torch.float16, stream_bias=torch.float16)
         gradients = random(shape, torch.float32, device, 4), random(shape, torch.float16, device, 5)
         with dispatch.observed(run):
             while not left or any(left.values()):
                 assert_norm_is_right(inputs, torch.float16, *gradients)
-
-
-def test_one_launch_forward_and_two_backward(device: str) -> None:
-    needs_kernels(device)
-    launched: list[str] = []
-    inputs = make_inputs((1, 4, 24), device, torch.float16)
-    with dispatch.observed(lambda launch: launched.append(launch.name)):
-        stream, y = inputs.call(torch.float16)
-        assert launched == ["layer_norm_forward_kernel"]
-        torch.autograd.grad((stream, y), inputs.given(), (stream, y))
-    assert launched[1:] == ["layer_norm_backward_kernel", "layer_norm_combine_kernel"]
 
 
 @pytest.mark.parametrize("update", [torch.float16, torch.float32])
@@ -292,33 +361,39 @@ def test_more_features_than_registers_hold_take_plain_pytorch(features: int, dev
     assert not launched
 
 
+@pytest.mark.parametrize("stream_bias", [None, torch.float16])
 @pytest.mark.parametrize("update", [None, torch.float16, torch.float32])
-def test_the_operators_pass_opcheck(update: torch.dtype | None, device: str) -> None:
+def test_the_operators_pass_opcheck(update: torch.dtype | None, stream_bias: torch.dtype | None, device: str) -> None:
     needs_kernels(device)
-    inputs = make_inputs((2, 3, 24), device, update)
-    arguments = (*vars(inputs).values(), EPS, torch.float16)
+    inputs = make_inputs((2, 3, 24), device, update, stream_bias=stream_bias)
+    arguments = inputs.arguments(torch.float16)
     torch.library.opcheck(torch.ops.glioforge.layer_norm.default, arguments)
     with torch.no_grad():
         stream, y, stats = layer_norm_forward(*arguments)
-        kept = inputs.tokens.detach() if update is None else stream
-        weights = inputs.weight.detach(), inputs.bias.detach()
+        kept = stream if stream.numel() else inputs.tokens.detach()
+        weights = [None if x is None else x.detach() for x in (inputs.weight, inputs.bias, inputs.stream_bias)]
         for dstream in (None, torch.ones_like(kept)):
-            backward = (dstream, torch.ones_like(y), kept, stats, *weights, update)
+            backward: Any = (dstream, torch.ones_like(y), kept, stats, *weights, update)
             torch.library.opcheck(torch.ops.glioforge.layer_norm_backward.default, backward)
-        assert layer_norm_backward(*backward)[1].numel() == (kept.numel() if update == torch.float16 else 0)
+        _, dupdate, _, _, dstream_bias = layer_norm_backward(*backward)
+        assert dupdate.numel() == (kept.numel() if update == torch.float16 else 0)
+        assert dstream_bias.numel() == (0 if stream_bias is None else 24)
 
 
 @pytest.mark.parametrize(("device", "backend"), COMPILED, indirect=["device"])
 @pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("stream_bias", [None, torch.float16])
 @pytest.mark.parametrize("update", [None, torch.float16])
-def test_compiled_equals_eager(update: torch.dtype | None, dynamic: bool | None, device: str, backend: str) -> None:
+def test_compiled_equals_eager(
+    update: torch.dtype | None, stream_bias: torch.dtype | None, dynamic: bool | None, device: str, backend: str
+) -> None:
     torch.compiler.reset()
 
-    def both(tokens: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        stream, y = residual_layer_norm(tokens, update, weight, bias, EPS, torch.float16)
+    def both(tokens: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, stream_bias: Tensor | None) -> Tensor:
+        stream, y = residual_layer_norm(tokens, update, weight, bias, EPS, torch.float16, stream_bias)
         return 2 * stream + y
 
-    inputs = make_inputs((2, 6, 24), device, update)
+    inputs = make_inputs((2, 6, 24), device, update, stream_bias=stream_bias)
     compiled = torch.compile(both, backend=backend, fullgraph=True, dynamic=dynamic)
     out, expected = compiled(*vars(inputs).values()), both(*vars(inputs).values())
     torch.testing.assert_close(out, expected)
@@ -332,7 +407,8 @@ def test_torchs_own_way_has_the_same_meaning(device: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(dispatch, "path", lambda *_: "torch")
     monkeypatch.setattr(dispatch, "compiled", lambda function, shape: function)
     gradients = random((2, 5, 24), torch.float32, device, 4), random((2, 5, 24), torch.float16, device, 5)
-    assert_norm_is_right(make_inputs((2, 5, 24), device, torch.float16), torch.float16, *gradients)
+    inputs = make_inputs((2, 5, 24), device, torch.float16, stream_bias=torch.float16)
+    assert_norm_is_right(inputs, torch.float16, *gradients)
 
 
 def test_a_second_derivative_is_refused(device: str) -> None:
@@ -362,6 +438,8 @@ def test_shapes_that_are_tuned_separately_have_different_keys() -> None:
         ({"weight": torch.zeros(5)}, r"weight is \(5,\).*tokens have 4 features"),
         ({"bias": torch.zeros(4, dtype=torch.float64)}, r"bias is \(4,\) torch.float64; .* both of one dtype"),
         ({"bias": None}, "bias must be a tensor, not NoneType"),
+        ({"stream_bias": torch.zeros(3)}, r"stream_bias is \(3,\) torch.float32; tokens have 4 features"),
+        ({"stream_bias": torch.zeros(4, dtype=torch.int32)}, "stream_bias .* torch.int32.*must be floating point"),
         ({"eps": 0.0}, "eps 0.0 must be a positive number"),
         ({"dtype": torch.int8}, "dtype torch.int8 must be one of torch.float16"),
     ],
