@@ -7,6 +7,9 @@
 Facts that decide the code:
 - The tokens are a residual stream, float32 under autocast. Each norm adds the update of the layer before it, in one
   kernel; the tokens of a layer are therefore taken from the first norm of the next.
+- The last product of an attention or MLP leaves its bias to the norm before it, which adds it to the stream at no cost
+  and sums its gradient with its own. With dropout on that product the bias belongs inside; and a norm whose stream is
+  taken as the tokens of a layer must not add to it.
 - Query, key and value come from one projection whose rows are ordered (q|k|v, head, feature), which the attention reads
   as it is. self-attention-cv orders them (feature, q|k|v, head); models/references.py permutes the rows of its weights.
 - A head has dim // heads features: 51 for 512 / 10, so the projection is then 3 x 510 wide, not 3 x 512, and its rows
@@ -69,23 +72,59 @@ class AlignedLinear(nn.Linear):
 
     copy_multiple = 8
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adds_bias: bool = True) -> Tensor:
         """(..., in_features or the weight's columns) -> (..., the weight's rows)."""
         rows, columns = self.weight.shape
-        bias: Tensor | None = self.bias
+        bias: Tensor | None = self.bias if adds_bias else None
         if bias is not None and len(bias) < rows:
             bias = F.pad(bias, (0, rows - len(bias)))
         return F.linear(x if x.shape[-1] == columns else F.pad(x, (0, columns - x.shape[-1])), self.weight, bias)
 
 
+class BiasedLinear(nn.Linear):
+    """A linear layer that may leave its bias to its caller."""
+
+    def forward(self, x: Tensor, adds_bias: bool = True) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return F.linear(x, self.weight, self.bias if adds_bias else None)
+
+
+class Mlp(nn.Sequential):
+    """Two linear layers with exact GELU between them, each followed by dropout."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
+        first, last = nn.Linear(dim, hidden_dim), BiasedLinear(hidden_dim, dim)
+        super().__init__(first, nn.GELU(), nn.Dropout(dropout), last, nn.Dropout(dropout))
+
+    @property
+    def bias(self) -> Tensor:
+        """Of the last linear layer."""
+        last = self[3]
+        assert isinstance(last, BiasedLinear)
+        return last.bias
+
+    def forward(self, x: Tensor, adds_bias: bool = True) -> Tensor:
+        """(..., dim) -> (..., dim), with `bias` or without."""
+        first, gelu, dropout, last, last_dropout = self
+        return last_dropout(last(dropout(gelu(first(x))), adds_bias))
+
+
 class ResidualNorm(nn.LayerNorm):
-    """LayerNorm of a residual stream with the last update added: (tokens, update) -> (tokens + update, its norm)."""
+    """LayerNorm of a residual stream with the last update added: (tokens, update) -> (tokens + update, its norm).
+
+    A bias that the next update lacks is added to the first result alone. It may have zeros at the end, as those of
+    `AlignedLinear`.
+    """
 
     def forward(  # type: ignore[override]
-        self, tokens_BND: Tensor, update_BND: Tensor | None
+        self, tokens_BND: Tensor, update_BND: Tensor | None, stream_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         dtype = _product_dtype(tokens_BND)
-        return residual_layer_norm(tokens_BND, update_BND, self.weight, self.bias, self.eps, dtype)
+        if stream_bias is not None:
+            features = tokens_BND.shape[-1]
+            stream_bias = stream_bias if len(stream_bias) == features else stream_bias[:features]
+            stream_bias = stream_bias.to(dtype)  # rounded as autocast rounds the bias of a product
+        return residual_layer_norm(tokens_BND, update_BND, self.weight, self.bias, self.eps, dtype, stream_bias)
 
 
 class SelfAttention(nn.Module):
@@ -99,10 +138,11 @@ class SelfAttention(nn.Module):
         self.qkv = AlignedLinear(dim, 3 * num_heads * self.head_dim, bias=False)
         self.out = AlignedLinear(num_heads * self.head_dim, dim, bias=out_bias)
 
-    def forward(self, tokens_BND: Tensor) -> Tensor:
+    def forward(self, tokens_BND: Tensor, adds_bias: bool = True) -> Tensor:
+        """(B, N, D) -> (B, N, D), with the bias of the output projection or without."""
         columns = self.out.weight.shape[1]
         heads = flash_attention_packed(self.qkv(tokens_BND), self.num_heads, self.head_dim, out_columns=columns)
-        out_BND = self.out(heads)
+        out_BND = self.out(heads, adds_bias)
         return out_BND if out_BND.shape[-1] == self.dim else out_BND[..., : self.dim]
 
 
@@ -119,16 +159,20 @@ class TransformerBlock(nn.Module):
         self.attention = SelfAttention(dim, num_heads, out_bias)
         self.dropout = nn.Dropout(dropout)
         self.norm2 = ResidualNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim), nn.Dropout(dropout)
-        )
+        self.mlp = Mlp(dim, mlp_dim, dropout)
 
-    def forward(self, tokens_BND: Tensor, update_BND: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens that enter, those before the MLP, and the MLP's update of these; each (B, N, D)."""
-        entering_BND, normed_BND = self.norm1(tokens_BND, update_BND)
-        update_BND = self.dropout(self.attention(normed_BND))
-        tokens_BND, normed_BND = self.norm2(entering_BND, update_BND)
-        return entering_BND, tokens_BND, self.mlp(normed_BND)
+    def forward(self, tokens_BND: Tensor, update_BND: Tensor | None, is_taken: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens that enter, those before the MLP, and the MLP's update of these; each (B, N, D).
+
+        The first have the attention's bias already, unless `is_taken`: they are a result. The second have the MLP's.
+        """
+        drops = self.training and self.dropout.p > 0
+        out_bias = None if drops or is_taken else self.attention.out.bias
+        mlp_bias = None if drops else self.mlp.bias
+        entering_BND, normed_BND = self.norm1(tokens_BND, update_BND, out_bias)
+        update_BND = self.dropout(self.attention(normed_BND, out_bias is None))
+        tokens_BND, normed_BND = self.norm2(entering_BND, update_BND, mlp_bias)
+        return entering_BND, tokens_BND, self.mlp(normed_BND, mlp_bias is None)
 
 
 class VisionTransformer(nn.Module):
@@ -174,8 +218,9 @@ class VisionTransformer(nn.Module):
         update_BND: Tensor | None = None
         extracted = []
         for layers_before, block in enumerate(self.blocks):
-            entering_BND, tokens_BND, update_BND = block(tokens_BND, update_BND)
-            if layers_before in self.layers:
+            is_taken = layers_before in self.layers
+            entering_BND, tokens_BND, update_BND = block(tokens_BND, update_BND, is_taken)
+            if is_taken:
                 extracted.append(entering_BND)
         assert update_BND is not None
         extracted.append(tokens_BND + update_BND if self.norm is None else self.norm(tokens_BND, update_BND)[1])
