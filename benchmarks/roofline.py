@@ -291,9 +291,8 @@ def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) ->
         train = TrainConfig(precision=precision)  # type: ignore[arg-type]
         network, copies, optimizer = prepare_training(network, train, OptimConfig(), one_rank)
         low = LOW_PRECISION.get(precision)
-        image = torch.empty(
-            (batch, MODALITIES, *crop), dtype=torch.bfloat16 if low == torch.bfloat16 else torch.float32
-        )
+        dtype = torch.bfloat16 if low == torch.bfloat16 else torch.float32
+        image = torch.empty((batch, MODALITIES, *crop), dtype=dtype, memory_format=LAST)  # as the pipeline makes it
         labels = torch.empty((batch, *crop), dtype=torch.uint8)
         counter = Counter()
         _name_layers(network, counter)
@@ -301,7 +300,7 @@ def count(model: str, batch: int, precision: str, crop: Sequence[int] = CROP) ->
         def take_pass() -> None:
             counter.direction = "forward"
             with copies.applied():
-                logits = network(image.contiguous(memory_format=LAST))
+                logits = network(image)
             counter.direction = "loss"
             loss = dice_ce_loss(logits, labels, REGIONS, ce="bce", check_labels=False).loss
             counter.direction = "backward"
