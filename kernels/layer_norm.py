@@ -105,7 +105,7 @@ def _load_row(ptr, columns, D: tl.constexpr):
 
 @triton.jit
 def layer_norm_forward_kernel(
-    tokens_ptr,  # (R, D)
+    tokens_ptr,  # (T, D); T is R, or N where all volumes have the same
     update_ptr,  # (R, D), or None
     weight_ptr,  # (D,)
     bias_ptr,  # (D,)
@@ -114,6 +114,7 @@ def layer_norm_forward_kernel(
     y_ptr,  # (R, D)
     stats_ptr,  # (2, R) float32: mean, rstd
     eps,
+    T,
     R,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -123,7 +124,7 @@ def layer_norm_forward_kernel(
     rows, columns, offsets, mask = _tile(tl.program_id(0) * BLOCK_R, R, 0, D, BLOCK_R, BLOCK_D)
     weight = _load_row(weight_ptr, columns, D)
     bias = _load_row(bias_ptr, columns, D)
-    x = tl.load(tokens_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(tokens_ptr + (rows % T).to(tl.int64) * D + columns, mask=mask, other=0.0).to(tl.float32)
     if update_ptr is not None:
         x += tl.load(update_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         x = x.to(stream_ptr.dtype.element_ty).to(tl.float32)
@@ -374,8 +375,9 @@ def layer_norm_forward(
     """
     has_stream = update is not None or stream_bias is not None
     stream, y, stats = _forward_outputs(tokens, has_stream, dtype)
+    is_shared = tokens.stride(0) == 0  # expanded over the batch, as position embeddings are
     args = {
-        "tokens_ptr": tokens.contiguous(),
+        "tokens_ptr": (tokens[:1] if is_shared else tokens).contiguous(),
         "update_ptr": None if update is None else update.contiguous(),
         "weight_ptr": weight,
         "bias_ptr": bias,
@@ -384,6 +386,7 @@ def layer_norm_forward(
         "y_ptr": y,
         "stats_ptr": stats,
         "eps": eps,
+        "T": tokens.shape[1] if is_shared else stats.shape[1],
         **_sizes(tokens.shape),
     }
     rows = stats.shape[1]
@@ -572,7 +575,8 @@ def residual_layer_norm(
     """Tokens + update, and their LayerNorm; differentiable once in every tensor given.
 
     Args:
-        tokens: (B, N, D), the residual stream, float32 in training; any strides but contiguous cost a copy.
+        tokens: (B, N, D), the residual stream, float32 in training; contiguous, or one volume's that are expanded over
+            the batch; other strides cost a copy.
         update: what a layer adds to it, (B, N, D), often of lower precision; None: nothing, as before the first layer.
         weight, bias: (D,), of the norm.
         eps: added to the variance.

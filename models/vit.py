@@ -7,6 +7,7 @@
 Facts that decide the code:
 - The tokens are a residual stream, float32 under autocast. Each norm adds the update of the layer before it, in one
   kernel; the tokens of a layer are therefore taken from the first norm of the next.
+- So the position embeddings are the first tokens, and the patches the first update.
 - The last product of an attention or MLP leaves its bias to the norm before it, which adds it to the stream at no cost
   and sums its gradient with its own. With dropout on that product the bias belongs inside; and a norm whose stream is
   taken as the tokens of a layer must not add to it.
@@ -214,8 +215,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x_BCXYZ: Tensor) -> list[Tensor]:
         """Feature maps (B, dim, X/16, Y/16, Z/16) after each of `layers`, from a volume (B, C, X, Y, Z)."""
-        tokens_BND = self.dropout(self.patch_embedding(x_BCXYZ) + self.position_embedding)
-        update_BND: Tensor | None = None
+        update_BND: Tensor | None = self.patch_embedding(x_BCXYZ)
+        tokens_BND = self.position_embedding.expand_as(update_BND)
+        if self.training and self.dropout.p > 0:
+            tokens_BND, update_BND = self.dropout(tokens_BND + update_BND), None
         extracted = []
         for layers_before, block in enumerate(self.blocks):
             is_taken = layers_before in self.layers

@@ -291,6 +291,20 @@ def test_any_strides_are_right(device: str) -> None:
     assert_norm_is_right(strided, torch.float16, dstream, dy)
 
 
+@pytest.mark.parametrize("update", [None, torch.float16])
+def test_tokens_of_one_volume_are_read_for_all(update: torch.dtype | None, device: str) -> None:
+    shape = (3, 5, 24)
+    inputs = make_inputs(shape, device, update)
+    inputs.tokens = inputs.tokens.detach()[:1].expand(shape).requires_grad_()
+    gradients = random(shape, torch.float32, device, 4), random(shape, torch.float16, device, 5)
+    assert_norm_is_right(inputs, torch.float16, *gradients)
+    if runs_kernels(device):
+        launched: list[dispatch.Launch] = []
+        with dispatch.observed(launched.append):
+            inputs.call(torch.float16)
+        assert launched[0].args["tokens_ptr"].numel() == 5 * 24
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_mean_far_above_the_spread_keeps_its_digits(dtype: torch.dtype, device: str) -> None:
     tokens = 1e4 + random((1, 3, 128), torch.float32, device, 0)
