@@ -200,6 +200,27 @@ def test_the_published_widths_are_padded_to_rows_of_sixteen_bytes() -> None:
     assert [padded(layer)["weight"].shape for layer in layers] == [(1536, 512), (512, 512)]
 
 
+def test_copies_of_the_weights_in_bfloat16_give_the_bits_of_autocast() -> None:
+    """Biases that are added to the stream are rounded as those within a product."""
+    vit = make_vit(bias=True).float()
+    linear = {name for name, module in vit.named_modules() if isinstance(module, nn.Linear | nn.Conv3d)}
+    copies = {
+        name: weight.detach().bfloat16().requires_grad_()
+        for name, weight in vit.named_parameters()
+        if name.rpartition(".")[0] in linear
+    }
+    weights = dict(vit.named_parameters())
+    results = []
+    for parameters in (weights, weights | copies):
+        with torch.autocast("cpu", torch.bfloat16):
+            maps = torch.func.functional_call(vit, parameters, (volumes(),))
+        total = torch.stack([y.pow(2).sum() for y in maps]).sum()
+        results.append((*maps, *torch.autograd.grad(total, list(parameters.values()))))
+    assert {found.dtype for found in results[1]} == {torch.float32, torch.bfloat16}
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found.float(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_the_stream_stays_in_float32(dtype: torch.dtype) -> None:
     vit = make_vit().float()
@@ -247,3 +268,9 @@ def test_a_block_adds_no_pass_to_its_kernels_and_products(name: str, block: int)
         "attention_backward_kernel": 1, "mm": 3 - is_taken + 8, "addmm": 1 + is_taken, "gelu": 1, "gelu_backward": 1,
         "sum": 1 + is_taken,
     }  # fmt: skip
+
+
+def test_the_first_norm_adds_the_position_embeddings() -> None:
+    """All that is left is the sum of their gradient over the batch."""
+    rows = [row.op for row in count("unetr_monai", 2, "bf16", (32, 32, 32)) if row.layer == "vit"]
+    assert rows == ["sum"]
