@@ -597,6 +597,9 @@ def residual_layer_norm(
     if update is not None:
         tokens = tokens.to(torch.promote_types(tokens.dtype, update.dtype))
     key = _key(tokens.shape, tokens.dtype, None if update is None else update.dtype, dtype)
+    if tokens.shape[2] <= MAX_FEATURES:
+        args = (tokens, update, weight, bias, eps, dtype, stream_bias)
+        dispatch.compare("layer_norm", key, residual_layer_norm, args, ("torch.compile",))
     chosen = _path(tokens, (update, stream_bias), dtype, key)
     if chosen == "triton":
         stream, y, _ = _layer_norm(tokens, update, weight, bias, eps, dtype, stream_bias)
