@@ -215,10 +215,11 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x_BCXYZ: Tensor) -> list[Tensor]:
         """Feature maps (B, dim, X/16, Y/16, Z/16) after each of `layers`, from a volume (B, C, X, Y, Z)."""
-        update_BND: Tensor | None = self.patch_embedding(x_BCXYZ)
-        tokens_BND = self.position_embedding.expand_as(update_BND)
+        patches_BND = self.patch_embedding(x_BCXYZ)
+        tokens_BND: Tensor = self.position_embedding.expand_as(patches_BND)
+        update_BND: Tensor | None = patches_BND
         if self.training and self.dropout.p > 0:
-            tokens_BND, update_BND = self.dropout(tokens_BND + update_BND), None
+            tokens_BND, update_BND = self.dropout(tokens_BND + patches_BND), None
         extracted = []
         for layers_before, block in enumerate(self.blocks):
             is_taken = layers_before in self.layers

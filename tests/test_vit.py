@@ -209,7 +209,7 @@ def test_copies_of_the_weights_in_bfloat16_give_the_bits_of_autocast() -> None:
         for name, weight in vit.named_parameters()
         if name.rpartition(".")[0] in linear
     }
-    weights = dict(vit.named_parameters())
+    weights: dict[str, Tensor] = dict(vit.named_parameters())
     results = []
     for parameters in (weights, weights | copies):
         with torch.autocast("cpu", torch.bfloat16):
