@@ -287,7 +287,9 @@ COMPARED = {
     "attention on a fused projection": lambda: flash_attention_packed(torch.randn(1, 16, 48), 2, 8),
     "instance_norm": lambda: instance_norm(_wide(4)),
     "instance_norm into a slice": lambda: instance_norm_into(_wide(8)[:, :4], _wide(4)),
-    "layer_norm": lambda: residual_layer_norm(torch.randn(1, 4, 8), None, *torch.ones(2, 8), 1e-5, torch.float32),
+    "layer_norm": lambda: residual_layer_norm(
+        torch.randn(1, 4, 8), None, torch.ones(8), torch.zeros(8), 1e-5, torch.float32
+    ),
     "dice_ce": lambda: dice_ce_loss(_wide(2), torch.zeros(1, 4, 4, 4, dtype=torch.uint8), [[1], [2]]),
     "up_conv": lambda: up_conv(_wide(4), torch.randn(4, 2, 2, 2, 2)),
     "up_conv into a slice": lambda: up_conv_into(_wide(4), torch.randn(4, 2, 2, 2, 2), torch.empty_like(_doubled())),
