@@ -265,7 +265,7 @@ class TrainingStep:
 class CudaGraphPass:
     """Forward, loss and backward of a batch as one CUDA graph: the first call records `run`, and each call replays it.
 
-    With a batch of one to four crops the networks here launch about a thousand kernels of a few microseconds each, and
+    With a batch of one to four crops the networks here launch some hundreds of kernels of a few microseconds each, and
     the host is the bottleneck; a replay launches all of them at once. Reducing the gradients and the optimizer's step
     stay outside: a handful of launches, and NCCL on several ranks.
 

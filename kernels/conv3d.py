@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import as_operands
 from .checks import check_floats, check_same_device
 
 BLOCK = 16
@@ -47,7 +48,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if is_pointwise and (x.is_contiguous() or _has_wide_rows(x, weight)):
             return _pointwise(x, weight, bias)
         if _pads_blocks(x, weight):
-            return _LastInside.apply(*_as_autocast(x, weight, bias))
+            return _LastInside.apply(*as_operands(x, weight, bias))
     return F.conv3d(x, weight, bias, padding=0 if is_pointwise else 1)
 
 
@@ -72,14 +73,6 @@ def _pads_blocks(x: Tensor, weight: Tensor) -> bool:
     fits = weight.shape[0] % BLOCK == 0 or x.dtype == torch.float64
     has_blocks = x.is_cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return has_blocks and not fits and x.is_contiguous()
-
-
-def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype of autocast, if it is on."""
-    if not torch.is_autocast_enabled("cpu"):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype("cpu")
-    return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 class _LastInside(torch.autograd.Function):

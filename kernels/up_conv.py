@@ -50,6 +50,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
+from .autocast import as_operands
 from .checks import check_floats, check_is_tensor, check_same_device
 from .dispatch import ceil_div, next_power_of_two
 
@@ -484,21 +485,6 @@ def _check_out(out: Any, x: Tensor, weight: Tensor) -> None:
         )
 
 
-def _as_autocast(x: Any, weight: Any) -> tuple[Any, Any]:
-    """The operands as autocast gives them to a convolution: in its dtype, unless float64."""
-    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
-        return x, weight
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, weight
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(tensor: Any) -> Any:
-        is_eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if is_eligible else tensor
-
-    return cast(x), cast(weight)
-
-
 def _takes_kernels(x: Tensor, weight: Tensor, is_slice: bool) -> bool:
     if torch.compiler.is_exporting() or _row_stride(x) is None:  # an exported graph has plain operations
         return False
@@ -529,7 +515,7 @@ def up_conv(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: a wrong rank, shape, dtype or device of a tensor.
     """
-    x, weight = _as_autocast(x, weight)
+    x, weight = as_operands(x, weight)
     _check(x, weight)
     if not torch.compiler.is_exporting() and _row_stride(x) is not None:
         dispatch.compare("up_conv", _key(x.shape, weight.shape[1], x.dtype, False), up_conv, (x, weight), (CUDNN,))
@@ -553,7 +539,7 @@ def up_conv_into(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     Raises:
         ValueError: as `up_conv`; an `out` of another shape, dtype, device or layout, or that requires a gradient.
     """
-    x, weight = _as_autocast(x, weight)
+    x, weight = as_operands(x, weight)
     _check(x, weight)
     _check_out(out, x, weight)
     if torch.compiler.is_compiling():

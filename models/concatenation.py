@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.autocast import product_dtype
 from kernels.instance_norm import writes_slices
-from models.convolutions import convolution_dtype
 
 
 class Room(NamedTuple):
@@ -42,7 +42,7 @@ def room_for(below: Tensor, channels: int) -> Room | None:
     if not writes_slices(below):
         return None
     shape = len(below), 2 * channels, *(2 * size for size in below.shape[2:])
-    dtype = convolution_dtype(below)
+    dtype = product_dtype(below)
     whole = torch.empty(shape, dtype=dtype, device=below.device, memory_format=torch.channels_last_3d)
     # `.data` gives each half its own version counter.
     return Room(whole, whole.data.narrow(1, 0, channels), whole.data.narrow(1, channels, channels))

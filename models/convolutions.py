@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels.autocast import as_operands
 from kernels.conv3d import conv3d
 from kernels.up_conv import up_conv, up_conv_into
 
@@ -90,15 +91,7 @@ class ProjectionConv3d(NormedConv3d):
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
         if not needs_gradient or torch.compiler.is_compiling():  # a compiled or exported graph has plain operations
             return super().forward(x), x
-        return _Projection.apply(*(operand.to(convolution_dtype(operand)) for operand in (x, self.weight)))
-
-
-def convolution_dtype(tensor: Tensor) -> torch.dtype:
-    """What a convolution computes an operand in: its own dtype, or autocast's."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device)
+        return _Projection.apply(*as_operands(x, self.weight))
 
 
 class _Projection(torch.autograd.Function):

@@ -34,17 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import flash_attention_packed
+from kernels.autocast import product_dtype
 from kernels.layer_norm import residual_layer_norm
 
 PATCH_SIZE = 16
 NUM_LAYERS = 12
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product reads `x`: autocast's, else its own."""
-    device = x.device.type
-    lowers = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if lowers else x.dtype
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -60,7 +54,7 @@ class PatchEmbedding(nn.Conv3d):
         is_contiguous = self.weight.is_contiguous()
         weight = self.weight if is_contiguous else self.weight.permute(0, 2, 3, 4, 1)
         patches = patches.permute(0, 2, 4, 6, *((1, 3, 5, 7) if is_contiguous else (3, 5, 7, 1)))
-        patches = patches.to(_product_dtype(x_BCXYZ), memory_format=torch.contiguous_format)
+        patches = patches.to(product_dtype(x_BCXYZ), memory_format=torch.contiguous_format)
         return F.linear(patches.flatten(4).flatten(1, 3), weight.flatten(1), self.bias)
 
 
@@ -120,7 +114,7 @@ class ResidualNorm(nn.LayerNorm):
     def forward(  # type: ignore[override]
         self, tokens_BND: Tensor, update_BND: Tensor | None, stream_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        dtype = _product_dtype(tokens_BND)
+        dtype = product_dtype(tokens_BND)
         if stream_bias is not None:
             features = tokens_BND.shape[-1]
             stream_bias = stream_bias if len(stream_bias) == features else stream_bias[:features]

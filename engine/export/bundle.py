@@ -34,7 +34,7 @@ from engine.network import widths_of
 from engine.sliding_window import OVERLAP, SIGMA_SCALE, WINDOWS_AT_ONCE
 from engine.trained import TrainedNetwork
 from engine.weights_file import write_archive
-from kernels import attention, instance_norm, layer_norm
+from kernels import attention, autocast, instance_norm, layer_norm
 from models import NETWORKS
 from pipelines.basics.atomic import make_subfolder, remove_left_over, temporary_name, write_text
 from pipelines.layouts.labels import REGIONS
@@ -189,7 +189,7 @@ def _write_files(folder: Path, trained: TrainedNetwork) -> None:
 def _scripts(code: str) -> dict[str, str]:
     """Content of the Python files of `scripts` by module; `code` is the network's, `models.NAME`, or empty."""
     names = {"engine.sliding_window": "sliding_window", "engine.export.bundle_steps": "steps"}
-    kernels = ("attention", "conv3d", "instance_norm", "layer_norm", "up_conv")
+    kernels = ("attention", "autocast", "conv3d", "instance_norm", "layer_norm", "up_conv")
     names |= {f"kernels.{kernel}": "operations" for kernel in kernels}
     files = {"__init__": '"""Code of this bundle that MONAI lacks."""\n'}
     modules = ["engine.sliding_window", "engine.export.bundle_steps", *([code] if code else [])]
@@ -202,8 +202,9 @@ def _scripts(code: str) -> dict[str, str]:
         assert not PROJECT.search(source), PROJECT.search(source)
         files[names[module]] = source
     if code:
-        parts = (attention.attention_reference, instance_norm._is_channels_last, instance_norm._normalise,
-                 instance_norm.instance_norm_reference, layer_norm.residual_layer_norm_reference)  # fmt: skip
+        parts = (autocast.product_dtype, autocast._as_operand, autocast.as_operands, attention.attention_reference,
+                 instance_norm._is_channels_last, instance_norm._normalise, instance_norm.instance_norm_reference,
+                 layer_norm.residual_layer_norm_reference)  # fmt: skip
         files["operations"] = OPERATIONS.format(parts="\n\n".join(inspect.getsource(part) for part in parts).strip())
     return files
 
