@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from engine.ranks.distributed import Ranks, init_ranks
 
@@ -40,6 +41,14 @@ def ranks() -> Iterator[Ranks]:
     """This process as the only rank, on the CPU. Once for all files: DeepSpeed keeps groups of the first one made."""
     yield init_ranks("cpu")
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def own_linear() -> Iterator[None]:
+    """DeepSpeed's ZeRO 3 replaces PyTorch's `linear` in the whole process, with one that adds a bias apart."""
+    before = F.linear
+    yield
+    F.linear = before
 
 
 @pytest.fixture
