@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autocast import as_operands
+from .autocast import as_operands, product_dtype
 from .checks import check_floats, check_same_device
 
 BLOCK = 16
@@ -64,7 +64,7 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _has_wide_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether x and y, channels_last_3d, have rows of 16 bytes: libraries have no fast product of others."""
-    sizes = (channels * x.element_size() for channels in weight.shape[:2])
+    sizes = (channels * product_dtype(x).itemsize for channels in weight.shape[:2])
     return x.is_contiguous(memory_format=LAST) and not any(size % 16 for size in sizes)
 
 

@@ -98,6 +98,14 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_float32(kernel: i
     assert_near(found, results(plain, lowered), TOLERANCES[torch.bfloat16])
 
 
+def test_rows_are_as_wide_as_the_operands_of_the_product() -> None:
+    """Four channels in float32 fill 16 bytes, but a product under autocast reads them in half."""
+    x, weight = torch.ones(2, 4, 3, 3, 3).contiguous(memory_format=LAST), torch.ones(8, 4, 1, 1, 1)
+    assert module._has_wide_rows(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not module._has_wide_rows(x, weight)
+
+
 @pytest.mark.parametrize("kernel", [3, 1])
 def test_compiled_whole(kernel: int) -> None:
     given = [each.float() for each in tensors(kernel)]
